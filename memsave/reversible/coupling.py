@@ -9,9 +9,12 @@ of x along dimension 1 (channels). Dinh et al., "NICE" (2014); Gomez et al., "Th
 This file is the mathematics alone. What is kept between forward and backward is decided in `sequence.py`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+Branch = Callable[[Tensor], Tensor]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -78,6 +81,10 @@ class Stream:
         """Join the halves: (B, C, ...) in the dtype that came in."""
         return torch.cat((self.target, self.source), dim=1).to(self.dtype)
 
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """(target, source)."""
+        return self.target, self.source
+
     def branch_input(self) -> Tensor:
         """What a branch sees: the source in the dtype that came in."""
         return self.source.to(self.dtype)
@@ -86,7 +93,7 @@ class Stream:
         """The half-step, given the value of its branch at `branch_input()`."""
         return Stream(self.source, self.target + value, self.dtype)
 
-    def step(self, branch: nn.Module) -> "Stream":
+    def step(self, branch: Branch) -> "Stream":
         """target + branch(source), roles changed."""
         x = self.branch_input()
         version = None if x.is_inference() else x._version
@@ -107,7 +114,7 @@ class Stream:
         """The same pair with its roles before the last half-step: `target` is what that step changed."""
         return Stream(self.source, self.target, self.dtype)
 
-    def step_back(self, branch: nn.Module) -> "Stream":
+    def step_back(self, branch: Branch) -> "Stream":
         """Undo `step(branch)`."""
         before = self.rewound()
         return before.subtract(branch(before.branch_input()))

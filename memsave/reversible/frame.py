@@ -1,7 +1,7 @@
 """One forward call of a reversible sequence, seen from its backward.
 
 How it works. The forward runs once and builds the ordinary autograd graph. While a branch runs, a saved-tensor hook
-replaces every tensor that autograd would save by a `Handle` (frame, branch, index). The first handle of a branch that
+replaces every tensor that autograd would save by a `Handle` (frame, branch, place). The first handle of a branch that
 backward opens makes the frame rebuild: it takes the stream behind that branch, evaluates the branch once more, keeps
 the tensors that this evaluation saves until their handles are opened, and subtracts the branch's value to get the
 stream before it. Autograd opens the branches last to first, so each is evaluated exactly once, and only one branch's
@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memsave.reversible.coupling import Stream
-from memsave.reversible.replay import Branch, Replay
+from memsave.reversible.coupling import Branch, Stream
+from memsave.reversible.replay import Replay
 
 
 class Handle(NamedTuple):
-    """Stands in the graph for the index-th tensor that a branch saved."""
+    """Stands in the graph for a tensor that a branch saved, by its place among them."""
 
     frame: "Frame"
     branch: int
-    index: int
+    place: int
 
 
 class Record(NamedTuple):
@@ -48,15 +48,11 @@ class Frame:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.kept: Tensor | None = (
-            None  # an empty tensor; its grad_fn is the _Keep node that holds the output
-        )
+        self.kept: Tensor | None = None  # an empty tensor; its grad_fn is the _Keep node that holds the output
         self.dtype = torch.float32
         self.stream: Stream | None = None  # behind the first `stage` branches
         self.stage = 0
-        self.rebuilt: list[
-            tuple[Tensor, int] | None
-        ] = []  # (tensor, version) of branch `opened`, None once used
+        self.rebuilt: list[tuple[Tensor, int] | None] = []  # (tensor, version) of branch `opened`, None once used
         self.opened = -1
 
     def run(self, branch: Branch, stream: Stream, *, name: str) -> Stream:
@@ -84,11 +80,11 @@ class Frame:
         held = (output.detach(),) if whole else (stream.target.detach(), stream.source.detach())
         self.kept = _Keep.apply(torch.empty(0, requires_grad=True), *held)
 
-    def open(self, branch: int, index: int) -> Tensor:
-        """Return the index-th tensor that the branch saved, rebuilding the branch when needed."""
-        if self.opened != branch or self.rebuilt[index] is None:
+    def open(self, branch: int, place: int) -> Tensor:
+        """Return the tensor that the branch saved at `place`, rebuilding the branch when needed."""
+        if self.opened != branch or self.rebuilt[place] is None:
             self._rebuild(branch)
-        entry, self.rebuilt[index] = self.rebuilt[index], None
+        entry, self.rebuilt[place] = self.rebuilt[place], None
         assert entry is not None
         tensor, version = entry
         if tensor._version != version:
@@ -119,8 +115,8 @@ class Frame:
                 f"and backward rebuilds the activations from it; use an operation that is not in place there, or pass "
                 f"it a clone of the output"
             ) from error
-        self.stream = Stream(*held, self.dtype) if len(held) == 2 else Stream.split(held[0])
-        self.stream.dtype = self.dtype
+        target, source = held if len(held) == 2 else Stream.split(held[0]).halves()
+        self.stream = Stream(target, source, self.dtype)
         self.stage = len(self.records)
 
     def _step_back(self, *, collect: bool) -> None:
@@ -161,7 +157,7 @@ class _Keep(torch.autograd.Function):
 
 
 def _unpack(packed: Tensor | Handle) -> Tensor:
-    return packed.frame.open(packed.branch, packed.index) if isinstance(packed, Handle) else packed
+    return packed.frame.open(packed.branch, packed.place) if isinstance(packed, Handle) else packed
 
 
 def _never_opened(packed: None) -> Tensor:

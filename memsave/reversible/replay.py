@@ -10,13 +10,13 @@ Parameters are not copied. If one was changed in place in between, the branch ca
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-Branch = Callable[[Tensor], Tensor]
+from memsave.reversible.coupling import Branch
 
 
 class Replay:
@@ -34,23 +34,19 @@ class Replay:
         ]
         devices = [torch.device("cpu")] if device.type in ("cpu", "meta") else [torch.device("cpu"), device]
         self.random = [(where, random_state(where)) for where in devices]
-        self.parameters = (
-            [(p, p._version) for p in branch.parameters()] if isinstance(branch, nn.Module) else []
-        )
+        self.parameters = [(p, p._version) for p in branch.parameters()] if isinstance(branch, nn.Module) else []
         self.buffers = [
             (module, key, buffer._version, buffer.clone()) for module, key, buffer in training_buffers(branch)
         ]
 
     def settle(self) -> None:
         """Keep only what the first evaluation used: most branches draw no numbers and update no buffers."""
-        self.random = [
-            (where, was) for where, was in self.random if as_bytes(was) != as_bytes(random_state(where))
-        ]
+        self.random = [(where, was) for where, was in self.random if as_bytes(was) != as_bytes(random_state(where))]
         self.buffers = [
             (module, key, version, was)
             for module, key, version, was in self.buffers
             # BatchNorm's kernel moves its statistics past the version counter; to compare values would wait for a GPU.
-            if was.is_floating_point() or module._buffers[key]._version != version
+            if was.is_floating_point() or getattr(module, key)._version != version
         ]
 
     def evaluate(self, x: Tensor) -> Tensor:
@@ -86,9 +82,7 @@ class Replay:
         now = [(module, key, module._buffers[key]) for module, key, _, _ in self.buffers]
         try:
             for module, key, _, was in self.buffers:
-                module._buffers[key] = (
-                    was.clone()
-                )  # the replay updates this copy; the notes stay good for another
+                module._buffers[key] = was.clone()  # the replay updates this copy; the notes stay good for another
             yield
         finally:
             for module, key, buffer in now:
@@ -109,11 +103,7 @@ def training_buffers(branch: Branch) -> list[tuple[nn.Module, str, Tensor]]:
 
 def random_state(device: torch.device) -> Tensor:
     """The state of the device's default generator, as a uint8 tensor on the CPU."""
-    return (
-        torch.get_rng_state()
-        if device.type == "cpu"
-        else torch.get_device_module(device).get_rng_state(device)
-    )
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def set_random_state(device: torch.device, state: Tensor) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible.coupling import AdditiveCoupling, Stream
+from memsave.reversible.coupling import AdditiveCoupling, Branch, Stream
 from memsave.reversible.frame import Frame
 
 
@@ -54,11 +54,13 @@ class ReversibleSequence(nn.Module):
     def inverse(self, y: Tensor) -> Tensor:
         """Return the x with forward(x) = y, up to rounding."""
         for block in reversed(self.blocks):
+            assert isinstance(block, AdditiveCoupling)
             y = block.inverse(y)
         return y
 
-    def _branches(self) -> Iterator[tuple[str, nn.Module]]:
+    def _branches(self) -> Iterator[tuple[str, Branch]]:
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, AdditiveCoupling)
             yield f"blocks.{number}.f", block.f
             yield f"blocks.{number}.g", block.g
 

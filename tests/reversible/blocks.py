@@ -10,16 +10,13 @@ from memsave.reversible import AdditiveCoupling, ReversibleSequence
 
 def conv_branch(channels, *, dropout=0.0, norm="group"):
     norms = {"group": nn.GroupNorm(1, channels), "batch": nn.BatchNorm2d(channels), "none": nn.Identity()}
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1), norms[norm], nn.SiLU(), nn.Dropout(dropout)
-    )
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), norms[norm], nn.SiLU(), nn.Dropout(dropout))
 
 
 def sequence(depth=3, channels=4, *, branch=conv_branch, dtype=torch.float64, seed=0, **options):
     torch.manual_seed(seed)
     blocks = [
-        AdditiveCoupling(branch(channels // 2, **options), branch(channels // 2, **options))
-        for _ in range(depth)
+        AdditiveCoupling(branch(channels // 2, **options), branch(channels // 2, **options)) for _ in range(depth)
     ]
     return ReversibleSequence(blocks).to(dtype)
 

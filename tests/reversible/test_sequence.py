@@ -104,9 +104,7 @@ def test_input_without_grad():
     twin = twin_of(net)
     for model in (net, twin):
         model(x).square().mean().backward()
-    assert_same(
-        {n: p.grad for n, p in net.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()}
-    )
+    assert_same({n: p.grad for n, p in net.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()})
 
 
 @pytest.mark.parametrize(
