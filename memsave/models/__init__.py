@@ -1,0 +1,7 @@
+"""Models whose depth costs no memory, and the layers that make them fast."""
+
+from memsave.models.depthwise import depthwise_conv3d
+from memsave.models.mbconv import MBConv3d
+from memsave.models.unet import ReversibleUNet3d
+
+__all__ = ["MBConv3d", "ReversibleUNet3d", "depthwise_conv3d"]

@@ -269,7 +269,7 @@ def test_a_saved_tensor_changed_in_place_within_the_branch_is_an_error():
             return value
 
     for net in (sequence(branch=Overwrites), twin_of(sequence(branch=Overwrites))):
-        with pytest.raises(RuntimeError, match="in ?place"):
+        with pytest.raises(RuntimeError, match=r"in ?place"):
             net(image().requires_grad_()).sum().backward()
 
 

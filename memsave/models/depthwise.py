@@ -1,0 +1,117 @@
+"""A depthwise 3D convolution with a backward as fast as its forward on the CPU.
+
+PyTorch has a fast kernel for the forward of a depthwise convolution in channels_last_3d, and slow ones for its two
+gradients, which take most of the time of a network of inverted bottlenecks on a CPU. Both follow from fast kernels:
+
+    dL/dx = conv(dL/dy, w flipped on every axis)                            the forward's own kernel
+    dL/dw[:, kd] = sum over d of the 2D weight gradient of (x[d + kd - p], dL/dy[d])
+
+for stride 1 and padding p = (k - 1) / 2. The second reads a channels_last_3d tensor (N, C, D, H, W) as the
+channels_last tensor (N D, C, H, W) that it already is in memory: one 2D weight gradient for each of the k planes of the
+kernel, on slices that are shifted against each other, and no copy.
+
+Whatever is not of this form (another device, stride, dilation, padding, an even kernel, several outputs a channel) goes
+to `torch.nn.functional.conv3d`. The result is the same function either way.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LAST = torch.channels_last_3d
+
+
+def depthwise_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    dilation: int = 1,
+) -> Tensor:
+    """Convolve each channel of x (N, C, D, H, W) with its own kernel: weight (C, 1, k, k, k), bias (C,).
+
+    `padding=None` keeps the size of the volume (k // 2). Gradients of any order are exact; under autocast, operands are
+    cast as `conv3d` would cast them.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.device.type == "cpu":
+        dtype = torch.get_autocast_dtype("cpu")  # a custom Function has to cast for itself
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    if not has_fast_backward(x, weight, stride=stride, padding=padding, dilation=dilation):
+        return F.conv3d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1])
+    y = _Depthwise.apply(x.contiguous(memory_format=LAST), weight)
+    return y if bias is None else y + bias.view(-1, 1, 1, 1)
+
+
+def has_fast_backward(x: Tensor, weight: Tensor, *, stride: int, padding: int, dilation: int) -> bool:
+    """Whether the formulas above apply and pay."""
+    channels, per_group, *kernel = weight.shape
+    size = kernel[0]
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 5
+        and per_group == 1
+        and channels == x.shape[1]
+        and kernel == [size] * 3
+        and size % 2 == 1
+        and (stride, padding, dilation) == (1, size // 2, 1)
+    )
+
+
+class _Depthwise(torch.autograd.Function):
+    """Every line of the backward is differentiable by itself, and so gradients of gradients need nothing more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _same_conv(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=LAST)
+        grad_x = _same_conv(grad, weight.flip(2, 3, 4)) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(x, grad, weight) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def _same_conv(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv3d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+
+def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """dL/dweight (C, 1, k, k, k) from x and dL/dy, both (N, C, D, H, W)."""
+    size, depth = weight.shape[-1], x.shape[2]
+    total = None
+    for x_slices, grad_slices in zip(_as_slices(x), _as_slices(grad), strict=True):  # (D, C, H, W): one sample
+        planes = []
+        for plane in range(size):
+            shift = plane - size // 2  # this plane of the kernel reads x[d + shift] for y[d]
+            first, last = max(0, -shift), min(depth, depth - shift)
+            if first >= last:
+                planes.append(torch.zeros_like(weight[:, :, 0]))
+                continue
+            planes.append(
+                _weight_gradient_2d(
+                    x_slices[first + shift : last + shift], grad_slices[first:last], weight[:, :, plane]
+                )
+            )
+        sample = torch.stack(planes, dim=2)
+        total = sample if total is None else total + sample
+    return total if total is not None else torch.zeros_like(weight)
+
+
+def _as_slices(x: Tensor) -> tuple[Tensor, ...]:
+    """The samples of x (N, C, D, H, W) as (D, C, H, W): views, dense in channels_last when x is in channels_last_3d."""
+    return x.transpose(1, 2).unbind(0)
+
+
+def _weight_gradient_2d(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """dL/dweight (C, 1, k, k) of a depthwise 2D convolution from x and dL/dy, both (D, C, H, W)."""
+    pad = weight.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], weight.shape[0], [False, True, False]
+    )[1]

@@ -1,0 +1,139 @@
+"""A 3D U-Net of reversible mobile inverted bottlenecks, after Pendse et al. 2020 (arXiv 2104.09648).
+
+    x -> stem -> [blocks] ------------------------------------- join -> [blocks] -> head -> logits
+                    | down                                        | up
+                 [blocks] ------------------------- join -> [blocks]
+                    | down                            | up
+                 [blocks] ----------------------------'
+
+[blocks] is a `ReversibleSequence` of additive couplings whose F and G are `MBConv3d` on half of the channels each; it
+holds all of the depth. Stem, down, up, join and head change the number of channels or voxels, so they cannot be
+reversible, and are kept light: pointwise stem and head, one strided convolution down, a pointwise convolution at the
+coarse level followed by trilinear interpolation up.
+
+`memory` says what is kept between forward and backward, and nothing else: parameters, function and random numbers are
+those of one and the same network.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memsave.models.mbconv import MBConv3d, group_norm
+from memsave.reversible import AdditiveCoupling, ReversibleSequence
+
+MEMORY_MODES = ("stored", "checkpoint", "reversible")
+SKIPS = ("add", "concat")
+
+
+class ReversibleUNet3d(nn.Module):
+    """Segment volumes (B, in_channels, D, H, W) of any size into logits (B, out_channels, D, H, W).
+
+    `channels` are those of the levels, finest first, all even; `blocks` the couplings per level on the way down, and
+    again on the way up (one number, or one a level); `skip` whether the two ways are added or concatenated.
+    `expansion`, `squeeze_excitation` and `dropout` are those of `MBConv3d`.
+
+    `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
+    "reversible" each level's output.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 3,
+        *,
+        channels: Sequence[int] = (16, 32, 64, 128),
+        blocks: int | Sequence[int] = 1,
+        expansion: int = 4,
+        skip: str = "add",
+        squeeze_excitation: float = 0.0,
+        dropout: float = 0.0,
+        memory: str = "reversible",
+    ):
+        super().__init__()
+        depths = _check_levels(channels, blocks, skip)
+
+        def level(width: int, depth: int) -> ReversibleSequence:
+            def branch() -> MBConv3d:
+                return MBConv3d(width // 2, expansion=expansion, squeeze_excitation=squeeze_excitation, dropout=dropout)
+
+            return ReversibleSequence([AdditiveCoupling(branch(), branch()) for _ in range(depth)])
+
+        steps = list(pairwise(channels))  # (finer, coarser) of each change of level
+        self.skip = skip
+        self.stem = nn.Conv3d(in_channels, channels[0], 1)
+        self.encoder = nn.ModuleList(level(width, depth) for width, depth in zip(channels, depths, strict=True))
+        self.down = nn.ModuleList(_down(fine, coarse) for fine, coarse in steps)
+        self.up = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in steps)
+        self.join = nn.ModuleList(
+            nn.Conv3d(2 * fine, fine, 1) if skip == "concat" else nn.Identity() for fine, _ in steps
+        )
+        self.decoder = nn.ModuleList(level(fine, depth) for (fine, _), depth in zip(steps, depths))
+        self.head = nn.Conv3d(channels[0], out_channels, 1)
+        self.memory = memory
+
+    @property
+    def memory(self) -> str:
+        """What is kept between forward and backward: one of `MEMORY_MODES`."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, mode: str) -> None:
+        if mode not in MEMORY_MODES:
+            raise ValueError(f"memory is {mode!r}; choose one of {', '.join(MEMORY_MODES)}")
+        self._memory = mode
+        for module in self.modules():
+            if isinstance(module, ReversibleSequence):
+                module.recompute = mode == "reversible"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, D, H, W) to logits (B, out_channels, D, H, W)."""
+        x = self.stem(x.contiguous(memory_format=torch.channels_last_3d))
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        skips = []
+        for level, blocks in enumerate(self.encoder):
+            x = self._run(blocks, x)
+            if level < len(self.down):
+                skips.append(x)
+                x = self.down[level](x)
+        for level in reversed(range(len(self.decoder))):
+            x = self._rise(level, x, skips.pop())
+            x = self._run(self.decoder[level], x)
+        return self.head(x)
+
+    def _rise(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        """From the level below to this one: (B, 2C, D/2, ...) and the skip (B, C, D, ...) to (B, C, D, ...)."""
+        x = F.interpolate(self.up[level](x), size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
+
+    def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
+        if self.memory != "checkpoint" or not torch.is_grad_enabled():
+            return blocks(x)
+        assert isinstance(blocks, ReversibleSequence)
+        for block in blocks.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def _down(fine: int, coarse: int) -> nn.Sequential:
+    """Halve the volume, rounding up, so that every size has a next level."""
+    return nn.Sequential(nn.Conv3d(fine, coarse, 3, stride=2, padding=1, bias=False), group_norm(coarse))
+
+
+def _check_levels(channels: Sequence[int], blocks: int | Sequence[int], skip: str) -> list[int]:
+    """Return the blocks per level; ValueError, in one sentence, for what cannot be built."""
+    depths = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
+    odd = [width for width in channels if width < 2 or width % 2]
+    if not channels or odd:
+        raise ValueError(f"channels are {list(channels)}; each level needs an even number of at least 2")
+    if len(depths) != len(channels) or min(depths) < 1:
+        raise ValueError(
+            f"blocks are {depths} for {len(channels)} levels; give one number of at least 1, or one for each level"
+        )
+    if skip not in SKIPS:
+        raise ValueError(f"skip is {skip!r}; choose one of {', '.join(SKIPS)}")
+    return depths

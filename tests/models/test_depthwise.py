@@ -1,0 +1,110 @@
+"""The depthwise convolution against PyTorch's own, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from memsave.models import depthwise, depthwise_conv3d
+
+SIZES = st.integers(1, 5)
+
+
+def operands(batch, channels, size, kernel=3, *, dtype=torch.float64, last=True):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, channels, *size, dtype=dtype, generator=generator)
+    weight = torch.randn(channels, 1, kernel, kernel, kernel, dtype=dtype, generator=generator)
+    if last:
+        x = x.to(memory_format=torch.channels_last_3d)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+def plain(x, weight, bias=None, *, stride=1, padding=None, dilation=1):
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    return F.conv3d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1])
+
+
+def compare(function, tensors, **options):
+    ours, theirs = function(*tensors, **options), plain(*tensors, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(theirs)
+    wanted = [t for t in tensors if t.requires_grad]
+    ours, theirs = (torch.autograd.grad(y, wanted, upstream) for y in (ours, theirs))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    size=st.tuples(SIZES, SIZES, SIZES),
+    kernel=st.sampled_from([1, 3, 5]),
+    last=st.booleans(),
+)
+def test_value_and_gradients_equal_conv3d(batch, channels, size, kernel, last):
+    compare(depthwise_conv3d, operands(batch, channels, size, kernel, last=last))
+
+
+def test_samples_do_not_leak_into_each_other():
+    x, weight = operands(2, 3, (4, 4, 4))
+    with torch.no_grad():
+        x[1] = 0
+    upstream = torch.zeros_like(x)
+    upstream[1] = 1  # all of the gradient belongs to the sample that is zero
+    (gradient,) = torch.autograd.grad(depthwise_conv3d(x, weight), weight, upstream)
+    assert gradient.abs().max() == 0
+
+
+def test_fast_backward_serves_the_network_and_nothing_unusual(monkeypatch):
+    taken = []
+    original = depthwise._Depthwise.apply
+    monkeypatch.setattr(depthwise._Depthwise, "apply", lambda *args: taken.append(1) or original(*args))
+    compare(depthwise_conv3d, operands(1, 2, (4, 4, 4)))
+    assert taken
+    taken.clear()
+    for kernel, options in [(3, {"stride": 2}), (3, {"dilation": 2}), (3, {"padding": 0}), (2, {})]:
+        compare(depthwise_conv3d, operands(2, 2, (6, 6, 6), kernel), **options)
+    x, _ = operands(1, 2, (5, 5, 5))
+    several = torch.randn(4, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)  # two outputs a channel
+    uneven = torch.randn(2, 1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    compare(depthwise_conv3d, (x, several))
+    torch.testing.assert_close(
+        depthwise_conv3d(x, uneven, padding=0), F.conv3d(x, uneven, groups=2), rtol=1e-12, atol=1e-12
+    )
+    assert not taken
+
+
+def test_bias_and_frozen_operands():
+    x, weight = operands(2, 3, (3, 4, 5))
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    compare(depthwise_conv3d, (x, weight, bias))
+    compare(depthwise_conv3d, (x.detach(), weight))
+    compare(depthwise_conv3d, (x, weight.detach()))
+
+
+def test_gradients_of_gradients():
+    x, weight = operands(2, 2, (3, 3, 3))
+    assert torch.autograd.gradcheck(depthwise_conv3d, (x, weight))
+    assert torch.autograd.gradgradcheck(depthwise_conv3d, (x, weight))
+
+
+def test_keeps_channels_last_and_casts_under_autocast():
+    x, weight = operands(2, 8, (4, 4, 4), dtype=torch.float32)
+    assert depthwise_conv3d(x, weight).is_contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = depthwise_conv3d(x, weight)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert weight.grad.dtype == x.grad.dtype == torch.float32
+    assert weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_slices_of_a_batch(dtype):
+    x, weight = operands(3, 16, (9, 8, 7), dtype=dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    ours, theirs = (torch.autograd.grad(f(x, weight).sin().sum(), (x, weight)) for f in (depthwise_conv3d, plain))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,91 @@
+"""The U-Net: one function and one set of gradients in every memory mode, at every size."""
+
+import pytest
+import torch
+
+from memsave.models import MBConv3d, ReversibleUNet3d
+from memsave.models.unet import MEMORY_MODES
+
+SMALL = {"channels": (4, 8, 8), "blocks": 2, "expansion": 2}
+
+
+def network(seed=0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    return ReversibleUNet3d(**{**SMALL, **options}).to(dtype)
+
+
+def volume(*size, batch=2, dtype=torch.float64):
+    return torch.randn(batch, 4, *size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def step(net, x, mode):
+    net.memory = mode
+    net.zero_grad()
+    torch.manual_seed(2)
+    y = net(x)
+    y.square().mean().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}, torch.rand(2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"skip": "concat"}, {"squeeze_excitation": 0.25}, {"dropout": 0.3}, {"blocks": (1, 2, 3)}],
+    ids=["plain", "concat", "gate", "dropout", "depths"],
+)
+def test_memory_modes_are_one_function(options):
+    net, x = network(**options), volume(8, 9, 7)
+    stored = step(net, x, "stored")
+    for mode in ("checkpoint", "reversible"):
+        y, gradients, after = step(net, x, mode)
+        assert torch.equal(y, stored[0])
+        assert torch.equal(after, stored[2])
+        for name, gradient in stored[1].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=f"{mode}: {name}")
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 6, 7), (16, 8, 12), (3, 17, 2)])
+@pytest.mark.parametrize("skip", ["add", "concat"])
+def test_every_size_has_logits_of_its_size(size, skip):
+    x = volume(*size, batch=1)
+    assert network(skip=skip)(x).shape == (1, 3, *size)
+
+
+def test_checkpoints_are_interchangeable():
+    nets = [network(seed, memory=mode) for seed, mode in enumerate(MEMORY_MODES)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+        with torch.no_grad():
+            assert torch.equal(net(volume(6, 6, 6)), nets[0](volume(6, 6, 6)))
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch runs pointwise convolutions of few samples without channels_last when it has a single thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_mbconv_keeps_shape_and_layout():
+    x = torch.randn(2, 4, 5, 6, 7).to(memory_format=torch.channels_last_3d)
+    y = MBConv3d(4, expansion=3, squeeze_excitation=0.5)(x)
+    assert y.shape == x.shape
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"channels": (4, 7)}, "even number"),
+        ({"channels": ()}, "even number"),
+        ({"blocks": (1, 2)}, r"blocks are \[1, 2\] for 3 levels"),
+        ({"blocks": 0}, "at least 1"),
+        ({"skip": "sum"}, "choose one of add, concat"),
+        ({"memory": "free"}, "choose one of stored, checkpoint, reversible"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_one_sentence(options, words):
+    with pytest.raises(ValueError, match=words):
+        network(**options)
