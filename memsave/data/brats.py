@@ -11,6 +11,7 @@ every label file is checked against it. nibabel is imported when a file is read.
 """
 
 import gzip
+import itertools
 import os
 import zlib
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def find_cases(root: str | Path, *, labelled: bool = True) -> list[Case]:
     if not folders:
         raise DataError(f"No NIfTI file lies below {root}: expected folders like ID/ID_t1.nii.gz, one per case.")
     cases = sorted((_case(folder, labelled=labelled) for folder in folders), key=lambda case: case.id)
-    for first, second in zip(cases, cases[1:]):
+    for first, second in itertools.pairwise(cases):
         if first.id == second.id:
             where = f"{first.images[0].parent} and {second.images[0].parent}"
             raise DataError(f"Case {first.id} occurs twice, in {where}: remove or rename one of the two folders.")
@@ -92,7 +93,8 @@ def find_cases(root: str | Path, *, labelled: bool = True) -> list[Case]:
 
 def read_case(case: Case, *, scheme: LabelScheme = BRATS_2021) -> Scan:
     """Read and check one case: readable files, one shape and affine, finite non-empty images, labels of `scheme`."""
-    volumes, affine = [], None
+    volumes: list[np.ndarray] = []
+    affine = None
     for path in case.images:
         image = _load(path)
         affine = image.affine if affine is None else affine
@@ -126,9 +128,7 @@ def regions(label: torch.Tensor, *, scheme: LabelScheme = BRATS_2021) -> torch.T
     return torch.cat(masks, dim=-4)
 
 
-def split_cases(
-    cases: Sequence[Case], *, validation_fraction: float = 0.2, seed: int
-) -> tuple[list[Case], list[Case]]:
+def split_cases(cases: Sequence[Case], *, validation_fraction: float = 0.2, seed: int) -> tuple[list[Case], list[Case]]:
     """Split by case into (train, validation), each sorted by id and never empty; the same for the same ids and seed."""
     if len(cases) < 2:
         raise DataError(f"A split needs at least 2 cases and got {len(cases)}: add cases to the data folder.")
@@ -163,15 +163,16 @@ def _case(folder: Path, *, labelled: bool) -> Case:
 def _load(path: Path):
     """The NIfTI image at `path`, from its complete bytes: gzip then verifies the checksum of the whole file."""
     import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         return nibabel.Nifti1Image.from_bytes(content)
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        raise _unreadable(path, error) from error
-    except nibabel.spatialimages.HeaderDataError as error:
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError) as error:
         raise _unreadable(path, error) from error
 
 

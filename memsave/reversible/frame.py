@@ -168,7 +168,7 @@ def _check(record: Record, saved: list[tuple[Tensor, int] | None]) -> None:
     again = [(entry[0].shape, entry[0].dtype) for entry in saved if entry is not None]
     if again != record.saved:
         raise RuntimeError(
-            f"{record.replay.name} saved {len(again)} tensors when its activations were rebuilt and {len(record.saved)} "
+            f"{record.replay.name} saved {len(again)} tensors when rebuilt and {len(record.saved)} "
             f"or others the first time; make it do the same each time it is given the same input (no state of its own, "
             f"no change of requires_grad or training mode before backward), or set recompute=False"
         )

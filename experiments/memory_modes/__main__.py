@@ -1,0 +1,79 @@
+"""stored, checkpoint and reversible, side by side: same losses, different memory.
+
+    python -m experiments.memory_modes
+
+Three copies of the network of `experiment=brats_rev` train on the same batches from one seed, a step of each in turn,
+so that the machine's moods meet all of them. Live bytes are measured by `MemoryRecorder` on the second step, optimizer
+included; times are of the steps that were not recorded.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from experiments.record import keep, median
+from memsave.config import compose, to_objects
+from memsave.profiler import MemoryRecorder, format_bytes, plot_reports
+from memsave.training.experiment import make_model, make_task
+from memsave.training.loop import State, make_state, run_steps
+
+MODES = ("stored", "checkpoint", "reversible")
+STEPS = 20
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    config = to_objects(compose(["experiment=brats_rev", f"trainer.steps={STEPS}"]))
+    task = make_task(config, torch.device("cpu"))
+    runs, recorders, losses, seconds = {}, {}, {m: [] for m in MODES}, {m: [] for m in MODES}
+    for mode in MODES:
+        torch.manual_seed(config.trainer.seed)
+        model = make_model(config)
+        model.memory = mode
+        recorders[mode] = Recorders(make_state(model, config.trainer))
+        runs[mode] = run_steps(recorders[mode].state, task, config.trainer, watch=recorders[mode])
+    for step in range(STEPS):
+        for mode in MODES:
+            done = next(runs[mode])
+            losses[mode].append(done.loss)
+            if step >= 2:
+                seconds[mode].append(done.seconds)
+        print(f"step {step + 1}: " + ", ".join(f"{mode} {losses[mode][-1]:.6f}" for mode in MODES), flush=True)
+    reports = {mode: recorders[mode].recorder.report() for mode in MODES}
+    results = {
+        mode: {
+            "peak_bytes": reports[mode].peak_bytes,
+            "peak_by_category": reports[mode].peak_by_category,
+            "step_seconds": median(seconds[mode]),
+            "time_over_stored": median([a / b for a, b in zip(seconds[mode], seconds["stored"])]),
+            "largest_relative_loss_difference": max(
+                abs(a - b) / abs(b) for a, b in zip(losses[mode], losses["stored"], strict=True)
+            ),
+            "losses": losses[mode],
+        }
+        for mode in MODES
+    }
+    for mode, row in results.items():
+        print(
+            f"{mode:12s} {format_bytes(row['peak_bytes']):>12s}  {row['time_over_stored']:.2f}x the time, "
+            f"losses within {row['largest_relative_loss_difference']:.1e}"
+        )
+    plot_reports(reports, HERE / "memory.png", title="Live memory of one training step")
+    keep(HERE / "results.json", command="python -m experiments.memory_modes", results=results)
+
+
+class Recorders:
+    """Records the second step: the first one has no optimizer state yet."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.recorder = MemoryRecorder(state.model, optimizer=state.optimizer)
+
+    def __call__(self, step: int) -> AbstractContextManager:
+        """What surrounds step number `step`."""
+        return self.recorder if step == 2 else nullcontext()
+
+
+if __name__ == "__main__":
+    main()

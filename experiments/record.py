@@ -1,0 +1,23 @@
+"""How a measurement is kept: JSON with the command, the machine and the day."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from memsave.training.result import hardware, versions, write_json
+
+
+def keep(path: Path, *, command: str, results: dict[str, Any]) -> None:
+    """Write the results beside what they depend on."""
+    today = datetime.date.today().isoformat()
+    write_json(
+        path, {"command": command, "date": today, "hardware": hardware(), "versions": versions(), "results": results}
+    )
+    print(f"written to {path}")
+
+
+def median(values: list[float]) -> float:
+    """The middle value: a shared machine now and then takes a break."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -1,0 +1,112 @@
+"""Phantoms: synthetic BraTS cases on disk, so that everything runs before anyone has downloaded a patient.
+
+`write_phantoms` writes cases in exactly the layout that `memsave.data.brats` reads, one NIfTI file per modality.
+`ensure_phantoms` keeps them in a cache folder named after their settings; a folder appears there complete or not at
+all, so killed and concurrent generations do no harm. Case i depends on (seed, i) and the settings alone.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from memsave.data.brats import MODALITIES, Case, find_cases
+from memsave.data.errors import DataError
+
+VERSION = 1  # raise it with every change of what is drawn: the cache then generates anew
+SMALLEST, LARGEST = (16, 16, 16), (240, 240, 155)
+
+Size = tuple[int, int, int]
+
+
+def write_phantoms(
+    root: str | Path,
+    *,
+    cases: int = 16,
+    size: Size = (96, 96, 80),
+    seed: int = 0,
+    without_enhancing: float = 0.125,
+) -> list[Case]:
+    """Write `cases` phantoms of `size` voxels below `root` and return them.
+
+    The fraction `without_enhancing` of the cases, evenly spread, has no enhancing tissue, as low-grade tumours have
+    none. Voxels are 1 mm whatever the size: a small phantom is a small head.
+    """
+    _check_settings(cases=cases, size=size, without_enhancing=without_enhancing)
+    for index in range(cases):
+        spread = math.floor((index + 1) * without_enhancing) - math.floor(index * without_enhancing)
+        _write_case(Path(root), index=index, size=size, seed=seed, enhancing=spread == 0)
+    return find_cases(root)
+
+
+def ensure_phantoms(
+    root: str | Path | None = None,
+    *,
+    cases: int = 16,
+    size: Size = (96, 96, 80),
+    seed: int = 0,
+    without_enhancing: float = 0.125,
+) -> list[Case]:
+    """The phantoms of these settings from the cache `root` ($MEMSAVE_CACHE or ~/.cache/memsave), made if need be."""
+    settings = {"cases": cases, "size": list(size), "seed": seed, "without_enhancing": without_enhancing}
+    digest = hashlib.sha256(json.dumps({"version": VERSION, **settings}, sort_keys=True).encode()).hexdigest()
+    name = f"phantom-{'x'.join(map(str, size))}-n{cases}-seed{seed}-{digest[:8]}"
+    folder = _cache_root(root) / name
+    if not folder.is_dir():
+        unfinished = folder.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
+        try:
+            write_phantoms(unfinished, cases=cases, size=size, seed=seed, without_enhancing=without_enhancing)
+            _publish(unfinished, folder=folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    found = find_cases(folder)
+    if len(found) != cases:
+        raise DataError(f"The cache {folder} holds {len(found)} of {cases} phantoms: delete it to have it made again.")
+    return found
+
+
+def _publish(unfinished: Path, *, folder: Path) -> None:
+    """Rename into place; where another process was faster, its folder holds the same cases and stays."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _cache_root(root: str | Path | None) -> Path:
+    if root is None:
+        root = os.environ.get("MEMSAVE_CACHE") or Path("~/.cache/memsave")
+    return Path(root).expanduser()
+
+
+def _check_settings(*, cases: int, size: Size, without_enhancing: float) -> None:
+    if cases < 1:
+        raise DataError(f"The number of phantoms is {cases}: ask for at least 1.")
+    if len(size) != 3 or any(not low <= n <= high for low, n, high in zip(SMALLEST, size, LARGEST)):
+        raise DataError(f"The phantom size is {tuple(size)}: choose three numbers from {SMALLEST} to {LARGEST}.")
+    if not 0 <= without_enhancing <= 1:
+        raise DataError(f"without_enhancing is {without_enhancing}: choose a fraction between 0 and 1.")
+
+
+def _write_case(root: Path, *, index: int, size: Size, seed: int, enhancing: bool) -> None:
+    import nibabel
+
+    from memsave.data.anatomy import synthesise
+
+    image, label = synthesise(size, rng=np.random.default_rng([seed, index]), enhancing=enhancing)
+    name = f"Phantom_{index:05d}"
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    # BraTS counts x and y towards the patient's left and back, against the axes of NIfTI
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = size[1] - 1
+    for part, volume in zip((*MODALITIES, "seg"), (*image, label)):
+        nifti = nibabel.Nifti1Image(volume, affine)
+        nifti.header.set_xyzt_units("mm")
+        nibabel.save(nifti, folder / f"{name}_{part}.nii.gz")

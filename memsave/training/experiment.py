@@ -1,0 +1,189 @@
+"""From a config to a folder of results: what `python -m memsave.run` does once the config is composed."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memsave.config import Config, ConfigError, UNetModel
+from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, plot_reports
+from memsave.training import checkpoint
+from memsave.training.loop import State, make_state, run_steps
+from memsave.training.measure import Measurement, measure_modes
+from memsave.training.progress import Progress
+from memsave.training.result import append_line
+from memsave.training.task import Task
+
+
+def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[str, Any]:
+    """Train, evaluate, measure and draw into `folder`; returns the `metrics` and `memory` of `result.json`."""
+    torch.manual_seed(config.trainer.seed)
+    device = choose_device(config.trainer.device)
+    progress.say(f"data={config.data.kind}, memory={config.memory.mode}, on {device}")
+    task = make_task(config, device)
+    model = make_model(config).to(device)
+    state = make_state(model, config.trainer)
+    if config.trainer.resume:
+        checkpoint.load(state, Path(config.trainer.resume).expanduser())
+        progress.say(f"continuing after step {state.step} of {config.trainer.steps}")
+
+    measured = _compare(config, state, task, progress=progress)
+    watch = Watch(state, steps=config.profiler.record_steps)
+    scores = _train(config, state, task, folder, watch=watch, progress=progress)
+    memory = _write_memory(config, folder, watch.worst, measured)
+    task.show(folder)
+    for line in _last_lines(config, task, scores, measured):
+        progress.say(line)
+    return {"metrics": scores, "memory": memory}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `trainer.device` names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"trainer.device is {name!r}; give auto, cpu, cuda or cuda:NUMBER") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.device is {name!r}, but PyTorch finds no GPU here; give trainer.device=cpu")
+    return device
+
+
+def make_task(config: Config, device: torch.device) -> Task:
+    """The task that the config names."""
+    if config.task == "segmentation":
+        from memsave.training.segmentation import Segmentation
+
+        return Segmentation(config.data, trainer=config.trainer, device=device)
+    raise ConfigError(f"task is {config.task!r}; the tasks are segmentation")
+
+
+def make_model(config: Config) -> nn.Module:
+    """The model that the config names, in its memory mode."""
+    model = config.model
+    assert isinstance(model, UNetModel)
+    from memsave.models import ReversibleUNet3d
+    from memsave.training.segmentation import IN_CHANNELS, OUT_CHANNELS
+
+    options = {key: value for key, value in asdict(model).items() if key != "kind"}
+    try:
+        return ReversibleUNet3d(IN_CHANNELS, OUT_CHANNELS, memory=config.memory.mode, **options)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+class Watch:
+    """Records the first steps of a run, and keeps the report of the one that needed most."""
+
+    def __init__(self, state: State, *, steps: int):
+        self.state = state
+        self.until = state.step + steps
+        self.worst: MemoryReport | None = None
+
+    def __call__(self, step: int) -> AbstractContextManager:
+        """What surrounds step number `step`."""
+        return self._record() if step <= self.until else nullcontext()
+
+    @contextmanager
+    def _record(self) -> Iterator[None]:
+        with MemoryRecorder(self.state.model, optimizer=self.state.optimizer) as recorder:
+            yield
+        report = recorder.report()
+        if self.worst is None or report.peak_bytes > self.worst.peak_bytes:
+            self.worst = report
+
+
+def _compare(config: Config, state: State, task: Task, *, progress: Progress) -> dict[str, Measurement]:
+    modes = config.profiler.compare
+    if not modes:
+        return {}
+    progress.say(f"measuring one step as {', '.join(modes)}")
+    batches = task.batches(start=0)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    return measure_modes(state, task, batch, config.trainer, modes=modes)
+
+
+def _train(
+    config: Config, state: State, task: Task, folder: Path, *, watch: Watch, progress: Progress
+) -> dict[str, float]:
+    """Take the steps, log them, leave checkpoints; returns the scores at the end."""
+    trainer, log = config.trainer, folder / "metrics.jsonl"
+    loss, scores = float("nan"), {}
+    with progress.bar(trainer.steps, done=state.step) as bar:
+        try:
+            for done in run_steps(state, task, trainer, watch=watch):
+                loss = done.loss
+                append_line(log, asdict(done))
+                bar.advance(f"loss {loss:.3f}")
+                if done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
+                    checkpoint.save(state, folder / "checkpoint")
+                if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
+                    append_line(log, {"step": done.step, **task.evaluate(state.model)})
+        except KeyboardInterrupt:
+            checkpoint.save(state, folder / "checkpoint")
+            raise
+    progress.say("evaluating on the held-out cases")
+    started = time.perf_counter()
+    scores = task.evaluate(state.model)
+    append_line(log, {"step": state.step, **scores, "seconds": time.perf_counter() - started})
+    return {"loss": loss, **scores}
+
+
+def _write_memory(
+    config: Config, folder: Path, worst: MemoryReport | None, measured: dict[str, Measurement]
+) -> dict[str, Any]:
+    """`memory.json` and `memory.png`; returns the part that stands in `result.json`."""
+    mode = config.memory.mode
+    reports = {name: each.report for name, each in measured.items()}
+    shown = worst or reports.get(mode)
+    if shown is None:
+        return {}
+    content = {"mode": mode, "step": shown.as_dict(), "compared": {k: r.as_dict() for k, r in reports.items()}}
+    (folder / "memory.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    plot_reports(reports or {mode: shown}, folder / "memory.png", title="Live memory of one training step")
+    own = measured.get(mode)
+    return {
+        "mode": mode,
+        "peak_bytes": shown.peak_bytes,
+        "peak_by_category": shown.peak_by_category,
+        "start_bytes": shown.start_bytes,
+        "allocator_peak_bytes": own.report.allocator_peak_bytes if own else shown.allocator_peak_bytes,
+        "compared": {
+            name: {
+                "peak_bytes": each.report.peak_bytes,
+                "peak_by_category": each.report.peak_by_category,
+                "start_bytes": each.report.start_bytes,
+                "allocator_peak_bytes": each.report.allocator_peak_bytes,
+                "seconds": each.seconds,
+                "loss": each.loss,
+            }
+            for name, each in measured.items()
+        },
+    }
+
+
+def _last_lines(
+    config: Config, task: Task, scores: dict[str, float], measured: dict[str, Measurement]
+) -> Iterator[str]:
+    """What was reached, and what was saved."""
+    yield task.summary(scores)
+    own = measured.get(config.memory.mode)
+    if own is None:
+        return
+    peak = own.report.peak_bytes
+    yield f"Peak of live memory, forward and backward, measured: {config.memory.mode} {format_bytes(peak)}"
+    for name, other in measured.items():
+        if name != config.memory.mode:
+            ratio, slower = other.report.peak_bytes / peak, own.seconds / other.seconds
+            yield (
+                f"  {name} would take {format_bytes(other.report.peak_bytes)}, {ratio:.2f} times as much; "
+                f"{config.memory.mode} took {slower:.2f} times its time per step"
+            )

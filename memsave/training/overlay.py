@@ -1,0 +1,92 @@
+"""A segmentation as a radiologist reads it: truth and prediction as contours on the scan.
+
+One row a case: T1ce and FLAIR, each with the truth and with the prediction, in the axial plane through the largest
+extent of the tumour; the patient's right is on the left of the picture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from memsave.data.brats import MODALITIES, REGIONS
+
+COLOURS = {"wt": "#35b779", "tc": "#fde725", "et": "#e4572e"}
+NAMES = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One case: image (4, X, Y, Z), truth and prediction (3, X, Y, Z), voxel size in mm, scores by name."""
+
+    name: str
+    image: Tensor
+    truth: Tensor
+    prediction: Tensor
+    spacing: Sequence[float]
+    scores: dict[str, float]
+
+
+def draw_overlay(pictures: Sequence[Picture], path: Path) -> None:
+    """Write the PNG."""
+    from matplotlib.figure import Figure
+
+    columns = [("T1ce", None), ("T1ce", "truth"), ("T1ce", "prediction"), ("FLAIR", "truth"), ("FLAIR", "prediction")]
+    width, height = 2.6 * len(columns), 2.75 * len(pictures) + 0.9
+    figure = Figure(figsize=(width, height), facecolor="black")
+    grid = figure.subplots(len(pictures), len(columns), squeeze=False)
+    figure.subplots_adjust(left=0.03, right=0.995, top=1 - 0.4 / height, bottom=0.45 / height, wspace=0.02, hspace=0.14)
+    for row, picture in zip(grid, pictures, strict=True):
+        plane = _widest_plane(picture.truth[0] | picture.prediction[0])
+        for axes, (modality, masks) in zip(row, columns, strict=True):
+            axes.set_axis_off()
+            _draw_plane(axes, picture, plane=plane, modality=modality.lower(), masks=masks)
+        dice = "   ".join(f"{NAMES[name]} {picture.scores[f'dice_{name}']:.2f}" for name in REGIONS)
+        row[0].set_title(
+            f"{picture.name}, axial {plane}     Dice: {dice}", color="white", fontsize=9, loc="left", pad=4
+        )
+    for axes, (modality, masks) in zip(grid[-1], columns, strict=True):
+        label = modality if masks is None else f"{modality}, {masks}"
+        axes.text(0.5, -0.03, label, color="white", fontsize=9, ha="center", va="top", transform=axes.transAxes)
+    for number, name in enumerate(REGIONS):
+        x = 0.62 + 0.13 * number
+        figure.text(x, 1 - 0.2 / height, f"—  {NAMES[name]}", color=COLOURS[name], fontsize=9, va="center")
+    figure.savefig(path, dpi=130, facecolor="black")
+
+
+def _draw_plane(axes, picture: Picture, *, plane: int, modality: str, masks: str | None) -> None:
+    image = _upright(picture.image[MODALITIES.index(modality), :, :, plane])
+    brain = image[image != 0]
+    low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0.0, 1.0)
+    aspect = picture.spacing[1] / picture.spacing[0]
+    shown = np.where(image == 0, low, image)
+    axes.imshow(shown, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")
+    if masks is None:
+        axes.text(0.02, 0.5, "R", color="white", fontsize=8, va="center", transform=axes.transAxes)
+        _scale_bar(axes, millimetres=20, voxel=picture.spacing[0])
+        return
+    volumes = picture.truth if masks == "truth" else picture.prediction
+    for mask, name in zip(volumes, REGIONS, strict=True):
+        outline = _upright(mask[:, :, plane]).astype(float)
+        if outline.any():
+            axes.contour(outline, levels=[0.5], colors=COLOURS[name], linewidths=1.1)
+
+
+def _scale_bar(axes, *, millimetres: float, voxel: float) -> None:
+    height = axes.get_ylim()[0]
+    start, end = 2.0, 2.0 + millimetres / voxel
+    axes.plot([start, end], [height - 2, height - 2], color="white", linewidth=2)
+    axes.text((start + end) / 2, height - 3, f"{millimetres:g} mm", color="white", fontsize=7, ha="center", va="bottom")
+
+
+def _widest_plane(mask: Tensor) -> int:
+    """The axial plane (last axis) with most of the tumour; the middle when there is none."""
+    area = mask.sum((0, 1))
+    return int(area.argmax()) if area.any() else mask.shape[-1] // 2
+
+
+def _upright(plane: Tensor) -> np.ndarray:
+    """An (X, Y) plane as an image: in BraTS's orientation x runs to the patient's left and y to the back."""
+    return plane.numpy().T

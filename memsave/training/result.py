@@ -1,0 +1,42 @@
+"""How results are written, and the versions and the machine that they depend on."""
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memsave
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    draft = path.with_name(path.name + ".new")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(path)
+
+
+def append_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line."""
+    with path.open("a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {"memsave": memsave.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that a measured number belongs to."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -1,0 +1,46 @@
+"""What the loop asks of a task.
+
+A task yields one loss per example and never a mean: the loop can then split a logical batch in any way, and weigh each
+example by itself, as private training must.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+"""Tensors with the examples along dimension 0, and lists with one entry an example."""
+
+
+class Task(Protocol):
+    """A kind of work: its data, its loss, its scores."""
+
+    def batches(self, *, start: int) -> Iterator[Batch]:
+        """The logical batches of the run from number `start` on; the same ones whatever came before."""
+
+    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses (B,): example i's depends on example i alone."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The scores on what was held out."""
+
+    def show(self, folder: Path) -> list[Path]:
+        """Write what a person would look at after the last evaluation; the paths of the files."""
+
+    def summary(self, scores: dict[str, float]) -> str:
+        """The scores in one line."""
+
+
+def split(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """Cut a logical batch into micro-batches of at most `size` examples (None: one of all)."""
+    count = examples(batch)
+    step = count if size is None else size
+    for first in range(0, count, step):
+        yield {key: value[first : first + step] for key, value in batch.items()}
+
+
+def examples(batch: Batch) -> int:
+    """How many examples the batch holds."""
+    return len(next(iter(batch.values())))

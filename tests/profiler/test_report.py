@@ -1,0 +1,88 @@
+"""The report as text, JSON and picture."""
+
+import json
+import struct
+import sys
+
+import pytest
+
+from memsave.profiler import CATEGORIES, MemoryRecorder, MemoryReport, format_bytes, plot_reports
+
+from .programs import conv_program
+
+
+def report_of(**net) -> MemoryReport:
+    program = conv_program(release=True, **net)
+    with MemoryRecorder(program.model, optimizer=program.optimizer) as recorder:
+        program.step()
+    return recorder.report(allocator_peak_bytes=12345)
+
+
+def png_size(path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_json_round_trip(tmp_path):
+    report = report_of()
+    report.to_json(tmp_path / "memory.json")
+    again = MemoryReport.from_json(tmp_path / "memory.json")
+    assert again == report
+    data = json.loads((tmp_path / "memory.json").read_text())
+    assert data["peak_bytes"] == report.peak_bytes
+    assert data["allocator_peak_bytes"] == 12345
+    assert set(data["peak_by_category"]) == set(CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 << 19, "1.50 MiB"), (5 << 30, "5.00 GiB")]
+)
+def test_units_are_binary(count, text):
+    assert format_bytes(count) == text
+
+
+def test_the_printed_report_names_peak_categories_and_five_blocks():
+    report = report_of()
+    lines = str(report).splitlines()
+    assert format_bytes(report.peak_bytes) in lines[0]
+    assert "12.06 KiB" in lines[1]
+    start = lines.index("largest blocks at the peak")
+    assert len(lines) - start - 1 == 5
+    assert [block.bytes for block in report.blocks] == sorted((block.bytes for block in report.blocks), reverse=True)
+
+
+def test_a_plot_is_a_picture_as_wide_as_its_panels(tmp_path):
+    pytest.importorskip("matplotlib")
+    stored, frugal = report_of(), report_of(checkpointed=True)
+    stored.plot(tmp_path / "one.png", title="One step", name="stored")
+    stored.plot(tmp_path / "two.png", name="stored", others={"checkpoint": frugal})
+    plot_reports({"a": stored, "b": frugal, "c": frugal}, tmp_path / "three.png")
+    widths = [png_size(tmp_path / f"{name}.png")[0] for name in ("one", "two", "three")]
+    assert widths == sorted(set(widths))
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_recording_of_nothing_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from torch import nn
+
+    with MemoryRecorder(nn.Identity()) as recorder:
+        pass
+    report = recorder.report()
+    assert (report.peak_bytes, len(report.timeline)) == (0, 1)
+    assert "peak  0 B" in str(report)
+    report.plot(tmp_path / "empty.png")
+    assert png_size(tmp_path / "empty.png")[0] > 100
+
+
+def test_no_reports_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"pass \{name: report\}"):
+        plot_reports({}, tmp_path / "none.png")
+
+
+def test_importing_the_package_does_not_import_matplotlib():
+    import subprocess
+
+    code = "import sys, memsave.profiler; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,55 @@
+"""Every experiment composes, and every mistake is answered in one sentence."""
+
+import pytest
+
+from memsave.config import ConfigError, compose, conf_dir, to_objects
+
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+BRATS = "experiment=brats_rev"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_opens_with_its_command(name):
+    to_objects(compose([f"experiment={name}"]))
+    lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"  # Hydra reads it on the first line alone
+    assert lines[1] == f"# python -m memsave.run experiment={name}"
+
+
+@pytest.mark.parametrize("memory", ["stored", "checkpoint", "reversible"])
+def test_memory_is_chosen_by_one_word(memory):
+    assert to_objects(compose([BRATS, f"memory={memory}"])).memory.mode == memory
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.stepz=3"], r"trainer\.stepz is not known; valid in trainer are steps, .*did you mean steps\?"),
+        (["+trainer.stepz=3"], r"trainer\.stepz is not known.*did you mean steps\?"),
+        (["trainer.optimizer.lrr=3"], r"valid in trainer\.optimizer are name, lr.*did you mean lr\?"),
+        (["data.sizes=3"], r"data\.sizes is not known.*did you mean size\?"),
+        (["trainer.steps=abc"], r"trainer\.steps: .*'abc'.*expected int, as in trainer\.steps=100"),
+        (["data.size=[1,a]"], r"data\.size\[1\]: Value 'a'"),
+        (["memory=storde"], r"memory=storde is not known; choose one of .*did you mean stored\?"),
+        (["memmory=stored"], r"memmory is not known.*did you mean memory\?"),
+        (["data=brats"], r"data\.root is not given.*data\.root=/my/BraTS2021"),
+        (["trainer.steps=0"], r"trainer\.steps is 0; it must be at least 1"),
+        (["trainer.optimizer.name=adam"], r"choose one of adamw, sgd \(did you mean adamw\?\)"),
+        (["profiler.compare=[stores]"], r"profiler\.compare is 'stores'.*did you mean stored\?"),
+        (["trainer.precision=half"], r"choose one of float32, bfloat16"),
+        (["foo"], "overrides have the form key=value"),
+        (["foo=3"], "foo is not known"),
+        (["trainer.steps=[1"], "cannot be read"),
+    ],
+)
+def test_a_mistake_names_the_key_what_was_expected_and_the_closest_name(overrides, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        compose([BRATS, *overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_no_experiment_lists_them():
+    with pytest.raises(ConfigError, match=r"no experiment is chosen.*brats_rev"):
+        compose([])
+    with pytest.raises(ConfigError, match=r"did you mean brats_rev\?"):
+        compose(["experiment=brats_rew"])

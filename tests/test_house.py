@@ -1,0 +1,60 @@
+"""The architecture as a test: who may import whom, and what `import memsave` costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memsave
+
+PACKAGE = Path(memsave.__file__).parent
+MECHANISMS = ("reversible", "profiler")
+ALLOWED = {  # imports run downwards
+    "reversible": {"reversible"},
+    "profiler": {"profiler"},
+    "models": {"models", "reversible"},
+    "data": {"data"},
+    "training": {"training", "models", "data", "profiler", "reversible", "config"},
+}
+HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus")
+
+
+def imports(path):
+    """(module, whether it is imported when the file is) of each absolute import."""
+    tree = ast.parse(path.read_text())
+    top = set(ast.walk(tree)) - {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports within memsave are absolute"
+            yield node.module, node in top
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_downwards(package):
+    for path in (PACKAGE / package).rglob("*.py"):
+        for module, _ in imports(path):
+            parts = module.split(".")
+            if parts[0] == "memsave" and len(parts) > 1:
+                assert parts[1] in ALLOWED[package], f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("package", MECHANISMS)
+def test_the_mechanisms_import_torch_alone(package):
+    for path in (PACKAGE / package).rglob("*.py"):
+        for module, top in imports(path):
+            root = module.split(".")[0]
+            allowed = root in ("torch", "memsave") or root in sys.stdlib_module_names
+            assert allowed or not top, f"{path.name} imports {module} at its top"
+
+
+def test_importing_memsave_loads_nothing_heavy():
+    program = (
+        "import sys, memsave, memsave.reversible, memsave.profiler, memsave.models, memsave.data\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

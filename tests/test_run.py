@@ -1,0 +1,160 @@
+"""The command line, as a user calls it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from memsave.config import compose
+from memsave.run import execute
+from tests.training.test_segmentation import TINY
+
+QUICK = [*TINY, "trainer.steps=2"]
+
+
+def command(folder, *arguments):
+    environment = {**os.environ, "MEMSAVE_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "memsave.run", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_one_run_leaves_its_result(tmp_path):
+    done = command(tmp_path, *QUICK)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs" / "brats_rev").iterdir()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "result.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "memory.json",
+        "memory.png",
+        "overlay.png",
+        "checkpoint",
+    }
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "ok"
+    assert result["experiment"] == "brats_rev"
+    assert result["privacy"] is None
+    assert {"loss", "dice_wt", "dice_tc", "dice_et", "hd95_wt"} <= result["metrics"].keys()
+    memory = result["memory"]
+    assert memory["peak_bytes"] == sum(memory["peak_by_category"].values()) > 0
+    assert memory["allocator_peak_bytes"] > 0
+    compared = memory["compared"]
+    assert (
+        compared["reversible"]["peak_bytes"] < compared["checkpoint"]["peak_bytes"] < compared["stored"]["peak_bytes"]
+    )
+    assert compared["reversible"]["loss"] == pytest.approx(compared["stored"]["loss"], rel=1e-5)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2, 2]
+    assert OmegaConf.load(folder / "config.yaml").trainer.steps == 2
+    assert "Dice on 1 held-out cases: WT" in done.stderr
+    assert "stored would take" in done.stderr
+
+
+def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = ["experiment=brats_rev", "data=brats", f"data.root={tmp_path / 'empty'}", "memory=stored,reversible"]
+    done = command(tmp_path, "-m", *arguments)
+    assert done.returncode == 1
+    (sweep,) = (tmp_path / "multirun" / "brats_rev").iterdir()
+    for number in "01":
+        result = json.loads((sweep / number / "result.json").read_text())
+        assert result["status"] == "failed"
+        assert "No NIfTI file" in result["error"]
+
+
+def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
+    done = command(tmp_path, "-m", "experiment=brats_rev", "memory=stored,reversibel")
+    assert done.returncode == 2
+    assert "did you mean reversible?" in done.stderr
+    assert not (tmp_path / "multirun").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment=brats_rev", "trainer.stepz=3"], "did you mean steps?"),
+        (["experiment=brats_rev", "data=brats", "data.root=nowhere"], "nowhere does not exist"),
+        ([], "no experiment is chosen"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, arguments, words):
+    done = command(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run in this process; returns (exit code, result)."""
+    monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path / "cache"))
+
+    def call(*overrides, name="run"):
+        folder = tmp_path / name
+        folder.mkdir()
+        code = execute(compose([*QUICK, "profiler.compare=[]", *overrides]), folder, experiment="brats_rev")
+        return code, json.loads((folder / "result.json").read_text()), folder
+
+    return call
+
+
+def test_a_run_continues_from_a_checkpoint(run):
+    _, whole, _ = run("trainer.steps=4", name="whole")
+    # the learning rate follows trainer.steps, so a broken run is one that was stopped, not one with fewer steps
+    _, _, first = run("trainer.steps=4", "trainer.checkpoint_every=1", name="first")
+    code, resumed, folder = run("trainer.steps=4", f"trainer.resume={first / 'checkpoint'}", name="resumed")
+    assert code == 0
+    assert resumed["metrics"]["dice_wt"] == whole["metrics"]["dice_wt"]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1  # nothing was left to train
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch, capsys):
+    from memsave.training.segmentation import Segmentation
+
+    original = Segmentation.per_example_losses
+    calls = []
+
+    def interrupted(self, model, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, model, batch)
+
+    monkeypatch.setattr(Segmentation, "per_example_losses", interrupted)
+    code, result, folder = run("trainer.steps=3", name="stopped")
+    assert (code, result["status"]) == (130, "interrupted")
+    assert f"trainer.resume={folder / 'checkpoint'}" in capsys.readouterr().err.replace("\n", "")
+    monkeypatch.undo()
+
+
+def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
+    from memsave.training import experiment
+
+    def fail(error):
+        monkeypatch.setattr(experiment, "make_model", lambda config: (_ for _ in ()).throw(error))
+
+    fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    code, result, _ = run(name="full")
+    assert (code, result["status"]) == (3, "oom")
+    fail(RuntimeError("something else"))
+    code, result, folder = run(name="broken")
+    assert (code, result["status"]) == (1, "failed")
+    assert "something else" in result["error"]
+    assert "Traceback" in (folder / "error.txt").read_text()
+
+
+def test_a_model_that_cannot_be_built_is_bad_input(run):
+    code, result, _ = run("model.channels=[7]", "model.blocks=[1]")
+    assert code == 2
+    assert "even number" in result["error"]

@@ -1,0 +1,74 @@
+"""Checkpoints: whole, and enough to go on as if nothing had happened."""
+
+import pytest
+import torch
+
+from memsave.config import OptimizerConfig
+from memsave.training import checkpoint
+from memsave.training.loop import make_state, run_steps
+from tests.training.toy import Lines, line_model, trainer
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, name):
+    config = trainer(optimizer=OptimizerConfig(name=name, lr=0.05, warmup_steps=2))
+    torch.manual_seed(3)
+    state = make_state(line_model(), config)
+    losses = []
+    for done in run_steps(state, Lines(), config):
+        losses.append(done.loss)
+        if done.step == 3:
+            checkpoint.save(state, tmp_path / "checkpoint")
+    torch.manual_seed(99)  # the random state has to come from the checkpoint: the model has dropout
+    resumed = make_state(line_model(), config)
+    checkpoint.load(resumed, tmp_path / "checkpoint")
+    assert resumed.step == 3
+    assert [done.loss for done in run_steps(resumed, Lines(), config)] == losses[3:]
+    for ours, theirs in zip(resumed.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def saved(tmp_path):
+    state = make_state(line_model(), trainer())
+    next(run_steps(state, Lines(), trainer()))
+    checkpoint.save(state, tmp_path / "checkpoint")
+    return state, tmp_path / "checkpoint"
+
+
+def test_saving_replaces_and_leaves_nothing_beside(tmp_path):
+    state, folder = saved(tmp_path)
+    checkpoint.save(state, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_killed_while_writing_the_last_one_stays(tmp_path, monkeypatch):
+    state, folder = saved(tmp_path)
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError):
+        checkpoint.save(state, folder)
+    checkpoint.load(make_state(line_model(), trainer()), folder)
+
+
+def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
+    _, folder = saved(tmp_path)
+    folder.rename(folder.with_name("checkpoint.old"))
+    state = make_state(line_model(), trainer())
+    checkpoint.load(state, folder)
+    assert state.step == 1
+
+
+def test_what_cannot_be_continued_is_said(tmp_path):
+    _, folder = saved(tmp_path)
+    state = make_state(torch.nn.Linear(2, 2), trainer())
+    with pytest.raises(checkpoint.CheckpointError, match="is of another model"):
+        checkpoint.load(state, folder)
+    with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint in"):
+        checkpoint.load(state, tmp_path / "nothing")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+        checkpoint.load(state, folder)

@@ -1,0 +1,83 @@
+"""The loop: one logical batch is one step, however it is cut."""
+
+import pytest
+import torch
+
+from memsave.config import OptimizerConfig
+from memsave.training.loop import TrainingError, accumulate, make_optimizer, make_schedule, make_state, run_steps
+from memsave.training.task import examples, split
+from tests.training.toy import Lines, line_model, trainer
+
+
+def test_split_keeps_every_example_in_order():
+    batch = {"x": torch.arange(7), "id": list("abcdefg")}
+    parts = list(split(batch, 3))
+    assert [examples(part) for part in parts] == [3, 3, 1]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert [name for part in parts for name in part["id"]] == batch["id"]
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 4, 6, 100])
+def test_micro_batches_change_nothing(size):
+    model, task = line_model().eval(), Lines()
+    loss = accumulate(model, task, task.data[0], trainer(micro_batch_size=size))
+    expected = task.per_example_losses(model, task.data[0]).mean()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_steps_are_counted_logged_and_learn():
+    task = Lines(batches=1)
+    task.data *= 30
+    done = list(run_steps(make_state(line_model(), trainer(steps=30)), task, trainer(steps=30)))
+    assert [each.step for each in done] == list(range(1, 31))
+    assert done[-1].loss < 0.7 * done[0].loss
+
+
+def test_a_step_leaves_no_gradient():
+    state, task = make_state(line_model(), trainer()), Lines()
+    next(run_steps(state, task, trainer()))
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+def test_warm_up_then_cosine_to_zero():
+    config = OptimizerConfig(lr=1.0, warmup_steps=4)
+    optimizer = make_optimizer(line_model(), config)
+    schedule = make_schedule(optimizer, config, steps=12)
+    rates = []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[8] == pytest.approx(0.5)
+    assert rates[12] == pytest.approx(0.0)
+
+
+def test_norms_and_biases_are_not_decayed():
+    groups = make_optimizer(line_model(), OptimizerConfig(weight_decay=0.1)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() > 1 for p in groups[0]["params"])
+    assert all(p.dim() == 1 for p in groups[1]["params"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    state, task = make_state(line_model(), trainer()), Lines()
+    task.data[1]["y"][2] = float("nan")
+    steps = run_steps(state, task, trainer())
+    next(steps)
+    before = [p.clone() for p in state.model.parameters()]
+    with pytest.raises(TrainingError, match=r"loss of step 2 is nan; lower trainer\.optimizer\.lr"):
+        next(steps)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+
+
+def test_a_mean_instead_of_losses_is_refused():
+    class Mean(Lines):
+        def per_example_losses(self, model, batch):
+            return super().per_example_losses(model, batch).mean()
+
+    with pytest.raises(TrainingError, match=r"shape \(\) for 6 examples; return one loss per example"):
+        next(run_steps(make_state(line_model(), trainer()), Mean(), trainer()))

@@ -1,0 +1,36 @@
+"""A task so small that its numbers can be followed by hand."""
+
+import torch
+from torch import nn
+
+from memsave.config import OptimizerConfig, TrainerConfig
+
+
+class Lines:
+    """Fit y = w x + b; one squared error an example."""
+
+    def __init__(self, *, batch_size=6, batches=8, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        self.data = [
+            {
+                "x": torch.randn(batch_size, 3, dtype=dtype, generator=generator),
+                "y": torch.randn(batch_size, dtype=dtype, generator=generator),
+            }
+            for _ in range(batches)
+        ]
+
+    def batches(self, *, start):
+        yield from self.data[start:]
+
+    def per_example_losses(self, model, batch):
+        return (model(batch["x"]).squeeze(1) - batch["y"]).square()
+
+
+def line_model(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1)).to(dtype)
+
+
+def trainer(**options):
+    optimizer = OptimizerConfig(lr=0.05, warmup_steps=2)
+    return TrainerConfig(**{"steps": 8, "batch_size": 6, "optimizer": optimizer, **options})
