@@ -7,7 +7,7 @@ sampled at the voxels through a random smooth deformation. Tissue follows from e
 
 (liquor where e < 1 mm, grey matter up to 4 mm, white matter below); sulci are the zero set of a smooth random field.
 A tumour is a pair of warped spheres: tissue shifts away from it (mass effect), the inner sphere is necrosis within an
-enhancing rim, the outer one edema that spares liquor and most of the cortex. An image is
+enhancing rim, the outer one edema that spares the ventricles and part of the cortex. An image is
 
     I_m = gain_m * bias_m * | blur(contrast_m[tissue]) + n1 + i n2 |,    n1, n2 ~ N(0, sigma_m)    (Rician noise)
 
@@ -25,10 +25,11 @@ Vector = tuple[float, float, float]
 # Mean signal per modality, relative to white matter on T1; columns in the order of MODALITIES: t1, t1ce, t2, flair.
 CONTRAST = {
     "csf": (0.28, 0.28, 1.05, 0.14),
+    "ventricle": (0.28, 0.28, 1.05, 0.14),
     "grey": (0.64, 0.66, 0.60, 0.58),
     "white": (0.88, 0.88, 0.42, 0.48),
     "deep": (0.72, 0.74, 0.50, 0.53),
-    "lesion": (0.74, 0.74, 0.66, 0.80),
+    "lesion": (0.76, 0.76, 0.62, 0.74),
     "vessel": (0.66, 1.25, 0.40, 0.45),
     "necrosis": (0.42, 0.42, 0.92, 0.60),
     "edema": (0.62, 0.62, 0.80, 0.90),
@@ -51,12 +52,12 @@ _INSIDE: tuple[tuple[str, Vector, Vector, bool], ...] = (
     ("deep", (12, 8, 5), (9, 15, 10), True),  # thalamus
     ("deep", (27, -6, 5), (6, 17, 11), True),  # putamen
     ("deep", (14, -20, 13), (6, 12, 11), True),  # caudate nucleus
-    ("csf", (9, -20, 14), (5, 17, 10), True),  # lateral ventricle: frontal horn, body, atrium, occipital horn
-    ("csf", (11, 4, 20), (6, 25, 8), True),
-    ("csf", (19, 28, 11), (7, 12, 11), True),
-    ("csf", (22, 44, 6), (5, 15, 6), True),
-    ("csf", (0, 4, 4), (2.5, 13, 10), False),  # third and fourth ventricle
-    ("csf", (0, 30, -34), (6, 6, 10), False),
+    ("ventricle", (9, -20, 14), (5, 17, 10), True),  # lateral ventricle: frontal horn, body, atrium, occipital horn
+    ("ventricle", (11, 4, 20), (6, 25, 8), True),
+    ("ventricle", (19, 28, 11), (7, 12, 11), True),
+    ("ventricle", (22, 44, 6), (5, 15, 6), True),
+    ("ventricle", (0, 4, 4), (2.5, 13, 10), False),  # third and fourth ventricle
+    ("ventricle", (0, 30, -34), (6, 6, 10), False),
     ("vessel", (18, 28, 8), (2.5, 7, 2.5), True),  # choroid plexus
 )
 _HALF_EXTENT = np.array([73.0, 92.0, 76.0])  # mm that the brain, deformed, may reach from the origin
@@ -135,7 +136,7 @@ def _draw_tumour(rng: Generator, *, voxel: float, enhancing: bool) -> Tumour:
     direction *= rng.uniform(0.3, 1) ** (1 / 3) / np.linalg.norm(direction)
     centre = np.array([0.0, 0.0, 14.0]) + direction * np.array([38.0, 52.0, 26.0])
     centre[0] = np.copysign(max(abs(centre[0]), 16.0), centre[0])
-    radius = max(rng.uniform(22, 40), 4 * voxel)
+    radius = max(rng.uniform(24, 42), 4 * voxel)
     core = max(radius * rng.uniform(0.4, 0.68), 2.5 * voxel)
     rim = max(core * rng.uniform(0.2, 0.5), 1.3 * voxel) if enhancing else 0.0
     return Tumour(centre=centre.astype(np.float32), radius=radius, core=core, rim=rim, push=rng.uniform(0.1, 0.35))
@@ -169,9 +170,9 @@ def _anatomy(points: np.ndarray, *, rng: Generator, scale: float) -> tuple[np.nd
     ventricle = np.full(points.shape[1:], np.inf, dtype=np.float32)
     for name, centre, radii, paired in _INSIDE:
         folded = np.stack([np.abs(points[0]), points[1], points[2]]) if paired else points
-        level = _level(folded, centre=centre, radii=radii) / (wide if name == "csf" else 1.0)
+        level = _level(folded, centre=centre, radii=radii) / (wide if name == "ventricle" else 1.0)
         tissue[level < 1] = _CODE[name]
-        if name == "csf" and paired:
+        if name == "ventricle" and paired:
             ventricle = np.minimum(ventricle, level)
     _add_lesions(tissue, ventricle, rng=rng, scale=scale)
     sinus = (np.abs(points[0]) < 3) & (depth < 4) & (points[2] > 0)
@@ -183,7 +184,7 @@ def _add_lesions(tissue: np.ndarray, ventricle: np.ndarray, *, rng: Generator, s
     """Chronic white-matter lesions of small vessels: caps around the ventricles and spots, many in some heads."""
     load = rng.uniform(0, 1) ** 2
     spots = smooth_field(rng, tissue.shape, spacing=max(4.5 * scale, 1.0)) + np.exp(-2 * (ventricle - 1))
-    tissue[(tissue == _CODE["white"]) & (spots > 4.2 - 1.7 * load)] = _CODE["lesion"]
+    tissue[(tissue == _CODE["white"]) & (spots > 4.2 - 1.4 * load)] = _CODE["lesion"]
 
 
 def _level(points: np.ndarray, *, centre: Vector, radii: Vector, lower: float | None = None) -> np.ndarray:
@@ -203,13 +204,13 @@ def _add_tumour(tissue: np.ndarray, points: np.ndarray, *, tumour: Tumour, rng: 
     lobes = smooth_field(rng, shape, spacing=0.55 * tumour.core * scale)
     fingers = smooth_field(rng, shape, spacing=0.4 * tumour.radius * scale)
     cells = smooth_field(rng, shape, spacing=max(4.0 * scale, 1.0))
-    core = distance * (1 + 0.12 * np.clip(lobes, -2, 2)) + 0.4 * np.clip(cells, -2, 2)
-    reach = distance * (1 + 0.16 * np.clip(fingers, -2, 2))
-    # edema runs along white matter and comes to a halt in the cortex
-    reach = np.where(tissue == _CODE["grey"], reach * 1.3, reach)
-    reach = np.where(tissue == _CODE["deep"], reach * 1.2, reach)
+    core = distance * (1 + 0.12 * np.clip(lobes, -2, 2)) + 0.3 * np.clip(cells, -2, 2)
+    reach = distance * (1 + 0.13 * np.clip(fingers, -2, 2))
+    # edema runs along white matter and comes to a halt in the cortex; the sulci within it are swollen shut
+    reach = np.where(tissue == _CODE["grey"], reach * 1.2, reach)
+    reach = np.where(tissue == _CODE["deep"], reach * 1.1, reach)
     reach += np.maximum(-np.sign(tumour.centre[0]) * points[0], 0)  # the other side is reached through the callosum
-    tissue[(reach < tumour.radius) & (tissue != _CODE["csf"]) & (tissue != _CODE["vessel"])] = _CODE["edema"]
+    tissue[(reach < tumour.radius) & (tissue != _CODE["ventricle"]) & (tissue != _CODE["vessel"])] = _CODE["edema"]
     tissue[core < tumour.core] = _CODE["necrosis"]
     thickness = tumour.rim * (1 + 0.45 * np.clip(fingers + 0.5 * cells, -1.6, 2))
     tissue[(core < tumour.core) & (core > tumour.core - thickness)] = _CODE["enhancing"]

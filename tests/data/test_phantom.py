@@ -1,6 +1,7 @@
 import itertools
-import multiprocessing
 import stat
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -134,14 +135,17 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     assert len(ensure_phantoms(tmp_path, cases=2, size=(16, 16, 16))) == 2
 
 
-def _ensure(root):
-    return [case.id for case in ensure_phantoms(root, cases=3, size=(16, 16, 16))]
-
-
 def test_concurrent_generations_agree(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        first, second = pool.map(_ensure, [tmp_path, tmp_path], chunksize=1)
-    assert first == second and len(first) == 3
+    program = (
+        "import sys; from memsave.data.phantom import ensure_phantoms\n"
+        "print([case.id for case in ensure_phantoms(sys.argv[1], cases=3, size=(16, 16, 16))])"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    first, second = (process.communicate(timeout=60)[0] for process in both)
+    assert first == second and first.count("Phantom") == 3
     assert len(list(tmp_path.iterdir())) == 1
 
 
