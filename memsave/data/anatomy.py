@@ -29,7 +29,7 @@ CONTRAST = {
     "grey": (0.64, 0.66, 0.60, 0.58),
     "white": (0.88, 0.88, 0.42, 0.48),
     "deep": (0.72, 0.74, 0.50, 0.53),
-    "lesion": (0.76, 0.76, 0.62, 0.74),
+    "lesion": (0.76, 0.76, 0.62, 0.77),
     "vessel": (0.66, 1.25, 0.40, 0.45),
     "necrosis": (0.42, 0.42, 0.92, 0.60),
     "edema": (0.62, 0.62, 0.80, 0.90),
@@ -232,7 +232,7 @@ def _acquire(tissue: np.ndarray, brain: np.ndarray, *, rng: Generator, scale: fl
     images = np.zeros((4, *tissue.shape), dtype=np.int16)
     for modality in range(4):
         signal = ndimage.gaussian_filter(table[visible, modality] * texture, 0.55)[brain]
-        bias = 1 + rng.uniform(0.02, 0.06) * smooth_field(rng, tissue.shape, spacing=70 * scale)[brain]
+        bias = 1 + rng.uniform(0.03, 0.07) * smooth_field(rng, tissue.shape, spacing=70 * scale)[brain]
         sigma, gain = rng.uniform(0.02, 0.04), np.exp(rng.uniform(np.log(150), np.log(1500)))
         noise = sigma * rng.standard_normal((2, signal.size), dtype=np.float32)
         magnitude = gain * bias * np.hypot(signal + noise[0], noise[1])

@@ -71,7 +71,8 @@ def _draw_plane(axes, picture: Picture, *, plane: int, modality: str, masks: str
     for mask, name in zip(volumes, REGIONS, strict=True):
         outline = _upright(mask[:, :, plane]).astype(float)
         if outline.any():
-            axes.contour(outline, levels=[0.5], colors=COLOURS[name], linewidths=1.1)
+            # the core is drawn wider, so that it shows beside an enhancing rim on the same voxels
+            axes.contour(outline, levels=[0.5], colors=COLOURS[name], linewidths=2.4 if name == "tc" else 1.1)
 
 
 def _scale_bar(axes, *, millimetres: float, voxel: float) -> None:

@@ -68,14 +68,18 @@ def test_modalities_show_what_they_should():
     assert np.median(t1[label == 1]) < np.median(t1[healthy])
 
 
-def test_no_threshold_on_flair_finds_the_tumour():
-    overlaps = []
+def test_no_threshold_on_flair_finds_every_tumour():
+    inside, truth = [], []
     for index in range(4):
-        image, label = draw(0, index, size=(48, 48, 40))
-        inside, truth = image[3][image[3] > 0], label[image[3] > 0] > 0
-        cuts = (inside > cut for cut in np.quantile(inside, np.linspace(0.5, 0.995, 40)))
-        overlaps.append(max(2 * (cut & truth).sum() / (cut.sum() + truth.sum()) for cut in cuts))
-    assert 0.3 < np.mean(overlaps) < 0.9
+        image, label = draw(0, index, size=(96, 96, 80))
+        values = image[3][image[3] > 0]
+        inside.append((values - values.mean()) / values.std())
+        truth.append(label[image[3] > 0] > 0)
+
+    def worst(cut):  # of all cases, in Dice
+        return min(2 * ((z > cut) & t).sum() / ((z > cut).sum() + t.sum()) for z, t in zip(inside, truth))
+
+    assert 0.3 < max(worst(cut) for cut in np.linspace(-1, 4, 101)) < 0.85
 
 
 def test_the_same_seed_draws_the_same_case_and_another_does_not(tmp_path, phantoms):
@@ -105,6 +109,7 @@ def test_the_cache_is_reused_and_readable_by_name(tmp_path, monkeypatch):
     settings = {"cases": 2, "size": (16, 16, 16), "seed": 5}
     first = ensure_phantoms(**settings)
     times = [case.label.stat().st_mtime_ns for case in first]
+    monkeypatch.setattr(phantom, "write_phantoms", None)  # not called again
     assert ensure_phantoms(**settings) == first
     assert [case.label.stat().st_mtime_ns for case in first] == times
     (folder,) = tmp_path.iterdir()

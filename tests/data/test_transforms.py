@@ -51,12 +51,14 @@ def test_crops_are_flipped_on_every_axis():
 
 def test_intensities_are_scaled_and_shifted_by_at_most_a_tenth():
     scales, shifts = [], []
-    for item in drawn(40):
-        image = item["image"][0].double()
-        neighbours = (image.select(2, 1) - image.select(2, 0))[0, 0].abs().item()
-        scales.append(neighbours)
-        shifts.append(abs(item["image"]).min().item())
+    image, label = torch.zeros(4, 4, 4, 4), torch.ones(1, 4, 4, 4, dtype=torch.uint8)
+    image[:, 0, 0, 0] = 1.0
+    for seed in range(40):
+        item = augment((4, 4, 4)).set_random_state(seed)({"image": image, "label": label})[0]
+        scales.append((item["image"].max() - item["image"].min()).item())
+        shifts.append(item["image"].min().item())
     assert 0.9 <= min(scales) < 0.95 and 1.05 < max(scales) <= 1.1
+    assert -0.1 <= min(shifts) < -0.05 and 0.05 < max(shifts) <= 0.1
 
 
 def test_a_volume_smaller_than_the_crop_is_padded():
