@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.record import keep, median
+from experiments.record import insert, keep, machine, median
 from memsave.config import compose, to_objects
 from memsave.profiler import MemoryRecorder, format_bytes, plot_reports
 from memsave.training.experiment import make_model, make_task
@@ -21,6 +21,7 @@ from memsave.training.loop import State, make_state, run_steps
 MODES = ("stored", "checkpoint", "reversible")
 STEPS = 20
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 
 def main() -> None:
@@ -54,13 +55,28 @@ def main() -> None:
         }
         for mode in MODES
     }
-    for mode, row in results.items():
-        print(
-            f"{mode:12s} {format_bytes(row['peak_bytes']):>12s}  {row['time_over_stored']:.2f}x the time, "
-            f"losses within {row['largest_relative_loss_difference']:.1e}"
-        )
+    text = table(results)
+    print(text)
+    for document in (HERE / "README.md", ROOT / "README.md"):
+        insert(document, name="memory modes", text=text)
     plot_reports(reports, HERE / "memory.png", title="Live memory of one training step")
     keep(HERE / "results.json", command="python -m experiments.memory_modes", results=results)
+
+
+def table(results: dict[str, dict]) -> str:
+    rows = [
+        f"{machine()}:\n",
+        "| memory= | peak live memory | against stored | time per step | losses of 20 steps against stored |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, row in results.items():
+        share = row["peak_bytes"] / results["stored"]["peak_bytes"]
+        difference = row["largest_relative_loss_difference"]
+        rows.append(
+            f"| {mode} | {format_bytes(row['peak_bytes'])} | {share:.2f}x | {row['step_seconds']:.2f} s, "
+            f"{row['time_over_stored']:.2f}x | {f'within {difference:.0e}' if difference else 'equal'} |"
+        )
+    return "\n".join(rows)
 
 
 class Recorders:

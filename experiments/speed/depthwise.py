@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.record import keep, median
+from experiments.record import insert, keep, machine, median
 from memsave.models import depthwise_conv3d
 
 SHAPES = [(1, 96, 64, 64, 64), (1, 48, 128, 128, 128), (2, 32, 48, 48, 48)]
@@ -69,6 +69,18 @@ def measure(shape: tuple[int, ...], *, repeats: int) -> dict:
     }
 
 
+def table(results: dict[str, dict]) -> str:
+    rows = [
+        f"{machine()}; milliseconds, forward / backward:\n",
+        f"| shape | {' | '.join(WAYS)} | backward, contiguous / memsave |",
+    ]
+    rows.append("|---" * (len(WAYS) + 2) + "|")
+    for shape, result in results.items():
+        cells = " | ".join(f"{row['forward_ms']:.0f} / {row['backward_ms']:.0f}" for row in result["ways"].values())
+        rows.append(f"| {shape} | {cells} | {result['backward_speedup_over_contiguous']:.1f}x |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
@@ -80,6 +92,7 @@ def main() -> None:
         print(f"{name}: backward {result['backward_speedup_over_contiguous']:.1f} times as fast as contiguous PyTorch")
         for way, row in result["ways"].items():
             print(f"  {way:26s} forward {row['forward_ms']:8.1f} ms   backward {row['backward_ms']:8.1f} ms")
+    insert(Path(__file__).with_name("README.md"), name="depthwise", text=table(results))
     keep(Path(__file__).with_suffix(".json"), command="python -m experiments.speed.depthwise", results=results)
 
 
