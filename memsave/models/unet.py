@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memsave.models.mbconv import MBConv3d, group_norm
-from memsave.reversible import AdditiveCoupling, ReversibleSequence
+from memsave.reversible import AdditiveCoupling, ReversibleSequence, Stream
 
 MEMORY_MODES = ("stored", "checkpoint", "reversible")
 SKIPS = ("add", "concat")
@@ -114,9 +114,20 @@ class ReversibleUNet3d(nn.Module):
         if self.memory != "checkpoint" or not torch.is_grad_enabled():
             return blocks(x)
         assert isinstance(blocks, ReversibleSequence)
-        for block in blocks.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
+        stream = Stream.split(x)
+        for block in blocks.couplings():
+            stream = _checkpointed(block, stream)
+        return stream.merge()
+
+
+def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
+    """One block under a checkpoint: on the pair, since a join between blocks would round it under autocast."""
+
+    def run(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        return block.forward_stream(Stream(target, source, stream.dtype)).halves()
+
+    target, source = checkpoint(run, *stream.halves(), use_reentrant=False)
+    return Stream(target, source, stream.dtype)
 
 
 def _down(fine: int, coarse: int) -> nn.Sequential:

@@ -32,17 +32,22 @@ class AdditiveCoupling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) to y of the same shape and dtype; ValueError when C is odd."""
-        stream = Stream.split(x)
-        for branch in (self.f, self.g):
-            stream = stream.step(branch)
-        return stream.merge()
+        return self.forward_stream(Stream.split(x)).merge()
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the x with forward(x) = y, up to the rounding of one subtraction per half."""
-        stream = Stream.split(y)
-        for branch in (self.g, self.f):
-            stream = stream.step_back(branch)
-        return stream.merge()
+        """Return the x with forward(x) = y, up to the rounding of one subtraction per half.
+
+        A branch that draws random numbers (dropout in training mode) draws new ones here: not the inverse then.
+        """
+        return self.inverse_stream(Stream.split(y)).merge()
+
+    def forward_stream(self, stream: "Stream") -> "Stream":
+        """`forward` on the pair, as it passes from block to block."""
+        return stream.step(self.f).step(self.g)
+
+    def inverse_stream(self, stream: "Stream") -> "Stream":
+        """`inverse` on the pair."""
+        return stream.step_back(self.g).step_back(self.f)
 
 
 class Stream:
@@ -96,9 +101,9 @@ class Stream:
     def step(self, branch: Branch) -> "Stream":
         """target + branch(source), roles changed."""
         x = self.branch_input()
-        version = None if x.is_inference() else x._version
+        version = version_of(x)
         value = branch(x)
-        if version is not None and x._version != version:
+        if version_of(x) != version:
             raise RuntimeError(
                 f"the branch {type(branch).__name__} changed its input in place, and the stream with it; replace its "
                 f"first in-place layer by one that is not (inplace=False)"
@@ -122,6 +127,11 @@ class Stream:
     def subtract(self, value: Tensor) -> "Stream":
         """The inverse half-step on a rewound pair, given the value of its branch."""
         return Stream(self.target - value, self.source, self.dtype)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The count of in-place changes; None for a tensor of inference mode, which has none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -10,7 +10,7 @@ too: the frame walks down from the output again.
 
 Who holds whom. Graph nodes hold handles, handles hold the frame, and the frame holds no tensor that has a grad_fn:
 otherwise node -> handle -> frame -> tensor -> node would be a cycle through C++ that Python's collector cannot see,
-and no activation would ever be freed. Hence the `detach` in `_collect`, and hence the output is held by `_Keep`, a
+and no activation would ever be freed. Hence the `detach` in `_evaluate`, and hence the output is held by `_Keep`, a
 graph node of its own that leads nowhere. Since it holds the output by autograd's own means, whoever redirects saved
 tensors (a checkpoint around the sequence, offloading to the CPU) redirects this one, too.
 
@@ -62,9 +62,9 @@ class Frame:
         number = len(self.records)
         self.records.append(record)
 
-        def pack(tensor: Tensor) -> Tensor | Handle:
+        def pack(tensor: Tensor) -> tuple[Tensor, int] | Handle:
             if isinstance(tensor, nn.Parameter):  # alive anyhow
-                return tensor
+                return tensor, tensor._version
             record.saved.append((tensor.shape, tensor.dtype))
             return Handle(self, number, len(record.saved) - 1)
 
@@ -96,7 +96,10 @@ class Frame:
 
     def _rebuild(self, branch: int) -> None:
         self.rebuilt, self.opened = [], -1  # let go of the last branch before this one grows
-        if self.stream is None or self.stage <= branch:
+        if self.stream is not None and self.stage == branch:
+            self._collect(self.stream)  # its input is at hand: it has been rebuilt before, and is wanted again
+            return
+        if self.stream is None or self.stage < branch:
             self._load()
         while self.stage > branch + 1:
             self._step_back(collect=False)
@@ -122,25 +125,33 @@ class Frame:
     def _step_back(self, *, collect: bool) -> None:
         """Undo the last half-step; with `collect`, keep what its branch saves on the way."""
         assert self.stream is not None
-        number = self.stage - 1
-        record = self.records[number]
         before = self.stream.rewound()
-        x = before.branch_input().detach().requires_grad_(record.requires_grad)
+        self.stage -= 1
+        self.stream = None  # until it is whole again, in case the branch raises
+        value = self._collect(before) if collect else self._evaluate(before, saved=None)
+        with torch.no_grad():
+            self.stream = before.subtract(value)
+
+    def _collect(self, stream: Stream) -> Tensor:
+        """Evaluate the branch at the source of `stream`, which stands before it, and keep what the branch saves."""
         saved: list[tuple[Tensor, int] | None] = []
+        value = self._evaluate(stream, saved=saved)
+        _check(self.records[self.stage], saved)
+        self.rebuilt, self.opened = saved, self.stage
+        return value
+
+    def _evaluate(self, stream: Stream, *, saved: list[tuple[Tensor, int] | None] | None) -> Tensor:
+        """The value of branch number `stage` at the source of `stream`."""
+        record = self.records[self.stage]
+        x = stream.branch_input().detach().requires_grad_(record.requires_grad)
 
         def pack(tensor: Tensor) -> None:
-            if not isinstance(tensor, nn.Parameter):
-                saved.append((tensor.detach(), tensor._version) if collect else None)
+            if saved is not None and not isinstance(tensor, nn.Parameter):
+                saved.append((tensor.detach(), tensor._version))
 
         # With grad enabled even when nothing is collected: the same kernels then run as in the forward.
         with torch.enable_grad(), saved_tensors_hooks(pack, _never_opened):
-            value = record.replay.evaluate(x).detach()
-        if collect:
-            _check(record, saved)
-            self.rebuilt, self.opened = saved, number
-        with torch.no_grad():
-            self.stream = before.subtract(value)
-        self.stage = number
+            return record.replay.evaluate(x).detach()
 
 
 class _Keep(torch.autograd.Function):
@@ -156,12 +167,23 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("no loss depends on this node")
 
 
-def _unpack(packed: Tensor | Handle) -> Tensor:
-    return packed.frame.open(packed.branch, packed.place) if isinstance(packed, Handle) else packed
+def _unpack(packed: tuple[Tensor, int] | Handle) -> Tensor:
+    if isinstance(packed, Handle):
+        return packed.frame.open(packed.branch, packed.place)
+    parameter, version = packed
+    if parameter._version != version:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(parameter.shape)} was changed in place between forward and backward; run "
+            f"backward before the optimizer's step"
+        )
+    return parameter
 
 
 def _never_opened(packed: None) -> Tensor:
-    raise AssertionError("the graph of a replay is dropped before any backward could reach it")
+    raise RuntimeError(
+        "backward reached a tensor that a branch put aside while its activations were rebuilt; return it from the "
+        "branch or read it before backward, or set recompute=False"
+    )
 
 
 def _check(record: Record, saved: list[tuple[Tensor, int] | None]) -> None:

@@ -1,22 +1,48 @@
 """Evaluating a branch a second time exactly as the first time.
 
-A branch reads more than its input: random numbers, the autocast state, and buffers that it updates (BatchNorm's
-statistics, the vectors of a spectral norm). `Replay` notes these before the first evaluation, keeps only what the
-branch turned out to use, and re-enters them for the second one; what the second evaluation would change in the world
-outside (the global random stream, the buffers) is put back when it ends.
+A branch reads more than its input: parameters, buffers, random numbers, the autocast state, training flags. `Replay`
+notes these before the first evaluation, keeps only what is needed, and re-enters them for the second one; what the
+second evaluation would change in the world outside (random streams, buffers) is put back when it ends.
 
-Parameters are not copied. If one was changed in place in between, the branch cannot be evaluated as it was, and
-`Replay` says so, as autograd itself would.
+Parameters and buffers are noted, not copied. One that was *replaced* in between is put back for the replay; one that
+was *changed in place* cannot be, and is answered with an error, as autograd itself would. Copies are made of those
+buffers alone that a forward updates, such as BatchNorm's statistics.
 """
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
-from memsave.reversible.coupling import Branch
+from memsave.reversible.coupling import Branch, version_of
+from memsave.reversible.randomness import Source, sources_of
+
+SMALL = 4096  # elements; see `_is_updated`
+
+
+class Note(NamedTuple):
+    """A parameter or buffer as a branch first saw it."""
+
+    registry: dict[str, Any]
+    """The module's `_parameters` or `_buffers`."""
+    key: str
+    tensor: Tensor
+    version: int | None
+    storage: int
+
+    @classmethod
+    def of(cls, registry: dict[str, Any], key: str) -> "Note":
+        """Take the note."""
+        tensor = registry[key]
+        return cls(registry, key, tensor, version_of(tensor), tensor.untyped_storage()._cdata)
+
+    def changed(self) -> bool:
+        """Whether the tensor's values may differ from those noted."""
+        return version_of(self.tensor) != self.version or self.tensor.untyped_storage()._cdata != self.storage
 
 
 class Replay:
@@ -26,35 +52,46 @@ class Replay:
         """Take the notes; call it just before the first evaluation, and `settle` just after."""
         self.branch = branch
         self.name = name
-        device_types = dict.fromkeys(("cpu", device.type))  # ordered and without a double
         self.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in device_types
+            for kind in dict.fromkeys(("cpu", device.type))
             if torch.amp.is_autocast_available(kind)
         ]
-        devices = [torch.device("cpu")] if device.type in ("cpu", "meta") else [torch.device("cpu"), device]
-        self.random = [(where, random_state(where)) for where in devices]
-        self.parameters = [(p, p._version) for p in branch.parameters()] if isinstance(branch, nn.Module) else []
-        self.buffers = [
-            (module, key, buffer._version, buffer.clone()) for module, key, buffer in training_buffers(branch)
+        modules = list(branch.modules()) if isinstance(branch, nn.Module) else []
+        self.random: list[tuple[Source, Any]] = [(each, each.get()) for each in sources_of(modules, device)]
+        self.training = [(module, module.training) for module in modules]
+        registries = [(module, registry) for module in modules for registry in (module._parameters, module._buffers)]
+        self.lazy = [
+            (r, key) for _, r in registries for key, tensor in r.items() if tensor is not None and is_lazy(tensor)
+        ]
+        self.notes = [
+            Note.of(registry, key)
+            for _, registry in registries
+            for key, tensor in registry.items()
+            if tensor is not None and not is_lazy(tensor)
+        ]
+        self.updated = [
+            (Note.of(module._buffers, key), buffer.clone(), isinstance(module, _NormBase))
+            for module in modules
+            if module.training
+            for key, buffer in module._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
         ]
 
     def settle(self) -> None:
         """Keep only what the first evaluation used: most branches draw no numbers and update no buffers."""
-        self.random = [(where, was) for where, was in self.random if as_bytes(was) != as_bytes(random_state(where))]
-        self.buffers = [
-            (module, key, version, was)
-            for module, key, version, was in self.buffers
-            # BatchNorm's kernel moves its statistics past the version counter; to compare values would wait for a GPU.
-            if was.is_floating_point() or getattr(module, key)._version != version
-        ]
+        self.random = [(each, was) for each, was in self.random if not each.same(was, each.get())]
+        self.updated = [entry for entry in self.updated if _is_updated(*entry)]
+        ours = {(id(note.registry), note.key) for note, _, _ in self.updated}
+        self.notes = [note for note in self.notes if (id(note.registry), note.key) not in ours]
+        self.notes += [Note.of(registry, key) for registry, key in self.lazy]  # these have become tensors only now
 
     def evaluate(self, x: Tensor) -> Tensor:
-        """Return branch(x), in the state of the first evaluation; RuntimeError when a parameter has changed since."""
-        for parameter, version in self.parameters:
-            if parameter._version != version:
+        """Return branch(x), in the state of the first evaluation; RuntimeError when that cannot be had again."""
+        for note in self.notes:
+            if note.changed():
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(parameter.shape)} of {self.name} was changed in place between "
+                    f"{note.key} of shape {tuple(note.tensor.shape)} in {self.name} was changed in place between "
                     f"forward and backward, so its activations cannot be rebuilt; run backward before the optimizer's "
                     f"step"
                 )
@@ -62,58 +99,53 @@ class Replay:
             for kind, enabled, dtype in self.autocast:
                 # No cache: it would keep every weight's low-precision copy alive until backward ends.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            stack.enter_context(self._random_state_as_it_was())
-            stack.enter_context(self._buffers_as_they_were())
+            stack.enter_context(self._tensors_as_they_were())
+            stack.enter_context(self._flags_as_they_were())
+            stack.enter_context(self._random_numbers_as_they_were())
             return self.branch(x)
 
     @contextmanager
-    def _random_state_as_it_was(self) -> Iterator[None]:
-        now = [(where, random_state(where)) for where, _ in self.random]
+    def _random_numbers_as_they_were(self) -> Iterator[None]:
+        now = [(each, each.get()) for each, _ in self.random]
         try:
-            for where, state in self.random:
-                set_random_state(where, state)
+            for each, was in self.random:
+                each.set(was)
             yield
         finally:
-            for where, state in now:
-                set_random_state(where, state)
+            for each, state in now:
+                each.set(state)
 
     @contextmanager
-    def _buffers_as_they_were(self) -> Iterator[None]:
-        now = [(module, key, module._buffers[key]) for module, key, _, _ in self.buffers]
+    def _tensors_as_they_were(self) -> Iterator[None]:
+        # An updated buffer is replayed on a copy of its copy, so that the notes stay good for another replay.
+        wanted = [(note.registry, note.key, note.tensor) for note in self.notes]
+        wanted += [(note.registry, note.key, was.clone()) for note, was, _ in self.updated]
+        now = [(registry, key, registry.get(key)) for registry, key, was in wanted if registry.get(key) is not was]
         try:
-            for module, key, _, was in self.buffers:
-                module._buffers[key] = was.clone()  # the replay updates this copy; the notes stay good for another
+            for registry, key, was in wanted:
+                registry[key] = was
             yield
         finally:
-            for module, key, buffer in now:
-                module._buffers[key] = buffer
+            for registry, key, tensor in now:
+                registry[key] = tensor
+
+    @contextmanager
+    def _flags_as_they_were(self) -> Iterator[None]:
+        changed = [(module, module.training) for module, was in self.training if module.training != was]
+        try:
+            for module, flag in changed:
+                module.training = not flag
+            yield
+        finally:
+            for module, flag in changed:
+                module.training = flag
 
 
-def training_buffers(branch: Branch) -> list[tuple[nn.Module, str, Tensor]]:
-    """The buffers that a forward may update: those of modules in training mode."""
-    modules = branch.modules() if isinstance(branch, nn.Module) else ()
-    return [
-        (module, key, buffer)
-        for module in modules
-        if module.training
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _is_updated(note: Note, was: Tensor, normalisation: bool) -> bool:
+    """Whether the first evaluation may have moved this buffer.
 
-
-def random_state(device: torch.device) -> Tensor:
-    """The state of the device's default generator, as a uint8 tensor on the CPU."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Put the device's default generator into `state`."""
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
-def as_bytes(state: Tensor) -> bytes:
-    """The tensor's bytes, read past the dispatcher: generator states are real tensors even among fake ones."""
-    return ctypes.string_at(state.data_ptr(), state.numel())
+    The kernels of BatchNorm and InstanceNorm move their statistics past the version counter, and so may other modules
+    that call them; to compare values would wait for a GPU. Small buffers are therefore replayed from their copy anyhow.
+    """
+    moved = note.changed() or note.registry.get(note.key) is not note.tensor
+    return moved or normalisation or was.numel() <= SMALL

@@ -15,13 +15,21 @@ from memsave.reversible.frame import Frame
 
 
 class ReversibleSequence(nn.Module):
-    """Blocks in a row: the same function and gradients as calling one after the other.
+    """Blocks in a row: one function, with or without its activations.
 
     With `recompute=True` the activations inside the blocks are rebuilt in backward; with `recompute=False` they are
-    stored, which gives the plain twin to compare with. The flag may be changed at any time. Under `torch.no_grad()`
+    stored, which gives the plain twin to compare with. The flag may be changed between steps. Under `torch.no_grad()`
     nothing is held either way.
 
     Input and output have shape (B, C, ...), C even, and one dtype. Between blocks the stream is float32 or wider.
+
+    What it asks of the branches: to do the same when given the same input, random numbers and tensors, and to be
+    normalised at their end. Rounding errors grow from block to block with the gain of the branches: a GroupNorm as the
+    last layer keeps them near 1e-4 over 128 blocks in float32; ReLU branches without any norm lose every digit of the
+    gradient in about 16. Compare with `recompute=False` when in doubt.
+
+    A hook belongs on `f` or `g`: the sequence calls these, and a block not as a module. `torch.func` transforms do not
+    support saved-tensor hooks; give them `recompute=False`.
     """
 
     def __init__(self, blocks: Iterable[AdditiveCoupling], *, recompute: bool = True):
@@ -29,10 +37,10 @@ class ReversibleSequence(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.recompute = recompute
         for number, block in enumerate(self.blocks):
-            if not isinstance(block, AdditiveCoupling):
+            if type(block) is not AdditiveCoupling:  # the forward of a subclass would not be called
                 raise TypeError(
-                    f"block {number} of a ReversibleSequence is a {type(block).__name__}; wrap its two branches in an "
-                    f"AdditiveCoupling(f, g)"
+                    f"block {number} of a ReversibleSequence is a {type(block).__name__}, not an "
+                    f"AdditiveCoupling itself; wrap its two branches in an AdditiveCoupling(f, g)"
                 )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +49,8 @@ class ReversibleSequence(nn.Module):
             return x
         stream = Stream.split(x)
         if not (self.recompute and torch.is_grad_enabled()):
-            for _, branch in self._branches():
-                stream = stream.step(branch)
+            for block in self.couplings():
+                stream = block.forward_stream(stream)
             return stream.merge()
         frame = Frame()
         for name, branch in self._branches():
@@ -52,15 +60,22 @@ class ReversibleSequence(nn.Module):
         return output
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the x with forward(x) = y, up to rounding."""
-        for block in reversed(self.blocks):
+        """Return the x with forward(x) = y, up to rounding; with dropout, in evaluation mode alone."""
+        if not self.blocks:
+            return y
+        stream = Stream.split(y)
+        for block in reversed(list(self.couplings())):
+            stream = block.inverse_stream(stream)
+        return stream.merge()
+
+    def couplings(self) -> Iterator[AdditiveCoupling]:
+        """The blocks, first to last."""
+        for block in self.blocks:
             assert isinstance(block, AdditiveCoupling)
-            y = block.inverse(y)
-        return y
+            yield block
 
     def _branches(self) -> Iterator[tuple[str, Branch]]:
-        for number, block in enumerate(self.blocks):
-            assert isinstance(block, AdditiveCoupling)
+        for number, block in enumerate(self.couplings()):
             yield f"blocks.{number}.f", block.f
             yield f"blocks.{number}.g", block.g
 

@@ -43,6 +43,19 @@ def test_memory_modes_are_one_function(options):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=f"{mode}: {name}")
 
 
+def test_memory_modes_are_one_function_under_autocast():
+    net, x = network(dtype=torch.float32, channels=(8, 16), blocks=4), volume(8, 8, 8, dtype=torch.float32)
+
+    def under_autocast(mode):
+        net.memory = mode
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x)
+
+    stored = under_autocast("stored")
+    for mode in ("checkpoint", "reversible"):
+        assert torch.equal(under_autocast(mode), stored)
+
+
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 6, 7), (16, 8, 12), (3, 17, 2)])
 @pytest.mark.parametrize("skip", ["add", "concat"])
 def test_every_size_has_logits_of_its_size(size, skip):

@@ -59,6 +59,23 @@ def test_inverse_undoes_the_forward():
     torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-12, atol=1e-12)
 
 
+def test_a_replay_sees_the_layout_of_the_forward():
+    layouts = []
+
+    class Layout(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = nn.Conv2d(channels, channels, 1)
+
+        def forward(self, x):
+            layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+            return self.conv(x)
+
+    net = sequence(branch=Layout, channels=8)
+    net(image(channels=8).to(memory_format=torch.channels_last)).sum().backward()
+    assert len(layouts) == 12 and all(layouts)
+
+
 def test_each_branch_is_evaluated_once_in_backward():
     net = sequence(depth=4)
     counters = count_in(net)
@@ -190,10 +207,16 @@ def test_bfloat16_autocast_keeps_the_stream_in_float32():
 
 
 def test_a_low_precision_network_carries_a_float32_stream():
-    net, x = sequence(dtype=torch.bfloat16, depth=6), image(dtype=torch.bfloat16)
+    net, x = sequence(dtype=torch.bfloat16, depth=24), image(dtype=torch.bfloat16)
     assert net(x).dtype == torch.bfloat16
     ours, stored = gradients(net, x), gradients(twin_of(net), x)
-    assert distance(ours, stored) < 0.01
+    assert distance(ours, stored) < 1e-3  # 0.03 with a bfloat16 stream
+
+    with torch.no_grad():  # the inverse, too, rounds at its ends alone
+        whole, rounded = net.inverse(net(x)), net(x)
+        for block in reversed(net.blocks):
+            rounded = block.inverse(rounded)
+        assert (whole - x).norm() < 0.5 * (rounded - x).norm()
 
 
 def test_no_grad_makes_no_frame(monkeypatch):
@@ -278,7 +301,14 @@ def test_bad_shapes_are_answered_in_one_sentence():
         sequence()(image(channels=3))
     with pytest.raises(ValueError, match="must keep the shape"):
         ReversibleSequence([AdditiveCoupling(nn.Conv2d(2, 3, 1), nn.Identity())])(image(dtype=torch.float32))
-    with pytest.raises(TypeError, match=r"block 0 .* Conv2d; wrap its two branches"):
+
+    class Sub(AdditiveCoupling):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(TypeError, match=r"block 0 .* Sub, not an AdditiveCoupling itself"):
+        ReversibleSequence([Sub(nn.Identity(), nn.Identity())])
+    with pytest.raises(TypeError, match=r"block 0 .* Conv2d, .*wrap its two branches"):
         ReversibleSequence([nn.Conv2d(4, 4, 1)])
 
 
