@@ -26,6 +26,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+KINDS = ("data", "model", "privacy")
 GROUPS = ("experiment", "data", "model", "memory", "privacy", "trainer", "profiler")
 
 
@@ -223,29 +224,62 @@ def to_objects(config: DictConfig) -> Config:
 
 def _check(config: Config) -> None:
     """Refuse, before anything runs, what types alone let through."""
-    trainer, optimizer = config.trainer, config.trainer.optimizer
+    _check_choices(config)
+    _check_numbers(config)
+    if len(config.data.crop_size) != 3:
+        raise ConfigError(
+            f"data.crop_size is {config.data.crop_size}; give three numbers, as in data.crop_size=[48,48,48]"
+        )
+    if isinstance(config.data, PhantomData) and len(config.data.size) != 3:
+        raise ConfigError(f"data.size is {config.data.size}; give three numbers, as in data.size=[96,96,80]")
+    if isinstance(config.data, BratsData) and not config.data.root:
+        raise ConfigError("data.root is not given; name the folder of the cases, as in data.root=/my/BraTS2021")
+
+
+def _check_choices(config: Config) -> None:
+    trainer, modes = config.trainer, ("stored", "checkpoint", "reversible")
     for key, value, valid in (
-        ("memory.mode", config.memory.mode, ("stored", "checkpoint", "reversible")),
+        ("task", config.task, ("segmentation",)),
+        ("memory.mode", config.memory.mode, modes),
+        ("model.skip", config.model.skip, ("add", "concat")),
         ("trainer.precision", trainer.precision, ("float32", "bfloat16")),
-        ("trainer.optimizer.name", optimizer.name, ("adamw", "sgd")),
-        ("trainer.optimizer.schedule", optimizer.schedule, ("cosine", "constant")),
-        *(("profiler.compare", mode, ("stored", "checkpoint", "reversible")) for mode in config.profiler.compare),
+        ("trainer.optimizer.name", trainer.optimizer.name, ("adamw", "sgd")),
+        ("trainer.optimizer.schedule", trainer.optimizer.schedule, ("cosine", "constant")),
+        *(("profiler.compare", mode, modes) for mode in config.profiler.compare),
+        # a kind is chosen by choosing the group's option, which brings the schema along
+        *((f"{name}.kind", getattr(config, name).kind, (type(getattr(config, name)).kind,)) for name in KINDS),
     ):
         if value not in valid:
             raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(valid)}{_closest(value, valid)}")
-    for key, number, least in (
-        ("trainer.steps", trainer.steps, 1),
-        ("trainer.batch_size", trainer.batch_size, 1),
-        ("trainer.micro_batch_size", trainer.micro_batch_size or 1, 1),
-        ("trainer.evaluate_every", trainer.evaluate_every, 0),
-        ("trainer.checkpoint_every", trainer.checkpoint_every, 1),
-        ("trainer.optimizer.warmup_steps", optimizer.warmup_steps, 0),
-        ("profiler.record_steps", config.profiler.record_steps, 1),
+
+
+def _check_numbers(config: Config) -> None:
+    data, model, trainer, optimizer = config.data, config.model, config.trainer, config.trainer.optimizer
+    most = float("inf")
+    for key, number, least, limit in (
+        ("data.validation_fraction", data.validation_fraction, 0.001, 0.999),
+        ("data.split_seed", data.split_seed, 0, most),
+        ("data.workers", data.workers, 0, most),
+        ("data.cache_bytes", data.cache_bytes, 0, most),
+        *(("data.crop_size", voxels, 1, most) for voxels in data.crop_size),
+        ("model.expansion", model.expansion, 1, most),
+        ("model.squeeze_excitation", model.squeeze_excitation, 0, most),
+        ("model.dropout", model.dropout, 0, 0.999),
+        ("trainer.steps", trainer.steps, 1, most),
+        ("trainer.batch_size", trainer.batch_size, 1, most),
+        ("trainer.micro_batch_size", 1 if trainer.micro_batch_size is None else trainer.micro_batch_size, 1, most),
+        ("trainer.seed", trainer.seed, 0, most),
+        ("trainer.evaluate_every", trainer.evaluate_every, 0, most),
+        ("trainer.checkpoint_every", trainer.checkpoint_every, 1, most),
+        ("trainer.optimizer.lr", optimizer.lr, 0, most),
+        ("trainer.optimizer.weight_decay", optimizer.weight_decay, 0, most),
+        ("trainer.optimizer.momentum", optimizer.momentum, 0, 0.999999),
+        ("trainer.optimizer.warmup_steps", optimizer.warmup_steps, 0, most),
+        ("profiler.record_steps", config.profiler.record_steps, 1, most),
     ):
-        if number < least:
-            raise ConfigError(f"{key} is {number}; it must be at least {least}")
-    if isinstance(config.data, BratsData) and not config.data.root:
-        raise ConfigError("data.root is not given; name the folder of the cases, as in data.root=/my/BraTS2021")
+        if not least <= number <= limit:
+            above = "" if limit == most else f" and at most {limit:g}"
+            raise ConfigError(f"{key} is {number}; it must be at least {least:g}{above}")
 
 
 def _refuse_added_keys(config: DictConfig, path: str = "") -> None:

@@ -8,7 +8,8 @@ Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory, 130 i
 that fails, and exits with 1 when any did.
 """
 
-import itertools
+import json
+import os
 import signal
 import sys
 import time
@@ -21,11 +22,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from memsave.config import ConfigError, compose, conf_dir, register, to_objects
 
-_exit_codes: list[int] = []
+_exit_code = 0
 
 
 def main() -> None:
@@ -34,37 +38,60 @@ def main() -> None:
         _check_overrides(sys.argv[1:])
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
+    if {"--help", "-h"} & set(sys.argv):
+        print(
+            f"{__doc__}\nKeys: {conf_dir()}, memsave/config.py; --cfg job prints the config that the overrides select."
+        )
+        sys.exit(0)
     signal.signal(signal.SIGTERM, _interrupt)
     register()
-    folder = str(conf_dir())
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
-        hydra.main(version_base="1.3", config_path=folder, config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
-    if "--multirun" in sys.argv or "-m" in sys.argv:
-        sys.exit(int(any(_exit_codes)))
-    sys.exit(max(_exit_codes, default=0))
+    except OSError as error:
+        sys.exit(_complain(f"the output folder cannot be made ({error}); give another by hydra.run.dir=", code=2))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(str(error).splitlines()[0], code=2))
+    sys.exit(_exit_code)
 
 
 def job(config: DictConfig) -> None:
     """One run in its own folder, whatever happens in it."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    code = execute(config, folder, experiment=HydraConfig.get().runtime.choices["experiment"])
-    _exit_codes.append(code)
+    global _exit_code
+    hydra_config = HydraConfig.get()
+    code = execute(config, Path(hydra_config.runtime.output_dir), experiment=hydra_config.runtime.choices["experiment"])
+    if hydra_config.mode == RunMode.RUN:
+        _exit_code = code
     if code == 130:
         raise KeyboardInterrupt
 
 
+class SweepEnd(Callback):
+    """Reads the results when a sweep ends: its jobs may have run in other processes."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Exit with 1 when a job left no result or another status than ok."""
+        global _exit_code
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [path for path in folder.iterdir() if path.is_dir()]
+        results = [path / "result.json" for path in jobs]
+        bad = [path for path in results if not path.is_file() or json.loads(path.read_text())["status"] != "ok"]
+        for path in bad:
+            _complain(f"not ok: {path.parent}", code=1)
+        _exit_code = int(bool(bad))
+
+
 def execute(config: DictConfig, folder: Path, *, experiment: str) -> int:
     """Run the config into `folder`, leave `result.json` there in any case, and return the exit code."""
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    status, code, outcome = _attempt(config, folder)
     from memsave.training.progress import Progress
     from memsave.training.result import versions, write_json
 
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    progress = Progress()
-    started = time.perf_counter()
-    status, code, outcome = _attempt(config, folder, progress)
     result = {
         "status": status,
         "experiment": experiment,
@@ -78,70 +105,74 @@ def execute(config: DictConfig, folder: Path, *, experiment: str) -> int:
     write_json(folder / "result.json", result)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json"))
-    progress.say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
+    Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
     return code
 
 
-def _attempt(config: DictConfig, folder: Path, progress: Any) -> tuple[str, int, dict[str, Any]]:
+def _attempt(config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]]:
     """(status, exit code, what stands in the result) of the run."""
-    from memsave.data import DataError
-    from memsave.training.checkpoint import CheckpointError
-    from memsave.training.experiment import run_experiment
-    from memsave.training.loop import TrainingError
-
     try:
-        return "ok", 0, run_experiment(to_objects(config), folder, progress=progress)
-    except (ConfigError, DataError, CheckpointError) as error:
-        return "failed", _complain(error, code=2), {"error": str(error)}
-    except TrainingError as error:
-        return "failed", _complain(error, code=1), {"error": str(error)}
+        from memsave.training.experiment import run_experiment
+        from memsave.training.progress import Progress
+
+        return "ok", 0, run_experiment(to_objects(config), folder, progress=Progress())
     except KeyboardInterrupt:
         resume = folder / "checkpoint"
-        progress.say(f"interrupted; continue with trainer.resume={resume}" if resume.exists() else "interrupted")
+        print(
+            f"interrupted; continue with trainer.resume={resume}" if resume.exists() else "interrupted", file=sys.stderr
+        )
         return "interrupted", 130, {}
-    except ModuleNotFoundError as error:
-        message = f"the package {error.name} is not installed; install it with: pip install 'memsave[brats]'"
-        return "failed", _complain(message, code=2), {"error": message}
     except Exception as error:
-        if _out_of_memory(error):
-            message = "the step does not fit into memory; try memory=reversible, or smaller data.crop_size or channels"
-            return "oom", _complain(message, code=3), {"error": message}
-        (folder / "error.txt").write_text(traceback.format_exc())
-        message = f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
-        return "failed", _complain(message, code=1), {"error": message}
+        status, code, message = _explain(error, config, folder)
+        return status, _complain(message, code=code), {"error": message}
+
+
+def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
+    """(status, exit code, one sentence) for an error."""
+    from memsave.data import DataError
+    from memsave.training.checkpoint import CheckpointError
+    from memsave.training.loop import TrainingError
+    from memsave.training.memory_error import is_out_of_memory
+
+    if isinstance(error, (ConfigError, DataError, CheckpointError)):
+        return "failed", 2, str(error)
+    if isinstance(error, TrainingError):
+        return "failed", 1, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return "failed", 2, f"the package {error.name} is not installed; install it with: pip install 'memsave[brats]'"
+    if is_out_of_memory(error):
+        other = "memory=reversible, " if config.memory.mode != "reversible" else ""
+        return "oom", 3, f"the step does not fit into memory; try {other}trainer.micro_batch_size=1 or a smaller crop"
+    (folder / "error.txt").write_text(traceback.format_exc())
+    return "failed", 1, f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:
     """Compose once for each choice of a sweep before anything runs; ConfigError says what is wrong."""
+    sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    if len(overrides) < len(arguments) - sum(a in ("-m", "--multirun") for a in arguments):
-        return  # Hydra's own flags (--help, --cfg, --config-dir ...): it checks what it is given
+    if len(overrides) < len(arguments) - sweep:
+        return  # Hydra's own flags (--cfg, --config-dir ...): it checks what it is given
     parser = OverridesParser.create()
-    try:
-        parsed = [parser.parse_override(each) for each in overrides]
-    except HydraException as error:
-        raise ConfigError(f"{getattr(error, 'override', overrides)!r} cannot be read; write key=value") from error
-    choices = [list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.value()] for p in parsed]
-    swept = [
-        [f"{p.get_key_element()}={value}" for value in values] if p.is_sweep_override() else [text]
-        for p, values, text in zip(parsed, choices, overrides, strict=True)
-    ]
-    first = [options[0] for options in swept]
-    for number, options in enumerate(swept):
-        for option in itertools.islice(options, 1, None):
-            compose([*first[:number], option, *first[number + 1 :]])
+    options = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        except (HydraException, ValueError) as error:
+            raise ConfigError(f"{text!r} cannot be read; overrides have the form key=value") from error
+        if values and not sweep:
+            raise ConfigError(f"{text!r} gives several values; add -m to run one job for each")
+        options.append([f"{override.get_key_element()}={value}" for value in values] if values else [text])
+    first = [choices[0] for choices in options]
     compose(first)
+    for number, choices in enumerate(options):
+        for choice in choices[1:]:
+            compose([*first[:number], choice, *first[number + 1 :]])
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    # The CPU's allocator raises a RuntimeError that only its words tell apart.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _complain(error: object, *, code: int) -> int:
@@ -150,4 +181,7 @@ def _complain(error: object, *, code: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    # By its own name, so that the sweep's callback, which Hydra imports, is of the same module.
+    from memsave import run
+
+    run.main()

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from memsave.config import compose
@@ -86,6 +88,10 @@ def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
         (["experiment=brats_rev", "trainer.stepz=3"], "did you mean steps?"),
         (["experiment=brats_rev", "data=brats", "data.root=nowhere"], "nowhere does not exist"),
         ([], "no experiment is chosen"),
+        (["experiment=brats_rev", "memory=stored,reversible"], "add -m to run one job for each"),
+        (["-m", "experiment=brats_rev", "memory=glob(*)"], "cannot be read"),
+        (["experiment=brats_rev", "hydra.run.dir=/proc/nowhere"], "the output folder cannot be made"),
+        (["--cfg", "job"], "You must specify 'experiment'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, arguments, words):
@@ -93,6 +99,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_help_is_of_this_program(tmp_path):
+    done = command(tmp_path, "--help")
+    assert done.returncode == 0
+    assert "python -m memsave.run experiment=brats_rev" in done.stdout
 
 
 @pytest.fixture
@@ -117,25 +129,58 @@ def test_a_run_continues_from_a_checkpoint(run):
     assert code == 0
     assert resumed["metrics"]["dice_wt"] == whole["metrics"]["dice_wt"]
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1  # nothing was left to train
+    assert resumed["metrics"]["loss"] is None
+    code, refused, _ = run("trainer.steps=3", f"trainer.resume={first / 'checkpoint'}", name="refused")
+    assert code == 2
+    assert "trainer.steps is 3, but the checkpoint is at step 4" in refused["error"]
 
 
-def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch, capsys):
+def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys):
     from memsave.training.segmentation import Segmentation
 
-    original = Segmentation.per_example_losses
-    calls = []
+    _, whole, folder = run("trainer.steps=3", "model.dropout=0.2", name="whole")
+    curve = [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    original, calls = Segmentation.per_example_losses, []
 
-    def interrupted(self, model, batch):
+    def signalled(self, model, batch):
         calls.append(1)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return original(self, model, batch)
 
-    monkeypatch.setattr(Segmentation, "per_example_losses", interrupted)
-    code, result, folder = run("trainer.steps=3", name="stopped")
+    monkeypatch.setattr(Segmentation, "per_example_losses", signalled)
+    code, result, folder = run("trainer.steps=3", "model.dropout=0.2", name="stopped")
     assert (code, result["status"]) == (130, "interrupted")
-    assert f"trainer.resume={folder / 'checkpoint'}" in capsys.readouterr().err.replace("\n", "")
+    assert f"trainer.resume={folder / 'checkpoint'}" in capsys.readouterr().err
     monkeypatch.undo()
+    resume = f"trainer.resume={folder / 'checkpoint'}"
+    _, resumed, folder = run("trainer.steps=3", "model.dropout=0.2", resume, name="resumed")
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] == curve[2]
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
+    from memsave.training import experiment
+
+    monkeypatch.setattr(experiment, "make_model", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, result, _ = run()
+    assert (code, result["status"]) == (130, "interrupted")
+
+
+def test_a_mode_that_does_not_fit_does_not_stop_the_run(run, monkeypatch):
+    from memsave.models import ReversibleUNet3d
+
+    original = ReversibleUNet3d.forward
+
+    def tight(self, x):
+        if self.memory == "stored":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, x)
+
+    monkeypatch.setattr(ReversibleUNet3d, "forward", tight)
+    code, result, _ = run("profiler.compare=[stored,reversible]")
+    assert code == 0
+    assert list(result["memory"]["compared"]) == ["reversible"]
 
 
 def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):

@@ -16,6 +16,7 @@ to `torch.nn.functional.conv3d`. The result is the same function either way.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 LAST = torch.channels_last_3d
@@ -32,16 +33,16 @@ def depthwise_conv3d(
 ) -> Tensor:
     """Convolve each channel of x (N, C, D, H, W) with its own kernel: weight (C, 1, k, k, k), bias (C,).
 
-    `padding=None` keeps the size of the volume (k // 2). Gradients of any order are exact; under autocast, operands are
-    cast as `conv3d` would cast them.
+    `padding=None` keeps the volume's size for odd k at stride 1. Gradients of any order are exact; under autocast,
+    operands are cast as `conv3d` would cast them.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.device.type == "cpu":
-        dtype = torch.get_autocast_dtype("cpu")  # a custom Function has to cast for itself
+    padding = dilation * (weight.shape[-1] // 2) if padding is None else padding
+    if not has_fast_backward(x, weight, stride=stride, padding=padding, dilation=dilation):
+        return F.conv3d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[-4])
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # a custom Function has to cast for itself
+        dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    padding = weight.shape[-1] // 2 if padding is None else padding
-    if not has_fast_backward(x, weight, stride=stride, padding=padding, dilation=dilation):
-        return F.conv3d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1])
     y = _Depthwise.apply(x.contiguous(memory_format=LAST), weight)
     return y if bias is None else y + bias.view(-1, 1, 1, 1)
 
@@ -52,6 +53,8 @@ def has_fast_backward(x: Tensor, weight: Tensor, *, stride: int, padding: int, d
     size = kernel[0]
     return (
         x.device.type == "cpu"
+        and x.is_floating_point()
+        and not _transformed()
         and x.dim() == 5
         and per_group == 1
         and channels == x.shape[1]
@@ -59,6 +62,11 @@ def has_fast_backward(x: Tensor, weight: Tensor, *, stride: int, padding: int, d
         and size % 2 == 1
         and (stride, padding, dilation) == (1, size // 2, 1)
     )
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which a custom Function would have to know of."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Depthwise(torch.autograd.Function):
@@ -72,9 +80,10 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=LAST)
-        grad_x = _same_conv(grad, weight.flip(2, 3, 4)) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(x, grad, weight) if ctx.needs_input_grad[1] else None
+        with torch.autocast("cpu", enabled=False):  # whoever calls backward inside autocast gets the same gradients
+            grad = grad.contiguous(memory_format=LAST)
+            grad_x = _same_conv(grad, weight.flip(2, 3, 4)) if ctx.needs_input_grad[0] else None
+            grad_weight = _weight_gradient(x, grad, weight) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
 

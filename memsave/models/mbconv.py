@@ -22,6 +22,8 @@ class DepthwiseConv3d(nn.Conv3d):
     """`nn.Conv3d(channels, channels, kernel_size, groups=channels, padding="same")`, run by `depthwise_conv3d`."""
 
     def __init__(self, channels: int, *, kernel_size: int = 3, bias: bool = False):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}; it must be odd, so that the volume keeps its size")
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

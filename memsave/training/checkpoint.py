@@ -2,7 +2,7 @@
 
     checkpoint/model.safetensors       the model's parameters and buffers
     checkpoint/optimizer.safetensors   the optimizer's tensors, as "parameter name/state name", and the random states
-    checkpoint/state.json              the step, the schedule, the optimizer's numbers
+    checkpoint/state.json              the step, and the optimizer's name and numbers
 
 A checkpoint is written beside the last one and then takes its place, so that a run killed at any moment leaves one.
 """
@@ -13,14 +13,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memsave.training.loop import State
+from memsave.training.random_state import get_random_state, set_random_state
 
-RANDOM = "random/cpu"
+RANDOM = "random/"
 
 
 class CheckpointError(ValueError):
@@ -30,22 +30,24 @@ class CheckpointError(ValueError):
 def save(state: State, folder: Path) -> None:
     """Write the state to `folder`, replacing the checkpoint there."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames below: this is the last whole one
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     model = {name: tensor.contiguous() for name, tensor in state.model.state_dict().items()}
     save_file(model, new / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
-    save_file({**tensors, RANDOM: torch.get_rng_state()}, new / "optimizer.safetensors")
-    rates = [group["lr"] for group in state.optimizer.param_groups]
-    schedule = {"steps": state.schedule.last_epoch, "lr": rates}
-    content = {"step": state.step, "optimizer": numbers, "schedule": schedule}
+    random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
+    save_file({**tensors, **random}, new / "optimizer.safetensors")
+    content = {"step": state.step, "optimizer": type(state.optimizer).__name__, "numbers": numbers}
     (new / "state.json").write_text(json.dumps(content, indent=2) + "\n")
-    for path in new.iterdir():
+    for path in (*new.iterdir(), new):
         _flush(path)
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
+    _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -57,9 +59,10 @@ def load(state: State, folder: Path) -> None:
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's checkpoint/ folder")
     try:
         content = json.loads((folder / "state.json").read_text())
+        step, optimizer, numbers = content["step"], content["optimizer"], content["numbers"]
         model = load_file(folder / "model.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from another") from error
     expected = state.model.state_dict()
     wrong = [name for name in expected if name not in model or model[name].shape != expected[name].shape]
@@ -68,13 +71,17 @@ def load(state: State, folder: Path) -> None:
         raise CheckpointError(
             f"the checkpoint in {folder} is of another model ({wrong[0]} differs); give the config it was made with"
         )
+    if optimizer != type(state.optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of the optimizer {optimizer}, not {type(state.optimizer).__name__}; give "
+            f"the trainer.optimizer.name it was made with"
+        )
     state.model.load_state_dict(model)
-    torch.set_rng_state(tensors.pop(RANDOM))
-    _restore_optimizer(state, tensors, content["optimizer"])
-    state.step = content["step"]
-    state.schedule.last_epoch = content["schedule"]["steps"]
-    for group, rate in zip(state.optimizer.param_groups, content["schedule"]["lr"], strict=True):
-        group["lr"] = rate
+    random = {key.removeprefix(RANDOM): tensors.pop(key) for key in list(tensors) if key.startswith(RANDOM)}
+    set_random_state(state.model, random)
+    _restore_optimizer(state, tensors, numbers)
+    state.step = step
+    _restore_schedule(state)
 
 
 def _optimizer_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,6 +106,18 @@ def _restore_optimizer(state: State, tensors: dict[str, Tensor], numbers: dict[s
         state.optimizer.state[parameter][entry] = value
 
 
+def _restore_schedule(state: State) -> None:
+    """The schedule follows from the step and from this run's own settings."""
+    schedule = state.schedule
+    schedule.last_epoch = state.step
+    for group, base, factor in zip(state.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(state.step)
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have the system write a file, or a folder's entries, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -14,6 +14,7 @@ from torch import nn
 from memsave.config import Config, ConfigError, UNetModel
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, plot_reports
 from memsave.training import checkpoint
+from memsave.training.interrupt import asked_to_stop
 from memsave.training.loop import State, make_state, run_steps
 from memsave.training.measure import Measurement, measure_modes
 from memsave.training.progress import Progress
@@ -31,16 +32,18 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
     state = make_state(model, config.trainer)
     if config.trainer.resume:
         checkpoint.load(state, Path(config.trainer.resume).expanduser())
+        if state.step > config.trainer.steps:
+            raise ConfigError(f"trainer.steps is {config.trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {config.trainer.steps}")
 
     measured = _compare(config, state, task, progress=progress)
     watch = Watch(state, steps=config.profiler.record_steps)
-    scores = _train(config, state, task, folder, watch=watch, progress=progress)
+    loss, scores = _train(config, state, task, folder, watch=watch, progress=progress)
     memory = _write_memory(config, folder, watch.worst, measured)
     task.show(folder)
     for line in _last_lines(config, task, scores, measured):
         progress.say(line)
-    return {"metrics": scores, "memory": memory}
+    return {"metrics": {"loss": loss, **scores}, "memory": memory}
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,6 +54,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"trainer.device is {name!r}; give auto, cpu, cuda or cuda:NUMBER") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"trainer.device is {name!r}; give auto, cpu, cuda or cuda:NUMBER")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"trainer.device is {name!r}, but PyTorch finds no GPU here; give trainer.device=cpu")
     return device
@@ -62,7 +67,7 @@ def make_task(config: Config, device: torch.device) -> Task:
         from memsave.training.segmentation import Segmentation
 
         return Segmentation(config.data, trainer=config.trainer, device=device)
-    raise ConfigError(f"task is {config.task!r}; the tasks are segmentation")
+    raise AssertionError(f"{config.task} is no task that the config lets through")
 
 
 def make_model(config: Config) -> nn.Module:
@@ -107,34 +112,37 @@ def _compare(config: Config, state: State, task: Task, *, progress: Progress) ->
     progress.say(f"measuring one step as {', '.join(modes)}")
     batches = task.batches(start=0)
     batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    return measure_modes(state, task, batch, config.trainer, modes=modes)
+    batches.close()
+    measured = measure_modes(state, task, batch, config.trainer, modes=modes)
+    for mode in modes:
+        if mode not in measured:
+            progress.say(f"  {mode} does not fit into memory here")
+    return measured
 
 
 def _train(
     config: Config, state: State, task: Task, folder: Path, *, watch: Watch, progress: Progress
-) -> dict[str, float]:
-    """Take the steps, log them, leave checkpoints; returns the scores at the end."""
+) -> tuple[float | None, dict[str, float]]:
+    """Take the steps, log them, leave checkpoints; returns the last loss and the scores at the end."""
     trainer, log = config.trainer, folder / "metrics.jsonl"
-    loss, scores = float("nan"), {}
-    with progress.bar(trainer.steps, done=state.step) as bar:
-        try:
-            for done in run_steps(state, task, trainer, watch=watch):
-                loss = done.loss
-                append_line(log, asdict(done))
-                bar.advance(f"loss {loss:.3f}")
-                if done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
-                    checkpoint.save(state, folder / "checkpoint")
-                if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
-                    append_line(log, {"step": done.step, **task.evaluate(state.model)})
-        except KeyboardInterrupt:
-            checkpoint.save(state, folder / "checkpoint")
-            raise
+    loss: float | None = None  # when nothing was left to train
+    with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
+        for done in run_steps(state, task, trainer, watch=watch):
+            loss = done.loss
+            append_line(log, asdict(done))
+            bar.advance(f"loss {loss:.3f}")
+            stop = stopping()
+            if stop or done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
+                checkpoint.save(state, folder / "checkpoint")
+            if stop:
+                raise KeyboardInterrupt
+            if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
+                append_line(log, {"step": done.step, **task.evaluate(state.model)})
     progress.say("evaluating on the held-out cases")
     started = time.perf_counter()
     scores = task.evaluate(state.model)
     append_line(log, {"step": state.step, **scores, "seconds": time.perf_counter() - started})
-    return {"loss": loss, **scores}
+    return loss, scores
 
 
 def _write_memory(

@@ -7,7 +7,7 @@
         optimizer.step()
 
 How activations are kept is the model's affair (`memory=`). The size of a micro-batch changes memory and time, and
-nothing else.
+nothing else, save that dropout draws its numbers micro-batch by micro-batch.
 """
 
 import math
@@ -94,6 +94,8 @@ def run_steps(
 
     Raises TrainingError when a loss is not finite or a task does not give one loss per example.
     """
+    if state.step >= config.steps:
+        return
     for batch in task.batches(start=state.step):
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
@@ -144,11 +146,12 @@ def autocast(model: nn.Module, precision: str) -> AbstractContextManager:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's mode is put back."""
-    training = model.training
+    """Evaluation mode without gradients; each module's mode is put back."""
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from memsave.config import TrainerConfig
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak
 from memsave.training.loop import State, accumulate
+from memsave.training.memory_error import is_out_of_memory
+from memsave.training.random_state import get_random_state, set_random_state
 from memsave.training.task import Batch, Task
 
 
@@ -29,26 +29,31 @@ class Measurement:
 def measure_modes(
     state: State, task: Task, batch: Batch, config: TrainerConfig, *, modes: Sequence[str]
 ) -> dict[str, Measurement]:
-    """Forward and backward in each mode, on a model with the attribute `memory`."""
+    """Forward and backward in each mode, on a model with the attribute `memory`; modes that do not fit are left out."""
     model: Any = state.model  # any network with the attribute `memory`
     before = model.memory
-    random = torch.get_rng_state()
+    random = get_random_state(model)
     results = {}
     try:
         for mode in modes:
             model.memory = mode
-            results[mode] = _measure(state, task, batch, config)
+            try:
+                results[mode] = _measure(state, task, batch, config)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                state.optimizer.zero_grad(set_to_none=True)
     finally:
         model.memory = before
-        torch.set_rng_state(random)
+        set_random_state(model, random)
     return results
 
 
 def _measure(state: State, task: Task, batch: Batch, config: TrainerConfig) -> Measurement:
-    random = torch.get_rng_state()
+    random = get_random_state(state.model)
 
     def step() -> float:
-        torch.set_rng_state(random)
+        set_random_state(state.model, random)
         state.optimizer.zero_grad(set_to_none=True)
         loss = accumulate(state.model, task, batch, config)
         state.optimizer.zero_grad(set_to_none=True)

@@ -5,19 +5,19 @@ is the mean over its regions of soft Dice loss plus binary cross-entropy, in flo
 segmented by a sliding window and scored by Dice and HD95 per region.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.config import BratsData, ConfigError, PhantomData, SegmentationData, TrainerConfig
+from memsave.config import BratsData, PhantomData, SegmentationData, TrainerConfig
 from memsave.data.brats import MODALITIES, REGIONS, Case, find_cases, regions, split_cases
 from memsave.data.phantom import ensure_phantoms
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import TrainingCrops, Volumes, train_loader
-from memsave.training.loop import evaluating
+from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
 from memsave.training.task import Batch
 
@@ -32,6 +32,7 @@ class Segmentation:
     def __init__(self, data: SegmentationData, *, trainer: TrainerConfig, device: torch.device):
         self.device = device
         self.batch_size = trainer.batch_size
+        self.precision = trainer.precision
         self.workers = data.workers
         self.crop_size = data.crop_size
         train, held_out = split_cases(cases(data), validation_fraction=data.validation_fraction, seed=data.split_seed)
@@ -45,7 +46,7 @@ class Segmentation:
         self.held_out = Volumes(held_out)
         self.pictures: list[Picture] = []  # of the last evaluation
 
-    def batches(self, *, start: int) -> Iterator[Batch]:
+    def batches(self, *, start: int) -> Generator[Batch]:
         """Logical batches from number `start` on: image (B, 4, D, H, W), label (B, 1, D, H, W), id."""
         for batch in train_loader(self.crops, batch_size=self.batch_size, workers=self.workers, start=start):
             yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -60,7 +61,8 @@ class Segmentation:
         for number in range(len(self.held_out)):
             volume = self.held_out[number]
             truth = regions(volume["label"])
-            prediction = predict(model, volume["image"].to(self.device), window=self.crop_size).cpu()
+            with autocast(model, self.precision):
+                prediction = predict(model, volume["image"].to(self.device), window=self.crop_size).cpu()
             scores.append(region_scores(prediction, truth, spacing=volume["spacing"]))
             if len(self.pictures) < PICTURES:
                 image, spacing = volume["image"], volume["spacing"]
@@ -107,10 +109,7 @@ def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: 
 def cases(data: SegmentationData) -> list[Case]:
     """The cases that the config names; phantoms are made when they are not in the cache."""
     if isinstance(data, PhantomData):
-        try:
-            x, y, z = data.size
-        except ValueError as error:
-            raise ConfigError(f"data.size is {data.size}; give three numbers, as in data.size=[96,96,80]") from error
+        x, y, z = data.size
         return ensure_phantoms(data.root, cases=data.cases, size=(x, y, z), seed=data.seed)
     assert isinstance(data, BratsData)
     return find_cases(str(data.root))

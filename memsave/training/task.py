@@ -4,7 +4,7 @@ A task yields one loss per example and never a mean: the loop can then split a l
 example by itself, as private training must.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 class Task(Protocol):
     """A kind of work: its data, its loss, its scores."""
 
-    def batches(self, *, start: int) -> Iterator[Batch]:
+    def batches(self, *, start: int) -> Generator[Batch]:
         """The logical batches of the run from number `start` on; the same ones whatever came before."""
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ def operands(batch, channels, size, kernel=3, *, dtype=torch.float64, last=True)
 
 
 def plain(x, weight, bias=None, *, stride=1, padding=None, dilation=1):
-    padding = weight.shape[-1] // 2 if padding is None else padding
+    padding = dilation * (weight.shape[-1] // 2) if padding is None else padding
     return F.conv3d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
@@ -99,6 +99,28 @@ def test_keeps_channels_last_and_casts_under_autocast():
     y.float().square().sum().backward()
     assert weight.grad.dtype == x.grad.dtype == torch.float32
     assert weight.grad.abs().max() > 0
+
+
+def test_autocast_leaves_float64_alone_and_does_not_reach_into_backward():
+    x, weight = operands(2, 4, (4, 4, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert depthwise_conv3d(x, weight).dtype == plain(x, weight).dtype == torch.float64
+    x, weight = operands(2, 4, (6, 6, 6), dtype=torch.float32)
+    y = depthwise_conv3d(x, weight)
+    outside = torch.autograd.grad(y.sin().sum(), (x, weight), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y.sin().sum(), (x, weight))
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_transforms_and_unbatched_volumes_take_pytorchs_way():
+    x, weight = operands(2, 3, (3, 3, 3))
+    torch.testing.assert_close(depthwise_conv3d(x[0], weight), plain(x, weight)[0], rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.func.grad(lambda w, f=f: f(x, w).sin().sum())(weight) for f in (depthwise_conv3d, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    ours, theirs = (torch.func.vmap(lambda v, f=f: f(v[None], weight))(x) for f in (depthwise_conv3d, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -216,7 +216,7 @@ def test_a_low_precision_network_carries_a_float32_stream():
         whole, rounded = net.inverse(net(x)), net(x)
         for block in reversed(net.blocks):
             rounded = block.inverse(rounded)
-        assert (whole - x).norm() < 0.5 * (rounded - x).norm()
+        assert (whole - x).norm() < 0.7 * (rounded - x).norm()
 
 
 def test_no_grad_makes_no_frame(monkeypatch):

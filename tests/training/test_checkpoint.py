@@ -62,6 +62,23 @@ def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
     assert state.step == 1
 
 
+def test_killed_between_the_renames_and_again_while_writing(tmp_path, monkeypatch):
+    state, folder = saved(tmp_path)
+    folder.rename(folder.with_name("checkpoint.old"))
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError):
+        checkpoint.save(state, folder)
+    checkpoint.load(make_state(line_model(), trainer()), folder)
+
+
+def test_the_rate_follows_this_runs_settings(tmp_path):
+    _, folder = saved(tmp_path)
+    config = trainer(optimizer=OptimizerConfig(lr=0.5, warmup_steps=0, schedule="constant"))
+    state = make_state(line_model(), config)
+    checkpoint.load(state, folder)
+    assert state.optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_what_cannot_be_continued_is_said(tmp_path):
     _, folder = saved(tmp_path)
     state = make_state(torch.nn.Linear(2, 2), trainer())
@@ -69,6 +86,9 @@ def test_what_cannot_be_continued_is_said(tmp_path):
         checkpoint.load(state, folder)
     with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint in"):
         checkpoint.load(state, tmp_path / "nothing")
+    config = trainer(optimizer=OptimizerConfig(name="sgd"))
+    with pytest.raises(checkpoint.CheckpointError, match="is of the optimizer AdamW, not SGD"):
+        checkpoint.load(make_state(line_model(), config), folder)
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
         checkpoint.load(state, folder)

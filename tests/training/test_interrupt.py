@@ -1,0 +1,52 @@
+"""A run that is asked to stop leaves a checkpoint that continues bit for bit."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from memsave.training import checkpoint
+from memsave.training.interrupt import asked_to_stop
+from memsave.training.loop import make_state, run_steps
+from tests.training.toy import Lines, line_model, trainer
+
+
+def test_a_second_signal_interrupts_at_once_and_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with asked_to_stop() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer"])
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, where):
+    config = trainer()
+    torch.manual_seed(3)
+    whole = [done.loss for done in run_steps(make_state(line_model(), config), Lines(), config)]
+
+    torch.manual_seed(3)
+    state, calls = make_state(line_model(), config), []
+
+    def kill(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    if where == "forward":
+        state.model.register_forward_hook(kill)
+    else:
+        state.optimizer.register_step_pre_hook(kill)
+    with asked_to_stop() as stopping:
+        for _ in run_steps(state, Lines(), config):
+            if stopping():
+                checkpoint.save(state, tmp_path / "checkpoint")
+                break
+    assert state.step == 4
+    resumed = make_state(line_model(), config)
+    checkpoint.load(resumed, tmp_path / "checkpoint")
+    assert [done.loss for done in run_steps(resumed, Lines(), config)] == whole[4:]
