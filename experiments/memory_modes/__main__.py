@@ -14,12 +14,14 @@ import torch
 
 from experiments.record import insert, keep, machine, median
 from memsave.config import compose, to_objects
+from memsave.models import ReversibleUNet3d
 from memsave.profiler import MemoryRecorder, format_bytes, plot_reports
 from memsave.training.experiment import make_model, make_task
 from memsave.training.loop import State, make_state, run_steps
 
 MODES = ("stored", "checkpoint", "reversible")
 STEPS = 20
+DEPTHS = (1, 2, 4, 8, 16)  # blocks per level, on the way down and again on the way up
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -57,10 +59,40 @@ def main() -> None:
     }
     text = table(results)
     print(text)
+    depths = measure_depths()
+    print(depth_table(depths))
     for document in (HERE / "README.md", ROOT / "README.md"):
         insert(document, name="memory modes", text=text)
+        insert(document, name="depth", text=depth_table(depths))
     plot_reports(reports, HERE / "memory.png", title="Live memory of one training step")
-    keep(HERE / "results.json", command="python -m experiments.memory_modes", results=results)
+    keep(
+        HERE / "results.json",
+        command="python -m experiments.memory_modes",
+        results={"twenty steps": results, "depth": depths},
+    )
+
+
+def measure_depths() -> dict[str, dict[str, int]]:
+    """Peak live bytes, parameters included, of forward and backward on 1x4x32x32x32 by blocks per level and mode."""
+    volume = torch.randn(1, 4, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    peaks: dict[str, dict[str, int]] = {}
+    for blocks in DEPTHS:
+        model = ReversibleUNet3d(channels=(16, 32, 64), blocks=blocks)
+        peaks[str(blocks)] = {}
+        for mode in MODES:
+            model.memory = mode
+            with MemoryRecorder(model) as recorder:
+                model(volume).square().mean().backward()
+                model.zero_grad()
+            peaks[str(blocks)][mode] = recorder.report().peak_bytes
+    return peaks
+
+
+def depth_table(peaks: dict[str, dict[str, int]]) -> str:
+    rows = ["| blocks per level | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
+    for blocks, each in peaks.items():
+        rows.append(f"| {blocks} | " + " | ".join(format_bytes(each[mode]) for mode in MODES) + " |")
+    return "\n".join(rows)
 
 
 def table(results: dict[str, dict]) -> str:
