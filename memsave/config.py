@@ -120,7 +120,7 @@ class OptimizerConfig:
 class TrainerConfig:
     """The one loop."""
 
-    steps: int = 100
+    steps: int = 150
     """Optimizer steps; each sees one logical batch."""
     batch_size: int = 2
     """Examples of a logical batch."""

@@ -28,7 +28,7 @@ def test_memory_is_chosen_by_one_word(memory):
         (["+trainer.stepz=3"], r"trainer\.stepz is not known.*did you mean steps\?"),
         (["trainer.optimizer.lrr=3"], r"valid in trainer\.optimizer are name, lr.*did you mean lr\?"),
         (["data.sizes=3"], r"data\.sizes is not known.*did you mean size\?"),
-        (["trainer.steps=abc"], r"trainer\.steps: .*'abc'.*expected int, as in trainer\.steps=100"),
+        (["trainer.steps=abc"], r"trainer\.steps: .*'abc'.*expected int, as in trainer\.steps=150"),
         (["data.size=[1,a]"], r"data\.size\[1\]: Value 'a'"),
         (["memory=storde"], r"memory=storde is not known; choose one of .*did you mean stored\?"),
         (["memmory=stored"], r"memmory is not known.*did you mean memory\?"),
