@@ -1,0 +1,288 @@
+"""Per-example gradient clipping without per-example gradients (Li et al., ICLR 2022, arXiv 2110.05679).
+
+    clipper = GhostClipper(model, max_grad_norm=0.1)
+    losses = per_example_losses(model, batch)        # (B,)
+    norms = clipper.backward(losses)                 # .grad += sum_b c_b grad(losses[b])
+
+The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind of layer in `rules/`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from memsave.ghost.rules import Use, rule_for
+from memsave.ghost.rules.generic import generic, replaced
+from memsave.ghost.tap import Call, Phase, Tap
+
+FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
+CLIPPINGS = ("flat", "automatic")
+PASSES = ("auto", 1, 2, "direct")
+LEAF_ELEMENTS = 2**20  # a module with parameters and children is one generic leaf up to this size, refused above
+AUTOMATIC_GAMMA = 0.01  # Bu et al., "Automatic Clipping" (2022)
+
+
+class GhostClipper:
+    """Clips each example's gradient to `max_grad_norm`, exactly.
+
+    Formal guarantee: `backward(losses)` adds sum_b c_b grad(losses[b]) to `.grad`, in which every summand's norm over
+    all trainable parameters together is at most `max_grad_norm`, provided that losses[b] depends on example b alone.
+
+    Args:
+        model: any module whose first tensor argument has the examples in dimension 0.
+        max_grad_norm: the bound C.
+        clipping: "flat", c = min(1, C / norm), or "automatic", c = C / (norm + 0.01).
+        passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs a second backward with
+            weighted losses and keeps nothing, for models under checkpoints or reversible sequences; "auto" takes 2
+            where activations are not stored, else 1; "direct" is for single examples, whatever the layers.
+
+    Raises ValueError, by name, for what cannot be clipped exactly.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, max_grad_norm: float, clipping: str = "flat", passes: str | int = "auto"
+    ) -> None:
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; give a positive bound, such as 0.1")
+        if clipping not in CLIPPINGS or passes not in PASSES:
+            raise ValueError(f"clipping={clipping!r}, passes={passes!r}; choose from {CLIPPINGS} and {PASSES}")
+        self.model, self.max_grad_norm, self.clipping, self.passes = model, max_grad_norm, clipping, passes
+        self.nonfinite = 0
+        """Examples so far whose norm was not finite; they contributed zero."""
+        self._call: Call | None = None
+        self._running = False
+        self._handles: list[Any] = []
+        self._layers: list[_Layer] = []
+        _refuse_mixing(model)
+        if passes != "direct":
+            self._attach()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, each once."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def backward(self, losses: Tensor) -> Tensor:
+        """Add the clipped sum to `.grad`; returns the B norms before clipping. `losses` (B,) are of the last forward."""
+        if losses.dim() != 1 or not losses.requires_grad:
+            raise ValueError(
+                f"losses have shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}; give one loss per "
+                f"example, shape (B,), with its graph"
+            )
+        norms = self._direct(losses) if self.passes == "direct" else self._ghost(losses)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return norms
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            layer.detach()
+        self._handles, self._layers, self._call = [], [], None
+
+    def _attach(self) -> None:
+        folding = [name for name, module in self.model.named_modules() if type(module).__qualname__ in FOLDING]
+        for name, module in self.model.named_modules():
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"the forward of {name or 'the model'} is replaced already; close what replaced it first"
+                )
+            if any(module is inner for layer in self._layers for inner in layer.module.modules()):
+                continue  # part of a leaf
+            own = [key for key, p in module._parameters.items() if p is not None and p.requires_grad]
+            if not own:
+                continue
+            whole = {key: p for key, p in module.named_parameters() if p.requires_grad}
+            heavy = sum(p.numel() for p in whole.values()) > LEAF_ELEMENTS or isinstance(module, nn.MultiheadAttention)
+            if len(whole) > len(own) and heavy:
+                raise ValueError(
+                    f"{name or 'the model'} ({type(module).__name__}) owns {own[0]} and has children with parameters: no "
+                    f"rule is exact for it; freeze {own[0]}, or move it into a module of its own"
+                )
+            layer = _Layer(self, module, name=name, names=list(whole))
+            layer.folded = any(parent and name.startswith(f"{parent}.") for parent in folding)
+            self._layers.append(layer)
+        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() or _in_backward():
+            return
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        if not tensors or not tensors[0].dim():
+            raise ValueError("the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors")
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+        size = len(tensors[0])
+        probe = torch.zeros(size, dtype=wide, device=tensors[0].device, requires_grad=True)
+        self._call, self._running = Call(batch_size=size, probe=probe), True
+        self._call.keep_all = self.passes == 1
+
+    def _end(self, *_: Any) -> None:
+        if not _in_backward():
+            self._running = False
+
+    def _call_of(self, name: str) -> Call | None:
+        """The record that a layer's use belongs to; None where nothing is to be recorded."""
+        if not torch.is_grad_enabled():
+            return None
+        if self._call is None or not (self._running or _in_backward()):
+            raise RuntimeError(
+                f"{name} was called outside the model's own forward, so its batch is not known; call the model that "
+                f"the GhostClipper was given"
+            )
+        return self._call
+
+    def _ghost(self, losses: Tensor) -> Tensor:
+        call = self._call
+        if call is None or len(losses) != call.batch_size:
+            seen = "no forward" if call is None else f"a batch of {call.batch_size}"
+            raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
+        passes = self.passes if self.passes != "auto" else 2 if call.rematerialised else 1
+        call.keep_all, call.phase = passes == 1, Phase.NORM
+        try:
+            parameters = self.parameters
+            (squared, *escaped) = torch.autograd.grad(
+                losses.sum(), [call.probe, *parameters], retain_graph=passes == 2, allow_unused=True
+            )
+            self._refuse_escaped(parameters, escaped)
+            if squared is None:
+                squared = torch.zeros_like(call.probe)
+            norms = squared.clamp(min=0).sqrt()
+            norms = torch.where(torch.isnan(squared), squared, norms)
+            weights = self._factors(norms)
+            if passes == 1:
+                _add_sums(call, weights)
+            else:
+                call.phase, call.weights = Phase.SUM, weights
+                call.ledger.clear()
+                weighted = torch.where(weights != 0, losses * weights.to(losses.dtype), losses.new_zeros(()))
+                used = [p for p in parameters if p in call.uses]
+                torch.autograd.backward(weighted.sum(), inputs=used)
+        finally:
+            call.phase, call.weights = Phase.IDLE, None
+            call.ledger.clear()
+            self._call = None
+        return norms
+
+    def _direct(self, losses: Tensor) -> Tensor:
+        if len(losses) != 1:
+            raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
+        gradients = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
+        squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in gradients if g is not None]
+        norms = torch.stack(squares).sum().sqrt()[None]
+        (weight,) = weights = self._factors(norms)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None and weights.any():
+                _accumulate(parameter, gradient * weight.to(gradient.dtype))
+        return norms
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """c for each example; zero, and counted, where the norm is not finite."""
+        finite = norms.isfinite()
+        self.nonfinite += int((~finite).sum())
+        if self.clipping == "automatic":
+            factors = self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
+        else:
+            factors = (self.max_grad_norm / norms).clamp(max=1.0)  # a zero norm gives infinity, and so 1
+        return torch.where(finite, factors, torch.zeros_like(factors))
+
+    def _refuse_escaped(self, parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        names = {p: name for name, p in self.model.named_parameters()}
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                raise ValueError(
+                    f"{names[parameter]} is used outside the forward of the module that owns it, where no rule sees "
+                    f"its gradient; freeze it, or use it through its module"
+                )
+
+
+class _Layer:
+    """A module whose forward ends in a tap."""
+
+    def __init__(self, clipper: GhostClipper, module: nn.Module, *, name: str, names: list[str]):
+        self.clipper, self.module, self.name, self.names = clipper, module, name, names
+        self.folded = False
+        self.rule = generic if any("." in each for each in names) else rule_for(module)
+        module.forward = self.forward
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        del self.module.__dict__["forward"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's function; under grad, with the tap at its end."""
+        call = self.clipper._call_of(self.name)
+        original = type(self.module).forward
+        if call is None:
+            return original(self.module, *args, **kwargs)
+        use = self.rule(self.module, args, kwargs, call.batch_size)
+        parameters = [self.module.get_parameter(name) for name in self.names]
+        if not _in_backward():
+            for parameter in parameters:
+                call.count(parameter)
+            call.rematerialised |= _hooks_are_active()
+        with replaced(self.module, {name: p.detach() for name, p in zip(self.names, parameters, strict=True)}):
+            output = original(self.module, *use.args, **use.kwargs)
+        saved, folded = use.saved, None
+        if self.folded and isinstance(output, Tensor) and len(output) != call.batch_size:
+            folded = (call.batch_size, len(output) // call.batch_size)
+            output, saved = output.unflatten(0, folded), tuple(each.unflatten(0, folded) for each in saved)
+        if not isinstance(output, Tensor) or not output.dim() or len(output) != call.batch_size:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"{self.name} ({type(self.module).__name__}) gave {shape} for a batch of {call.batch_size}; a trainable "
+                f"layer must keep the batch in dimension 0: freeze it, or wrap it in a module that does"
+            )
+        tapped = Tap.apply(output, call.probe, _Bound(self.names, use), call, len(saved), *saved, *parameters)
+        return tapped if folded is None else tapped.flatten(0, 1)
+
+
+class _Bound:
+    """What a tap needs of one use of a layer."""
+
+    def __init__(self, names: list[str], use: Use):
+        self.names = names
+        self.per_example = use.per_example
+
+
+def _add_sums(call: Call, weights: Tensor) -> None:
+    for parameter, gradients in call.ledger.items():
+        for gradient in gradients:
+            _accumulate(parameter, gradient.weighted_sum(weights).to(parameter.dtype))
+
+
+def _accumulate(parameter: nn.Parameter, value: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = value.detach().clone().reshape(parameter.shape)
+    else:
+        parameter.grad += value.detach()
+
+
+def _refuse_mixing(model: nn.Module) -> None:
+    if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}, whose gradients leave the process unclipped; "
+            f"give the GhostClipper model.module"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, in which every example's gradient depends on the others; put a "
+                f"GroupNorm in its place"
+            )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: a forward is then a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _hooks_are_active() -> bool:
+    """Whether saved tensors are redirected: by a checkpoint, a reversible sequence, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

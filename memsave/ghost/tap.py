@@ -1,0 +1,100 @@
+"""The per-example squared gradient norm is itself a gradient.
+
+A layer runs with its parameters detached, so that autograd forms the gradient of its input as ever and none of its
+weights. Its output then passes through `Tap`, an identity with one input more: a probe of shape (B,), whose value
+nobody reads. The backward of the tap sees the output's gradient, which together with the layer's input is all that the
+layer's per-example gradients depend on, and returns as the probe's gradient their squared norms. Autograd adds these up
+over the model, so that
+
+    torch.autograd.grad(losses.sum(), probe)  =  |grad of losses[b]|^2 for every b
+
+whatever the control flow, checkpoints or replays in between: they are all graph. What a backward is for stands in the
+call's own record, which every tap of that forward holds.
+"""
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsave.ghost.gradients import Gradient, inner, squared_norm
+
+PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
+"""(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
+
+
+class Phase(Enum):
+    """What a backward is for."""
+
+    IDLE = auto()
+    NORM = auto()
+    SUM = auto()
+
+
+class Call:
+    """One forward of the model: its batch size, its probe, what its backward is for, and its ledger.
+
+    The ledger, keyed by parameter, holds one entry per use. Each new use adds its own squared norm and twice its inner
+    product with the uses before it: |g1 + g2|^2 = |g1|^2 + 2 <g1, g2> + |g2|^2.
+    """
+
+    def __init__(self, *, batch_size: int, probe: Tensor):
+        self.batch_size = batch_size
+        self.probe = probe
+        self.phase = Phase.IDLE
+        self.uses: dict[nn.Parameter, int] = {}
+        self.ledger: dict[nn.Parameter, list[Gradient]] = {}
+        self.keep_all = False
+        self.rematerialised = False
+        self.weights: Tensor | None = None
+
+    def count(self, parameter: nn.Parameter) -> None:
+        """Note a use in the forward."""
+        self.uses[parameter] = self.uses.get(parameter, 0) + 1
+
+    def add(self, parameter: nn.Parameter, gradient: Gradient) -> Tensor:
+        """Enter a use; returns what it adds to the squared norms, (B,)."""
+        squared = squared_norm(gradient)
+        for earlier in self.ledger.get(parameter, ()):
+            squared = squared + 2 * inner(gradient, earlier)
+        if self.keep_all or self.uses.get(parameter, 0) > 1:
+            self.ledger.setdefault(parameter, []).append(gradient)
+        return squared
+
+
+class Tap(torch.autograd.Function):
+    """The identity on a layer's output (B, ...), with the layer's norms as the gradient of the probe."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, probe: Tensor, layer: Any, call: Call, count: int, *tensors: Tensor
+    ) -> Tensor:
+        """`tensors` are `count` saved inputs, then the layer's trainable parameters in the order of `layer.names`."""
+        ctx.layer, ctx.call, ctx.count = layer, call, count
+        ctx.save_for_backward(*tensors[:count])
+        ctx.parameters = tensors[count:]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The output's gradient as it came, and by phase: the probe's, or the parameters'."""
+        (grad,) = grads
+        call, nothing = ctx.call, [None] * (3 + ctx.count)
+        if call.phase is Phase.IDLE:
+            raise RuntimeError(
+                "an ordinary backward ran through a model with a GhostClipper attached; call clipper.backward(losses), "
+                "or clipper.close() first"
+            )
+        with torch.no_grad():
+            gradients = ctx.layer.per_example(ctx.saved_tensors, grad)
+            named = [(p, gradients[name]) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
+            if call.phase is Phase.NORM:
+                squared = torch.zeros_like(call.probe)
+                for parameter, gradient in named:
+                    squared += call.add(parameter, gradient)
+                return grad, squared, *nothing, *([None] * len(named))
+            kept = (call.weights != 0).to(grad.dtype)
+            sums = [gradient.weighted_sum(kept).to(parameter.dtype) for parameter, gradient in named]
+            return grad, None, *nothing, *sums

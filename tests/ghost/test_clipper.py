@@ -1,0 +1,176 @@
+"""The clipper's contract: what it adds, what it refuses, what it leaves."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from memsave.ghost import GhostClipper
+from memsave.reversible import AdditiveCoupling, ReversibleSequence
+from tests.ghost.reference import assert_exact, by_clipper, by_loop
+from tests.ghost.test_layers import draw, losses_of
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant=False):
+        super().__init__()
+        self.first, self.body, self.last = nn.Linear(4, 4), small_body(), nn.Linear(4, 2)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(self.body, self.first(x), use_reentrant=self.reentrant))
+
+
+def small_body():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.3), nn.LayerNorm(4))
+
+
+class Reversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        half = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.2), nn.LayerNorm(4)) for _ in range(6)]
+        self.net = ReversibleSequence([AdditiveCoupling(f, g) for f, g in zip(half[::2], half[1::2], strict=True)])
+
+    def forward(self, x):
+        return self.net(self.first(x))
+
+
+@pytest.mark.parametrize("make", [small, Checkpointed, Reversible])
+def test_exact_with_dropout_checkpoints_and_reversible_sequences(make):
+    torch.manual_seed(0)
+    assert_exact(make().double(), draw(4, 4), losses_of)
+
+
+@pytest.mark.parametrize(("make", "passes"), [(small, 1), (Checkpointed, 2), (Reversible, 2)])
+def test_auto_takes_two_passes_where_activations_are_not_stored(make, passes, monkeypatch):
+    backwards = []
+    original = torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: backwards.append(1) or original(*a, **k))
+    by_clipper(make().double(), draw(4, 4), losses_of, max_grad_norm=1.0)
+    assert len(backwards) == passes - 1
+
+
+def test_the_norm_pass_forms_no_weight_gradient(monkeypatch):
+    products = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+                products.append(tuple(result.shape))
+            return result
+
+    model = nn.Sequential(nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 50))
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=2)
+    losses = model(torch.randn(3, 2, 50)).sum((1, 2))
+    monkeypatch.setattr(torch.autograd, "backward", lambda *args, **options: None)  # the norm pass alone
+    with Watch():
+        clipper.backward(losses)
+    assert (6, 60) in products or (3, 2, 60) in products  # the gradient of the activations
+    assert not any(sorted(shape[-2:]) == [50, 60] for shape in products)
+
+
+def test_gradients_accumulate_over_micro_batches():
+    model, x = small().eval(), draw(6, 4)
+    clipper = GhostClipper(model, max_grad_norm=0.2)
+    for part in x.split(2):
+        clipper.backward(model(part).sin().sum(1))
+    ours = [p.grad.clone() for p in model.parameters()]
+    clipper.close()
+    _, sums = by_loop(model, x, lambda m, b: m(b).sin().sum(1), max_grad_norm=0.2)
+    for one, other in zip(ours, sums.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+
+
+def test_direct_is_for_single_examples_of_any_layers():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)).double(), draw(1, 4)
+
+    def losses(m, b):
+        y = m[0](b)
+        return m[1](y, y, y)[0].sum(1)
+
+    norms, sums = by_loop(model, x, losses, max_grad_norm=0.1)
+    ours, our_sums = by_clipper(model, x, losses, max_grad_norm=0.1, passes="direct")
+    torch.testing.assert_close(ours, norms)
+    for name, total in sums.items():
+        torch.testing.assert_close(our_sums[name], total, rtol=1e-9, atol=1e-14)
+
+
+def test_close_leaves_the_model_as_it_was():
+    model = small()
+    before = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(2, 4)))
+    clipper.close()
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == before
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    model(draw(2, 4)).sum().backward()  # an ordinary backward again
+
+
+def test_no_grad_leaves_no_state():
+    model = small()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with torch.no_grad():
+        model(draw(2, 4))
+    assert clipper._call is None
+
+
+def test_refusals_name_what_and_the_remedy():
+    model = small()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"shape \(\).*one loss per example"):
+        clipper.backward(model(draw(2, 4)).sum())
+    with pytest.raises(ValueError, match="3 losses, but the model saw a batch of 2"):
+        clipper.backward(model(draw(2, 4)).sum(1).repeat(2)[:3])
+    with pytest.raises(RuntimeError, match=r"ordinary backward.*clipper\.backward"):
+        model(draw(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="called outside the model's own forward"):
+        model[0](draw(2, 4))
+    with pytest.raises(
+        RuntimeError, match="ordinary backward"
+    ):  # a loss of two forwards: the first one's norms are lost
+        clipper.backward(model(draw(2, 4)).sum(1) + model(draw(2, 4)).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"1 is a BatchNorm1d.*GroupNorm"),
+        (nn.MultiheadAttention(4, 2), r"owns in_proj_weight and has children"),
+        (nn.DataParallel(nn.Linear(4, 4)), r"wrapped in DataParallel.*model\.module"),
+    ],
+    ids=["BatchNorm", "parameters above children", "wrapped"],
+)
+def test_models_that_cannot_be_clipped_exactly_are_refused_by_name(model, words):
+    with pytest.raises(ValueError, match=words):
+        GhostClipper(model, max_grad_norm=1.0)
+
+
+def test_a_parameter_that_escapes_its_module_is_refused_by_name():
+    class Escape(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.first(x) + x @ self.first.weight
+
+    model = Escape().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"first\.weight is used outside the forward"):
+        clipper.backward(losses_of(model, draw(2, 4)))
+
+
+def test_reentrant_checkpoints_are_refused():
+    model = Checkpointed(reentrant=True).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises((RuntimeError, ValueError)):
+        clipper.backward(losses_of(model, draw(2, 4)))

@@ -1,0 +1,194 @@
+"""Every rule against the loop, over shapes and options."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from memsave.ghost import GhostClipper
+from tests.ghost.reference import assert_exact, by_clipper
+
+SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=2)
+
+
+class Head(nn.Module):
+    """A layer under test between two others, so that gradients of all sizes meet it."""
+
+    def __init__(self, layer, *, before=None):
+        super().__init__()
+        self.before, self.layer = before or nn.Identity(), layer
+
+    def forward(self, x):
+        return self.layer(self.before(x))
+
+
+def losses_of(model, batch):
+    """Uneven in the examples, so that some are clipped."""
+    y = model(batch)
+    scale = torch.arange(1, len(y) + 1, dtype=y.dtype)
+    return y.sin().flatten(1).sum(1) * scale
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 5), middle=SHAPES, d=st.integers(1, 9), p=st.integers(1, 9), bias=st.booleans())
+def test_linear(batch, middle, d, p, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, p, bias=bias)).double()
+    assert_exact(model, draw(batch, *middle, d), losses_of, clippings=("flat", "automatic"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    places=st.integers(1, 8),
+    rows=st.integers(1, 6),
+    width=st.integers(1, 5),
+    padding=st.booleans(),
+    shared_ids=st.booleans(),
+)
+def test_embedding(batch, places, rows, width, padding, shared_ids):
+    class Look(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(rows, width, padding_idx=0 if padding else None)
+            self.positions = nn.Embedding(places, width)
+
+        def forward(self, ids):
+            at = torch.arange(places)[None]
+            return (self.tokens(ids) * 2 + self.positions(at if shared_ids else at.expand(len(ids), -1))).tanh()
+
+    torch.manual_seed(0)
+    ids = torch.randint(rows, (batch, places), generator=torch.Generator().manual_seed(1))
+    assert_exact(Look().double(), ids, losses_of)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    middle=SHAPES,
+    width=st.sampled_from([2, 4, 6]),
+    kind=st.sampled_from(["layer", "layer2", "rms", "plain layer"]),
+)
+def test_norms_over_the_last_dimensions(batch, middle, width, kind):
+    torch.manual_seed(0)
+    shape = (*middle, width)
+    layer = {
+        "layer": lambda: nn.LayerNorm(width),
+        "layer2": lambda: nn.LayerNorm(shape[-2:]),
+        "rms": lambda: nn.RMSNorm(width),
+        "plain layer": lambda: nn.LayerNorm(width, bias=False),
+    }[kind]()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 1, 0.3)
+    assert_exact(Head(layer, before=nn.Linear(width, width)).double(), draw(batch, *shape), losses_of)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.GroupNorm(2, 4), (3, 4, 5)),
+        (nn.GroupNorm(2, 4), (3, 4, 3, 2, 2)),
+        (nn.Conv1d(4, 6, 3, padding=1), (3, 4, 7)),
+        (nn.Conv2d(4, 6, 3, groups=2, bias=False), (3, 4, 5, 5)),
+        (nn.Conv3d(4, 4, 3, padding=1, groups=4), (2, 4, 3, 4, 3)),
+        (nn.PReLU(4), (3, 4, 5)),
+        (nn.ConvTranspose2d(4, 2, 2, stride=2), (3, 4, 3, 3)),
+    ],
+    ids=str,
+)
+def test_layers_with_channels_and_the_generic_rule(layer, shape):
+    assert_exact(Head(layer, before=nn.Conv1d(4, 4, 1) if len(shape) == 3 else None).double(), draw(*shape), losses_of)
+
+
+class Scale(nn.Module):
+    """A layer of one's own, with an argument by name."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x, *, shift):
+        return (x + shift) * self.scale
+
+
+def test_a_layer_of_ones_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), Scale(4)
+
+        def forward(self, x):
+            return self.second(self.first(x), shift=x)
+
+    assert_exact(Own().double(), draw(4, 3, 4), losses_of)
+
+
+@pytest.mark.parametrize("places", [2, 30])
+def test_parameters_used_several_times(places):
+    class Shared(nn.Module):
+        """One linear layer twice, and its weight again as an embedding."""
+
+        def __init__(self):
+            super().__init__()
+            self.look, self.mix, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.look.weight
+
+        def forward(self, ids):
+            return self.head(self.mix(self.mix(self.look(ids)).tanh()))
+
+    torch.manual_seed(0)
+    ids = torch.randint(7, (4, places), generator=torch.Generator().manual_seed(1))
+    assert_exact(Shared().double(), ids, losses_of)
+
+
+def test_frozen_and_unused_parameters():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.frozen.requires_grad_(False)
+            self.used.weight.requires_grad_(False)  # BiTFiT: biases alone
+
+        def forward(self, x):
+            return self.frozen(self.used(x).tanh())
+
+    model = Part().double()
+    assert_exact(model, draw(3, 2, 4), losses_of)
+    _, sums = by_clipper(model, draw(3, 2, 4), losses_of, max_grad_norm=1.0)
+    assert sums["unused.weight"].abs().max() == 0
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_example_that_is_not_finite_contributes_zero_and_is_counted(passes, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    batch = draw(3, 2, 4)
+    broken = batch.clone()
+    broken[1, 0, 2] = value
+    clipper = GhostClipper(model, max_grad_norm=0.5, passes=passes)
+    norms = clipper.backward(losses_of(model, broken))
+    assert clipper.nonfinite == 1
+    assert norms.isfinite().tolist() == [True, False, True]
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    clipper.backward(losses_of(model, batch) * torch.tensor([1.0, 0.0, 1.0]))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_norms_are_float32_under_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    x = torch.randn(4, 5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(x).float().square().sum((1, 2))
+    norms = clipper.backward(losses)
+    assert norms.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
