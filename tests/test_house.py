@@ -10,9 +10,10 @@ import pytest
 import memsave
 
 PACKAGE = Path(memsave.__file__).parent
-MECHANISMS = ("reversible", "profiler")
+MECHANISMS = ("reversible", "ghost", "profiler")
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible"},
+    "ghost": {"ghost"},
     "profiler": {"profiler"},
     "models": {"models", "reversible"},
     "data": {"data"},
@@ -54,7 +55,7 @@ def test_the_mechanisms_import_torch_alone(package):
 
 def test_importing_memsave_loads_nothing_heavy():
     program = (
-        "import sys, memsave, memsave.reversible, memsave.profiler, memsave.models, memsave.data.brats\n"
+        "import sys, memsave, memsave.reversible, memsave.ghost, memsave.profiler, memsave.models, memsave.data.brats\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

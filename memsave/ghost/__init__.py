@@ -1,5 +1,6 @@
 """Backend 2: per-example clipping without per-example gradients."""
 
 from memsave.ghost.clipper import GhostClipper
+from memsave.ghost.verify import Verification, verify
 
-__all__ = ["GhostClipper"]
+__all__ = ["GhostClipper", "Verification", "verify"]

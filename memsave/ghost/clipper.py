@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from memsave.ghost.rules import Use, rule_for
-from memsave.ghost.rules.generic import generic, replaced
-from memsave.ghost.tap import Call, Phase, Tap
+from memsave.ghost.layer import Layer, RelativeBias, in_backward
+from memsave.ghost.tap import Call, Phase
 
 FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
 CLIPPINGS = ("flat", "automatic")
@@ -55,7 +54,7 @@ class GhostClipper:
         self._call: Call | None = None
         self._running = False
         self._handles: list[Any] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[Layer | RelativeBias] = []
         _refuse_mixing(model)
         if passes != "direct":
             self._attach()
@@ -66,7 +65,7 @@ class GhostClipper:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def backward(self, losses: Tensor) -> Tensor:
-        """Add the clipped sum to `.grad`; returns the B norms before clipping. `losses` (B,) are of the last forward."""
+        """Add the clipped sum to `.grad`; returns the norms (B,) before clipping. `losses` (B,): of the last forward."""
         if losses.dim() != 1 or not losses.requires_grad:
             raise ValueError(
                 f"losses have shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}; give one loss per "
@@ -95,6 +94,9 @@ class GhostClipper:
                 )
             if any(module is inner for layer in self._layers for inner in layer.module.modules()):
                 continue  # part of a leaf
+            if RelativeBias.applies(module):
+                self._layers.append(RelativeBias(self, module, name=name))
+                continue
             own = [key for key, p in module._parameters.items() if p is not None and p.requires_grad]
             if not own:
                 continue
@@ -102,17 +104,17 @@ class GhostClipper:
             heavy = sum(p.numel() for p in whole.values()) > LEAF_ELEMENTS or isinstance(module, nn.MultiheadAttention)
             if len(whole) > len(own) and heavy:
                 raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) owns {own[0]} and has children with parameters: no "
-                    f"rule is exact for it; freeze {own[0]}, or move it into a module of its own"
+                    f"{name or 'the model'} ({type(module).__name__}) owns {own[0]} and has children with parameters: "
+                    f"no rule is exact for it; freeze {own[0]}, or move it into a module of its own"
                 )
-            layer = _Layer(self, module, name=name, names=list(whole))
+            layer = Layer(self, module, name=name, names=list(whole))
             layer.folded = any(parent and name.startswith(f"{parent}.") for parent in folding)
             self._layers.append(layer)
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or _in_backward():
+        if not torch.is_grad_enabled() or in_backward():
             return
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         if not tensors or not tensors[0].dim():
@@ -124,14 +126,14 @@ class GhostClipper:
         self._call.keep_all = self.passes == 1
 
     def _end(self, *_: Any) -> None:
-        if not _in_backward():
+        if not in_backward():
             self._running = False
 
-    def _call_of(self, name: str) -> Call | None:
+    def call_of(self, name: str) -> Call | None:
         """The record that a layer's use belongs to; None where nothing is to be recorded."""
         if not torch.is_grad_enabled():
             return None
-        if self._call is None or not (self._running or _in_backward()):
+        if self._call is None or not (self._running or in_backward()):
             raise RuntimeError(
                 f"{name} was called outside the model's own forward, so its batch is not known; call the model that "
                 f"the GhostClipper was given"
@@ -202,55 +204,6 @@ class GhostClipper:
                 )
 
 
-class _Layer:
-    """A module whose forward ends in a tap."""
-
-    def __init__(self, clipper: GhostClipper, module: nn.Module, *, name: str, names: list[str]):
-        self.clipper, self.module, self.name, self.names = clipper, module, name, names
-        self.folded = False
-        self.rule = generic if any("." in each for each in names) else rule_for(module)
-        module.forward = self.forward
-
-    def detach(self) -> None:
-        """Give the module its own forward back."""
-        del self.module.__dict__["forward"]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's function; under grad, with the tap at its end."""
-        call = self.clipper._call_of(self.name)
-        original = type(self.module).forward
-        if call is None:
-            return original(self.module, *args, **kwargs)
-        use = self.rule(self.module, args, kwargs, call.batch_size)
-        parameters = [self.module.get_parameter(name) for name in self.names]
-        if not _in_backward():
-            for parameter in parameters:
-                call.count(parameter)
-            call.rematerialised |= _hooks_are_active()
-        with replaced(self.module, {name: p.detach() for name, p in zip(self.names, parameters, strict=True)}):
-            output = original(self.module, *use.args, **use.kwargs)
-        saved, folded = use.saved, None
-        if self.folded and isinstance(output, Tensor) and len(output) != call.batch_size:
-            folded = (call.batch_size, len(output) // call.batch_size)
-            output, saved = output.unflatten(0, folded), tuple(each.unflatten(0, folded) for each in saved)
-        if not isinstance(output, Tensor) or not output.dim() or len(output) != call.batch_size:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"{self.name} ({type(self.module).__name__}) gave {shape} for a batch of {call.batch_size}; a trainable "
-                f"layer must keep the batch in dimension 0: freeze it, or wrap it in a module that does"
-            )
-        tapped = Tap.apply(output, call.probe, _Bound(self.names, use), call, len(saved), *saved, *parameters)
-        return tapped if folded is None else tapped.flatten(0, 1)
-
-
-class _Bound:
-    """What a tap needs of one use of a layer."""
-
-    def __init__(self, names: list[str], use: Use):
-        self.names = names
-        self.per_example = use.per_example
-
-
 def _add_sums(call: Call, weights: Tensor) -> None:
     for parameter, gradients in call.ledger.items():
         for gradient in gradients:
@@ -276,13 +229,3 @@ def _refuse_mixing(model: nn.Module) -> None:
                 f"{name} is a {type(module).__name__}, in which every example's gradient depends on the others; put a "
                 f"GroupNorm in its place"
             )
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running: a forward is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _hooks_are_active() -> bool:
-    """Whether saved tensors are redirected: by a checkpoint, a reversible sequence, offloading."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -73,7 +73,7 @@ CLASSIFIERS = {"bert": bert, "roberta": lambda: bert("Roberta"), "albert": alber
 def in_float64(model):
     """With the RMSNorms in float64, too: Llama's computes in float32 inside."""
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__ in ("LlamaRMSNorm", "T5LayerNorm"):
             replacement = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
             module.__class__ = nn.RMSNorm
             module.__dict__.update({k: v for k, v in vars(replacement).items() if k not in vars(module)})
@@ -92,6 +92,20 @@ def test_language_models(name, training):
 def test_classifiers(name):
     torch.manual_seed(0)
     assert_exact(CLASSIFIERS[name]().double().train(), tokens(), class_losses)
+
+
+def test_t5_with_its_shared_embedding_and_relative_bias():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(**sizes, pad_token_id=PAD, decoder_start_token_id=PAD, dropout_rate=0.1)
+    model = in_float64(transformers.T5ForConditionalGeneration(config)).train()
+
+    def losses(model, batch):
+        logits = model(**batch, decoder_input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
+
+    for batch in (4, 7):  # 7: as many examples as queries
+        assert_exact(model, tokens(batch=batch), losses)
 
 
 def test_a_vision_transformer():

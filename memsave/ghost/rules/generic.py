@@ -26,8 +26,8 @@ def generic(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
     if any(isinstance(module, _DropoutNd) and module.training and module.p for module in layer.modules()):
         raise ValueError(
-            f"a {type(layer).__name__} draws dropout masks inside a layer that is differentiated example by example; set "
-            f"that dropout to 0"
+            f"a {type(layer).__name__} draws dropout masks inside a layer that is differentiated example by example; "
+            f"set that dropout to 0"
         )
 
     def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:

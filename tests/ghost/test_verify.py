@@ -1,0 +1,49 @@
+"""`verify` finds what is wrong, and touches nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from memsave.ghost import verify
+from memsave.ghost.rules import linear
+from tests.ghost.test_clipper import small
+from tests.ghost.test_layers import draw, losses_of
+
+
+def test_an_exact_model_is_said_to_be_exact_and_left_alone():
+    model = small()
+    model(draw(2, 4)).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    report = verify(model, draw(4, 4), losses_of)
+    assert report.ok, report
+    assert "norms and clipped sums of 4 parameters agree" in str(report)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_mixes_examples_is_found():
+    def mixed(model, batch):
+        each = losses_of(model, batch)
+        return each / each.detach().sum()
+
+    report = verify(small(), draw(4, 4), mixed)
+    assert not report.ok
+    assert "batch-mates" in str(report)
+
+
+def test_a_wrong_rule_is_found_by_parameter(monkeypatch):
+    from memsave.ghost import gradients
+
+    monkeypatch.setattr(linear, "wide", lambda tensor: gradients.wide(tensor) * 1.01)
+    report = verify(small(), draw(4, 4), losses_of)
+    assert any(finding.startswith("0.bias: the clipped sum is off") for finding in report.findings)
+    assert any(finding.startswith("example 0: the clipper's norm is") for finding in report.findings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_the_models_own_precision(dtype):
+    torch.manual_seed(0)
+    assert verify(
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype), draw(4, 8).to(dtype), losses_of
+    ).ok
