@@ -65,13 +65,16 @@ class GhostClipper:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def backward(self, losses: Tensor) -> Tensor:
-        """Add the clipped sum to `.grad`; returns the norms (B,) before clipping. `losses` (B,): of the last forward."""
+        """Add the clipped sum to `.grad`; returns the norms (B,) before clipping. `losses` (B,): the last forward's."""
         if losses.dim() != 1 or not losses.requires_grad:
             raise ValueError(
                 f"losses have shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}; give one loss per "
                 f"example, shape (B,), with its graph"
             )
-        norms = self._direct(losses) if self.passes == "direct" else self._ghost(losses)
+        if not len(losses):  # an empty Poisson batch: a step of noise alone
+            norms, self._call = losses.detach(), None
+        else:
+            norms = self._direct(losses) if self.passes == "direct" else self._ghost(losses)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

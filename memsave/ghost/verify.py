@@ -1,7 +1,7 @@
 """Is this model clipped exactly on this batch? The clipper against the plain loop, in plain words."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,14 @@ class Verification:
         return "\n".join(self.findings)
 
 
-def verify(model: nn.Module, batch: Any, per_example_losses: Losses) -> Verification:
+def verify(model: nn.Module, batch: Any, per_example_losses: Losses, *, passes: str | int = "auto") -> Verification:
     """Compare the clipper with each `losses[i]` differentiated alone, on the same batch and random numbers.
 
     Also checks that example 0's gradient stays when its batch-mates are exchanged for copies of it. Leaves the model,
     its gradients and the random state as they were; takes the time of B backward passes, on a copy of the model.
     """
+    if any("forward" in vars(module) for module in model.modules()):
+        raise ValueError("the forward of this model is replaced, by a GhostClipper perhaps; close it, then verify")
     model, report = copy.deepcopy(model), Verification()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     report.checked = len(names)
@@ -50,7 +52,7 @@ def verify(model: nn.Module, batch: Any, per_example_losses: Losses) -> Verifica
         norms = torch.stack([_norm(each) for each in gradients])
         bound = norms[norms.isfinite()].median().clamp(min=1e-12).item()
         torch.manual_seed(seed)
-        clipper = GhostClipper(model, max_grad_norm=bound)
+        clipper = GhostClipper(model, max_grad_norm=bound, passes=passes)
         model.zero_grad()
         ours = clipper.backward(per_example_losses(model, batch))
         clipper.close()
@@ -120,8 +122,12 @@ def _copies_of_first(batch: Any) -> Any:
     """The batch with every example exchanged for a copy of the first."""
     if isinstance(batch, Tensor):
         return batch[:1].expand_as(batch).clone()
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: _copies_of_first(value) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_copies_of_first(value) for value in batch)
-    return batch
+        return [_copies_of_first(value) for value in batch]
+    if isinstance(batch, (str, int, float, bool, type(None))):
+        return batch
+    raise TypeError(
+        f"verify cannot exchange the examples of a {type(batch).__name__}; give tensors in a dict or a list"
+    )

@@ -146,6 +146,28 @@ def test_parameters_used_several_times(places):
     assert_exact(Shared().double(), ids, losses_of)
 
 
+def test_row_numbers_without_a_batch_are_refused_even_when_their_number_is_the_batch_size():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look = nn.Embedding(4, 3)
+
+        def forward(self, x):
+            return x + self.look(torch.arange(4))
+
+    model = Positions().double()
+    GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"row numbers of shape \(4,\).*give it \(B, T\)"):
+        model(draw(4, 4, 3))
+
+
+def test_an_empty_batch_adds_zeros():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    assert clipper.backward(model(draw(0, 2, 4)).sum((1, 2))).shape == (0,)
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
+
+
 def test_frozen_and_unused_parameters():
     class Part(nn.Module):
         def __init__(self):

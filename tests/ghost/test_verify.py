@@ -1,10 +1,12 @@
 """`verify` finds what is wrong, and touches nothing."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
 
-from memsave.ghost import verify
+from memsave.ghost import GhostClipper, verify
 from memsave.ghost.rules import linear
 from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw, losses_of
@@ -39,6 +41,20 @@ def test_a_wrong_rule_is_found_by_parameter(monkeypatch):
     report = verify(small(), draw(4, 4), losses_of)
     assert any(finding.startswith("0.bias: the clipped sum is off") for finding in report.findings)
     assert any(finding.startswith("example 0: the clipper's norm is") for finding in report.findings)
+
+
+def test_any_mapping_is_a_batch_and_other_things_are_refused():
+    def mixed(model, batch):
+        each = losses_of(model, batch["x"])
+        return each / each.detach().sum()
+
+    assert not verify(small(), UserDict(x=draw(4, 4)), mixed).ok
+    with pytest.raises(TypeError, match="cannot exchange the examples of a object"):
+        verify(small(), object(), lambda model, batch: losses_of(model, draw(4, 4)))
+    model = small()
+    GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="close it, then verify"):
+        verify(model, draw(4, 4), losses_of)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -49,7 +49,7 @@ def register(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
 
 def rule_for(layer: nn.Module) -> Rule:
     """The layer's own rule, or the generic one."""
-    from memsave.ghost.rules import embedding, linear, norm  # noqa: F401  (registered by their import)
+    from memsave.ghost.rules import conv, embedding, linear, norm  # noqa: F401  (registered by their import)
     from memsave.ghost.rules.generic import generic
 
     kind = type(layer)

@@ -21,6 +21,11 @@ def embedding(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], b
             "an Embedding with max_norm, scale_grad_by_freq or sparse mixes examples; construct it without these"
         )
     rows = first_argument(args, kwargs)
+    if rows.dim() < 2:
+        raise ValueError(
+            f"an Embedding was given row numbers of shape {tuple(rows.shape)}, whose dimension could be places "
+            f"as well as examples; give it (B, T), or (1, T) where every example has the same"
+        )
     if len(rows) == 1 < batch_size:
         rows = rows.expand(batch_size, *rows.shape[1:])
 

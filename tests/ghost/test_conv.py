@@ -1,0 +1,118 @@
+"""Convolutions against the loop, over dimensions, shapes and options."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from memsave.ghost import GhostClipper
+from memsave.ghost.rules import conv, rule_for
+from memsave.ghost.rules.generic import generic
+from memsave.models import ReversibleUNet3d
+from memsave.models.mbconv import DepthwiseConv3d
+from memsave.models.unet import MEMORY_MODES
+from tests.ghost.reference import assert_exact
+from tests.ghost.test_layers import Head, draw, losses_of
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@st.composite
+def convolutions(draw_from):
+    """(layer, shape of an input that it accepts)."""
+    space, groups = draw_from(st.integers(1, 3)), draw_from(st.integers(1, 3))
+
+    def sizes(most):
+        return tuple(draw_from(st.lists(st.integers(1, most), min_size=space, max_size=space)))
+
+    kernel, dilation = sizes(3), sizes(2)
+    padding = draw_from(st.sampled_from(["same", "valid", 0, 1, (1, 0, 2)[:space]]))
+    stride = 1 if padding == "same" else sizes(2)
+    inputs, outputs = groups * draw_from(st.integers(1, 2)), groups * draw_from(st.integers(1, 2))
+    layer = CONVOLUTIONS[space](
+        inputs,
+        outputs,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw_from(st.booleans()),
+    )
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    room = [each + draw_from(st.integers(1, 3)) for each in reach]
+    return layer, (draw_from(st.integers(1, 4)), inputs, *room)
+
+
+@settings(max_examples=40, deadline=None)
+@given(convolutions())
+def test_convolutions(case):
+    layer, shape = case
+    torch.manual_seed(0)
+    assert_exact(Head(layer, before=nn.PReLU()).double(), draw(*shape), losses_of)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), (3, 4, 5, 4)),
+        (nn.Conv2d(4, 8, 3, stride=2, groups=4), (3, 4, 5, 5)),
+        (nn.Conv1d(3, 2, 4, padding="same", dilation=3), (3, 3, 8)),
+        (nn.Conv2d(3, 4, 1), (3, 3, 4, 5)),
+        (nn.Conv2d(3, 4, 1, padding=1), (3, 3, 4, 5)),
+        (nn.Conv2d(3, 4, 1, stride=2), (3, 3, 4, 5)),
+        (nn.Conv2d(4, 4, 1, groups=2), (3, 4, 4, 5)),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 3, 4, 5)),
+        (nn.Conv1d(3, 4, 3, padding="same", padding_mode="reflect"), (3, 3, 6)),
+        (DepthwiseConv3d(3, bias=True), (2, 3, 3, 4, 3)),
+    ],
+    ids=[
+        "depthwise",
+        "multiplier",
+        "uneven same",
+        "pointwise",
+        "padded",
+        "strided",
+        "grouped",
+        "circular",
+        "reflect",
+        "own",
+    ],
+)
+def test_kinds_of_convolution(layer, shape):
+    assert_exact(Head(layer).double(), draw(*shape), losses_of)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_half_frozen(frozen):
+    layer = nn.Conv1d(3, 4, 3)
+    layer.get_parameter(frozen).requires_grad_(False)
+    assert_exact(Head(layer, before=nn.PReLU()).double(), draw(3, 3, 6), losses_of)
+
+
+def test_a_convolution_used_twice():
+    layer = nn.Conv1d(3, 3, 3, padding=1)
+    assert_exact(nn.Sequential(layer, nn.Tanh(), layer).double(), draw(4, 3, 6), losses_of)
+
+
+def test_subclasses_take_the_generic_rule_unless_registered_by_name():
+    class Own(nn.Conv1d):
+        pass
+
+    assert rule_for(Own(2, 2, 1)) is generic
+    assert rule_for(DepthwiseConv3d(2)) is conv.conv
+
+
+def test_inputs_without_a_batch_are_refused():
+    layer = nn.Conv1d(3, 3, 1)
+    GhostClipper(layer, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"Conv1d got an input of shape \(3, 5\).*give it 3 dimensions"):
+        layer(torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_the_reversible_unet_in_each_memory_mode(memory):
+    torch.manual_seed(0)
+    net = ReversibleUNet3d(2, 3, channels=(4, 8), expansion=2, squeeze_excitation=0.5, dropout=0.1, memory=memory)
+    assert_exact(net.double(), draw(3, 2, 4, 5, 4), losses_of)

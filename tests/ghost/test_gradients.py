@@ -1,0 +1,142 @@
+"""Each form of a per-example gradient against the gradient itself."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memsave.ghost import GhostClipper, gradients
+from memsave.ghost.gradients import Dense, Outer, inner, keep_rows, squared_norm
+from memsave.ghost.tap import Call
+from tests.ghost.reference import assert_exact, by_clipper
+from tests.ghost.test_layers import Head, draw, losses_of
+
+BATCH, ROWS, WIDTH = 3, 5, 4
+KINDS = ["dense", "outer", "transposed", "rows", "rows transposed"]
+
+
+def form(kind, *, places=6, seed=0):
+    """(the form, the gradient (B, ROWS, WIDTH) that it stands for), built without the code under test."""
+    generator = torch.Generator().manual_seed(seed)
+    transposed = kind.endswith("transposed")
+    p, d = (WIDTH, ROWS) if transposed else (ROWS, WIDTH)
+    right = torch.randn(BATCH, places, d, dtype=torch.float64, generator=generator)
+    if kind.startswith("rows"):
+        left = torch.randint(-1, p, (BATCH, places), generator=generator)  # -1: no row
+        left[:, 0] = -1
+        u = (left[..., None] == torch.arange(p)).to(right.dtype)
+    else:
+        u = left = torch.randn(BATCH, places, p, dtype=torch.float64, generator=generator)
+    full = torch.stack([sum(torch.outer(a, b) for a, b in zip(us, vs, strict=True)) for us, vs in zip(u, right)])
+    full = full.transpose(1, 2) if transposed else full
+    return (Dense(full.clone()) if kind == "dense" else Outer(left, right, rows=p, transposed=transposed)), full
+
+
+@pytest.fixture(params=[2**24, 1, 40], ids=["one tile", "a place a tile", "several tiles"])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(gradients, "TILE", request.param)
+
+
+@pytest.mark.parametrize("places", [1, 6, 40])  # Gram is cheaper for few, the gradient for many
+@pytest.mark.parametrize("kind", KINDS)
+def test_squared_norms(kind, places, tile):
+    gradient, full = form(kind, places=places)
+    torch.testing.assert_close(squared_norm(gradient), full.square().sum((1, 2)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(inner(gradient, gradient), full.square().sum((1, 2)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+def test_inner_products(kind, other, tile):
+    """Of any two uses of one parameter, at different numbers of places."""
+    (one, full), (two, other_full) = form(kind), form(other, places=9, seed=1)
+    expected = (full * other_full).sum((1, 2))
+    torch.testing.assert_close(inner(one, two), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weighted_sums_leave_out_what_has_weight_zero(kind):
+    gradient, full = form(kind)
+    weights = torch.tensor([0.7, 0.0, 1.3], dtype=torch.float64)
+    expected = (weights[:, None, None] * full).sum(0)
+    torch.testing.assert_close(gradient.weighted_sum(weights), expected, rtol=1e-12, atol=1e-14)
+    for part in ("values", "left", "right"):
+        tensor = getattr(gradient, part, None)
+        if tensor is not None and tensor.is_floating_point():
+            tensor[1] = float("nan")
+    torch.testing.assert_close(gradient.weighted_sum(weights), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_gradients_formed(kind):
+    gradient, full = form(kind)
+    torch.testing.assert_close(gradient.dense().values, full, rtol=1e-12, atol=1e-14)
+
+
+def test_rows_of_weight_zero_are_kept_out_of_a_product():
+    values = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")]])
+    assert keep_rows(values, torch.tensor([0.5, 0.0])).tolist() == [[1.0, 2.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4, eps=0.3), nn.RMSNorm(4, eps=0.3), nn.GroupNorm(2, 4, eps=0.3)])
+def test_norms_of_any_epsilon(layer):
+    assert_exact(Head(layer, before=nn.PReLU()).double(), draw(3, 4, 4), losses_of)
+
+
+def test_generic_layers_with_an_argument_that_has_no_batch():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+
+        def forward(self, x, table):
+            return x * (self.scale * table).sin()
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Mixed()
+
+        def forward(self, x):
+            return self.layer(x, torch.arange(4.0, dtype=x.dtype))
+
+    assert_exact(Whole().double(), draw(3, 2, 4), losses_of)
+
+
+def test_generic_layers_that_draw_dropout_are_refused():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.dropout = nn.Parameter(torch.rand(4)), nn.Dropout(0.2)
+
+        def forward(self, x):
+            return self.dropout(x) * self.scale
+
+    model = Noisy()
+    GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="Noisy draws dropout masks"):
+        model(torch.randn(3, 4))
+    model.eval()(torch.randn(3, 4))
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_a_recomputation_is_no_second_use_and_keeps_nothing(monkeypatch):
+    kept, add = [], Call.add
+    monkeypatch.setattr(Call, "add", lambda call, *args: (add(call, *args), kept.append(len(call.ledger)))[0])
+    by_clipper(Body().double(), draw(3, 4), losses_of, max_grad_norm=1.0, passes=2)
+    assert kept == [0] * 4
+
+
+def test_a_checkpoint_around_the_whole_model():
+    def losses(model, batch):
+        return checkpoint(model, batch, use_reentrant=False).sin().sum(1)
+
+    assert_exact(Body().body.double(), draw(3, 4), losses)
