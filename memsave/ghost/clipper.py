@@ -162,7 +162,8 @@ class GhostClipper:
             norms = torch.where(torch.isnan(squared), squared, norms)
             weights = self._factors(norms)
             if passes == 1:
-                _add_sums(call, weights)
+                with torch.autocast(call.probe.device.type, enabled=False):
+                    _add_sums(call, weights)
             else:
                 call.phase, call.weights = Phase.SUM, weights
                 call.ledger.clear()

@@ -87,7 +87,7 @@ class Tap(torch.autograd.Function):
                 "an ordinary backward ran through a model with a GhostClipper attached; call clipper.backward(losses), "
                 "or clipper.close() first"
             )
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # or Gram products would be bfloat16
             gradients = ctx.layer.per_example(ctx.saved_tensors, grad)
             named = [(p, gradients[name]) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
             if call.phase is Phase.NORM:

@@ -204,13 +204,23 @@ def test_an_example_that_is_not_finite_contributes_zero_and_is_counted(passes, v
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-9, atol=1e-13)
 
 
-def test_norms_are_float32_under_autocast():
+@pytest.mark.parametrize("passes", [1, 2])
+def test_norms_are_float32_under_autocast_wherever_backward_is_called(passes):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
-    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
     x = torch.randn(4, 5, 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = model(x).float().square().sum((1, 2))
-    norms = clipper.backward(losses)
-    assert norms.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    results = []
+    for inside in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = model(x).float().square().sum((1, 2))
+            if inside:
+                norms = clipper.backward(losses)
+        if not inside:
+            norms = clipper.backward(losses)
+        assert norms.dtype == torch.float32
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        results.append([norms, *(p.grad.clone() for p in model.parameters())])
+    for outside, within in zip(*results, strict=True):
+        torch.testing.assert_close(within, outside, rtol=1e-5, atol=1e-6)

@@ -77,6 +77,14 @@ def test_what_was_changed_in_place_is_an_error(change, training):
         loss.backward()
 
 
+def test_a_branch_whose_saved_tensors_depend_on_the_inputs_need_of_a_gradient():
+    net, x = sequence(branch=Scaled), image()  # x needs none: the first product saves x alone
+    twin = twin_of(net)
+    for model in (net, twin):
+        model(x).square().mean().backward()
+    assert_same({n: p.grad for n, p in net.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()})
+
+
 def test_a_frozen_factor_changed_in_place_is_an_error():
     class Frozen(nn.Module):
         def __init__(self, channels):
