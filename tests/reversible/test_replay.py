@@ -78,7 +78,15 @@ def test_what_was_changed_in_place_is_an_error(change, training):
 
 
 def test_a_branch_whose_saved_tensors_depend_on_the_inputs_need_of_a_gradient():
-    net, x = sequence(branch=Scaled), image()  # x needs none: the first product saves x alone
+    class Exponential(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(1, channels, 1, 1))
+
+        def forward(self, x):
+            return (x * self.weight.exp()).sin()  # the product saves exp(w) only if x needs a gradient
+
+    net, x = sequence(branch=Exponential), image()
     twin = twin_of(net)
     for model in (net, twin):
         model(x).square().mean().backward()
