@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.record import keep, machine, median
+from experiments.record import insert, keep, machine, median
 from memsave.ghost import GhostClipper
 from memsave.profiler import MemoryRecorder, format_bytes
 
@@ -151,6 +151,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     results = {f"B={b}, T={t}": measure(b, t, repeats=repeats) for b, t in SHAPES}
     print(table(results))
+    insert(HERE / "README.md", name="ghost", text=table(results))
     keep(HERE / "ghost.json", command="python -m experiments.speed.ghost", results=results)
 
 

@@ -7,15 +7,24 @@
 The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind of layer in `rules/`.
 """
 
-from collections.abc import Sequence
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from memsave.ghost.gradients import Outer, has_values
 from memsave.ghost.layer import Layer, RelativeBias, in_backward
+from memsave.ghost.refusals import (
+    reentrant_checkpoints_refused,
+    refuse_escaped,
+    refuse_mixed,
+    refuse_statistics,
+    refuse_wrapped,
+)
 from memsave.ghost.tap import Call, Phase
+
+log = logging.getLogger("memsave.ghost")
 
 FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
 CLIPPINGS = ("flat", "automatic")
@@ -29,6 +38,7 @@ class GhostClipper:
 
     Formal guarantee: `backward(losses)` adds sum_b c_b grad(losses[b]) to `.grad`, in which every summand's norm over
     all trainable parameters together is at most `max_grad_norm`, provided that losses[b] depends on example b alone.
+    Whether the layers keep examples apart is looked at once, in the first backward of two or more of them.
 
     Args:
         model: any module whose first tensor argument has the examples in dimension 0.
@@ -36,7 +46,8 @@ class GhostClipper:
         clipping: "flat", c = min(1, C / norm), or "automatic", c = C / (norm + 0.01).
         passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs a second backward with
             weighted losses and keeps nothing, for models under checkpoints or reversible sequences; "auto" takes 2
-            where activations are not stored, else 1; "direct" is for single examples, whatever the layers.
+            where activations are not stored, else 1, and says so in `chosen_passes`; "direct" is for single examples,
+            whatever the layers.
 
     Raises ValueError, by name, for what cannot be clipped exactly.
     """
@@ -49,13 +60,16 @@ class GhostClipper:
         if clipping not in CLIPPINGS or passes not in PASSES:
             raise ValueError(f"clipping={clipping!r}, passes={passes!r}; choose from {CLIPPINGS} and {PASSES}")
         self.model, self.max_grad_norm, self.clipping, self.passes = model, max_grad_norm, clipping, passes
-        self.nonfinite = 0
-        """Examples so far whose norm was not finite; they contributed zero."""
+        self.chosen_passes: str | int | None = None if passes == "auto" else passes
+        """What `passes` came to in the last backward; None before the first where it is "auto"."""
+        self._nonfinite: int | Tensor = 0
+        self._checked: set[str] = set()
         self._call: Call | None = None
         self._running = False
         self._handles: list[Any] = []
         self._layers: list[Layer | RelativeBias] = []
-        _refuse_mixing(model)
+        refuse_wrapped(model)
+        refuse_statistics(model)
         if passes != "direct":
             self._attach()
 
@@ -63,6 +77,11 @@ class GhostClipper:
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def nonfinite(self) -> int:
+        """Examples so far whose norm was not finite; they contributed zero."""
+        return int(self._nonfinite)
 
     def backward(self, losses: Tensor) -> Tensor:
         """Add the clipped sum to `.grad`; returns the norms (B,) before clipping. `losses` (B,): the last forward's."""
@@ -98,7 +117,7 @@ class GhostClipper:
             if any(module is inner for layer in self._layers for inner in layer.module.modules()):
                 continue  # part of a leaf
             if RelativeBias.applies(module):
-                self._layers.append(RelativeBias(self, module, name=name))
+                self._layers.append(RelativeBias(self, module, name=name or "the model"))
                 continue
             own = [key for key, p in module._parameters.items() if p is not None and p.requires_grad]
             if not own:
@@ -110,7 +129,7 @@ class GhostClipper:
                     f"{name or 'the model'} ({type(module).__name__}) owns {own[0]} and has children with parameters: "
                     f"no rule is exact for it; freeze {own[0]}, or move it into a module of its own"
                 )
-            layer = Layer(self, module, name=name, names=list(whole))
+            layer = Layer(self, module, name=name or "the model", names=tuple(whole))
             layer.folded = any(parent and name.startswith(f"{parent}.") for parent in folding)
             self._layers.append(layer)
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -119,6 +138,7 @@ class GhostClipper:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or in_backward():
             return
+        refuse_statistics(model)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         if not tensors or not tensors[0].dim():
             raise ValueError("the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors")
@@ -126,7 +146,6 @@ class GhostClipper:
         size = len(tensors[0])
         probe = torch.zeros(size, dtype=wide, device=tensors[0].device, requires_grad=True)
         self._call, self._running = Call(batch_size=size, probe=probe), True
-        self._call.keep_all = self.passes == 1
 
     def _end(self, *_: Any) -> None:
         if not in_backward():
@@ -148,88 +167,105 @@ class GhostClipper:
         if call is None or len(losses) != call.batch_size:
             seen = "no forward" if call is None else f"a batch of {call.batch_size}"
             raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
-        passes = self.passes if self.passes != "auto" else 2 if call.rematerialised else 1
-        call.keep_all, call.phase = passes == 1, Phase.NORM
+        self._choose_passes(call)
+        parameters = self.parameters
         try:
-            parameters = self.parameters
-            (squared, *escaped) = torch.autograd.grad(
-                losses.sum(), [call.probe, *parameters], retain_graph=passes == 2, allow_unused=True
-            )
-            self._refuse_escaped(parameters, escaped)
-            if squared is None:
-                squared = torch.zeros_like(call.probe)
-            norms = squared.clamp(min=0).sqrt()
-            norms = torch.where(torch.isnan(squared), squared, norms)
+            with reentrant_checkpoints_refused():
+                self._check_examples_apart(call, losses)
+                call.phase, call.keep_all = Phase.NORM, self.chosen_passes == 1
+                (squared, *escaped) = torch.autograd.grad(
+                    losses,
+                    [call.probe, *parameters],
+                    grad_outputs=torch.ones_like(losses),
+                    retain_graph=self.chosen_passes == 2,
+                    allow_unused=True,
+                )
+            refuse_escaped(self.model, parameters, escaped)
+            squared = torch.zeros_like(call.probe) if squared is None else squared
+            norms = torch.where(squared < 0, 0.0, squared).sqrt()  # rounding; NaN stays
             weights = self._factors(norms)
-            if passes == 1:
+            kept = weights != 0
+            whole = not has_values(kept) or bool(kept.all())
+            call.kept = None if whole else kept
+            if self.chosen_passes == 1:
                 with torch.autocast(call.probe.device.type, enabled=False):
                     _add_sums(call, weights)
             else:
-                call.phase, call.weights = Phase.SUM, weights
+                call.phase = Phase.SUM
                 call.ledger.clear()
-                weighted = torch.where(weights != 0, losses * weights.to(losses.dtype), losses.new_zeros(()))
                 used = [p for p in parameters if p in call.uses]
-                torch.autograd.backward(weighted.sum(), inputs=used)
+                torch.autograd.backward(losses, grad_tensors=weights.to(losses.dtype), inputs=used)
         finally:
-            call.phase, call.weights = Phase.IDLE, None
+            call.phase, call.kept = Phase.IDLE, None
             call.ledger.clear()
             self._call = None
         return norms
 
+    def _choose_passes(self, call: Call) -> None:
+        if self.passes == "auto":
+            chosen = 2 if call.rematerialised else 1
+            if chosen != self.chosen_passes:
+                why = "activations are made again in the backward" if chosen == 2 else "activations are stored"
+                log.info("passes='auto' takes %d: %s", chosen, why)
+            self.chosen_passes = chosen
+
+    def _check_examples_apart(self, call: Call, losses: Tensor) -> None:
+        """Every second loss alone must leave the other examples' rows at zero; looked at once for each layer.
+
+        It finds layers and losses that mix examples, and layers whose dimension 0 is another one of the same length.
+        """
+        if call.batch_size < 2 or call.layers <= self._checked or not has_values(losses):
+            return
+        call.phase = Phase.CHECK
+        every_second = torch.zeros_like(losses)
+        every_second[::2] = 1
+        torch.autograd.grad(losses, call.probe, grad_outputs=every_second, retain_graph=True, allow_unused=True)
+        refuse_mixed(call.mixed)
+        self._checked |= call.layers
+
     def _direct(self, losses: Tensor) -> Tensor:
         if len(losses) != 1:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
-        gradients = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
-        squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in gradients if g is not None]
-        norms = torch.stack(squares).sum().sqrt()[None]
-        (weight,) = weights = self._factors(norms)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is not None and weights.any():
-                _accumulate(parameter, gradient * weight.to(gradient.dtype))
+        found = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
+        gradients = {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}
+        wides = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients.values())
+        squares = [each.square().sum() for each in wides]
+        norms = torch.stack(squares).sum().sqrt()[None] if squares else losses.detach() * 0
+        (weight,) = self._factors(norms)
+        if has_values(weight) and not weight:  # not finite
+            return norms
+        for parameter, gradient in gradients.items():
+            _accumulate(parameter, gradient * weight.to(gradient.dtype))
         return norms
 
     def _factors(self, norms: Tensor) -> Tensor:
         """c for each example; zero, and counted, where the norm is not finite."""
         finite = norms.isfinite()
-        self.nonfinite += int((~finite).sum())
+        self._nonfinite = self._nonfinite + (~finite).sum()
         if self.clipping == "automatic":
             factors = self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
         else:
             factors = (self.max_grad_norm / norms).clamp(max=1.0)  # a zero norm gives infinity, and so 1
         return torch.where(finite, factors, torch.zeros_like(factors))
 
-    def _refuse_escaped(self, parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        names = {p: name for name, p in self.model.named_parameters()}
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                raise ValueError(
-                    f"{names[parameter]} is used outside the forward of the module that owns it, where no rule sees "
-                    f"its gradient; freeze it, or use it through its module"
-                )
-
 
 def _add_sums(call: Call, weights: Tensor) -> None:
-    for parameter, gradients in call.ledger.items():
-        for gradient in gradients:
-            _accumulate(parameter, gradient.weighted_sum(weights).to(parameter.dtype))
+    """The clipped sums into `.grad`, the smallest parameter first, each freeing what its sum was formed from."""
+    for parameter in sorted(call.ledger, key=Tensor.numel):
+        gradients = sorted(call.ledger.pop(parameter), key=lambda each: isinstance(each, Outer) and each.one_hot)
+        in_place = parameter.grad is not None and parameter.grad.dtype not in (torch.float16, torch.bfloat16)
+        total = parameter.grad if in_place else None
+        while gradients:
+            gradient = gradients.pop(0)
+            gradient = gradient if call.kept is None else gradient.keep(call.kept)
+            total = gradient.weighted_sum(weights, into=total)
+        if not in_place:
+            assert total is not None
+            _accumulate(parameter, total.to(parameter.dtype))
 
 
 def _accumulate(parameter: nn.Parameter, value: Tensor) -> None:
     if parameter.grad is None:
-        parameter.grad = value.detach().clone().reshape(parameter.shape)
+        parameter.grad = value.detach().contiguous()
     else:
         parameter.grad += value.detach()
-
-
-def _refuse_mixing(model: nn.Module) -> None:
-    if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
-        raise ValueError(
-            f"the model is wrapped in {type(model).__name__}, whose gradients leave the process unclipped; "
-            f"give the GhostClipper model.module"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, in which every example's gradient depends on the others; put a "
-                f"GroupNorm in its place"
-            )

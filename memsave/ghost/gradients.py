@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 TILE = 2**24  # elements of the largest Gram tile: 64 MiB in float32
+PIECE = 2**20  # elements multiplied and summed at a time: 4 MiB in float32, which stay in the cache
+WRITE = 90  # multiply-adds in whose time one element of an instantiated gradient is written and read, on a CPU
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,18 @@ class Dense:
 
     values: Tensor
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """sum_b weights[b] g_b, in the parameter's shape; examples of weight zero contribute nothing, even NaN."""
+    def weighted_sum(self, weights: Tensor | None, *, into: Tensor | None = None) -> Tensor:
+        """sum_b weights[b] g_b (None: all one), in the parameter's shape; added to `into` where that is given."""
         values = wide(self.values)
-        return torch.einsum("b,b...->...", weights.to(values.dtype), keep_rows(values, weights))
+        if weights is None:
+            total = values.sum(0)
+        else:
+            total = (values.reshape(len(values), -1).T @ weights.to(values.dtype)).view(values.shape[1:])
+        return total if into is None else into.add_(total)
+
+    def keep(self, kept: Tensor) -> "Dense":
+        """Without the examples that `kept` (B,) does not name: their rows are zero, even where they were NaN."""
+        return Dense(_rows(self.values, kept))
 
 
 @dataclass(frozen=True)
@@ -54,25 +65,34 @@ class Outer:
         """Form the gradients."""
         right = wide(self.right)
         if self.one_hot:
-            values = right.new_zeros(len(right), self.rows + 1, right.shape[-1])
-            index = self.left.remainder(self.rows + 1)  # -1 is the row past the last, which is dropped
-            values.scatter_add_(1, index.unsqueeze(-1).expand_as(right), right)
-            values = values[:, :-1]
-        else:
-            values = torch.einsum("btp,btd->bpd", wide(self.left), right)
-        return Dense(values.transpose(1, 2) if self.transposed else values)
+            values = right.new_zeros(len(right), self.rows, right.shape[-1])
+            index = self.left.clamp(min=0).unsqueeze(-1).expand_as(right)
+            values.scatter_add_(1, index, _rows(right, self.left >= 0))
+            return Dense(values.transpose(1, 2) if self.transposed else values)
+        left = wide(self.left)
+        return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """sum_b weights[b] g_b, without the g_b."""
-        right = wide(self.right)
-        right = keep_rows(right, weights) * weights.to(right.dtype)[:, None, None]
+    def weighted_sum(self, weights: Tensor | None, *, into: Tensor | None = None) -> Tensor:
+        """sum_b weights[b] g_b (None: all one), without the g_b; added to `into` where that is given."""
+        left, right = wide(self.left), wide(self.right)
+        if weights is not None:
+            weights = weights.to(right.dtype)[:, None, None]
+            if self.one_hot or right.shape[-1] <= left.shape[-1]:  # the smaller one: it is copied for that
+                right = right * weights
+            else:
+                left = left * weights
         if self.one_hot:
-            total = right.new_zeros(self.rows + 1, right.shape[-1])
-            total = total.index_add(0, self.left.remainder(self.rows + 1).flatten(), right.flatten(0, 1))[:-1]
-        else:
-            left = keep_rows(wide(self.left), weights)
-            total = left.flatten(0, 1).T @ right.flatten(0, 1)
-        return total.T if self.transposed else total
+            total = right.new_zeros(self.rows, right.shape[-1]) if into is None else into.T if self.transposed else into
+            total.index_add_(0, left.clamp(min=0).flatten(), _rows(right, left >= 0).flatten(0, 1))
+            return total.T if self.transposed else total
+        first, second = (right, left) if self.transposed else (left, right)
+        first, second = first.flatten(0, 1).T, second.flatten(0, 1)
+        return first @ second if into is None else into.addmm_(first, second)
+
+    def keep(self, kept: Tensor) -> "Outer":
+        """Without the examples that `kept` (B,) does not name: their rows are zero, even where they were NaN."""
+        left = self.left if self.one_hot else _rows(self.left, kept)
+        return Outer(left, _rows(self.right, kept), rows=self.rows, transposed=self.transposed)
 
 
 Gradient = Dense | Outer
@@ -80,19 +100,32 @@ Gradient = Dense | Outer
 
 def inner(one: Gradient, other: Gradient) -> Tensor:
     """<g_b, g'_b> for each example: (B,)."""
-    if isinstance(one, Outer) and isinstance(other, Outer) and one.transposed == other.transposed:
-        if one is other and not one.one_hot and _dense_is_cheaper(one):
-            return _dot(one.dense().values, one.dense().values)
-        return _gram(one, other)
-    values = [each.dense().values if isinstance(each, Outer) else wide(each.values) for each in (one, other)]
-    return _dot(*values)
+    if isinstance(one, Outer) and isinstance(other, Outer):
+        return _gram(one, other) if one.transposed == other.transposed else _against(one.dense(), other)
+    if isinstance(other, Outer):
+        one, other = other, one
+    assert isinstance(other, Dense)
+    if isinstance(one, Outer):
+        return _against(other, one)
+    return _dot(one.values, other.values)
 
 
-def squared_norm(gradient: Gradient) -> Tensor:
-    """|g_b|^2 for each example: (B,)."""
-    if isinstance(gradient, Outer) and not gradient.one_hot and _dense_is_cheaper(gradient):
-        gradient = gradient.dense()
-    return inner(gradient, gradient)
+def cheapest(gradient: Gradient, *, summed: bool) -> Gradient:
+    """The form in which an example's norm takes the least time, among those that take no more memory than (u, v).
+
+    The Gram form takes T^2 (p + d) multiply-adds, the gradient T p d and its writing. `summed`: the clipped sum will be
+    formed from what is returned; the gradient then replaces that product, T p d more, and one of the B that are held is
+    the sum's own.
+    """
+    if isinstance(gradient, Dense) or gradient.one_hot:
+        return gradient
+    batch, places, d = gradient.right.shape
+    p = gradient.rows
+    gram, formed = places**2 * (p + d), (places + WRITE) * p * d
+    if summed:
+        gram += places * p * d
+    fits = (batch - summed) * p * d <= batch * places * (p + d)
+    return gradient.dense() if fits and formed < gram else gradient
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -100,20 +133,38 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def keep_rows(values: Tensor, weights: Tensor) -> Tensor:
-    """Zero the rows of weight zero before anything is multiplied: 0 x NaN is NaN."""
-    kept = (weights != 0).view(-1, *[1] * (values.dim() - 1))
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values may be asked for; a fake tensor or one on `meta` has none."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
+def _rows(values: Tensor, kept: Tensor) -> Tensor:
+    """Zero what is not kept, by the leading dimensions, before anything is multiplied: 0 x NaN is NaN."""
+    kept = kept.view(*kept.shape, *[1] * (values.dim() - kept.dim()))
     return torch.where(kept, values, values.new_zeros(()))
 
 
-def _dense_is_cheaper(outer: Outer) -> bool:
-    """Gram costs T^2 (p + d) for each example, the gradient T p d."""
-    places, d = outer.right.shape[1:]
-    return places * (outer.rows + d) > outer.rows * d
-
-
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).flatten(1).sum(1) if one.dim() > 1 else one * other
+    """sum over all but the examples, (B,), piece by piece: a product in one (einsum, bmm) loses digits in float32.
+
+    At 4e7 elements it is 8% too small.
+    """
+    one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
+    step = max(1, PIECE // max(1, len(one)))
+    pieces = [(wide(a) * wide(b)).sum(1) for a, b in zip(one.split(step, 1), other.split(step, 1), strict=True)]
+    return torch.stack(pieces).sum(0)
+
+
+def _against(dense: Dense, outer: Outer) -> Tensor:
+    """sum_t u_t' D v_t, (B,), without the other gradient."""
+    values = wide(dense.values).transpose(1, 2) if outer.transposed else wide(dense.values)  # (B, p, d)
+    right = wide(outer.right)
+    if outer.one_hot:
+        index = outer.left.clamp(min=0).unsqueeze(-1).expand_as(right)
+        rows = values.gather(1, index) * (outer.left >= 0).unsqueeze(-1)  # (B, T, d)
+    else:
+        rows = wide(outer.left) @ values
+    return (rows * right).sum((1, 2))
 
 
 def _gram(one: Outer, other: Outer) -> Tensor:

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Gradient, Outer
-from memsave.ghost.rules import Use, rule_for
+from memsave.ghost.rules import Given, rule_for
 from memsave.ghost.rules.generic import generic, replaced
-from memsave.ghost.tap import Call, Tap
+from memsave.ghost.tap import Call, Tap, Tapped
 
 
 class Layer:
     """A module whose forward ends in a tap."""
 
-    def __init__(self, clipper: Any, module: nn.Module, *, name: str, names: list[str]):
+    def __init__(self, clipper: Any, module: nn.Module, *, name: str, names: tuple[str, ...]):
         self.clipper, self.module, self.name, self.names = clipper, module, name, names
         self.folded = False
+        self.notes: dict[Any, Any] = {}
         self.rule = generic if any("." in each for each in names) else rule_for(module)
         module.forward = self.forward
 
@@ -30,13 +31,13 @@ class Layer:
         original = type(self.module).forward
         if call is None:
             return original(self.module, *args, **kwargs)
-        use = self.rule(self.module, args, kwargs, call.batch_size)
+        use = self.rule(self.module, Given(args, kwargs, call.batch_size, self.names, self.notes))
         parameters = [self.module.get_parameter(name) for name in self.names]
-        note_uses(call, parameters)
+        note_uses(call, self.name, parameters)
         with replaced(self.module, {name: p.detach() for name, p in zip(self.names, parameters, strict=True)}):
             output = original(self.module, *use.args, **use.kwargs)
         saved, folded = use.saved, None
-        if self.folded and isinstance(output, Tensor) and len(output) != call.batch_size:
+        if self.folded and self.rule is not generic and isinstance(output, Tensor) and len(output) != call.batch_size:
             folded = (call.batch_size, len(output) // call.batch_size)
             output, saved = output.unflatten(0, folded), tuple(each.unflatten(0, folded) for each in saved)
         if not isinstance(output, Tensor) or not output.dim() or len(output) != call.batch_size:
@@ -45,7 +46,9 @@ class Layer:
                 f"{self.name} ({type(self.module).__name__}) gave {shape} for a batch of {call.batch_size}; a "
                 f"trainable layer must keep the batch in dimension 0: freeze it, or wrap it in a module that does"
             )
-        tapped = Tap.apply(output, call.probe, _Bound(self.names, use), call, len(saved), *saved, *parameters)
+        tapped = Tap.apply(
+            output, call.probe, Tapped(self.name, self.names, use.per_example), call, len(saved), *saved, *parameters
+        )
         return tapped if folded is None else tapped.flatten(0, 1)
 
 
@@ -82,31 +85,24 @@ class RelativeBias:
         with handle, replaced(self.module, {"weight": weight.detach()}):
             bias = original(self.attention, *args, **kwargs)
         (rows,) = looked_up  # (queries, keys)
-        note_uses(call, [weight])
+        note_uses(call, self.name, [weight])
 
         def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
             left = saved[0].flatten().expand(len(grad), -1)  # (B, queries keys)
             return {"weight": Outer(left, grad.permute(0, 2, 3, 1).flatten(1, 2), rows=self.module.num_embeddings)}
 
-        bound = _Bound(list(self.names), Use((), (rows,), per_example))
-        return Tap.apply(bias.expand(call.batch_size, *bias.shape[1:]), call.probe, bound, call, 1, rows, weight)
+        tapped = Tapped(self.name, self.names, per_example)
+        return Tap.apply(bias.expand(call.batch_size, *bias.shape[1:]), call.probe, tapped, call, 1, rows, weight)
 
 
-def note_uses(call: Call, parameters: list[nn.Parameter]) -> None:
+def note_uses(call: Call, name: str, parameters: list[nn.Parameter]) -> None:
     """Count a use of each parameter, unless the forward is a recomputation of one that was counted."""
     if in_backward():
         return
+    call.layers.add(name)
     for parameter in parameters:
         call.count(parameter)
     call.rematerialised |= _redirected()
-
-
-class _Bound:
-    """What a tap needs of one use of a layer."""
-
-    def __init__(self, names: list[str], use: Use):
-        self.names = names
-        self.per_example = use.per_example
 
 
 def in_backward() -> bool:

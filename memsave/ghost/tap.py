@@ -13,13 +13,14 @@ call's own record, which every tap of that forward holds.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Gradient, inner, squared_norm
+from memsave.ghost.gradients import Gradient, cheapest, inner
 
 PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
 """(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
@@ -29,6 +30,8 @@ class Phase(Enum):
     """What a backward is for."""
 
     IDLE = auto()
+    CHECK = auto()
+    """Of some examples' losses alone: do they reach the rows of the others?"""
     NORM = auto()
     SUM = auto()
 
@@ -44,11 +47,18 @@ class Call:
         self.batch_size = batch_size
         self.probe = probe
         self.phase = Phase.IDLE
+        self.layers: set[str] = set()
+        """The names of the layers that ran."""
         self.uses: dict[nn.Parameter, int] = {}
+        self.rematerialised = False
+        """Whether some activations are not stored but made again in the backward."""
         self.ledger: dict[nn.Parameter, list[Gradient]] = {}
         self.keep_all = False
-        self.rematerialised = False
-        self.weights: Tensor | None = None
+        """Whether the ledger keeps parameters that are used once, too: the sum is formed from it."""
+        self.mixed: dict[str, Tensor] = {}
+        """By layer, in the order of the backward: whether examples of CHECK reached the rows of others."""
+        self.kept: Tensor | None = None
+        """The examples of SUM, (B,); None for all of them."""
 
     def count(self, parameter: nn.Parameter) -> None:
         """Note a use in the forward."""
@@ -56,7 +66,8 @@ class Call:
 
     def add(self, parameter: nn.Parameter, gradient: Gradient) -> Tensor:
         """Enter a use; returns what it adds to the squared norms, (B,)."""
-        squared = squared_norm(gradient)
+        gradient = cheapest(gradient, summed=self.keep_all)
+        squared = inner(gradient, gradient)
         for earlier in self.ledger.get(parameter, ()):
             squared = squared + 2 * inner(gradient, earlier)
         if self.keep_all or self.uses.get(parameter, 0) > 1:
@@ -69,32 +80,48 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, probe: Tensor, layer: Any, call: Call, count: int, *tensors: Tensor
+        ctx: Any, output: Tensor, probe: Tensor, layer: "Tapped", call: Call, count: int, *tensors: Tensor
     ) -> Tensor:
         """`tensors` are `count` saved inputs, then the layer's trainable parameters in the order of `layer.names`."""
         ctx.layer, ctx.call, ctx.count = layer, call, count
         ctx.save_for_backward(*tensors[:count])
         ctx.parameters = tensors[count:]
-        return output.view_as(output)
+        return output.detach()  # not a view to autograd, or what follows could not work in place on it
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The output's gradient as it came, and by phase: the probe's, or the parameters'."""
         (grad,) = grads
-        call, nothing = ctx.call, [None] * (3 + ctx.count)
+        call, nothing = ctx.call, [None] * (3 + ctx.count + len(ctx.parameters))
         if call.phase is Phase.IDLE:
             raise RuntimeError(
                 "an ordinary backward ran through a model with a GhostClipper attached; call clipper.backward(losses), "
                 "or clipper.close() first"
             )
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # or Gram products would be bfloat16
+            if call.phase is Phase.CHECK:
+                others = grad[1::2]
+                mixed = ((others != 0) & ~others.isnan()).any()  # 0 x inf is NaN: no sign of anything
+                call.mixed[ctx.layer.name] = call.mixed.get(ctx.layer.name, mixed) | mixed
+                return grad, None, *nothing
             gradients = ctx.layer.per_example(ctx.saved_tensors, grad)
             named = [(p, gradients[name]) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
             if call.phase is Phase.NORM:
                 squared = torch.zeros_like(call.probe)
                 for parameter, gradient in named:
                     squared += call.add(parameter, gradient)
-                return grad, squared, *nothing, *([None] * len(named))
-            kept = (call.weights != 0).to(grad.dtype)
-            sums = [gradient.weighted_sum(kept).to(parameter.dtype) for parameter, gradient in named]
-            return grad, None, *nothing, *sums
+                return grad, squared, *nothing
+            sums = []
+            for parameter, gradient in named:
+                gradient = gradient if call.kept is None else gradient.keep(call.kept)
+                sums.append(gradient.weighted_sum(None).to(parameter.dtype))
+            return grad, None, *nothing[: 3 + ctx.count], *sums
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """What a tap needs to know of one use of a layer."""
+
+    name: str
+    names: tuple[str, ...]
+    per_example: PerExample

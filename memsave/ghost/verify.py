@@ -37,38 +37,61 @@ class Verification:
 def verify(model: nn.Module, batch: Any, per_example_losses: Losses, *, passes: str | int = "auto") -> Verification:
     """Compare the clipper with each `losses[i]` differentiated alone, on the same batch and random numbers.
 
-    Also checks that example 0's gradient stays when its batch-mates are exchanged for copies of it. Leaves the model,
-    its gradients and the random state as they were; takes the time of B backward passes, on a copy of the model.
+    Also checks that example 0's gradient stays when its batch-mates are exchanged for copies of it, and, in eval mode,
+    when it is alone. A batch is a tensor, or tensors in mappings and sequences; those of them with as many entries in
+    dimension 0 as there are losses hold the examples. Leaves the model, its gradients and the random state as they
+    were; takes the time of B backward passes, on a copy of the model.
+
+    Raises ValueError for a model whose forward is replaced, TypeError for a batch of another kind.
     """
     if any("forward" in vars(module) for module in model.modules()):
         raise ValueError("the forward of this model is replaced, by a GhostClipper perhaps; close it, then verify")
     model, report = copy.deepcopy(model), Verification()
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    report.checked = len(names)
+    report.checked = len(_trainable(model))
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = torch.seed()
-        gradients = _each_alone(model, batch, per_example_losses, seed=seed)  # by example, by parameter
-        norms = torch.stack([_norm(each) for each in gradients])
-        bound = norms[norms.isfinite()].median().clamp(min=1e-12).item()
+        norms, sums, bound = _each_alone(model, batch, per_example_losses, seed=seed)
+        if not norms.isfinite().all():
+            report.findings.append("a plain gradient is not finite on this batch: give verify finite examples")
+            return report
         torch.manual_seed(seed)
-        clipper = GhostClipper(model, max_grad_norm=bound, passes=passes)
         model.zero_grad()
-        ours = clipper.backward(per_example_losses(model, batch))
-        clipper.close()
-        _compare(report, names, model, gradients, norms, ours, bound=bound)
-        _exchange_batch_mates(report, model, batch, per_example_losses, gradients[0], seed=seed)
+        clipper = GhostClipper(model, max_grad_norm=bound, passes=passes)
+        try:
+            ours = clipper.backward(per_example_losses(model, batch))
+            _compare(report, model, sums, norms, ours, bound=bound)
+        except (ValueError, RuntimeError) as refusal:
+            report.findings.append(str(refusal))
+        finally:
+            clipper.close()
+        _exchange_batch_mates(report, model, batch, per_example_losses, len(norms), seed=seed)
     return report
 
 
-def _each_alone(model: nn.Module, batch: Any, per_example_losses: Losses, *, seed: int) -> list[list[Tensor]]:
+def _each_alone(
+    model: nn.Module, batch: Any, per_example_losses: Losses, *, seed: int
+) -> tuple[Tensor, list[Tensor], float]:
+    """The norms (B,), the clipped sum of each parameter, and the bound: example 0's norm, so that some are clipped."""
     torch.manual_seed(seed)
-    losses = per_example_losses(model, batch)
-    return [_gradient(model, loss) for loss in losses]
+    norms, sums, bound = [], [torch.zeros_like(p, dtype=torch.float64) for p in _trainable(model)], 1.0
+    for example, loss in enumerate(per_example_losses(model, batch)):
+        gradient = _gradient(model, loss)
+        norm = _norm(gradient)
+        norms.append(norm)
+        if example == 0:
+            bound = norm.item() or 1.0
+        for total, each in zip(sums, gradient, strict=True):
+            total += (bound / norm).clamp(max=1.0) * each
+    return torch.stack(norms), sums, bound
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _gradient(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = _trainable(model)
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
@@ -78,23 +101,14 @@ def _norm(gradient: list[Tensor]) -> Tensor:
 
 
 def _compare(
-    report: Verification,
-    names: list[str],
-    model: nn.Module,
-    gradients: list[list[Tensor]],
-    norms: Tensor,
-    ours: Tensor,
-    *,
-    bound: float,
+    report: Verification, model: nn.Module, sums: list[Tensor], norms: Tensor, ours: Tensor, *, bound: float
 ) -> None:
     tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
     for example, (one, other) in enumerate(zip(ours.tolist(), norms.tolist(), strict=True)):
         if not abs(one - other) <= tolerance * other + 1e-12 * bound:
             report.findings.append(f"example {example}: the clipper's norm is {one:.6g}, the gradient's {other:.6g}")
-    factors = (bound / norms).clamp(max=1.0)
-    for place, name in enumerate(names):
-        expected = sum(f * g[place].double() for f, g in zip(factors, gradients, strict=True))
-        assert isinstance(expected, Tensor)
+    named = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, expected in zip(named, sums, strict=True):
         found = model.get_parameter(name).grad
         assert found is not None
         difference = (found.double() - expected).norm().item()
@@ -105,27 +119,43 @@ def _compare(
 
 
 def _exchange_batch_mates(
-    report: Verification, model: nn.Module, batch: Any, per_example_losses: Losses, before: list[Tensor], *, seed: int
+    report: Verification, model: nn.Module, batch: Any, per_example_losses: Losses, size: int, *, seed: int
 ) -> None:
-    torch.manual_seed(seed)
-    after = _gradient(model, per_example_losses(model, _copies_of_first(batch))[0])
-    tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
-    difference = _norm([a - b for a, b in zip(after, before, strict=True)])
-    if not difference <= tolerance * _norm(before):
-        report.findings.append(
-            f"example 0's gradient changes by {difference.item():.3g} of {_norm(before).item():.3g} when its "
-            f"batch-mates do: the loss or a layer mixes examples; normalise each loss by its own example alone"
+    """Example 0 among its batch-mates, among copies of itself, and alone."""
+    company = {
+        "its batch-mates do": (lambda each: each[:1].expand_as(each).clone(), True),  # with the same dropout masks
+        "it is alone": (lambda each: each[:1], False),  # where the masks would be others
+    }
+    training = [module for module in model.modules() if module.training]
+    for change, (exchanged, with_dropout) in company.items():
+        for module in training:
+            module.training = with_dropout
+        before, after = (
+            _first_gradient(model, each, per_example_losses, seed=seed)
+            for each in (batch, _examples(batch, size, exchanged))
         )
+        tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
+        difference, scale = _norm([a - b for a, b in zip(after, before, strict=True)]).item(), _norm(before).item()
+        if not difference <= tolerance * scale:
+            report.findings.append(
+                f"example 0's gradient changes by {difference:.3g} of {scale:.3g} when {change}: the loss or a layer "
+                f"mixes examples; normalise each loss by its own example alone"
+            )
 
 
-def _copies_of_first(batch: Any) -> Any:
-    """The batch with every example exchanged for a copy of the first."""
+def _first_gradient(model: nn.Module, batch: Any, per_example_losses: Losses, *, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return _gradient(model, per_example_losses(model, batch)[0])
+
+
+def _examples(batch: Any, size: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor of `size` entries changed."""
     if isinstance(batch, Tensor):
-        return batch[:1].expand_as(batch).clone()
+        return change(batch) if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):
-        return {key: _copies_of_first(value) for key, value in batch.items()}
+        return {key: _examples(value, size, change) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return [_copies_of_first(value) for value in batch]
+        return [_examples(value, size, change) for value in batch]
     if isinstance(batch, (str, int, float, bool, type(None))):
         return batch
     raise TypeError(

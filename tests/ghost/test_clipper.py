@@ -1,12 +1,19 @@
 """The clipper's contract: what it adds, what it refuses, what it leaves."""
 
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper
+from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from tests.ghost.reference import assert_exact, by_clipper, by_loop
 from tests.ghost.test_layers import draw, losses_of
@@ -145,9 +152,10 @@ def test_refusals_name_what_and_the_remedy():
     [
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"1 is a BatchNorm1d.*GroupNorm"),
         (nn.MultiheadAttention(4, 2), r"owns in_proj_weight and has children"),
-        (nn.DataParallel(nn.Linear(4, 4)), r"wrapped in DataParallel.*model\.module"),
+        (nn.DataParallel(nn.Linear(4, 4)), "the model is wrapped in DataParallel.*the module inside"),
+        (nn.Sequential(nn.DataParallel(nn.Linear(4, 4))), "0 is wrapped in DataParallel"),
     ],
-    ids=["BatchNorm", "parameters above children", "wrapped"],
+    ids=["BatchNorm", "parameters above children", "wrapped", "wrapped inside"],
 )
 def test_models_that_cannot_be_clipped_exactly_are_refused_by_name(model, words):
     with pytest.raises(ValueError, match=words):
@@ -169,8 +177,73 @@ def test_a_parameter_that_escapes_its_module_is_refused_by_name():
         clipper.backward(losses_of(model, draw(2, 4)))
 
 
-def test_reentrant_checkpoints_are_refused():
+def test_reentrant_checkpoints_are_refused_in_one_sentence():
     model = Checkpointed(reentrant=True).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises(ValueError, match=r"reentrant checkpoints.*use_reentrant=False$"):
         clipper.backward(losses_of(model, draw(2, 4)))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
+def test_models_of_several_processes_are_refused_and_the_module_inside_is_not(one_process):
+    model = nn.parallel.DistributedDataParallel(small())
+    with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*the module inside"):
+        GhostClipper(model, max_grad_norm=1.0)
+    assert_exact(model.module, draw(4, 4), losses_of)
+    sharded = small()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"0\.weight is sharded over processes"):
+        GhostClipper(sharded, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("passes", [1, 2, "direct"])
+def test_a_step_runs_on_fake_tensors_in_the_bytes_of_a_real_one(passes):
+    peaks = []
+    for fake in (False, True):
+        with FakeTensorMode() if fake else nullcontext():
+            model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 30))
+            ids = torch.zeros(1 if passes == "direct" else 4, 6, dtype=torch.long)
+            clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
+            for _ in range(2):  # the first step looks at the examples, too
+                model.zero_grad()
+                with MemoryRecorder(model) as recorder:
+                    clipper.backward(model(ids).square().sum((1, 2)))
+            peaks.append(recorder.report().peak_bytes)
+            assert fake or clipper.nonfinite == 0
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.LayerNorm(3), nn.PReLU(3)], ids=str)
+def test_a_clipper_holds_no_activation_that_a_checkpoint_drops(layer):
+    alive = []
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            y = x * 2.0
+            alive.append(weakref.ref(y))
+            return self.layer(y)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body()
+
+        def forward(self, x):
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    model = Whole()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = model(torch.randn(2, 3)).sum(1)
+    assert alive[0]() is None
+    clipper.backward(losses)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, gradients
-from memsave.ghost.gradients import Dense, Outer, inner, keep_rows, squared_norm
+from memsave.ghost.gradients import Dense, Outer, cheapest, inner
 from memsave.ghost.tap import Call
 from tests.ghost.reference import assert_exact, by_clipper
 from tests.ghost.test_layers import Head, draw, losses_of
@@ -37,12 +37,38 @@ def tile(request, monkeypatch):
     monkeypatch.setattr(gradients, "TILE", request.param)
 
 
-@pytest.mark.parametrize("places", [1, 6, 40])  # Gram is cheaper for few, the gradient for many
+@pytest.mark.parametrize("places", [1, 6, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_squared_norms(kind, places, tile):
     gradient, full = form(kind, places=places)
-    torch.testing.assert_close(squared_norm(gradient), full.square().sum((1, 2)), rtol=1e-12, atol=0)
-    torch.testing.assert_close(inner(gradient, gradient), full.square().sum((1, 2)), rtol=1e-12, atol=0)
+    expected = full.square().sum((1, 2))
+    torch.testing.assert_close(inner(gradient, gradient), expected, rtol=1e-12, atol=0)
+    for summed in (True, False):
+        cheap = cheapest(gradient, summed=summed)
+        torch.testing.assert_close(inner(cheap, cheap), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "places", "p", "d", "summed", "formed"),
+    [
+        (8, 100, 768, 3072, True, False),  # Gram: few places
+        (2, 512, 768, 3072, True, True),  # formed: it replaces the sum's own product
+        (2, 512, 768, 3072, False, False),  # ... and without that is not worth it
+        (1, 1024, 768, 3072, False, True),
+        (64, 1024, 768, 3072, True, True),
+        (64, 512, 768, 3072, True, False),  # formed would be faster, but takes more memory
+    ],
+)
+def test_the_cheaper_form_is_chosen_by_shape(batch, places, p, d, summed, formed):
+    with torch.device("meta"):
+        gradient = Outer(torch.empty(batch, places, p), torch.empty(batch, places, d), rows=p)
+    assert isinstance(cheapest(gradient, summed=summed), Dense) == formed
+
+
+def test_inner_products_of_many_elements_keep_their_digits():
+    values = torch.rand(2, 6_000_000)
+    exact = values.double().square().sum(1)
+    torch.testing.assert_close(inner(Dense(values), Dense(values)).double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,27 +81,32 @@ def test_inner_products(kind, other, tile):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weighted_sums_leave_out_what_has_weight_zero(kind):
+def test_weighted_sums(kind):
     gradient, full = form(kind)
-    weights = torch.tensor([0.7, 0.0, 1.3], dtype=torch.float64)
-    expected = (weights[:, None, None] * full).sum(0)
-    torch.testing.assert_close(gradient.weighted_sum(weights), expected, rtol=1e-12, atol=1e-14)
+    weights = torch.tensor([0.7, 0.2, 1.3], dtype=torch.float64)
+    close = {"rtol": 1e-12, "atol": 1e-14}
+    torch.testing.assert_close(gradient.weighted_sum(None), full.sum(0), **close)
+    torch.testing.assert_close(gradient.weighted_sum(weights), (weights[:, None, None] * full).sum(0), **close)
+    total = torch.ones(ROWS, WIDTH, dtype=torch.float64)
+    assert gradient.weighted_sum(weights, into=total) is not None
+    torch.testing.assert_close(total, 1 + (weights[:, None, None] * full).sum(0), **close)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_that_are_not_kept_contribute_nothing_not_even_nan(kind):
+    gradient, full = form(kind)
     for part in ("values", "left", "right"):
         tensor = getattr(gradient, part, None)
         if tensor is not None and tensor.is_floating_point():
             tensor[1] = float("nan")
-    torch.testing.assert_close(gradient.weighted_sum(weights), expected, rtol=1e-12, atol=1e-14)
+    kept = gradient.keep(torch.tensor([True, False, True]))
+    torch.testing.assert_close(kept.weighted_sum(None), full[0] + full[2], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_the_gradients_formed(kind):
     gradient, full = form(kind)
     torch.testing.assert_close(gradient.dense().values, full, rtol=1e-12, atol=1e-14)
-
-
-def test_rows_of_weight_zero_are_kept_out_of_a_product():
-    values = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")]])
-    assert keep_rows(values, torch.tensor([0.5, 0.0])).tolist() == [[1.0, 2.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm(4, eps=0.3), nn.RMSNorm(4, eps=0.3), nn.GroupNorm(2, 4, eps=0.3)])

@@ -1,12 +1,15 @@
 """Every rule against the loop, over shapes and options."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from memsave.ghost import GhostClipper
+from memsave.ghost import GhostClipper, rules
+from memsave.ghost.rules.generic import generic
 from tests.ghost.reference import assert_exact, by_clipper
 
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=2)
@@ -146,21 +149,6 @@ def test_parameters_used_several_times(places):
     assert_exact(Shared().double(), ids, losses_of)
 
 
-def test_row_numbers_without_a_batch_are_refused_even_when_their_number_is_the_batch_size():
-    class Positions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.look = nn.Embedding(4, 3)
-
-        def forward(self, x):
-            return x + self.look(torch.arange(4))
-
-    model = Positions().double()
-    GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"row numbers of shape \(4,\).*give it \(B, T\)"):
-        model(draw(4, 4, 3))
-
-
 def test_an_empty_batch_adds_zeros():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
@@ -224,3 +212,81 @@ def test_norms_are_float32_under_autocast_wherever_backward_is_called(passes):
         results.append([norms, *(p.grad.clone() for p in model.parameters())])
     for outside, within in zip(*results, strict=True):
         torch.testing.assert_close(within, outside, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=str)
+def test_what_follows_may_work_in_place(after):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), after, nn.LayerNorm(4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    assert_exact(model.double(), draw(4, 3), losses_of)
+
+
+def test_a_frozen_weight_costs_no_input():
+    """BiTFiT saves memory: bias gradients need no inputs of their layers."""
+    alive = []
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            y = x * 1.0
+            alive.append(weakref.ref(y))
+            return y
+
+    for trainable, expected in ((True, True), (False, False)):
+        model = nn.Sequential(Watch(), nn.Linear(3, 4))
+        model[1].weight.requires_grad_(trainable)
+        clipper = GhostClipper(model, max_grad_norm=1.0)
+        losses = model(torch.randn(2, 3)).sum(1)
+        assert (alive.pop()() is not None) == expected
+        clipper.backward(losses)
+
+
+def test_sums_in_bfloat16_parameters_are_formed_in_float32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.PReLU(64), nn.Linear(64, 8)).bfloat16()
+    x = torch.randn(4, 64).bfloat16()
+    norms, sums = by_clipper(model, x, lambda m, b: m(b).float().square().sum(1), max_grad_norm=1.0)
+    assert norms.dtype == torch.float32
+    assert {each.dtype for each in sums.values()} == {torch.bfloat16}
+
+
+def test_generic_layers_under_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.PReLU(4), nn.GroupNorm(2, 4))
+
+    def losses(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().sin().sum((1, 2))
+
+    assert_exact(model, torch.randn(3, 2, 8), losses, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama.Llama", "t5.T5", "gemma.Gemma", "gpt_oss.GptOss", "mistral.Mistral", "qwen3.Qwen3"]
+)
+def test_hugging_faces_rmsnorms_have_a_rule_of_their_own(kind, monkeypatch):
+    model, name = kind.split(".")
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    layer = getattr(module, f"{name}LayerNorm" if name == "T5" else f"{name}RMSNorm")(6)
+    assert rules.rule_for(layer) is rules.norm.hugging_face
+    monkeypatch.setattr(rules.norm, "generic", None)
+    nn.init.normal_(layer.weight, 1, 0.3)
+    assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
+
+
+def test_an_rmsnorm_that_does_something_else_takes_the_generic_rule():
+    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    assert rules.rule_for(modeling.MambaRMSNormGated(6, 3)) is generic
+
+    class OwnRMSNorm(nn.Module):
+        """Named like Hugging Face's, but quadratic in its weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+
+        def forward(self, x):
+            return x / x.square().mean(-1, keepdim=True).sqrt() * self.weight**2
+
+    OwnRMSNorm.__module__, OwnRMSNorm.__qualname__ = "transformers.models.own.modeling_own", "OwnRMSNorm"
+    assert rules.rule_for(OwnRMSNorm()) is rules.norm.hugging_face
+    assert_exact(Head(OwnRMSNorm(), before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of)

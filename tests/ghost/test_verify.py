@@ -63,3 +63,35 @@ def test_in_the_models_own_precision(dtype):
     assert verify(
         nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype), draw(4, 8).to(dtype), losses_of
     ).ok
+
+
+def test_a_count_over_the_batch_is_found_even_among_equal_lengths():
+    def by_tokens(model, batch):
+        return model(batch["x"]).sin().sum((1, 2)) / batch["x"][..., 0].numel()
+
+    report = verify(nn.Linear(4, 2).double(), {"x": draw(3, 5, 4)}, by_tokens)
+    assert "when it is alone: the loss or a layer mixes examples" in str(report)
+
+
+def test_what_the_clipper_refuses_is_a_finding():
+    report = verify(nn.Linear(3, 2).double(), draw(4, 3), lambda m, b: losses_of(m, b) / losses_of(m, b).sum())
+    assert "examples are not apart at the model" in str(report)
+
+
+def test_tensors_of_the_batch_that_hold_no_examples_stay_as_they_are():
+    def weighted(model, batch):
+        return (model(batch["x"]).sin() * batch["scale"]).sum(1)
+
+    batch = {"x": draw(4, 4), "scale": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+    report = verify(small(), batch, weighted)
+    assert report.ok, report
+
+
+def test_a_batch_that_is_not_finite_can_not_be_compared():
+    x = draw(4, 4)
+    x[2] = float("inf")
+    assert "not finite on this batch: give verify finite examples" in str(verify(small(), x, losses_of))
+
+
+def test_an_example_without_a_gradient_is_no_finding():
+    assert verify(nn.Linear(4, 2).double(), draw(4, 4), lambda m, b: m(b).sum(1) * torch.tensor([0.0, 1, 2, 3])).ok

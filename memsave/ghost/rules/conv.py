@@ -14,25 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.ghost.gradients import Dense, Gradient, wide
-from memsave.ghost.rules import Use, first_argument, register
+from memsave.ghost.rules import Given, Use, register
 from memsave.ghost.rules.generic import generic
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d, "memsave.models.mbconv.DepthwiseConv3d")
-def conv(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int) -> Use:
+def conv(layer: nn.Module, given: Given) -> Use:
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`; padding other than by zeros goes to the generic rule."""
     assert isinstance(layer, Convolution)
-    x = first_argument(args, kwargs)
+    x, wanted = given.first, given.wanted
     if x.dim() != layer.weight.dim():
         raise ValueError(
             f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, which has no batch; give it "
             f"{layer.weight.dim()} dimensions, the examples in dimension 0"
         )
     if layer.padding_mode != "zeros":
-        return generic(layer, args, kwargs, batch_size)
-    wanted = {name for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+        return generic(layer, given)
 
     def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
         grad, found = wide(grad), dict[str, Gradient]()
@@ -42,7 +41,7 @@ def conv(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_
             found["bias"] = Dense(grad.flatten(2).sum(2))
         return found
 
-    return Use(args, (x,), per_example, kwargs)
+    return Use(given.args, given.kwargs, (x,) if "weight" in wanted else (), per_example)
 
 
 def _weight_gradients(layer: Convolution, x: Tensor, grad: Tensor) -> Tensor:

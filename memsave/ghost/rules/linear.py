@@ -3,12 +3,10 @@
 dL_b/dW = sum_t g_bt (x) a_bt        dL_b/db = sum_t g_bt
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Dense, Gradient, Outer, wide
-from memsave.ghost.rules import Use, first_argument, register
+from memsave.ghost.rules import Given, Use, register
 
 
 def places(tensor: Tensor) -> Tensor:
@@ -16,22 +14,27 @@ def places(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _use(transposed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Use:
-    def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-        a, g = places(saved[0]), places(grad)  # (B, T, d), (B, T, p)
-        weight = Outer(g, a, rows=g.shape[-1], transposed=transposed)
-        return {"weight": weight, "bias": Dense(wide(g).sum(1))}
+def _use(given: Given, *, transposed: bool) -> Use:
+    wanted = given.wanted
 
-    return Use(args, (first_argument(args, kwargs),), per_example, kwargs)
+    def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+        g, found = places(grad), dict[str, Gradient]()  # (B, T, p)
+        if "weight" in wanted:
+            found["weight"] = Outer(g, places(saved[0]), rows=g.shape[-1], transposed=transposed)
+        if "bias" in wanted:
+            found["bias"] = Dense(wide(g).sum(1))
+        return found
+
+    return Use(given.args, given.kwargs, (given.first,) if "weight" in wanted else (), per_example)
 
 
 @register(nn.Linear)
-def linear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int) -> Use:
+def linear(layer: nn.Module, given: Given) -> Use:
     """`nn.Linear`: weight (p, d)."""
-    return _use(False, args, kwargs)
+    return _use(given, transposed=False)
 
 
 @register("transformers.pytorch_utils.Conv1D")
-def conv1d(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int) -> Use:
+def conv1d(layer: nn.Module, given: Given) -> Use:
     """GPT-2's linear layer: weight (d, p)."""
-    return _use(True, args, kwargs)
+    return _use(given, transposed=True)

@@ -1,0 +1,212 @@
+"""Examples stay apart: what mixes them, or only looks as long as a batch, is refused or told apart by its values."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from memsave.ghost import GhostClipper
+from tests.ghost.reference import assert_exact
+from tests.ghost.test_layers import draw, losses_of
+
+
+class Around(nn.Module):
+    """Another function around a linear layer."""
+
+    def __init__(self, around, layer=None):
+        super().__init__()
+        self.first, self.layer, self.around = nn.Linear(3, 3), layer or nn.Linear(3, 3), around
+
+    def forward(self, x):
+        return self.around(self.layer, self.first(x))
+
+
+def time_first(layer, x):
+    return layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def centred(layer, x):
+    return layer(x) - layer(x).mean(0)
+
+
+def neighbours(layer, x):
+    return layer(x) * x.roll(1, 0)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("around", [time_first, centred, neighbours])
+def test_a_model_that_mixes_examples_is_refused_by_layer(around, passes):
+    model = Around(around).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
+    with pytest.raises(ValueError, match=r"examples are not apart at (first|layer): .*batch in dimension 0"):
+        clipper.backward(losses_of(model, draw(4, 4, 3)))  # as many places as examples
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_losses_that_mix_examples_are_refused():
+    model = nn.Linear(3, 2).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match="examples are not apart at the model"):
+        clipper.backward(losses / losses.sum())
+
+
+def test_positions_without_a_batch_are_refused_even_where_they_are_as_many_as_examples():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look = nn.Embedding(4, 3)
+
+        def forward(self, x):
+            return x + self.look(torch.arange(x.shape[1]))
+
+    model = Positions().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"look \(Embedding\) gave \(4, 3\) for a batch of 2"):
+        model(draw(2, 4, 3))
+    with pytest.raises(ValueError, match="examples are not apart at look"):
+        clipper.backward(losses_of(model, draw(4, 4, 3)))
+
+
+def test_one_row_number_an_example_is_exact():
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look, self.mix = nn.Embedding(4, 3), nn.Linear(3, 2)
+
+        def forward(self, rows):
+            return self.mix(self.look(rows))
+
+    assert_exact(Classes().double(), torch.tensor([1, 3, 1, 0, 2]), losses_of)
+
+
+def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypatch):
+    backwards, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
+
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x, *, other=False):
+            return self.two(x) if other else self.one(x)
+
+    model = Either()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    counts = []
+    for batch, other in ((1, False), (4, False), (5, False), (4, True), (4, True)):
+        backwards.clear()
+        clipper.backward(model(torch.randn(batch, 3), other=other).sum(1))
+        counts.append(len(backwards))
+    assert counts == [1, 2, 1, 2, 1]
+
+
+def test_an_example_that_is_not_finite_is_no_sign_of_mixing():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+    x = draw(4, 3)
+    x[1:3] = torch.tensor([[float("nan")], [float("inf")]])
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, x))
+    assert clipper.nonfinite == 2
+
+
+class Table(nn.Module):
+    """A layer whose second input has no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x, table, *, mask=None):
+        y = x * (self.scale[: len(table)] @ table[: self.scale.shape[1]]).sin()
+        return y if mask is None else y * mask[:, None, None]
+
+
+class Tabled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Table()
+
+    def forward(self, x):
+        return self.layer(x, draw(4, 4), mask=torch.arange(1, len(x) + 1, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])  # 4: as long as the table
+def test_a_generic_layers_table_is_told_from_its_batch(batch):
+    torch.manual_seed(0)
+    assert_exact(Tabled().double(), draw(batch, 4, 4), losses_of)
+
+
+def test_a_table_is_told_from_the_batch_when_their_lengths_coincide_later():
+    torch.manual_seed(0)
+    model = Tabled().double()
+    clipper = GhostClipper(model, max_grad_norm=1e9)
+    clipper.backward(losses_of(model, draw(3, 4, 4)))
+    model.zero_grad()
+    clipper.backward(losses_of(model, draw(4, 4, 4)))
+    ours = model.layer.scale.grad.clone()
+    clipper.close()
+    model.zero_grad()
+    losses_of(model, draw(4, 4, 4)).sum().backward()
+    torch.testing.assert_close(ours, model.layer.scale.grad)
+
+
+class Whitened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return (x - x.mean(0)) * self.scale
+
+
+class Random(Whitened):
+    def forward(self, x):
+        return x * torch.rand_like(x) * self.scale
+
+
+@pytest.mark.parametrize("layer", [Whitened(), Random()])
+def test_a_generic_layer_that_mixes_examples_or_draws_is_refused(layer):
+    model = nn.Sequential(nn.Linear(3, 3), layer)
+    GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=f"a {type(layer).__name__} gives an example another output alone"):
+        model(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batchnorm_is_refused_while_it_uses_the_batchs_statistics(frozen):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    model[1].running_var.uniform_(0.5, 2)
+    model[1].requires_grad_(not frozen)
+    with pytest.raises(ValueError, match=r"1 is a BatchNorm1d.*GroupNorm.*eval mode"):
+        GhostClipper(model, max_grad_norm=1.0)
+    model.eval()
+    assert_exact(model, draw(4, 3), losses_of)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="1 is a BatchNorm1d"):
+        clipper.backward(losses_of(model.train(), draw(4, 3)))
+
+
+def test_instancenorm_is_exact_and_refused_where_it_keeps_statistics():
+    kept = nn.Sequential(nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4, affine=True, track_running_stats=True))
+    with pytest.raises(ValueError, match=r"1 is a InstanceNorm1d.*track_running_stats=False"):
+        GhostClipper(kept, max_grad_norm=1.0)
+    own = nn.Sequential(nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4, affine=True), nn.Conv1d(4, 2, 1)).double()
+    assert_exact(own, draw(3, 2, 5), losses_of)
+
+
+def test_auto_says_which_passes_it_takes(caplog):
+    from tests.ghost.test_clipper import Checkpointed, small
+
+    caplog.set_level(logging.INFO, logger="memsave.ghost")
+    for make, chosen in ((small, 1), (Checkpointed, 2)):
+        model = make().double()
+        clipper = GhostClipper(model, max_grad_norm=1.0)
+        assert clipper.chosen_passes is None
+        for _ in range(2):
+            clipper.backward(losses_of(model, draw(2, 4)))
+        assert clipper.chosen_passes == chosen
+    told = [record.getMessage() for record in caplog.records]
+    assert [each.split(":")[0] for each in told] == ["passes='auto' takes 1", "passes='auto' takes 2"]
