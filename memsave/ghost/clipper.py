@@ -8,6 +8,7 @@ The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind o
 """
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,25 +42,34 @@ class GhostClipper:
     Whether the layers keep examples apart is looked at once, in the first backward of two or more of them.
 
     Args:
-        model: any module whose first tensor argument has the examples in dimension 0.
+        model: any module that keeps the examples in dimension 0 of its trainable layers' outputs.
         max_grad_norm: the bound C.
         clipping: "flat", c = min(1, C / norm), or "automatic", c = C / (norm + 0.01).
         passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs a second backward with
             weighted losses and keeps nothing, for models under checkpoints or reversible sequences; "auto" takes 2
             where activations are not stored, else 1, and says so in `chosen_passes`; "direct" is for single examples,
             whatever the layers.
+        batch_size: the number of examples of every call; None reads it from dimension 0 of the model's first tensor
+            argument, in mappings and sequences, too.
 
     Raises ValueError, by name, for what cannot be clipped exactly.
     """
 
     def __init__(
-        self, model: nn.Module, *, max_grad_norm: float, clipping: str = "flat", passes: str | int = "auto"
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float,
+        clipping: str = "flat",
+        passes: str | int = "auto",
+        batch_size: int | None = None,
     ) -> None:
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; give a positive bound, such as 0.1")
         if clipping not in CLIPPINGS or passes not in PASSES:
             raise ValueError(f"clipping={clipping!r}, passes={passes!r}; choose from {CLIPPINGS} and {PASSES}")
         self.model, self.max_grad_norm, self.clipping, self.passes = model, max_grad_norm, clipping, passes
+        self.batch_size = batch_size
         self.chosen_passes: str | int | None = None if passes == "auto" else passes
         """What `passes` came to in the last backward; None before the first where it is "auto"."""
         self._nonfinite: int | Tensor = 0
@@ -71,7 +81,11 @@ class GhostClipper:
         refuse_wrapped(model)
         refuse_statistics(model)
         if passes != "direct":
-            self._attach()
+            try:
+                self._attach()
+            except ValueError:
+                self.close()
+                raise
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -139,13 +153,19 @@ class GhostClipper:
         if not torch.is_grad_enabled() or in_backward():
             return
         refuse_statistics(model)
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        if not tensors or not tensors[0].dim():
-            raise ValueError("the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors")
-        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
-        size = len(tensors[0])
-        probe = torch.zeros(size, dtype=wide, device=tensors[0].device, requires_grad=True)
-        self._call, self._running = Call(batch_size=size, probe=probe), True
+        first = next(_tensors([*args, *kwargs.values()]), None)
+        if self.batch_size is None and (first is None or not first.dim()):
+            raise ValueError(
+                "the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors, or give the "
+                "GhostClipper a batch_size"
+            )
+        size = len(first) if self.batch_size is None and first is not None else self.batch_size
+        parameters = self.parameters
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        holder = parameters[0] if parameters else first
+        device = None if holder is None else holder.device
+        probe = torch.zeros(size or 0, dtype=wide, device=device, requires_grad=True)
+        self._call, self._running = Call(batch_size=len(probe), probe=probe), True
 
     def _end(self, *_: Any) -> None:
         if not in_backward():
@@ -247,6 +267,15 @@ class GhostClipper:
         else:
             factors = (self.max_grad_norm / norms).clamp(max=1.0)  # a zero norm gives infinity, and so 1
         return torch.where(finite, factors, torch.zeros_like(factors))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among values, in mappings and sequences, too, in their order."""
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple)):
+            yield from _tensors(value)
 
 
 def _add_sums(call: Call, weights: Tensor) -> None:

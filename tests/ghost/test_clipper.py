@@ -177,6 +177,39 @@ def test_a_parameter_that_escapes_its_module_is_refused_by_name():
         clipper.backward(losses_of(model, draw(2, 4)))
 
 
+def test_a_refused_model_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match="owns in_proj_weight"):
+        GhostClipper(model, max_grad_norm=1.0)
+    model[0](torch.randn(2, 4)).sum().backward()
+
+
+class OfParts(nn.Module):
+    """A model that is given its batch in a dict, after something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, temperature, parts):
+        return self.layer(parts["x"]) / (temperature if isinstance(temperature, float) else temperature.sum())
+
+
+def test_the_batch_is_found_in_mappings_and_may_be_given():
+    assert_exact(OfParts().double(), {"x": draw(3, 4)}, lambda m, b: losses_of(lambda x: m(2.0, x), b))
+    model, temperatures = OfParts().double(), draw(5)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"layer \(Linear\) gave \(3, 2\) for a batch of 5"):
+        model(temperatures, {"x": draw(3, 4)})
+    clipper.close()
+    clipper = GhostClipper(model, max_grad_norm=1.0, batch_size=3)
+    assert clipper.backward(losses_of(lambda x: model(temperatures, x), {"x": draw(3, 4)})).shape == (3,)
+    clipper.close()
+    GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="no tensor whose dimension 0 could be the batch"):
+        model(2.0, {})
+
+
 def test_reentrant_checkpoints_are_refused_in_one_sentence():
     model = Checkpointed(reentrant=True).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)

@@ -1,0 +1,1 @@
+"""Digits of a float32 norm, by the way in which it is summed."""

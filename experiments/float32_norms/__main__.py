@@ -1,0 +1,52 @@
+"""How many digits a float32 norm of many elements keeps, by the way in which it is summed.
+
+    python -m experiments.float32_norms
+
+Two per-example gradients of the sizes of a bias, a weight and the embedding of GPT-2, drawn from a normal distribution;
+each norm against that in float64.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.record import insert, keep, machine
+from memsave.ghost.gradients import Dense, inner
+
+HERE = Path(__file__).parent
+SIZES = {"768": 768, "768 x 3072": 768 * 3072, "50257 x 768": 50257 * 768}
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "`einsum('bi,bi->b')`": lambda values: torch.einsum("bi,bi->b", values, values).sqrt(),
+    "`bmm`": lambda values: (values[:, None] @ values[:, :, None]).flatten().sqrt(),
+    "`Tensor.norm(2, dim=1)`": lambda values: values.norm(2, dim=1),
+    "`(g * g).sum(1)`": lambda values: (values * values).sum(1).sqrt(),
+    "memsave": lambda values: inner(Dense(values), Dense(values)).sqrt(),
+}
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """By way and size: the norm's relative error, the worse of two examples."""
+    errors: dict[str, dict[str, float]] = {way: {} for way in WAYS}
+    for name, size in SIZES.items():
+        values = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
+        exact = values.double().square().sum(1).sqrt()
+        for way, norm in WAYS.items():
+            error = (norm(values).double() - exact) / exact
+            errors[way][name] = error[error.abs().argmax()].item()
+    return errors
+
+
+def main() -> None:
+    results = measure()
+    rows = [f"| | {' | '.join(SIZES)} |", f"|---|{'---|' * len(SIZES)}"]
+    rows += [f"| {way} | {' | '.join(f'{e:+.1e}' for e in errors.values())} |" for way, errors in results.items()]
+    text = "\n".join([f"{machine()}:\n", *rows])
+    print(text)
+    insert(HERE / "README.md", name="norms", text=text)
+    keep(HERE / "results.json", command="python -m experiments.float32_norms", results=results)
+
+
+if __name__ == "__main__":
+    main()
