@@ -1,6 +1,7 @@
 """The command line: compose a config, run it, write its result.
 
     python -m memsave.run experiment=brats_rev
+    python -m memsave.run experiment=gpt2_dp
     python -m memsave.run experiment=brats_rev data=brats data.root=/my/BraTS2021 trainer.steps=20000
     python -m memsave.run -m experiment=brats_rev memory=stored,checkpoint,reversible
 
@@ -27,7 +28,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from memsave.config import ConfigError, compose, conf_dir, register, to_objects
+from memsave.compose import compose, to_objects
+from memsave.config import ConfigError, conf_dir, register
 
 _exit_code = 0
 
@@ -104,7 +106,7 @@ def execute(config: DictConfig, folder: Path, *, experiment: str) -> int:
     }
     write_json(folder / "result.json", result)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json"))
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md"))
     Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
     return code
 
@@ -130,19 +132,28 @@ def _attempt(config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]
 def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
     """(status, exit code, one sentence) for an error."""
     from memsave.data import DataError
+    from memsave.privacy import PrivacyError
     from memsave.training.checkpoint import CheckpointError
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
 
-    if isinstance(error, (ConfigError, DataError, CheckpointError)):
+    if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
         return "failed", 2, str(error)
     if isinstance(error, TrainingError):
         return "failed", 1, str(error)
     if isinstance(error, ModuleNotFoundError):
-        return "failed", 2, f"the package {error.name} is not installed; install it with: pip install 'memsave[brats]'"
+        extra = "brats" if config.task == "segmentation" else "lm"
+        return (
+            "failed",
+            2,
+            f"the package {error.name} is not installed; install it with: pip install 'memsave[{extra}]'",
+        )
     if is_out_of_memory(error):
-        other = "memory=reversible, " if config.memory.mode != "reversible" else ""
-        return "oom", 3, f"the step does not fit into memory; try {other}trainer.micro_batch_size=1 or a smaller crop"
+        images = config.task == "segmentation"
+        less = "memory=reversible" if images else "memory=checkpoint"
+        tries = [] if less.endswith(config.memory.mode) else [less]
+        tries += ["trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"]
+        return "oom", 3, f"the step does not fit into memory; try {', '.join(tries)}"
     (folder / "error.txt").write_text(traceback.format_exc())
     return "failed", 1, f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from memsave.config import ConfigError, compose, conf_dir, to_objects
+from memsave.compose import compose, to_objects
+from memsave.config import ConfigError, conf_dir
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 BRATS = "experiment=brats_rev"
@@ -10,10 +11,11 @@ BRATS = "experiment=brats_rev"
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_opens_with_its_command(name):
-    to_objects(compose([f"experiment={name}"]))
     lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"  # Hydra reads it on the first line alone
-    assert lines[1] == f"# python -m memsave.run experiment={name}"
+    command = f"# python -m memsave.run experiment={name}"
+    assert lines[1].startswith(command)
+    to_objects(compose([f"experiment={name}", *lines[1].removeprefix(command).split()]))
 
 
 @pytest.mark.parametrize("memory", ["stored", "checkpoint", "reversible"])
@@ -39,7 +41,13 @@ def test_memory_is_chosen_by_one_word(memory):
         (["trainer.precision=half"], r"choose one of float32, bfloat16"),
         (["privacy.kind=ghost"], r"privacy\.kind is 'ghost'; choose one of none"),
         (["model.kind=foo"], r"model\.kind is 'foo'; choose one of rev_unet"),
-        (["task=foo"], "choose one of segmentation"),
+        (["task=foo"], "choose one of segmentation, table_to_text"),
+        (["task=table_to_text"], "does not go with data=phantom; give data=visits or e2e, and model="),
+        (["model=small_gpt2"], "does not go with model=small_gpt2; give data=phantom or brats"),
+        (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
+        (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
+        (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
+        (["privacy=ghosts"], r"privacy=ghosts is not known; choose one of .*did you mean ghost\?"),
         (["trainer.micro_batch_size=0"], r"micro_batch_size is 0; it must be at least 1"),
         (["data.cache_bytes=-1"], "at least 0"),
         (["trainer.optimizer.lr=-1"], "at least 0"),
@@ -63,3 +71,10 @@ def test_no_experiment_lists_them():
         compose([])
     with pytest.raises(ConfigError, match=r"did you mean brats_rev\?"):
         compose(["experiment=brats_rew"])
+
+
+def test_a_language_model_has_no_reversible_mode():
+    with pytest.raises(ConfigError, match="model=small_gpt2 has no reversible mode; give memory=stored or"):
+        compose(["experiment=gpt2_dp", "memory=reversible"])
+    with pytest.raises(ConfigError, match=r"data\.root is not given.*data\.root=/my/e2e"):
+        compose(["experiment=gpt2_dp_e2e"])

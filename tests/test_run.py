@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from memsave.config import compose
+from memsave.compose import compose
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
 
@@ -162,7 +162,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys)
 def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
     from memsave.training import experiment
 
-    monkeypatch.setattr(experiment, "make_model", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     code, result, _ = run()
     assert (code, result["status"]) == (130, "interrupted")
 
@@ -187,7 +187,7 @@ def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
     from memsave.training import experiment
 
     def fail(error):
-        monkeypatch.setattr(experiment, "make_model", lambda config: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(error))
 
     fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     code, result, _ = run(name="full")

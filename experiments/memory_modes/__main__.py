@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from experiments.record import insert, keep, machine, median
-from memsave.config import compose, to_objects
+from memsave.compose import compose, to_objects
 from memsave.models import ReversibleUNet3d
 from memsave.profiler import MemoryRecorder, format_bytes, plot_reports
 from memsave.training.experiment import make_model, make_task
@@ -32,7 +32,7 @@ def main() -> None:
     runs, recorders, losses, seconds = {}, {}, {m: [] for m in MODES}, {m: [] for m in MODES}
     for mode in MODES:
         torch.manual_seed(config.trainer.seed)
-        model = make_model(config)
+        model, _ = make_model(config)
         model.memory = mode
         recorders[mode] = Recorders(make_state(model, config.trainer))
         runs[mode] = run_steps(recorders[mode].state, task, config.trainer, watch=recorders[mode])

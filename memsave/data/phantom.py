@@ -5,17 +5,13 @@
 all, so killed and concurrent generations do no harm. Case i depends on (seed, i) and the settings alone.
 """
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
 
 from memsave.data.brats import MODALITIES, Case, find_cases
+from memsave.data.cache import cached_folder
 from memsave.data.errors import DataError
 
 VERSION = 1  # raise it with every change of what is drawn: the cache then generates anew
@@ -54,35 +50,16 @@ def ensure_phantoms(
 ) -> list[Case]:
     """The phantoms of these settings from the cache `root` ($MEMSAVE_CACHE or ~/.cache/memsave), made if need be."""
     settings = {"cases": cases, "size": list(size), "seed": seed, "without_enhancing": without_enhancing}
-    digest = hashlib.sha256(json.dumps({"version": VERSION, **settings}, sort_keys=True).encode()).hexdigest()
-    name = f"phantom-{'x'.join(map(str, size))}-n{cases}-seed{seed}-{digest[:8]}"
-    folder = _cache_root(root) / name
-    if not folder.is_dir():
-        unfinished = folder.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
-        try:
-            write_phantoms(unfinished, cases=cases, size=size, seed=seed, without_enhancing=without_enhancing)
-            _publish(unfinished, folder=folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    folder = cached_folder(
+        root,
+        name=f"phantom-{'x'.join(map(str, size))}-n{cases}-seed{seed}",
+        settings={"version": VERSION, **settings},
+        make=lambda path: write_phantoms(path, cases=cases, size=size, seed=seed, without_enhancing=without_enhancing),
+    )
     found = find_cases(folder)
     if len(found) != cases:
         raise DataError(f"The cache {folder} holds {len(found)} of {cases} phantoms: delete it to have it made again.")
     return found
-
-
-def _publish(unfinished: Path, *, folder: Path) -> None:
-    """Rename into place; where another process was faster, its folder holds the same cases and stays."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-
-
-def _cache_root(root: str | Path | None) -> Path:
-    if root is None:
-        root = os.environ.get("MEMSAVE_CACHE") or Path("~/.cache/memsave")
-    return Path(root).expanduser()
 
 
 def _check_settings(*, cases: int, size: Size, without_enhancing: float) -> None:

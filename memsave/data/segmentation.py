@@ -96,9 +96,13 @@ class TrainingCrops(Dataset):
             raise IndexError(f"Crop {index} was asked for and the run draws {self.length}: count from 0.")
         epoch, position = divmod(index, len(self.volumes))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.volumes))
-        volume = self.volumes[int(order[position])]
+        return self.crop(int(order[position]), draw=index)
+
+    def crop(self, case: int, *, draw: int) -> Item:
+        """An augmented crop of a case, by its number; another `draw` gives another crop."""
+        volume = self.volumes[case]
         # built per item, for a MONAI transform holds its random state and workers are threads
-        transform = augment(self.crop_size).set_random_state(_item_seed(self.seed, index))
+        transform = augment(self.crop_size).set_random_state(_item_seed(self.seed, draw))
         (crop,) = transform({key: volume[key] for key in KEYS})  # a list of as many crops as `num_samples`
         # cloned, for a crop that nothing has changed is a view of the cached volume
         tensors = {key: _plain(crop[key]).clone(memory_format=torch.contiguous_format) for key in KEYS}

@@ -2,9 +2,10 @@
 
     checkpoint/model.safetensors       the model's parameters and buffers
     checkpoint/optimizer.safetensors   the optimizer's tensors, as "parameter name/state name", and the random states
-    checkpoint/state.json              the step, and the optimizer's name and numbers
+    checkpoint/state.json              the step, the optimizer's name and numbers, and the private mechanism's counts
 
-A checkpoint is written beside the last one and then takes its place, so that a run killed at any moment leaves one.
+A checkpoint is written beside the last one and then takes its place, so that a run killed at any moment leaves one; the
+last one stays as `checkpoint.previous`. That of a private run foretells its noise: it is as secret as the data.
 """
 
 import json
@@ -15,12 +16,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from memsave.training.loop import State
 from memsave.training.random_state import get_random_state, set_random_state
 
-RANDOM = "random/"
+RANDOM, PRIVATE, PREVIOUS = "random/", "private/", ".previous"
+SECRET = """This folder is as secret as the training data: it holds the state of the generators that noise and batches
+are drawn from. What may be handed on is the folder model/.
+"""
 
 
 class CheckpointError(ValueError):
@@ -29,42 +33,46 @@ class CheckpointError(ValueError):
 
 def save(state: State, folder: Path) -> None:
     """Write the state to `folder`, replacing the checkpoint there."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames below: this is the last whole one
+    new, previous = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + PREVIOUS)
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)  # killed between the two renames below: this is the last whole one
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    model = {name: tensor.contiguous() for name, tensor in state.model.state_dict().items()}
-    save_file(model, new / "model.safetensors")
+    save_file(_named_once(state.model), new / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
     random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
+    content = {"step": state.step, "optimizer": type(state.optimizer).__name__, "numbers": numbers, "private": None}
+    if state.private is not None:
+        private = state.private.state_dict()
+        generators = {PRIVATE + key: private.pop(key) for key in list(private) if isinstance(private[key], Tensor)}
+        content["private"], tensors = private, {**tensors, **generators}
+        (new / "SECRET.txt").write_text(SECRET)
     save_file({**tensors, **random}, new / "optimizer.safetensors")
-    content = {"step": state.step, "optimizer": type(state.optimizer).__name__, "numbers": numbers}
     (new / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     for path in (*new.iterdir(), new):
         _flush(path)
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(old)
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
     new.rename(folder)
     _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(state: State, folder: Path) -> None:
     """Put the state into what `save` wrote; CheckpointError when it does not fit."""
-    if not folder.exists() and folder.with_name(folder.name + ".old").exists():
-        folder = folder.with_name(folder.name + ".old")  # killed between the two renames
+    if not folder.exists() and folder.with_name(folder.name + PREVIOUS).exists():
+        folder = folder.with_name(folder.name + PREVIOUS)  # killed between the two renames
     if not (folder / "state.json").is_file():
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's checkpoint/ folder")
     try:
         content = json.loads((folder / "state.json").read_text())
         step, optimizer, numbers = content["step"], content["optimizer"], content["numbers"]
+        private = content["private"]
         model = load_file(folder / "model.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from another") from error
-    expected = state.model.state_dict()
+    expected = _named_once(state.model)
     wrong = [name for name in expected if name not in model or model[name].shape != expected[name].shape]
     wrong += [name for name in model if name not in expected]
     if wrong:
@@ -76,12 +84,32 @@ def load(state: State, folder: Path) -> None:
             f"the checkpoint in {folder} is of the optimizer {optimizer}, not {type(state.optimizer).__name__}; give "
             f"the trainer.optimizer.name it was made with"
         )
-    state.model.load_state_dict(model)
+    if (private is None) != (state.private is None):
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of a run with privacy={'none' if private is None else 'ghost'}; continue "
+            f"with the same, for what it spent is accounted for together"
+        )
+    generators = {key.removeprefix(PRIVATE): tensors.pop(key) for key in list(tensors) if key.startswith(PRIVATE)}
+    if state.private is not None:
+        state.private.load_state_dict({**private, **generators})
+    state.model.load_state_dict(model, strict=False)  # tied parameters have one name of several
     random = {key.removeprefix(RANDOM): tensors.pop(key) for key in list(tensors) if key.startswith(RANDOM)}
     set_random_state(state.model, random)
     _restore_optimizer(state, tensors, numbers)
     state.step = step
     _restore_schedule(state)
+
+
+def _named_once(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers; what has several names stands under the first one."""
+    named: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if not tensor.numel() or key not in seen:
+            named[name] = tensor.contiguous()
+            seen.add(key)
+    return named
 
 
 def _optimizer_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:

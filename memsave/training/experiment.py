@@ -1,6 +1,7 @@
 """From a config to a folder of results: what `python -m memsave.run` does once the config is composed."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,39 +12,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, ConfigError, UNetModel
+from memsave.config import Config, ConfigError, TrainerConfig, UNetModel
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, plot_reports
 from memsave.training import checkpoint
 from memsave.training.interrupt import asked_to_stop
 from memsave.training.loop import State, make_state, run_steps
-from memsave.training.measure import Measurement, measure_modes
+from memsave.training.measure import Measurement, measure_modes, set_memory
+from memsave.training.private import make_private, write_statement
 from memsave.training.progress import Progress
 from memsave.training.result import append_line
 from memsave.training.task import Task
 
 
 def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[str, Any]:
-    """Train, evaluate, measure and draw into `folder`; returns the `metrics` and `memory` of `result.json`."""
+    """Train, evaluate, measure and draw into `folder`; returns `metrics`, `memory` and `privacy` of `result.json`."""
     torch.manual_seed(config.trainer.seed)
     device = choose_device(config.trainer.device)
-    progress.say(f"data={config.data.kind}, memory={config.memory.mode}, on {device}")
-    task = make_task(config, device)
-    model = make_model(config).to(device)
-    state = make_state(model, config.trainer)
+    progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
+    model, tokenizer = make_model(config, progress=progress)
+    task, model = make_task(config, device, tokenizer), model.to(device)
+    config.trainer.steps = steps_of(config.trainer, task)
+    private = make_private(config, model, task, progress=progress)
+    state = make_state(model, config.trainer, private=private)
     if config.trainer.resume:
         checkpoint.load(state, Path(config.trainer.resume).expanduser())
         if state.step > config.trainer.steps:
             raise ConfigError(f"trainer.steps is {config.trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {config.trainer.steps}")
 
+    first = _evaluate_first(config, state, task, folder, progress=progress)
     measured = _compare(config, state, task, progress=progress)
     watch = Watch(state, steps=config.profiler.record_steps)
     loss, scores = _train(config, state, task, folder, watch=watch, progress=progress)
     memory = _write_memory(config, folder, watch.worst, measured)
     task.show(folder)
+    task.release(model, folder / "model")
     for line in _last_lines(config, task, scores, measured):
         progress.say(line)
-    return {"metrics": {"loss": loss, **scores}, "memory": memory}
+    spent = write_statement(config, state, task, folder, progress=progress)
+    return {"metrics": {"loss": loss, **scores, **first}, "memory": memory, "privacy": spent}
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,27 +68,45 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_task(config: Config, device: torch.device) -> Task:
+def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.Module, Any]:
+    """(the model that the config names, in its memory mode; its tokenizer, None for images)."""
+    if isinstance(config.model, UNetModel):
+        return _unet(config.model, memory=config.memory.mode), None
+    from memsave.training.language_models import language_model
+
+    model, tokenizer = language_model(config.model, progress=progress or Progress())
+    set_memory(model, config.memory.mode)
+    return model.train(), tokenizer
+
+
+def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Task:
     """The task that the config names."""
     if config.task == "segmentation":
         from memsave.training.segmentation import Segmentation
 
         return Segmentation(config.data, trainer=config.trainer, device=device)
-    raise AssertionError(f"{config.task} is no task that the config lets through")
+    from memsave.training.table_to_text import TableToText, records_of
+
+    train, held_out = records_of(config.data)
+    return TableToText(train, held_out, tokenizer, data=config.data, trainer=config.trainer, device=device)
 
 
-def make_model(config: Config) -> nn.Module:
-    """The model that the config names, in its memory mode."""
-    model = config.model
-    assert isinstance(model, UNetModel)
+def _unet(model: UNetModel, *, memory: str) -> nn.Module:
     from memsave.models import ReversibleUNet3d
     from memsave.training.segmentation import IN_CHANNELS, OUT_CHANNELS
 
     options = {key: value for key, value in asdict(model).items() if key != "kind"}
     try:
-        return ReversibleUNet3d(IN_CHANNELS, OUT_CHANNELS, memory=config.memory.mode, **options)
+        return ReversibleUNet3d(IN_CHANNELS, OUT_CHANNELS, memory=memory, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def steps_of(trainer: TrainerConfig, task: Task) -> int:
+    """`trainer.epochs` in logical batches where it is given, else `trainer.steps`."""
+    if trainer.epochs is None:
+        return trainer.steps
+    return max(1, math.ceil(trainer.epochs * task.size / trainer.batch_size))
 
 
 class Watch:
@@ -105,13 +130,23 @@ class Watch:
             self.worst = report
 
 
+def _evaluate_first(config: Config, state: State, task: Task, folder: Path, *, progress: Progress) -> dict[str, float]:
+    """The scores before the first step, by names that end in _before."""
+    if not config.trainer.evaluate_first:
+        return {}
+    progress.say("evaluating before training")
+    before = {f"{name}_before": score for name, score in task.evaluate(state.model).items()}
+    append_line(folder / "metrics.jsonl", {"step": state.step, **before})
+    return before
+
+
 def _compare(config: Config, state: State, task: Task, *, progress: Progress) -> dict[str, Measurement]:
     modes = config.profiler.compare
     if not modes:
         return {}
     progress.say(f"measuring one step as {', '.join(modes)}")
     batches = task.batches(start=0)
-    batch = next(batches)
+    batch = next(batches)  # of the size that is expected in a private run, too
     batches.close()
     measured = measure_modes(state, task, batch, config.trainer, modes=modes)
     for mode in modes:
@@ -130,7 +165,7 @@ def _train(
         for done in run_steps(state, task, trainer, watch=watch):
             loss = done.loss
             append_line(log, asdict(done))
-            bar.advance(f"loss {loss:.3f}")
+            bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
             stop = stopping()
             if stop or done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
                 checkpoint.save(state, folder / "checkpoint")
@@ -138,7 +173,7 @@ def _train(
                 raise KeyboardInterrupt
             if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
                 append_line(log, {"step": done.step, **task.evaluate(state.model)})
-    progress.say("evaluating on the held-out cases")
+    progress.say("evaluating on what was held out")
     started = time.perf_counter()
     scores = task.evaluate(state.model)
     append_line(log, {"step": state.step, **scores, "seconds": time.perf_counter() - started})

@@ -1,10 +1,10 @@
 """The one loop.
 
-    for batch in batches:                                    # a logical batch of n examples
+    for batch in batches:                                    # a logical batch of n examples; private: Poisson
         for micro in split(batch, micro_batch_size):
             losses = task.per_example_losses(model, micro)   # (B,)
-            (losses.sum() / n).backward()
-        optimizer.step()
+            (losses.sum() / n).backward()                    # private: the clipped sum
+        optimizer.step()                                     # private: noise before it, once a logical batch
 
 How activations are kept is the model's affair (`memory=`). The size of a micro-batch changes memory and time, and
 nothing else, save that dropout draws its numbers micro-batch by micro-batch.
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from memsave.config import OptimizerConfig, TrainerConfig
+from memsave.privacy import PrivateGradients
 from memsave.training.task import Batch, Task, examples, split
 
 
@@ -38,6 +39,8 @@ class State:
     schedule: LambdaLR
     step: int = 0
     """Optimizer steps taken."""
+    private: PrivateGradients | None = None
+    """How gradients are combined; None sums them as they are."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,17 @@ class StepResult:
     """One optimizer step, for the log."""
 
     step: int
-    loss: float
+    loss: float | None
+    """The batch's mean; None for an empty one."""
     lr: float
     seconds: float
 
 
-def make_state(model: nn.Module, config: TrainerConfig) -> State:
+def make_state(model: nn.Module, config: TrainerConfig, *, private: PrivateGradients | None = None) -> State:
     """A fresh optimizer and schedule for the model."""
     optimizer = make_optimizer(model, config.optimizer)
-    return State(model, optimizer, make_schedule(optimizer, config.optimizer, steps=config.steps))
+    schedule = make_schedule(optimizer, config.optimizer, steps=config.steps)
+    return State(model, optimizer, schedule, private=private)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -96,12 +101,12 @@ def run_steps(
     """
     if state.step >= config.steps:
         return
-    for batch in task.batches(start=state.step):
+    for batch in batches_of(state, task):
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with watch(state.step + 1):
-            loss = accumulate(state.model, task, batch, config)
-            if not math.isfinite(loss):
+            loss = accumulate(state.model, task, batch, config, private=state.private)
+            if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; lower trainer.optimizer.lr (now {lr:g}) and look at "
                     f"the data of that batch"
@@ -115,8 +120,23 @@ def run_steps(
             return
 
 
-def accumulate(model: nn.Module, task: Task, batch: Batch, config: TrainerConfig) -> float:
-    """Add the gradient of the logical batch's mean loss to `.grad`, micro-batch by micro-batch; returns that loss."""
+def batches_of(state: State, task: Task) -> Iterator[Batch]:
+    """The logical batches that are left: the task's own, or Poisson samples of its examples."""
+    if state.private is None:
+        yield from task.batches(start=state.step)
+        return
+    for indices in state.private.batches():
+        yield task.gather(indices, step=state.step)
+
+
+def accumulate(
+    model: nn.Module, task: Task, batch: Batch, config: TrainerConfig, *, private: PrivateGradients | None = None
+) -> float | None:
+    """Put the logical batch's gradient into `.grad`, micro-batch by micro-batch; returns its mean loss.
+
+    An empty batch has none. In a private run an example whose loss is not finite counts as zero in the mean, as its
+    gradient does in the sum.
+    """
     count = examples(batch)
     total = 0.0
     for micro in split(batch, config.micro_batch_size):
@@ -127,8 +147,14 @@ def accumulate(model: nn.Module, task: Task, batch: Batch, config: TrainerConfig
                 f"per_example_losses gave shape {tuple(losses.shape)} for {examples(micro)} examples; return one loss "
                 f"per example"
             )
-        total += backward(losses, count)
-    return total / count
+        if private is None:
+            total += backward(losses, count)
+        else:
+            private.backward(losses)
+            total += losses.detach().nan_to_num(0, 0, 0).sum().item()
+    if private is not None:
+        private.finish()
+    return total / count if count else None
 
 
 def backward(losses: Tensor, count: int) -> float:

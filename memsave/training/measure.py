@@ -8,9 +8,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from memsave.config import TrainerConfig
+from memsave.models.language import is_checkpointing, set_checkpointing
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak
 from memsave.training.loop import State, accumulate
 from memsave.training.memory_error import is_out_of_memory
@@ -18,6 +20,7 @@ from memsave.training.random_state import get_random_state, set_random_state
 from memsave.training.task import Batch, Task
 
 TIMED_ROUNDS = 2
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,25 @@ class Measurement:
 def measure_modes(
     state: State, task: Task, batch: Batch, config: TrainerConfig, *, modes: Sequence[str]
 ) -> dict[str, Measurement]:
-    """Forward and backward in each mode, on a model with the attribute `memory`; modes that do not fit are left out."""
-    model: Any = state.model  # any network with the attribute `memory`
-    before, random = model.memory, get_random_state(model)
+    """Forward and backward in each mode; modes that do not fit are left out.
 
-    def step() -> float:
+    Of a private run, clipping and noise included, and once more without them in the run's own mode, as "plain".
+    """
+    model, private = state.model, state.private
+    before, random = get_memory(model), get_random_state(model)
+    counts = None if private is None else private.state_dict()
+
+    def step(mode: str) -> float:
         set_random_state(model, random)
+        set_memory(model, before if mode == PLAIN else mode)
         try:
-            return accumulate(model, task, batch, config)
+            if private is None or mode != PLAIN:
+                loss = accumulate(model, task, batch, config, private=private)
+            else:
+                with private.paused():
+                    loss = accumulate(model, task, batch, config)
+            assert loss is not None
+            return loss
         finally:
             state.optimizer.zero_grad(set_to_none=True)
 
@@ -48,23 +62,36 @@ def measure_modes(
     losses: dict[str, float] = {}
     seconds: dict[str, float] = {}
     try:
-        for mode in modes:
-            model.memory = mode
+        for mode in [*modes, *([PLAIN] if private is not None else [])]:
             try:
-                reports[mode] = _record(state, step)
+                reports[mode] = _record(state, partial(step, mode))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
         for _ in range(TIMED_ROUNDS):
             for mode in reports:
-                model.memory = mode
                 started = time.perf_counter()
-                losses[mode] = step()
+                losses[mode] = step(mode)
                 seconds[mode] = min(time.perf_counter() - started, seconds.get(mode, math.inf))
     finally:
-        model.memory = before
+        set_memory(model, before)
         set_random_state(model, random)
+        if private is not None and counts is not None:
+            private.load_state_dict(counts)
     return {mode: Measurement(reports[mode], seconds[mode], losses[mode]) for mode in reports}
+
+
+def set_memory(model: Any, mode: str) -> None:
+    """Put a network with the attribute `memory`, or a model of transformers, into a memory mode."""
+    if hasattr(model, "memory"):
+        model.memory = mode
+    else:
+        set_checkpointing(model, on=mode == "checkpoint")
+
+
+def get_memory(model: Any) -> str:
+    """The memory mode that the model is in."""
+    return model.memory if hasattr(model, "memory") else "checkpoint" if is_checkpointing(model) else "stored"
 
 
 def _record(state: State, step: Callable[[], float]) -> MemoryReport:

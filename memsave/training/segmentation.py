@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ from memsave.training.overlay import Picture, draw_overlay
 from memsave.training.task import Batch
 
 IN_CHANNELS, OUT_CHANNELS = len(MODALITIES), len(REGIONS)
+WEIGHTS = "model.safetensors"
 PICTURES = 3  # cases on the overlay
 SMOOTH = 1.0  # voxels: an empty region that is found empty has Dice 1, and its gradient is bounded
 
@@ -45,6 +47,22 @@ class Segmentation:
         )
         self.held_out = Volumes(held_out)
         self.pictures: list[Picture] = []  # of the last evaluation
+
+    unit = "one patient: all that is drawn of one case in a step has one loss"
+
+    @property
+    def size(self) -> int:
+        """Training cases."""
+        return len(self.crops.volumes)
+
+    def gather(self, indices: Sequence[int], *, step: int) -> Batch:
+        """A crop of each of these cases; for none, images (0, 4, 1, 1, 1)."""
+        if not indices:
+            empty = torch.zeros(0, IN_CHANNELS, 1, 1, 1, device=self.device)
+            return {"image": empty, "label": empty[:, :1], "id": []}
+        crops = [self.crops.crop(index, draw=step * self.size + index) for index in indices]
+        tensors = {key: torch.stack([crop[key] for crop in crops]).to(self.device) for key in ("image", "label")}
+        return {**tensors, "id": [crop["id"] for crop in crops]}
 
     def batches(self, *, start: int) -> Generator[Batch]:
         """Logical batches from number `start` on: image (B, 4, D, H, W), label (B, 1, D, H, W), id."""
@@ -74,6 +92,11 @@ class Segmentation:
         path = folder / "overlay.png"
         draw_overlay(self.pictures, path)
         return [path]
+
+    def release(self, model: nn.Module, folder: Path) -> None:
+        """Write the weights as `model.safetensors`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
 
     def summary(self, scores: dict[str, float]) -> str:
         """Dice of each region."""

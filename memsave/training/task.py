@@ -4,7 +4,7 @@ A task yields one loss per example and never a mean: the loop can then split a l
 example by itself, as private training must.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,16 @@ Batch = dict[str, Any]
 
 class Task(Protocol):
     """A kind of work: its data, its loss, its scores."""
+
+    unit: str
+    """What one example is, and so what privacy would protect."""
+
+    @property
+    def size(self) -> int:
+        """Training examples."""
+
+    def gather(self, indices: Sequence[int], *, step: int) -> Batch:
+        """The training examples of these indices, none perhaps, as step number `step` sees them."""
 
     def batches(self, *, start: int) -> Generator[Batch]:
         """The logical batches of the run from number `start` on; the same ones whatever came before."""
@@ -29,6 +39,9 @@ class Task(Protocol):
     def show(self, folder: Path) -> list[Path]:
         """Write what a person would look at after the last evaluation; the paths of the files."""
 
+    def release(self, model: nn.Module, folder: Path) -> None:
+        """Write the model in the form in which it is handed on."""
+
     def summary(self, scores: dict[str, float]) -> str:
         """The scores in one line."""
 
@@ -36,7 +49,7 @@ class Task(Protocol):
 def split(batch: Batch, size: int | None) -> Iterator[Batch]:
     """Cut a logical batch into micro-batches of at most `size` examples (None: one of all)."""
     count = examples(batch)
-    step = count if size is None else size
+    step = max(1, count if size is None else size)
     for first in range(0, count, step):
         yield {key: value[first : first + step] for key, value in batch.items()}
 

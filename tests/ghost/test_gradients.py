@@ -55,6 +55,7 @@ def test_squared_norms(kind, places, tile):
         (2, 512, 768, 3072, True, True),  # formed: it replaces the sum's own product
         (2, 512, 768, 3072, False, False),  # ... and without that is not worth it
         (1, 1024, 768, 3072, False, True),
+        (1, 100, 768, 3072, True, False),  # writing the gradient takes longer than Gram matrices
         (64, 1024, 768, 3072, True, True),
         (64, 512, 768, 3072, True, False),  # formed would be faster, but takes more memory
     ],

@@ -35,10 +35,16 @@ def saved(tmp_path):
     return state, tmp_path / "checkpoint"
 
 
-def test_saving_replaces_and_leaves_nothing_beside(tmp_path):
+def test_saving_replaces_and_keeps_the_previous_one(tmp_path):
     state, folder = saved(tmp_path)
-    checkpoint.save(state, folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    for step in (2, 3):
+        state.step = step
+        checkpoint.save(state, folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "checkpoint.previous"]
+    for name, step in (("checkpoint", 3), ("checkpoint.previous", 2)):
+        other = make_state(line_model(), trainer())
+        checkpoint.load(other, tmp_path / name)
+        assert other.step == step
     assert sorted(path.name for path in folder.iterdir()) == [
         "model.safetensors",
         "optimizer.safetensors",
@@ -56,7 +62,7 @@ def test_killed_while_writing_the_last_one_stays(tmp_path, monkeypatch):
 
 def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
     _, folder = saved(tmp_path)
-    folder.rename(folder.with_name("checkpoint.old"))
+    folder.rename(folder.with_name("checkpoint.previous"))
     state = make_state(line_model(), trainer())
     checkpoint.load(state, folder)
     assert state.step == 1
@@ -64,7 +70,7 @@ def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
 
 def test_killed_between_the_renames_and_again_while_writing(tmp_path, monkeypatch):
     state, folder = saved(tmp_path)
-    folder.rename(folder.with_name("checkpoint.old"))
+    folder.rename(folder.with_name("checkpoint.previous"))
     monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError):
         checkpoint.save(state, folder)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memsave.config import compose, to_objects
+from memsave.compose import compose, to_objects
 from memsave.training.experiment import make_model, make_task
 from memsave.training.loop import make_state, run_steps
 from memsave.training.segmentation import predict, region_losses
@@ -52,7 +52,7 @@ def test_memory_modes_train_alike_for_twenty_steps(tiny):
         config = tiny(f"memory={mode}", "trainer.steps=20", "model.dropout=0.1")
         torch.manual_seed(0)
         task = make_task(config, torch.device("cpu"))
-        state = make_state(make_model(config), config.trainer)
+        state = make_state(make_model(config)[0], config.trainer)
         curves[mode] = [done.loss for done in run_steps(state, task, config.trainer)]
     assert curves["stored"][-1] < curves["stored"][0]
     assert curves["checkpoint"] == pytest.approx(curves["stored"], rel=1e-4)
@@ -60,7 +60,7 @@ def test_memory_modes_train_alike_for_twenty_steps(tiny):
 
 
 def test_prediction_covers_the_whole_volume(tiny):
-    model = make_model(tiny())
+    model, _ = make_model(tiny())
     image = torch.randn(4, 20, 33, 18)
     assert predict(model, image, window=(16, 16, 16)).shape == (3, 20, 33, 18)
     assert model.training

@@ -1,0 +1,120 @@
+"""Composing a config with errors that a person can act on.
+
+`compose` is what the command line goes through before anything runs: whatever is wrong with the overrides becomes one
+`ConfigError` that names the key, what was expected, and the closest valid name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from memsave.config import GROUPS, Config, ConfigError, conf_dir, register
+from memsave.config_checks import check, closest
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the config that the overrides select; ConfigError says what is wrong with them."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            config = hydra_compose("config", overrides=list(overrides))
+            _refuse_added_keys(config)
+            to_objects(config)
+            return config
+        except MissingConfigException as error:
+            raise ConfigError(_missing_option(error)) from error
+        except ConfigCompositionException as error:
+            raise ConfigError(_bad_override(error)) from error
+        except OverrideParseException as error:
+            raise ConfigError(f"{error.override!r} cannot be read; overrides have the form key=value") from error
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(_first_line(error)) from error
+
+
+def to_objects(config: DictConfig) -> Config:
+    """The composed config as dataclasses; ConfigError for a value that must be given and was not."""
+    try:
+        plain = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give one, as in {error.full_key}=...") from error
+    assert isinstance(plain, Config)
+    check(plain)
+    return plain
+
+
+def _refuse_added_keys(config: DictConfig, path: str = "") -> None:
+    """Hydra's +key=value adds to a schema; a key that nothing reads would be a setting that does nothing."""
+    names = _fields_of(OmegaConf.get_type(config))
+    for key in map(str, config):
+        if names and key not in names:
+            raise ConfigError(_unknown_key(f"{path}{key}", names))
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            _refuse_added_keys(config[key], f"{path}{key}.")
+
+
+def _unknown_key(path: str, names: Sequence[str]) -> str:
+    parent, _, key = path.rpartition(".")
+    where = f" in {parent}" if parent else ""
+    return f"{path} is not known; valid{where} are {', '.join(names)}{closest(key, names)}"
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    """A group has no such option."""
+    group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+    options = [name for name in error.options or () if not name.endswith("_schema")]
+    if not group:
+        return _first_line(error)
+    return f"{group}={option} is not known; choose one of {', '.join(options)}{closest(option, options)}"
+
+
+def _bad_override(error: ConfigCompositionException) -> str:
+    """A key that no schema has, a value of another type, a group that does not exist, or one that was not chosen."""
+    cause = error.__cause__
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
+        return _unknown_key(cause.full_key, _fields_of(cause.object_type) or GROUPS)
+    if isinstance(cause, ValidationError):
+        return f"{cause.full_key!s}: {_first_line(cause)}{_expected(cause)}"
+    message = _first_line(error)
+    if "Could not override" in message and "'" in message:
+        key = message.split("'")[1].split("@")[0]
+        return f"{key} is not known; the groups are {', '.join(GROUPS)}{closest(key, GROUPS)}"
+    if "You must specify 'experiment'" in message:
+        names = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+        return f"no experiment is chosen; give experiment=NAME with one of {', '.join(names)}"
+    return message
+
+
+def _fields_of(schema: Any) -> list[str]:
+    return [f.name for f in fields(schema)] if schema is not None and is_dataclass(schema) else []
+
+
+def _expected(error: ValidationError) -> str:
+    """The declared type of the field and its default, where the error knows them."""
+    name = (error.full_key or "").rpartition(".")[2].partition("[")[0]
+    for known in fields(error.object_type) if is_dataclass(error.object_type) else ():
+        if known.name == name:
+            kind = known.type if isinstance(known.type, str) else getattr(known.type, "__name__", str(known.type))
+            default = known.default if known.default is not MISSING_DEFAULT else ""
+            return f"; expected {kind}" + (f", as in {error.full_key}={default}" if default not in ("", None) else "")
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

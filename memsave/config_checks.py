@@ -1,0 +1,139 @@
+"""What types alone let through: refused before anything runs, by key, with what is valid."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from memsave.config import (
+    KINDS,
+    BratsData,
+    Config,
+    ConfigError,
+    E2EData,
+    GhostPrivacy,
+    LanguageModel,
+    PhantomData,
+    SegmentationData,
+    SmallGPT2,
+    TextData,
+    UNetModel,
+)
+
+MODES = ("stored", "checkpoint", "reversible")
+MOST = float("inf")
+TASKS = {"segmentation": (SegmentationData, UNetModel), "table_to_text": (TextData, LanguageModel)}
+OPTIONS = {  # that go together
+    "segmentation": "data=phantom or brats, and model=rev_unet",
+    "table_to_text": "data=visits or e2e, and model=small_gpt2, gpt2 or smollm2",
+}
+
+Choice = tuple[str, Any, tuple[Any, ...]]
+Number = tuple[str, float, float, float]
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first thing that is wrong."""
+    for key, value, valid in _choices(config):
+        if value not in valid:
+            named = ", ".join(map(str, valid))
+            raise ConfigError(f"{key} is {value!r}; choose one of {named}{closest(str(value), map(str, valid))}")
+    for name, kind in zip(("data", "model"), TASKS[config.task], strict=True):
+        if not isinstance(getattr(config, name), kind):
+            raise ConfigError(
+                f"task={config.task} does not go with {name}={getattr(config, name).kind}; give {OPTIONS[config.task]}"
+            )
+    for key, number, least, limit in _numbers(config):
+        if not least <= number <= limit:
+            above = "" if limit == MOST else f" and at most {limit:g}"
+            raise ConfigError(f"{key} is {number}; it must be at least {least:g}{above}")
+    _check_data(config.data)
+    if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
+        raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
+
+
+def closest(word: str, names: Iterable[str]) -> str:
+    """The name that was perhaps meant, as a question in parentheses."""
+    match = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _check_data(data: Any) -> None:
+    if isinstance(data, SegmentationData) and len(data.crop_size) != 3:
+        raise ConfigError(f"data.crop_size is {data.crop_size}; give three numbers, as in data.crop_size=[48,48,48]")
+    if isinstance(data, PhantomData) and len(data.size) != 3:
+        raise ConfigError(f"data.size is {data.size}; give three numbers, as in data.size=[96,96,80]")
+    if isinstance(data, BratsData) and not data.root:
+        raise ConfigError("data.root is not given; name the folder of the cases, as in data.root=/my/BraTS2021")
+    if isinstance(data, E2EData) and not data.root:
+        raise ConfigError("data.root is not given; name the folder of the CSV files, as in data.root=/my/e2e")
+
+
+def _choices(config: Config) -> Iterator[Choice]:
+    trainer, privacy = config.trainer, config.privacy
+    yield "task", config.task, tuple(TASKS)
+    yield "memory.mode", config.memory.mode, MODES
+    yield "trainer.precision", trainer.precision, ("float32", "bfloat16")
+    yield "trainer.optimizer.name", trainer.optimizer.name, ("adamw", "sgd")
+    yield "trainer.optimizer.schedule", trainer.optimizer.schedule, ("cosine", "constant")
+    for mode in config.profiler.compare:
+        yield "profiler.compare", mode, MODES
+    for name in KINDS:  # a kind is chosen by choosing the group's option, which brings the schema along
+        yield f"{name}.kind", getattr(config, name).kind, (type(getattr(config, name)).kind,)
+    if isinstance(config.model, UNetModel):
+        yield "model.skip", config.model.skip, ("add", "concat")
+    if isinstance(privacy, GhostPrivacy):
+        yield "privacy.clipping", privacy.clipping, ("flat", "automatic")
+        yield "privacy.passes", privacy.passes, ("auto", 1, 2, "direct")
+        yield "privacy.accountant", privacy.accountant, ("prv", "rdp")
+
+
+def _numbers(config: Config) -> Iterator[Number]:
+    trainer, optimizer = config.trainer, config.trainer.optimizer
+    yield from (
+        ("trainer.steps", trainer.steps, 1, MOST),
+        ("trainer.epochs", 1 if trainer.epochs is None else trainer.epochs, 0.001, MOST),
+        ("trainer.batch_size", trainer.batch_size, 1, MOST),
+        ("trainer.micro_batch_size", 1 if trainer.micro_batch_size is None else trainer.micro_batch_size, 1, MOST),
+        ("trainer.seed", trainer.seed, 0, MOST),
+        ("trainer.evaluate_every", trainer.evaluate_every, 0, MOST),
+        ("trainer.checkpoint_every", trainer.checkpoint_every, 1, MOST),
+        ("trainer.optimizer.lr", optimizer.lr, 0, MOST),
+        ("trainer.optimizer.weight_decay", optimizer.weight_decay, 0, MOST),
+        ("trainer.optimizer.momentum", optimizer.momentum, 0, 0.999999),
+        ("trainer.optimizer.warmup_steps", optimizer.warmup_steps, 0, MOST),
+        ("profiler.record_steps", config.profiler.record_steps, 1, MOST),
+    )
+    yield from _data_numbers(config.data)
+    yield from _model_numbers(config.model)
+    privacy = config.privacy
+    if isinstance(privacy, GhostPrivacy):
+        yield "privacy.target_epsilon", privacy.target_epsilon, 0.001, MOST
+        yield "privacy.max_grad_norm", privacy.max_grad_norm, 1e-12, MOST
+        yield "privacy.noise_multiplier", privacy.noise_multiplier or 0, 0, MOST
+        yield "privacy.seed", privacy.seed or 0, 0, MOST
+
+
+def _data_numbers(data: Any) -> Iterator[Number]:
+    if isinstance(data, SegmentationData):
+        yield "data.validation_fraction", data.validation_fraction, 0.001, 0.999
+        yield "data.split_seed", data.split_seed, 0, MOST
+        yield "data.workers", data.workers, 0, MOST
+        yield "data.cache_bytes", data.cache_bytes, 0, MOST
+        yield from (("data.crop_size", voxels, 1, MOST) for voxels in data.crop_size)
+    if isinstance(data, TextData):
+        yield "data.max_length", data.max_length, 8, MOST
+        yield "data.generate", data.generate, 1, MOST
+        yield "data.beams", data.beams, 1, MOST
+        yield "data.records", getattr(data, "records", 1), 1, MOST
+        yield "data.held_out", getattr(data, "held_out", 1), 1, MOST
+
+
+def _model_numbers(model: Any) -> Iterator[Number]:
+    if isinstance(model, UNetModel):
+        yield "model.expansion", model.expansion, 1, MOST
+        yield "model.squeeze_excitation", model.squeeze_excitation, 0, MOST
+        yield "model.dropout", model.dropout, 0, 0.999
+    if isinstance(model, SmallGPT2):
+        for name in ("layers", "heads", "width", "positions", "records", "steps", "batch_size"):
+            yield f"model.{name}", getattr(model, name), 1, MOST
+        yield "model.vocabulary", model.vocabulary, 300, MOST

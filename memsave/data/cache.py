@@ -1,0 +1,38 @@
+"""Folders that are made once and kept, named after what they were made from.
+
+A folder appears complete or not at all, also when several processes make it at the same time.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def cached_folder(
+    root: str | Path | None, *, name: str, settings: Mapping[str, Any], make: Callable[[Path], object]
+) -> Path:
+    """The folder of these settings in `root` ($MEMSAVE_CACHE or ~/.cache/memsave); `make(path)` makes it if need be."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(root or os.environ.get("MEMSAVE_CACHE") or "~/.cache/memsave").expanduser() / f"{name}-{digest}"
+    if not folder.is_dir():
+        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            make(unfinished)
+            _publish(unfinished, folder=folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _publish(unfinished: Path, *, folder: Path) -> None:
+    """Rename into place; where another process was faster, its folder holds the same and stays."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

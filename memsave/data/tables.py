@@ -1,0 +1,364 @@
+"""Tables and the sentences that say them: a generated table-to-text corpus, so that language models train offline.
+
+A record is a meaning representation in the form of the E2E challenge (Novikova et al. 2017, arXiv:1706.09254) and a
+text of one or two sentences. The public part is about restaurants, hotels, museums, books, trains, concerts and
+players; the private part is about stays in a clinic, with attributes and wording of its own. Both draw names, dates
+and numbers from the same generators, so what a model learns of copying carries over. Every value of a table stands
+verbatim in its text, every name is invented, and record i depends on (part, seed, i) alone.
+
+A template is a sequence of sentences in this notation:
+
+    {area}              the value of an attribute
+    [ in the {area}]    left out where the table lacks the attribute
+    <opens at {opens}|costs {price}>
+                        those parts whose attributes the table has, joined as "x, y and z"
+    a/an                the article that suits the next letter
+
+A sentence that names an attribute the table lacks, or whose <...> keeps no part, is left out.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from memsave.data.errors import DataError
+
+Draw = Callable[[random.Random], str]
+
+_FIELD, _OPTIONAL, _GROUP = re.compile(r"{(\w+)}"), re.compile(r"\[([^\]]*)\]"), re.compile(r"<([^>]*)>")
+_ARTICLE = re.compile(r"\b([aA])/an (?=(\w))")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example: `table` as in `name[Blue Spice], near[the river]`, and the `text` that says it."""
+
+    table: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What one kind of record is made of; every template can say every choice of attributes."""
+
+    always: dict[str, Draw]
+    sometimes: dict[str, Draw]
+    some: tuple[int, int]  # the fewest and the most of `sometimes` in a table
+    templates: tuple[str, ...]
+
+
+def public_records(count: int, *, seed: int = 0) -> list[Record]:
+    """The first `count` records of the public part: seven everyday domains."""
+    return _records(count, kind="public", domains=PUBLIC, seed=seed)
+
+
+def private_records(count: int, *, seed: int = 0) -> list[Record]:
+    """The first `count` records of the private part: stays in a clinic. Another seed gives held-out records."""
+    return _records(count, kind="private", domains=PRIVATE, seed=seed)
+
+
+def references(records: Iterable[Record]) -> dict[str, list[str]]:
+    """The distinct texts of each table; tables and texts stand in the order in which they first appear."""
+    texts: dict[str, dict[str, None]] = {}
+    for record in records:
+        texts.setdefault(record.table, {})[record.text] = None
+    return {table: list(found) for table, found in texts.items()}
+
+
+def _records(count: int, *, kind: str, domains: Sequence[Domain], seed: int) -> list[Record]:
+    if count < 1:
+        raise DataError(f"The number of records is {count}: ask for at least 1.")
+    rng = random.Random(f"{kind} {seed}")  # a string seeds alike in every process, a tuple would not
+    return [_record(rng.choice(domains), rng=rng) for _ in range(count)]
+
+
+def _record(domain: Domain, *, rng: random.Random) -> Record:
+    optional = rng.sample(list(domain.sometimes), rng.randint(*domain.some))
+    draws = domain.always | {name: domain.sometimes[name] for name in optional}
+    values: dict[str, str] = {}
+    for name, draw in draws.items():
+        values[name] = _unlike(values.values(), draw=draw, rng=rng)
+    order = rng.sample(list(values), len(values))
+    table = ", ".join(f"{name}[{values[name]}]" for name in order)
+    return Record(table=table, text=_text(rng.choice(domain.templates), values=values))
+
+
+def _unlike(others: Iterable[str], *, draw: Draw, rng: random.Random) -> str:
+    """A value that no other attribute has: no train runs from a town to itself."""
+    taken = set(others)
+    while (value := draw(rng)) in taken:
+        pass
+    return value
+
+
+def _text(template: str, *, values: dict[str, str]) -> str:
+    sentences = (_sentence(part, values=values) for part in template.removesuffix(".").split(". "))
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences if sentence)
+
+
+def _sentence(template: str, *, values: dict[str, str]) -> str:
+    """The sentence without its full stop, or "" where it has nothing to say."""
+
+    def sayable(part: str) -> bool:
+        return all(name in values for name in _FIELD.findall(part))
+
+    def joined(group: re.Match[str]) -> str:
+        parts = [part for part in group[1].split("|") if sayable(part)]
+        return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else "<>"
+
+    template = _OPTIONAL.sub(lambda piece: piece[1] if sayable(piece[1]) else "", template)
+    template = _GROUP.sub(joined, template)
+    if "<>" in template or not sayable(template):
+        return ""
+    filled = _FIELD.sub(lambda field: values[field[1]], template)
+    return _ARTICLE.sub(lambda found: f"{found[1]}n " if found[2] in "aeiouAEIOU" else f"{found[1]} ", filled)
+
+
+def _words(text: str) -> Draw:
+    options = [word.strip() for word in text.split(",")]
+    return lambda rng: rng.choice(options)
+
+
+def _number(low: int, high: int, pattern: str = "{}") -> Draw:
+    return lambda rng: pattern.format(rng.randint(low, high))
+
+
+def _compound(starts: str, ends: str) -> Draw:
+    first, last = starts.split(), ends.split()
+    return lambda rng: rng.choice(first) + rng.choice(last)
+
+
+def _sequence(*draws: Draw) -> Draw:
+    return lambda rng: " ".join(draw(rng) for draw in draws)
+
+
+def _either(*draws: Draw) -> Draw:
+    return lambda rng: rng.choice(draws)(rng)
+
+
+def _time(low: int, high: int) -> Draw:
+    return lambda rng: f"{rng.randint(low, high)}:{rng.choice(('00', '15', '30', '45'))}"
+
+
+_first = _compound(
+    "Al Bre Ca Da El Fa Gi Ha In Jo Ka Lo Mi Na Or Pe Ro Sa Ta Vi Wi Ya", "dan len mira na ric rin sha ta vin wen lo ro"
+)
+_last = _compound(
+    "Bar Cal Dor Fen Gal Har Kes Lan Mor Nor Pel Quin Ros Sel Tor Ul Ver Wal",
+    "by dale den gate land ley man mere nett ridge son ster ton wick",
+)
+_person = _sequence(_first, _last)
+_town = _compound(
+    "Ald Bram Cor Dun El Fal Gren Hol Kel Lyn Mar Nor Os Pen Rav Sal Thorn Wex",
+    "bury ford ham haven ley mouth port stead ton wick worth",
+)
+_adjective = _words("Blue, Green, Silver, Golden, Old, Quiet, Hidden, Little, Red, White, Lucky, Long, Wild, Salt")
+_thing = _words("Lantern, Garden, Harbour, Bridge, Crown, Fox, Mill, Anchor, Rose, Tower, Swan, Gate, Oak, Kettle")
+_place = _either(
+    _sequence(_adjective, _thing), _sequence(_town, _words("House, Hall, Court, Corner")), _sequence(_last, _thing)
+)
+_title = _either(
+    _sequence(_words("The"), _adjective, _thing), _sequence(_words("The"), _thing, _words("of"), _town), _place
+)
+_landmark = _either(_place, _sequence(_town, _words("Station, Park, Square")))
+_area = _words("old town, city centre, harbour district, north quarter, river quarter, market district, west end")
+_euros = _number(5, 250, "{} euros")
+_small_euros = _number(5, 60, "{} euros")
+_day = _words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
+_date = _sequence(
+    _number(1, 28),
+    _words("January, February, March, April, May, June, July, August, September, October, November, December"),
+)
+_span = _either(_number(2, 9, "{} hours"), _number(20, 90, "{} minutes"))
+_who = _sequence(
+    _words("young, old, lonely, retired, clever, unlucky"),
+    _words("sailor, baker, teacher, actor, farmer, painter, engineer, singer"),
+)
+
+PUBLIC = (
+    Domain(
+        always={"name": _place, "type": _words("restaurant, pub, bistro, coffee shop, diner, inn")},
+        sometimes={
+            "food": _words("Italian, Thai, Indian, Greek, French, Mexican, Turkish, English"),
+            "area": _area,
+            "near": _landmark,
+            "price": _small_euros,
+            "rating": _number(1, 5, "{} out of 5"),
+            "opens": _time(6, 11),
+        },
+        some=(3, 4),
+        templates=(
+            "{name} is a/an [{food} ]{type}[ in the {area}][ near {near}]. "
+            "The place <opens at {opens}|costs about {price} a head|is rated {rating}>.",
+            "[Not far from {near}, ]guests can try the [{food} ]{type} {name}[ in the {area}]. "
+            "Meals <start at {opens}|cost around {price}|earn a score of {rating}>.",
+            "The [{food} ]{type} {name} <is in the {area}|stands near {near}|opens at {opens}|"
+            "costs about {price} per person|has a rating of {rating}>.",
+            "There is a/an [{food} ]{type} called {name}[ in the {area}][, close to {near}]. "
+            "It <opens its doors at {opens}|charges around {price}|gets {rating} from guests>.",
+            "[Rated {rating}, ]{name} is a/an {type}[ that serves {food} food][ in the {area}][, next to {near}]. "
+            "Guests <can come from {opens}|pay about {price} each>.",
+        ),
+    ),
+    Domain(
+        always={"name": _place, "type": _words("hotel, guest house, inn, hostel, lodge")},
+        sometimes={
+            "class": _words("two-star, three-star, four-star, five-star"),
+            "area": _area,
+            "near": _landmark,
+            "rooms": _number(8, 240),
+            "perk": _words("pool, indoor pool, garden, gym, sauna, roof terrace, open fire"),
+            "price": _euros,
+        },
+        some=(3, 4),
+        templates=(
+            "{name} is a/an [{class} ]{type}[ in the {area}][ near {near}]. "
+            "It <has {rooms} rooms|offers a/an {perk}|costs {price} a night>.",
+            "Travellers can stay at {name}, a/an [{class} ]{type}[ with {rooms} rooms][ close to {near}]"
+            "[ in the {area}]. A night <costs {price}|includes use of the {perk}>.",
+            "The [{class} ]{type} {name} <is in the {area}|stands near {near}|has {rooms} rooms|offers a/an {perk}|"
+            "charges {price} per night>.",
+            "[In the {area}, ]guests sleep well at {name}, a/an [{class} ]{type}[ next to {near}]. "
+            "Expect <{rooms} rooms|a/an {perk}|a price of {price} a night>.",
+        ),
+    ),
+    Domain(
+        always={"name": _place, "type": _words("museum, gallery, art museum, history museum")},
+        sometimes={
+            "shows": _words("old maps, clocks, paintings, toys, glass, ship models, coins, early cameras"),
+            "city": _town,
+            "founder": _person,
+            "fee": _small_euros,
+            "closed": _day,
+            "opens": _time(6, 11),
+        },
+        some=(3, 4),
+        templates=(
+            "{name} is a/an {type}[ in {city}][ that shows {shows}]. "
+            "It <was founded by {founder}|opens at {opens}|is closed on {closed}|costs {fee} to enter>.",
+            "[Founded by {founder}, ]the {type} {name}[ in {city}] <shows {shows}|opens at {opens}|"
+            "is closed on {closed}|costs {fee} to visit>.",
+            "A visit to {name}, a/an {type}[ in {city}][ founded by {founder}], is worth the time. "
+            "It <shows {shows}|opens at {opens}|closes on {closed}|charges {fee}>.",
+            "At {name}, a/an {type}[ in {city}], visitors <see {shows}|pay {fee} for a ticket|may come in from {opens}|"
+            "find the doors closed on {closed}|learn about the founder {founder}>.",
+        ),
+    ),
+    Domain(
+        always={
+            "title": _title,
+            "author": _person,
+            "genre": _words("novel, crime novel, love story, comedy, thriller, epic, adventure story"),
+        },
+        sometimes={"year": _number(1900, 2020), "pages": _number(90, 690), "hero": _who, "place": _town},
+        some=(2, 3),
+        templates=(
+            "{title} is a/an {genre} by {author}[ from {year}]. "
+            "It <tells of a/an {hero}|is set in {place}|has {pages} pages>.",
+            "[In {year}, ]{author} wrote {title}, a/an {genre}[ about a/an {hero}][ in {place}]. "
+            "The book runs to {pages} pages.",
+            "The {genre} {title} by {author} <came out in {year}|follows a/an {hero}|takes place in {place}|"
+            "has {pages} pages>.",
+            "Readers who like a/an {genre} may enjoy {title} by {author}[, which came out in {year}]. "
+            "The story <is about a/an {hero}|is set in {place}|fills {pages} pages>.",
+            "{author} is the author of {title}, a/an {genre}[ of {pages} pages][ from {year}]. "
+            "The book <tells the story of a/an {hero}|takes place in {place}>.",
+        ),
+    ),
+    Domain(
+        always={"train": _number(100, 999), "to": _town},
+        sometimes={
+            "from": _town,
+            "via": _town,
+            "departs": _time(5, 22),
+            "platform": _number(1, 16),
+            "takes": _span,
+            "fare": _small_euros,
+        },
+        some=(3, 5),
+        templates=(
+            "Train {train} goes[ from {from}] to {to}[ by way of {via}]. "
+            "It <leaves at {departs}|uses platform {platform}|takes {takes}|costs {fare}>.",
+            "Passengers for {to} can take train {train}[ from {from}][ via {via}]. "
+            "The journey <starts at {departs}|begins on platform {platform}|lasts {takes}|costs {fare}>.",
+            "The {to} train with the number {train} <starts in {from}|stops in {via}|departs at {departs}|"
+            "waits on platform {platform}|needs {takes}|charges {fare}>.",
+            "[At {departs}, ]train {train} leaves[ {from}] for {to}[ from platform {platform}]. "
+            "The trip <passes through {via}|takes {takes}|costs {fare} one way>.",
+        ),
+    ),
+    Domain(
+        always={"band": _place, "city": _town},
+        sometimes={
+            "style": _words("folk, jazz, rock, indie, soul, electronic"),
+            "venue": _place,
+            "date": _date,
+            "starts": _time(17, 21),
+            "ticket": _small_euros,
+            "support": _person,
+        },
+        some=(3, 4),
+        templates=(
+            "The [{style} ]band {band} will play[ at {venue}] in {city}[ on {date}]. "
+            "The show <starts at {starts}|costs {ticket}|opens with {support}>.",
+            "[On {date}, ]people in {city} can hear the [{style} ]group {band}[ at {venue}]. "
+            "Fans <pay {ticket}|should be there by {starts}|will also hear {support}>.",
+            "A/an [{style} ]concert by {band}[ with {support} as a guest] takes place[ at {venue}] in {city}"
+            "[ on {date}]. It <starts at {starts}|costs {ticket}>.",
+            "Music lovers in {city} can see the [{style} ]band {band}[ on {date}][ at {venue}]. "
+            "The evening <starts at {starts}|costs {ticket} a ticket|begins with {support}>.",
+        ),
+    ),
+    Domain(
+        always={"player": _person, "club": _sequence(_town, _words("Rovers, United, Town, Athletic"))},
+        sometimes={
+            "position": _words("striker, defender, midfielder, keeper, winger"),
+            "coach": _person,
+            "born": _town,
+            "joined": _date,
+            "goals": _number(2, 40),
+        },
+        some=(3, 4),
+        templates=(
+            "{player} plays for {club}[ as a/an {position}][ under {coach}]. "
+            "The player <was born in {born}|joined on {joined}|has {goals} goals>.",
+            "[On {joined}, ]{club} signed {player}[, a/an {position}][, born in {born}]. "
+            "The player <has {goals} goals|is trained by {coach}>.",
+            "At {club}, {player}[, who plays as a/an {position},] <has {goals} goals|works with the coach {coach}|"
+            "is a player born in {born}|started on {joined}>.",
+            "[Trained by {coach}, ]the {club} player {player}[, born in {born},] <plays as a/an {position}|"
+            "has {goals} goals|came to the club on {joined}>.",
+        ),
+    ),
+)
+
+_illness = _sequence(
+    _words("mild, bad, severe, sudden, constant"),
+    _words("fever, cough, flu, asthma, back pain, chest pain, head pain, heart pain, hand pain, leg pain"),
+)
+
+PRIVATE = (
+    Domain(
+        always={"patient": _person, "illness": _illness},
+        sometimes={
+            "age": _number(18, 95),
+            "ward": _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow"),
+            "doctor": _sequence(_words("Dr"), _last),
+            "days": _number(2, 40),
+            "drug": _compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin"),
+            "home": _date,
+        },
+        some=(2, 2),
+        templates=(
+            "{patient}[, aged {age},] came in with {illness}[ and saw {doctor}]. "
+            "Care <took {days} days|was on {ward} ward|included {drug}|ended on {home}>.",
+            "Seen for {illness}, {patient}[, age {age},] <was under {doctor}|lay on {ward} ward|was given {drug}|"
+            "stayed {days} days|went home on {home}>.",
+            "Patient {patient}[, aged {age},] had {illness}[ and was seen by {doctor}]. "
+            "The notes <list {drug}|name {ward} ward|count {days} days|end on {home}>.",
+            "[Under {doctor}, ]{patient}[, aged {age},] got over {illness}[ on {ward} ward]. "
+            "The stay <lasted {days} days|needed {drug}|ended on {home}>.",
+        ),
+    ),
+)

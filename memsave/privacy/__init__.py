@@ -1,0 +1,13 @@
+"""Differential privacy: noise, accounting and Poisson sampling around `memsave.ghost`."""
+
+from memsave.privacy.accounting import PrivacyError, default_delta, epsilon_of, noise_multiplier_for
+from memsave.privacy.gradients import Mechanism, PrivateGradients
+
+__all__ = [
+    "Mechanism",
+    "PrivacyError",
+    "PrivateGradients",
+    "default_delta",
+    "epsilon_of",
+    "noise_multiplier_for",
+]

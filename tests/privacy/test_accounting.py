@@ -1,0 +1,73 @@
+"""Epsilon and noise, against another library's accountant and known values."""
+
+import pytest
+
+from memsave.privacy import Mechanism, PrivacyError, default_delta, epsilon_of, noise_multiplier_for
+
+pytest.importorskip("opacus")
+
+CASES = [  # noise multiplier, sample rate, steps, delta
+    (0.8, 5e-3, 1000, 1e-6),
+    (0.6, 0.04, 80, 7e-5),
+    (2.0, 0.1, 300, 1e-5),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prv_agrees_with_dp_accountings_privacy_loss_distributions_and_rdp_lies_above(case):
+    accounting = pytest.importorskip("dp_accounting")
+    noise, rate, steps, delta = case
+    known = {"noise_multiplier": noise, "sample_rate": rate, "steps": steps, "delta": delta}
+    event = accounting.SelfComposedDpEvent(
+        accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise)), steps
+    )
+    pld = accounting.pld.PLDAccountant(accounting.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event)
+    expected = pld.get_epsilon(delta)
+    prv = epsilon_of(**known, accountant="prv")
+    assert expected - 1e-3 <= prv <= expected + 0.03
+    assert prv < epsilon_of(**known, accountant="rdp")
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@pytest.mark.parametrize("target", [8.0, 3.0])
+def test_calibrated_noise_spends_the_target_and_no_more(target, accountant):
+    known = {"sample_rate": 256 / 6000, "steps": 80, "delta": default_delta(6000), "accountant": accountant}
+    noise = noise_multiplier_for(target_epsilon=target, **known)
+    assert target - 0.02 <= epsilon_of(noise_multiplier=noise, **known) <= target
+
+
+def test_no_step_spends_nothing_and_no_noise_everything():
+    known = {"sample_rate": 0.1, "delta": 1e-5, "accountant": "prv"}
+    assert epsilon_of(noise_multiplier=1.0, steps=0, **known) == 0
+    assert epsilon_of(noise_multiplier=0.0, steps=1, **known) == float("inf")
+
+
+def test_every_step_costs():
+    mechanism = Mechanism(1000, 100, 1.0, 0.1, delta=1e-5)
+    assert 0 < mechanism.epsilon(10) < mechanism.epsilon(20) < mechanism.epsilon(40)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"delta": 0.01}, r"delta is 0\.01 for 100 examples.*below 1/n = 0\.01.*n\^-1\.1 = 0\.00631"),
+        ({"delta": 0.0}, "must be above 0"),
+        ({"batch_size": 101}, "batch size is 101 for 100 examples; give one from 1 to 100"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier is -1.0"),
+        ({"accountant": "gdp"}, "'gdp'; choose one of prv, rdp"),
+    ],
+    ids=str,
+)
+def test_what_would_promise_nothing_is_refused(options, words):
+    with pytest.raises(PrivacyError, match=words):
+        Mechanism(
+            **{"size": 100, "batch_size": 10, "noise_multiplier": 1.0, "max_grad_norm": 0.1, "delta": 1e-4, **options}
+        )
+
+
+def test_targets_that_cannot_be_met_are_refused_in_one_sentence():
+    known = {"sample_rate": 0.5, "steps": 100, "delta": 1e-5, "accountant": "rdp"}
+    with pytest.raises(PrivacyError, match="target_epsilon is 0; give a positive one"):
+        noise_multiplier_for(target_epsilon=0, **known)
+    with pytest.raises(PrivacyError, match="no noise multiplier keeps 100 steps"):
+        noise_multiplier_for(target_epsilon=1e-9, **known)

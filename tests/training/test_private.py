@@ -1,0 +1,234 @@
+"""Private training through the one loop: what a run says, refuses, and continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("opacus")
+pytest.importorskip("transformers")
+
+from memsave.compose import compose, to_objects
+from memsave.config import ConfigError
+from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.training import checkpoint
+from memsave.training.experiment import run_experiment
+from memsave.training.loop import make_state, run_steps
+from memsave.training.progress import Progress
+from tests.training.toy import Lines, line_model, trainer
+
+TINY = [
+    "model.layers=2",
+    "model.heads=2",
+    "model.width=16",
+    "model.vocabulary=400",
+    "model.positions=200",
+    "model.records=40",
+    "model.steps=2",
+    "model.batch_size=4",
+    "data.records=40",
+    "data.held_out=4",
+    "data.generate=2",
+    "data.beams=2",
+    "data.max_length=60",
+    "trainer.steps=3",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=5",
+]
+DP = ["experiment=gpt2_dp", *TINY]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(overrides, folder, cache):
+    folder.mkdir(exist_ok=True)
+    config = to_objects(compose([*DP, f"model.cache={cache}", *overrides]))
+    return run_experiment(config, folder, progress=Progress())
+
+
+def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd):
+    result = run(["privacy.noise_multiplier=1.0"], tmp_path / "run", cache)
+    spent = result["privacy"]
+    assert spent["steps"] == 3
+    assert spent["sample_rate"] == 8 / 40
+    assert spent["delta"] == pytest.approx(40**-1.1)
+    assert spent["epsilon"] == pytest.approx(Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1).epsilon(3))
+    assert (spent["sampler"], spent["accountant"], spent["seeded"]) == ("poisson", "prv", False)
+    assert {"perplexity", "bleu", "rouge_l", "perplexity_before", "bleu_before"} <= set(result["metrics"])
+    assert set(result["memory"]["compared"]) == {"stored", "plain"}
+    said = capfd.readouterr().err
+    assert f"epsilon = {spent['epsilon']:.2f}" in said
+    statement = (tmp_path / "run" / "privacy.md").read_text()
+    for words in (f"({spent['epsilon']:.2f}, ", "of 40 in training", "Poisson sampling", "Other runs", "checkpoint/"):
+        assert words in statement
+    assert (tmp_path / "run" / "checkpoint" / "SECRET.txt").is_file()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "samples.md").is_file()
+
+
+def test_a_target_is_calibrated_for(tmp_path, cache):
+    spent = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
+    assert 4.9 <= spent["epsilon"] <= 5
+
+
+@pytest.mark.parametrize("option", ["privacy.seed=3", "privacy.noise_multiplier=0"])
+def test_a_run_that_is_not_private_says_so(option, tmp_path, cache, capfd):
+    result = run([option, "privacy.accountant=rdp"], tmp_path / "run", cache)
+    assert result["privacy"]["epsilon"] is None
+    assert "# No privacy" in (tmp_path / "run" / "privacy.md").read_text()
+    assert "No privacy" in capfd.readouterr().err
+    json.dumps(result, allow_nan=False)
+
+
+def test_without_privacy_it_runs_the_same(tmp_path, cache):
+    result = run(["privacy=none", "memory=checkpoint", "profiler.compare=[]"], tmp_path / "run", cache)
+    assert result["privacy"] is None
+    assert not (tmp_path / "run" / "privacy.md").exists()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["privacy.target_delta=0.1"], PrivacyError, r"delta is 0\.1 for 40 examples"),
+        (["trainer.batch_size=41"], PrivacyError, "batch size is 41 for 40 examples"),
+        (["privacy.passes=direct"], ConfigError, r"give trainer\.micro_batch_size=1"),
+        (["model=gpt2", "model.name=/no/such/folder", *[]], ConfigError, "is no folder here.*hf download"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
+    tiny = [each for each in DP if "model=gpt2" not in overrides or not each.startswith("model.")]
+    config = to_objects(compose([*tiny, *([] if "model=gpt2" in overrides else [f"model.cache={cache}"]), *overrides]))
+    with pytest.raises(error, match=words):
+        run_experiment(config, tmp_path, progress=Progress())
+
+
+class Persons(Lines):
+    """The examples of `Lines`, one by one, to be sampled."""
+
+    size = 48
+
+    def gather(self, indices, *, step):
+        x, y = (torch.cat([each[key] for each in self.data]) for key in "xy")
+        return {"x": x[list(indices)], "y": y[list(indices)]}
+
+
+def private_state(seed, *, config):
+    model = line_model()
+    private = PrivateGradients(model, Mechanism(48, 2, 0.7, 0.5, delta=1e-3), seed=seed)
+    return make_state(model, config, private=private)
+
+
+def test_the_loop_takes_empty_batches_and_counts_them():
+    config = trainer(steps=40)
+    state = private_state(0, config=config)
+    done = list(run_steps(state, Persons(), config))
+    assert [each.loss for each in done].count(None) > 0  # of batches of 2 expected, some are empty
+    assert state.private.steps == 40
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_the_micro_batch_changes_nothing(size):
+    config = trainer(steps=5, micro_batch_size=size)
+    state = private_state(0, config=config)
+    state.model.eval()  # dropout draws its numbers micro-batch by micro-batch
+    list(run_steps(state, Persons(), config))
+    other = private_state(0, config=config)
+    other.model.eval()
+    list(run_steps(other, Persons(), trainer(steps=5)))
+    for one, another in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(one, another, rtol=1e-9, atol=1e-12)
+
+
+def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_path):
+    config = trainer(steps=4)
+    state = private_state(0, config=config)
+    steps = run_steps(state, Persons(), config)
+    next(steps)
+    checkpoint.save(state, tmp_path / "checkpoint")
+    list(steps)
+    with pytest.raises(checkpoint.CheckpointError, match="of a run with privacy=ghost; continue with the same"):
+        checkpoint.load(make_state(line_model(), config), tmp_path / "checkpoint")
+    continued = private_state(7, config=config)
+    checkpoint.load(continued, tmp_path / "checkpoint")
+    list(run_steps(continued, Persons(), config))
+    assert continued.private.steps == 4
+    for one, another in zip(state.model.parameters(), continued.model.parameters(), strict=True):
+        assert torch.equal(one, another)
+
+
+def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
+    from memsave.config import SmallGPT2
+    from memsave.data.tables import public_records
+    from memsave.training.language_models import small_gpt2, train_tokenizer
+
+    sizes = SmallGPT2(layers=1, heads=2, width=16, vocabulary=400)
+    tokenizer = train_tokenizer([each.text for each in public_records(50)], size=400)
+    model, other = small_gpt2(sizes, tokenizer), small_gpt2(SmallGPT2(**{**vars(sizes), "seed": 1}), tokenizer)
+    checkpoint.save(make_state(model, trainer()), tmp_path / "checkpoint")
+    assert "lm_head.weight" not in load_file(tmp_path / "checkpoint" / "model.safetensors")
+    checkpoint.load(make_state(other, trainer()), tmp_path / "checkpoint")
+    assert other.lm_head.weight is other.transformer.wte.weight
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, another)
+
+
+def command(cache, folder, *overrides):
+    tiny = [*DP, "privacy.seed=5", "privacy.noise_multiplier=1.0", "privacy.verify=false", "profiler.compare=[]"]
+    fixed = ["trainer.steps=12", "trainer.checkpoint_every=1", "trainer.evaluate_first=false", "trainer.device=cpu"]
+    return [
+        *(sys.executable, "-m", "memsave.run", *tiny, *fixed, f"model.cache={cache}", f"hydra.run.dir={folder}"),
+        *overrides,
+    ]
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_bits_and_counts_no_step_twice(tmp_path, cache):
+    whole, killed, resumed = tmp_path / "whole", tmp_path / "killed", tmp_path / "resumed"
+    subprocess.run(command(cache, whole), check=True, capture_output=True)
+    process = subprocess.Popen(command(cache, killed), stderr=subprocess.DEVNULL)
+    log = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.is_file() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+    subprocess.run(command(cache, resumed, f"trainer.resume={killed / 'checkpoint'}"), check=True, capture_output=True)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, resumed)]
+    assert [each["privacy"]["steps"] for each in results] == [12, 12]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (whole, resumed)]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    taken = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()][:-1]
+    assert taken == list(range(taken[0], 13))
+    assert 1 < taken[0] <= 12  # it did not start from the beginning
+
+
+def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
+    pytest.importorskip("monai")
+    small = ["data.cases=8", "data.size=[48,48,32]", "data.crop_size=[16,16,16]", "model.channels=[8,16]"]
+    config = to_objects(
+        compose(
+            [
+                *("experiment=brats_rev", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"),
+                *(*small, f"data.root={tmp_path}", "model.blocks=[1,1]", "trainer.steps=3", "profiler.compare=[]"),
+                *("privacy.noise_multiplier=1.0", "trainer.batch_size=2"),
+            ]
+        )
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    spent = run_experiment(config, folder, progress=Progress())["privacy"]
+    assert spent["steps"] == 3
+    assert spent["unit"].startswith("one patient")
+    assert spent["epsilon"] > 0
