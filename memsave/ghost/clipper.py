@@ -208,7 +208,7 @@ class GhostClipper:
             whole = not has_values(kept) or bool(kept.all())
             call.kept = None if whole else kept
             if self.chosen_passes == 1:
-                with torch.autocast(call.probe.device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
                     _add_sums(call, weights)
             else:
                 call.phase = Phase.SUM

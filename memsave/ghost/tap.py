@@ -104,7 +104,8 @@ class Tap(torch.autograd.Function):
                 mixed = ((others != 0) & ~others.isnan()).any()  # 0 x inf is NaN: no sign of anything
                 call.mixed[ctx.layer.name] = call.mixed.get(ctx.layer.name, mixed) | mixed
                 return grad, None, *nothing
-            gradients = ctx.layer.per_example(ctx.saved_tensors, grad)
+            saved = tuple(each.detach() for each in ctx.saved_tensors)  # or what is kept would keep the graph
+            gradients = ctx.layer.per_example(saved, grad)
             named = [(p, gradients[name]) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
             if call.phase is Phase.NORM:
                 squared = torch.zeros_like(call.probe)

@@ -96,6 +96,21 @@ def test_gradients_accumulate_over_micro_batches():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_micro_batches_leave_nothing_behind_but_gradients(passes):
+    model, x = small(), draw(6, 4)
+    clipper = GhostClipper(model, max_grad_norm=0.2, passes=passes)
+    peaks = []
+    for count in (2, 6):
+        model.zero_grad()
+        with MemoryRecorder(model) as recorder:
+            for _ in range(count):
+                clipper.backward(model(x).sin().sum(1))
+        peaks.append(recorder.report().peak_bytes)
+        assert not any(p.grad.requires_grad for p in model.parameters())
+    assert peaks[0] == peaks[1]
+
+
 def test_direct_is_for_single_examples_of_any_layers():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)).double(), draw(1, 4)
 
