@@ -114,7 +114,7 @@ class SmallGPT2(LanguageModel):
     steps: int = 650
     """Of pretraining."""
     batch_size: int = 32
-    lr: float = 3e-3
+    lr: float = 4e-3
     seed: int = 0
     cache: str | None = None
     """Folder of the pretrained model ($MEMSAVE_CACHE or ~/.cache/memsave)."""

@@ -40,6 +40,7 @@ def test_one_run_leaves_its_result(tmp_path):
         "metrics.jsonl",
         "memory.json",
         "memory.png",
+        "model",
         "overlay.png",
         "checkpoint",
     }

@@ -1,10 +1,10 @@
 """Tables and the sentences that say them: a generated table-to-text corpus, so that language models train offline.
 
 A record is a meaning representation in the form of the E2E challenge (Novikova et al. 2017, arXiv:1706.09254) and a
-text of one or two sentences. The public part is about restaurants, hotels, museums, books, trains, concerts and
-players; the private part is about stays in a clinic, with attributes and wording of its own. Both draw names, dates
-and numbers from the same generators, so what a model learns of copying carries over. Every value of a table stands
-verbatim in its text, every name is invented, and record i depends on (part, seed, i) alone.
+text of one or two sentences. The public part is about restaurants, pets at the vet's, trains, concerts and players; the
+private part is about stays in a clinic, with attributes and wording of its own. Both draw names, dates and numbers from
+the same generators, so what a model learns of copying carries over. Every value of a table stands verbatim in its text,
+every name is invented, and record i depends on (part, seed, i) alone.
 
 A template is a sequence of sentences in this notation:
 
@@ -49,7 +49,7 @@ class Domain:
 
 
 def public_records(count: int, *, seed: int = 0) -> list[Record]:
-    """The first `count` records of the public part: seven everyday domains."""
+    """The first `count` records of the public part: five everyday domains."""
     return _records(count, kind="public", domains=PUBLIC, seed=seed)
 
 
@@ -163,18 +163,20 @@ _title = _either(
 )
 _landmark = _either(_place, _sequence(_town, _words("Station, Park, Square")))
 _area = _words("old town, city centre, harbour district, north quarter, river quarter, market district, west end")
-_euros = _number(5, 250, "{} euros")
 _small_euros = _number(5, 60, "{} euros")
-_day = _words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 _date = _sequence(
     _number(1, 28),
     _words("January, February, March, April, May, June, July, August, September, October, November, December"),
 )
 _span = _either(_number(2, 9, "{} hours"), _number(20, 90, "{} minutes"))
-_who = _sequence(
-    _words("young, old, lonely, retired, clever, unlucky"),
-    _words("sailor, baker, teacher, actor, farmer, painter, engineer, singer"),
+
+_illness = _sequence(
+    _words("mild, bad, severe, sudden, constant"),
+    _words("fever, cough, flu, asthma, back pain, chest pain, head pain, heart pain, hand pain, leg pain"),
 )
+_doctor = _sequence(_words("Dr"), _last)
+_drug = _compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin")
+_tree = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
 
 PUBLIC = (
     Domain(
@@ -202,68 +204,25 @@ PUBLIC = (
         ),
     ),
     Domain(
-        always={"name": _place, "type": _words("hotel, guest house, inn, hostel, lodge")},
+        always={"pet": _words("cat, dog, horse, rabbit, goat, parrot"), "keeper": _person, "trouble": _illness},
         sometimes={
-            "class": _words("two-star, three-star, four-star, five-star"),
-            "area": _area,
-            "near": _landmark,
-            "rooms": _number(8, 240),
-            "perk": _words("pool, indoor pool, garden, gym, sauna, roof terrace, open fire"),
-            "price": _euros,
+            "years": _number(2, 20),
+            "vet": _doctor,
+            "room": _tree,
+            "nights": _number(2, 20),
+            "remedy": _drug,
+            "leaves": _date,
         },
-        some=(3, 4),
-        templates=(
-            "{name} is a/an [{class} ]{type}[ in the {area}][ near {near}]. "
-            "It <has {rooms} rooms|offers a/an {perk}|costs {price} a night>.",
-            "Travellers can stay at {name}, a/an [{class} ]{type}[ with {rooms} rooms][ close to {near}]"
-            "[ in the {area}]. A night <costs {price}|includes use of the {perk}>.",
-            "The [{class} ]{type} {name} <is in the {area}|stands near {near}|has {rooms} rooms|offers a/an {perk}|"
-            "charges {price} per night>.",
-            "[In the {area}, ]guests sleep well at {name}, a/an [{class} ]{type}[ next to {near}]. "
-            "Expect <{rooms} rooms|a/an {perk}|a price of {price} a night>.",
-        ),
-    ),
-    Domain(
-        always={"name": _place, "type": _words("museum, gallery, art museum, history museum")},
-        sometimes={
-            "shows": _words("old maps, clocks, paintings, toys, glass, ship models, coins, early cameras"),
-            "city": _town,
-            "founder": _person,
-            "fee": _small_euros,
-            "closed": _day,
-            "opens": _time(6, 11),
-        },
-        some=(3, 4),
-        templates=(
-            "{name} is a/an {type}[ in {city}][ that shows {shows}]. "
-            "It <was founded by {founder}|opens at {opens}|is closed on {closed}|costs {fee} to enter>.",
-            "[Founded by {founder}, ]the {type} {name}[ in {city}] <shows {shows}|opens at {opens}|"
-            "is closed on {closed}|costs {fee} to visit>.",
-            "A visit to {name}, a/an {type}[ in {city}][ founded by {founder}], is worth the time. "
-            "It <shows {shows}|opens at {opens}|closes on {closed}|charges {fee}>.",
-            "At {name}, a/an {type}[ in {city}], visitors <see {shows}|pay {fee} for a ticket|may come in from {opens}|"
-            "find the doors closed on {closed}|learn about the founder {founder}>.",
-        ),
-    ),
-    Domain(
-        always={
-            "title": _title,
-            "author": _person,
-            "genre": _words("novel, crime novel, love story, comedy, thriller, epic, adventure story"),
-        },
-        sometimes={"year": _number(1900, 2020), "pages": _number(90, 690), "hero": _who, "place": _town},
         some=(2, 3),
         templates=(
-            "{title} is a/an {genre} by {author}[ from {year}]. "
-            "It <tells of a/an {hero}|is set in {place}|has {pages} pages>.",
-            "[In {year}, ]{author} wrote {title}, a/an {genre}[ about a/an {hero}][ in {place}]. "
-            "The book runs to {pages} pages.",
-            "The {genre} {title} by {author} <came out in {year}|follows a/an {hero}|takes place in {place}|"
-            "has {pages} pages>.",
-            "Readers who like a/an {genre} may enjoy {title} by {author}[, which came out in {year}]. "
-            "The story <is about a/an {hero}|is set in {place}|fills {pages} pages>.",
-            "{author} is the author of {title}, a/an {genre}[ of {pages} pages][ from {year}]. "
-            "The book <tells the story of a/an {hero}|takes place in {place}>.",
+            "The {pet} of {keeper}[, {years} years old,] has {trouble}[ and is a patient of {vet}]. "
+            "It <gets {remedy}|sleeps in {room} room|needs {nights} nights of care|goes home on {leaves}>.",
+            "{keeper} came in with a/an {pet}[ aged {years}] that had {trouble}[ and was seen by {vet}]. "
+            "The notes <say {remedy}|name {room} room|count {nights} nights|end on {leaves}>.",
+            "[On {leaves}, ]{keeper} took a/an {pet}[ aged {years}] home after {trouble}[ and thanked {vet}]. "
+            "Care <included {remedy}|was given in {room} room|took {nights} nights>.",
+            "For {trouble}, the {pet} of {keeper}[, age {years},] <was under {vet}|lay in {room} room|"
+            "was given {remedy}|stayed {nights} nights|went home on {leaves}>.",
         ),
     ),
     Domain(
@@ -333,20 +292,15 @@ PUBLIC = (
     ),
 )
 
-_illness = _sequence(
-    _words("mild, bad, severe, sudden, constant"),
-    _words("fever, cough, flu, asthma, back pain, chest pain, head pain, heart pain, hand pain, leg pain"),
-)
-
 PRIVATE = (
     Domain(
         always={"patient": _person, "illness": _illness},
         sometimes={
             "age": _number(18, 95),
-            "ward": _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow"),
-            "doctor": _sequence(_words("Dr"), _last),
+            "ward": _tree,
+            "doctor": _doctor,
             "days": _number(2, 40),
-            "drug": _compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin"),
+            "drug": _drug,
             "home": _date,
         },
         some=(2, 2),

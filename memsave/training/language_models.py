@@ -112,8 +112,11 @@ def _pretrain(model: nn.Module, tokenizer: Any, records: list, config: SmallGPT2
     data = VisitsData(max_length=config.positions)
     task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
     progress.say(f"pretraining a small GPT-2 on {len(records)} generated public records, once; it is then cached")
+    state = make_state(model, trainer)
+    for group in state.optimizer.param_groups:
+        group["betas"] = (0.9, 0.99)  # few steps: a shorter memory of squares
     with progress.bar(config.steps) as bar:
-        for done in run_steps(make_state(model, trainer), task, trainer):
+        for done in run_steps(state, task, trainer):
             bar.advance(f"loss {done.loss:.3f}")
 
 

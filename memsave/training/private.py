@@ -110,7 +110,7 @@ def _statement(spent: dict[str, Any]) -> str:
             "# No privacy\n\nThis run was given a fixed seed, or no noise. Its model is not differentially private.\n"
         )
     odds = 2.718281828459045 ** spent["epsilon"]
-    hardened = "was" if spent["secure_noise"] else "was not (privacy.secure_noise=true does it)"
+    hardened = "is" if spent["secure_noise"] else "is not (privacy.secure_noise=true makes it so)"
     not_private = "\n".join(f"- {each}" for each in spent["not_private"])
     return f"""# What this run guarantees
 
@@ -122,14 +122,14 @@ several, that person's protection is weaker than stated.
 **What it means.** Whatever anyone computes from the model, any outcome is at most {odds:.3g} times as likely with one
 example as without it (e to the power of epsilon), but for a probability of delta.
 
-**How it was reached.** {spent["steps"]} steps; in each, every example was in the batch with probability
-{spent["sample_rate"]:.4g} whatever else was in it (Poisson sampling), its gradient was clipped to a norm of
-{spent["max_grad_norm"]:g}, and the sum got Gaussian noise of {spent["noise_multiplier"]:.4g} times that. Accounted for
-with Opacus's {spent["accountant"].upper()} accountant, for adding or removing one example.
+**How it was reached.** In {spent["steps"]} steps. In each, every example was in the batch with probability
+{spent["sample_rate"]:.4g}, whatever else was in it (Poisson sampling); its gradient was clipped to a norm of
+{spent["max_grad_norm"]:g}, and Gaussian noise of {spent["noise_multiplier"]:.4g} times that was added to the sum.
+Opacus's {spent["accountant"].upper()} accountant gives the epsilon, for adding or removing one example.
 
-**What it assumes.** Each example's loss depends on that example alone. Noise and batches were drawn from generators
-that were seeded by the operating system; they are no cryptographic ones.
-Noise {hardened} hardened against attacks on the gaps between floating-point numbers.
+**What it assumes.** Each example's loss depends on that example alone. Noise and batches come from generators that the
+operating system seeded; they are no cryptographic ones. The noise {hardened}
+hardened against attacks on the gaps between floating-point numbers.
 
 **What is not private in this folder.** Keep it, or delete it, but do not hand it on:
 

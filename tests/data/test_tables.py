@@ -31,8 +31,10 @@ def test_records_depend_on_the_seed_and_their_place_alone(draw):
 def test_records_are_the_same_in_every_process():
     assert public_records(1) == [
         Record(
-            table="club[Ravhaven Town], goals[15], born[Osport], player[Vilo Rosley], joined[10 March]",
-            text="The Ravhaven Town player Vilo Rosley, born in Osport, has 15 goals and came to the club on 10 March.",
+            table="keeper[Orna Walley], remedy[Salamin], leaves[7 April], trouble[constant head pain], pet[horse], "
+            "nights[14]",
+            text="For constant head pain, the horse of Orna Walley was given Salamin, stayed 14 nights and went home on "
+            "7 April.",
         )
     ]
 
@@ -90,11 +92,8 @@ def test_another_seed_gives_records_that_were_not_trained_on(draw):
 
 def test_the_private_part_has_attributes_of_its_own():
     assert not names(PUBLIC) & names(PRIVATE)
-    private, public = (
-        {word for record in draw(COUNT) for word in re.findall(r"\b[a-z]+\b", record.text)}
-        for draw in (private_records, public_records)
-    )
-    assert len(private - public) > 0.4 * len(private)
+    templates = [{template for domain in part for template in domain.templates} for part in (PUBLIC, PRIVATE)]
+    assert not templates[0] & templates[1]
 
 
 def test_the_two_parts_share_the_names_to_copy():

@@ -1,5 +1,8 @@
 """The private gradient: clipped, noised once, divided by the expected size, counted, and continued where it stopped."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -131,3 +134,11 @@ def test_half_precision_parameters_are_refused():
         private_of(model_of(torch.bfloat16))
     with pytest.raises(PrivacyError, match="nothing to train"):
         private_of(model_of().requires_grad_(False))
+
+
+def test_the_code_of_the_guide_runs_and_spends_its_target(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(code, {})
+    epsilon = float(capsys.readouterr().out.split()[1])
+    assert 2.95 <= epsilon <= 3
