@@ -33,8 +33,8 @@ def test_records_are_the_same_in_every_process():
         Record(
             table="keeper[Orna Walley], remedy[Salamin], leaves[7 April], trouble[constant head pain], pet[horse], "
             "nights[14]",
-            text="For constant head pain, the horse of Orna Walley was given Salamin, stayed 14 nights and went home on "
-            "7 April.",
+            text="For constant head pain, the horse of Orna Walley was given Salamin, stayed 14 nights and went home "
+            "on 7 April.",
         )
     ]
 
