@@ -65,6 +65,8 @@ class TextData:
     """Folder of the files, where there are any."""
     max_length: int = 100
     """Tokens of table and sentence together; longer examples are cut."""
+    evaluate: int = 500
+    """Held-out records, the first ones, that perplexity is of."""
     generate: int = 64
     """Held-out tables that sentences are written for, for BLEU, ROUGE-L and samples.md."""
     beams: int = 4

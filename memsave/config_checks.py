@@ -122,6 +122,7 @@ def _data_numbers(data: Any) -> Iterator[Number]:
         yield from (("data.crop_size", voxels, 1, MOST) for voxels in data.crop_size)
     if isinstance(data, TextData):
         yield "data.max_length", data.max_length, 8, MOST
+        yield "data.evaluate", data.evaluate, 1, MOST
         yield "data.generate", data.generate, 1, MOST
         yield "data.beams", data.beams, 1, MOST
         yield "data.records", getattr(data, "records", 1), 1, MOST

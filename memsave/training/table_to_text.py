@@ -96,9 +96,9 @@ class TableToText:
         return scores
 
     def perplexity(self, model: nn.Module) -> float:
-        """exp of the mean cross-entropy over all held-out target tokens."""
-        total, count = 0.0, 0
-        held_out = [encode(record, self.tokenizer, max_length=self.data.max_length) for record in self.held_out]
+        """exp of the mean cross-entropy over the target tokens of the first held-out records."""
+        total, count, records = 0.0, 0, self.held_out[: self.data.evaluate]
+        held_out = [encode(record, self.tokenizer, max_length=self.data.max_length) for record in records]
         with evaluating(model), autocast(model, self.precision):
             for first in range(0, len(held_out), EVALUATION_BATCH):
                 part = collate(held_out[first : first + EVALUATION_BATCH], pad=self.tokenizer.pad_token_id)
@@ -157,7 +157,7 @@ class TableToText:
             f"{name} {scores[key]:.2f}" + (f" (before: {first[key]:.2f})" if first is not scores else "")
             for key, name in named.items()
         )
-        return f"On {len(self.held_out)} held-out records: {', '.join(each)}"
+        return f"On held-out records: {', '.join(each)}"
 
 
 def records_of(data: TextData) -> tuple[list[Record], list[Record]]:
