@@ -21,6 +21,7 @@ from memsave.ghost.refusals import (
     refuse_escaped,
     refuse_mixed,
     refuse_statistics,
+    refuse_updated_buffers,
     refuse_wrapped,
 )
 from memsave.ghost.tap import Call, Phase
@@ -39,7 +40,8 @@ class GhostClipper:
 
     Formal guarantee: `backward(losses)` adds sum_b c_b grad(losses[b]) to `.grad`, in which every summand's norm over
     all trainable parameters together is at most `max_grad_norm`, provided that losses[b] depends on example b alone.
-    Whether the layers keep examples apart is looked at once, in the first backward of two or more of them.
+    Whether the layers keep examples apart is looked at once, in the first backward of two or more of them. Rounding
+    makes a norm never too small: a bound on its error is added (see `tap.Call`).
 
     Args:
         model: any module that keeps the examples in dimension 0 of its trainable layers' outputs.
@@ -80,12 +82,7 @@ class GhostClipper:
         self._layers: list[Layer | RelativeBias] = []
         refuse_wrapped(model)
         refuse_statistics(model)
-        if passes != "direct":
-            try:
-                self._attach()
-            except ValueError:
-                self.close()
-                raise
+        self.attach()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -113,6 +110,14 @@ class GhostClipper:
                 parameter.grad = torch.zeros_like(parameter)
         return norms
 
+    def attach(self) -> None:
+        """Take the model's layers, as the constructor does; for a clipper that was closed."""
+        try:
+            self._attach()
+        except ValueError:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
@@ -122,6 +127,8 @@ class GhostClipper:
         self._handles, self._layers, self._call = [], [], None
 
     def _attach(self) -> None:
+        if self.passes == "direct":
+            return
         folding = [name for name, module in self.model.named_modules() if type(module).__qualname__ in FOLDING]
         for name, module in self.model.named_modules():
             if "forward" in vars(module):
@@ -166,6 +173,7 @@ class GhostClipper:
         device = None if holder is None else holder.device
         probe = torch.zeros(size or 0, dtype=wide, device=device, requires_grad=True)
         self._call, self._running = Call(batch_size=len(probe), probe=probe), True
+        self._call.buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
 
     def _end(self, *_: Any) -> None:
         if not in_backward():
@@ -187,6 +195,7 @@ class GhostClipper:
         if call is None or len(losses) != call.batch_size:
             seen = "no forward" if call is None else f"a batch of {call.batch_size}"
             raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
+        refuse_updated_buffers(self.model, call.buffers)
         self._choose_passes(call)
         parameters = self.parameters
         try:
@@ -218,6 +227,7 @@ class GhostClipper:
         finally:
             call.phase, call.kept = Phase.IDLE, None
             call.ledger.clear()
+            call.magnitudes.clear()
             self._call = None
         return norms
 
@@ -230,16 +240,20 @@ class GhostClipper:
             self.chosen_passes = chosen
 
     def _check_examples_apart(self, call: Call, losses: Tensor) -> None:
-        """Every second loss alone must leave the other examples' rows at zero; looked at once for each layer.
+        """Some losses alone must leave the other examples' rows at zero; looked at once for each layer.
 
         It finds layers and losses that mix examples, and layers whose dimension 0 is another one of the same length.
         """
         if call.batch_size < 2 or call.layers <= self._checked or not has_values(losses):
             return
         call.phase = Phase.CHECK
-        every_second = torch.zeros_like(losses)
-        every_second[::2] = 1
-        torch.autograd.grad(losses, call.probe, grad_outputs=every_second, retain_graph=True, allow_unused=True)
+        number = torch.arange(len(losses), device=losses.device)
+        for bit in range((len(losses) - 1).bit_length()):  # any two examples differ in one
+            for side in (0, 1):
+                call.kept = (number >> bit) % 2 == side
+                chosen = call.kept.to(losses.dtype)
+                torch.autograd.grad(losses, call.probe, grad_outputs=chosen, retain_graph=True, allow_unused=True)
+        call.kept = None
         refuse_mixed(call.mixed)
         self._checked |= call.layers
 

@@ -110,6 +110,16 @@ def inner(one: Gradient, other: Gradient) -> Tensor:
     return _dot(one.values, other.values)
 
 
+def magnitude(gradient: Gradient) -> Tensor:
+    """What the norm would be if nothing in the sum cancelled, (B,): sum_t |u_bt| |v_bt|, or the norm itself."""
+    if isinstance(gradient, Dense):
+        return inner(gradient, gradient).sqrt()
+    sizes = torch.linalg.vector_norm(wide(gradient.right), dim=-1)  # (B, T)
+    if gradient.one_hot:
+        return (sizes * (gradient.left >= 0)).sum(1)
+    return (sizes * torch.linalg.vector_norm(wide(gradient.left), dim=-1)).sum(1)
+
+
 def cheapest(gradient: Gradient, *, summed: bool) -> Gradient:
     """The form in which an example's norm takes the least time, among those that take no more memory than (u, v).
 

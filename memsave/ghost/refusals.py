@@ -38,6 +38,17 @@ def refuse_statistics(model: nn.Module) -> None:
             )
 
 
+def refuse_updated_buffers(model: nn.Module, before: Sequence[tuple[str, Tensor, int]]) -> None:
+    """Buffers that a forward changed: they hold something of the examples, which no noise would hide."""
+    now = dict(model.named_buffers())
+    for name, buffer, version in before:
+        if now.get(name) is not buffer or buffer._version != version:
+            raise ValueError(
+                f"the forward changed the buffer {name}, which holds something of the examples then and would be "
+                f"released without noise; keep it as it is while training"
+            )
+
+
 def refuse_mixed(mixed: Mapping[str, Tensor]) -> None:
     """Layers in whose output the loss of one example has a gradient in another's row; `mixed` is by layer."""
     for name, found in mixed.items():

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Gradient, cheapest, inner
+from memsave.ghost.gradients import Gradient, Outer, cheapest, inner, magnitude
 
 PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
 """(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
+
+ROUNDING = 4  # of Gram entries, each a product of two sums, in units of the last digit
 
 
 class Phase(Enum):
@@ -41,6 +43,11 @@ class Call:
 
     The ledger, keyed by parameter, holds one entry per use. Each new use adds its own squared norm and twice its inner
     product with the uses before it: |g1 + g2|^2 = |g1|^2 + 2 <g1, g2> + |g2|^2.
+
+    Where terms cancel, such a sum of products has fewer digits than the gradient itself, and might come out too small.
+    So a bound on its rounding error is added, ROUNDING eps m^2 with m the norm that the terms would have if nothing
+    cancelled: a norm is then never too small, and too large by less than a thousandth even in float32, unless most of
+    it cancels.
     """
 
     def __init__(self, *, batch_size: int, probe: Tensor):
@@ -53,12 +60,15 @@ class Call:
         self.rematerialised = False
         """Whether some activations are not stored but made again in the backward."""
         self.ledger: dict[nn.Parameter, list[Gradient]] = {}
+        self.magnitudes: dict[nn.Parameter, Tensor] = {}
         self.keep_all = False
         """Whether the ledger keeps parameters that are used once, too: the sum is formed from it."""
         self.mixed: dict[str, Tensor] = {}
         """By layer, in the order of the backward: whether examples of CHECK reached the rows of others."""
         self.kept: Tensor | None = None
-        """The examples of SUM, (B,); None for all of them."""
+        """The examples of CHECK or SUM, (B,); None for all of them."""
+        self.buffers: list[tuple[str, Tensor, int]] = []
+        """(name, buffer, version) before the forward."""
 
     def count(self, parameter: nn.Parameter) -> None:
         """Note a use in the forward."""
@@ -70,7 +80,12 @@ class Call:
         squared = inner(gradient, gradient)
         for earlier in self.ledger.get(parameter, ()):
             squared = squared + 2 * inner(gradient, earlier)
-        if self.keep_all or self.uses.get(parameter, 0) > 1:
+        several = self.uses.get(parameter, 0) > 1
+        if several or isinstance(gradient, Outer):
+            before = self.magnitudes.get(parameter, 0.0)
+            after = self.magnitudes[parameter] = before + magnitude(gradient)
+            squared = squared + ROUNDING * torch.finfo(squared.dtype).eps * (after**2 - before**2)
+        if self.keep_all or several:
             self.ledger.setdefault(parameter, []).append(gradient)
         return squared
 
@@ -100,7 +115,7 @@ class Tap(torch.autograd.Function):
             )
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # or Gram products would be bfloat16
             if call.phase is Phase.CHECK:
-                others = grad[1::2]
+                others = grad[~call.kept]
                 mixed = ((others != 0) & ~others.isnan()).any()  # 0 x inf is NaN: no sign of anything
                 call.mixed[ctx.layer.name] = call.mixed.get(ctx.layer.name, mixed) | mixed
                 return grad, None, *nothing

@@ -61,7 +61,7 @@ def verify(model: nn.Module, batch: Any, per_example_losses: Losses, *, passes: 
         try:
             ours = clipper.backward(per_example_losses(model, batch))
             _compare(report, model, sums, norms, ours, bound=bound)
-        except (ValueError, RuntimeError) as refusal:
+        except ValueError as refusal:
             report.findings.append(str(refusal))
         finally:
             clipper.close()

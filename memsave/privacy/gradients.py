@@ -8,7 +8,6 @@ with clip factors c_b from `memsave.ghost`, a Poisson batch of expected size q n
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +97,9 @@ class PrivateGradients:
         seed: int | None = None,
     ):
         parameters = _trainable(model)
-        self.mechanism, self.seed = mechanism, seed
+        self.model, self.mechanism, self.seed = model, mechanism, seed
+        self.seeded = seed is not None
+        """Whether this run, or the one that it continues, had a known seed: it is then not private."""
         self.steps = 0
         """Steps that were noised, and are therefore counted."""
         self.clipped = 0
@@ -108,10 +109,7 @@ class PrivateGradients:
         self._device = parameters[0].device
         self._sampling = self._generator("cpu", 0)
         self._noise = GaussianNoise(parameters, generator=self._generator(self._device, 1), secure=secure_noise)
-        self._attach = partial(
-            GhostClipper, model, max_grad_norm=mechanism.max_grad_norm, clipping=clipping, passes=passes
-        )
-        self.clipper = self._attach()
+        self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, clipping=clipping, passes=passes)
 
     @property
     def epsilon(self) -> float:
@@ -126,12 +124,14 @@ class PrivateGradients:
 
     def backward(self, losses: Tensor) -> None:
         """Add the clipped sum of a micro-batch's gradients."""
+        self._refuse_other_parameters()
         norms = self.clipper.backward(losses)
         self.examples += len(norms)
         self.clipped += int((norms > self.mechanism.max_grad_norm).sum())
 
     def finish(self) -> None:
         """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone."""
+        self._refuse_other_parameters()
         for parameter in self._noise.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -143,12 +143,14 @@ class PrivateGradients:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, the model is as it was without clipping, for an ordinary backward."""
+        """Within, the model is as it was without clipping; gradients of an ordinary backward are dropped after."""
         self.clipper.close()
         try:
             yield
         finally:
-            self.clipper = self._attach()
+            self.clipper.attach()
+            for parameter in self._noise.parameters:
+                parameter.grad = None
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -161,21 +163,41 @@ class PrivateGradients:
             "steps": self.steps,
             "clipped": self.clipped,
             "examples": self.examples,
+            "seeded": self.seeded,
+            "clipping": self.clipper.clipping,
+            "secure_noise": self._noise.secure,
             "sampling": self._sampling.get_state(),
             "noise": self._noise.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue; PrivacyError where the mechanism was another one, whose accounting would not hold."""
-        for key, value in asdict(self.mechanism).items():
-            if state["mechanism"].get(key) != value:
+        own = {**asdict(self.mechanism), "clipping": self.clipper.clipping, "secure_noise": self._noise.secure}
+        found = {**state["mechanism"], **{key: state[key] for key in ("clipping", "secure_noise")}}
+        for key, value in own.items():
+            if found.get(key) != value:
                 raise PrivacyError(
-                    f"the checkpoint was made with {key}={state['mechanism'].get(key)}, and this run has {value}; "
-                    f"continue with the same, for the steps are accounted for together"
+                    f"the checkpoint was made with {key}={found.get(key)}, and this run has {value}; continue with the "
+                    f"same, for the steps are accounted for together"
                 )
+        if state["noise"].shape != self._noise.generator.get_state().shape:
+            raise PrivacyError(
+                f"the checkpoint's noise was drawn on another kind of device than {self._device}; continue on that one"
+            )
+        self.seeded |= state["seeded"]
         self.steps, self.clipped, self.examples = state["steps"], state["clipped"], state["examples"]
         self._sampling.set_state(state["sampling"])
         self._noise.generator.set_state(state["noise"])
+
+    def _refuse_other_parameters(self) -> None:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if len(trainable) != len(self._noise.parameters) or any(
+            one is not other for one, other in zip(trainable, self._noise.parameters, strict=True)
+        ):
+            raise PrivacyError(
+                "other parameters are trainable than at the start, which would get no noise; decide before "
+                "PrivateGradients is made"
+            )
 
     def _generator(self, device: torch.device | str, number: int) -> Generator:
         if self.seed is None:

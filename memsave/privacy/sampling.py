@@ -6,6 +6,7 @@ another mechanism, with less privacy than accounted for.
 
 from collections.abc import Iterator
 
+import torch
 from torch import Generator
 
 from memsave.privacy.accounting import PrivacyError
@@ -18,10 +19,6 @@ def poisson_batches(*, size: int, sample_rate: float, generator: Generator) -> I
             f"the sample rate is {sample_rate:g}; it must be above 0 and at most 1, so lower the batch size to at most "
             f"the {size} examples"
         )
-    from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-
-    sampler = UniformWithReplacementSampler(
-        num_samples=size, sample_rate=sample_rate, generator=generator, steps=1
-    )  # Poisson sampling, whatever its name says
-    while True:
-        yield from sampler
+    while True:  # in float64: float32 uniforms have 24 bits, and a rate of their grid is not the one accounted for
+        drawn = torch.rand(size, dtype=torch.float64, generator=generator) < sample_rate
+        yield drawn.nonzero().flatten().tolist()

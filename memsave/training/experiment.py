@@ -76,6 +76,9 @@ def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.
 
     model, tokenizer = language_model(config.model, progress=progress or Progress())
     set_memory(model, config.memory.mode)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(f"data.max_length is {config.data.max_length}, but the model has {positions} positions")
     return model.train(), tokenizer
 
 
@@ -132,7 +135,7 @@ class Watch:
 
 def _evaluate_first(config: Config, state: State, task: Task, folder: Path, *, progress: Progress) -> dict[str, float]:
     """The scores before the first step, by names that end in _before."""
-    if not config.trainer.evaluate_first:
+    if not config.trainer.evaluate_first or state.step:
         return {}
     progress.say("evaluating before training")
     before = {f"{name}_before": score for name, score in task.evaluate(state.model).items()}

@@ -113,6 +113,10 @@ def run_steps(
                 )
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
+            if state.private is not None and not all(bool(p.isfinite().all()) for p in state.model.parameters()):
+                raise TrainingError(
+                    f"parameters are not finite after step {state.step + 1}; lower trainer.optimizer.lr (now {lr:g})"
+                )
         state.schedule.step()
         state.step += 1
         yield StepResult(state.step, loss, lr, time.perf_counter() - started)

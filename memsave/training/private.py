@@ -16,10 +16,10 @@ from memsave.training.task import Batch, Task
 
 VERIFIED = 4  # examples of the first batch that are differentiated one by one
 NOT_PRIVATE = (
-    "metrics.jsonl, and the losses and held-out scores in result.json: computed from the data without noise",
-    "checkpoint/ and checkpoint.previous/: they hold the state of the noise generator, and are as secret as the data",
-    "samples.md, overlay.png and whatever else shows held-out examples as they are",
-    "config.yaml, where its values were chosen by looking at the private data",
+    "everything but model/ and privacy.md: losses, scores, memory and the share of clipped examples follow the data",
+    "checkpoint/ and checkpoint.previous/ above all: they hold the state of the noise generator",
+    "samples.md, overlay.png: they show held-out examples as they are",
+    "the number of training examples, which privacy.md names: it is taken as public",
 )
 
 
@@ -49,7 +49,7 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
     if privacy.verify and privacy.passes != "direct":
-        _verify(model, task, progress=progress)
+        _verify(model, task, passes=privacy.passes, progress=progress)
     return PrivateGradients(
         model,
         mechanism,
@@ -60,12 +60,12 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
     )
 
 
-def _verify(model: nn.Module, task: Task, *, progress: Progress) -> None:
+def _verify(model: nn.Module, task: Task, *, passes: str | int, progress: Progress) -> None:
     """Stop a run whose clipping is not exact on its first examples."""
     progress.say("comparing clipped gradients with one backward per example")
     batch: Batch = task.gather(range(min(VERIFIED, task.size)), step=0)
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    report = verify(model, tensors, task.per_example_losses)
+    report = verify(model, tensors, task.per_example_losses, passes=passes)
     if not report.ok:
         raise TrainingError(f"clipping would not be exact: {'; '.join(report.findings)}")
 
@@ -80,7 +80,7 @@ def write_statement(
     mechanism = private.mechanism
     epsilon = private.epsilon
     spent = {
-        "epsilon": epsilon if epsilon < float("inf") and privacy.seed is None else None,
+        "epsilon": epsilon if epsilon < float("inf") and not private.seeded else None,
         **{key: value for key, value in asdict(mechanism).items() if key != "batch_size"},
         "expected_batch_size": mechanism.batch_size,
         "sample_rate": mechanism.sample_rate,
@@ -91,17 +91,25 @@ def write_statement(
         "clipping": privacy.clipping,
         "clipped_fraction": private.clipped / max(1, private.examples),
         "secure_noise": privacy.secure_noise,
-        "seeded": privacy.seed is not None,
+        "seeded": private.seeded,
+        "nonfinite_examples": private.clipper.nonfinite,
         "not_private": list(NOT_PRIVATE),
     }
     (folder / "privacy.md").write_text(_statement(spent))
     progress.say(
-        f"Privacy spent: epsilon = {epsilon:.2f} at delta = {mechanism.delta:.2e} ({mechanism.accountant}), "
-        f"{private.steps} steps; model/ may be released, privacy.md says what may not"
+        f"Privacy spent: epsilon = {up(epsilon, '.2f')} at delta = {up(mechanism.delta, '.2e')} "
+        f"({mechanism.accountant}), {private.steps} steps; model/ may be released, privacy.md says what may not"
         if spent["epsilon"] is not None
         else "No privacy: the noise was seeded or zero"
     )
     return spent
+
+
+def up(value: float, form: str) -> str:
+    """The number in this form, rounded up: a guarantee must not look better than it is."""
+    text = format(value, form)
+    digit = 10.0 ** (int(text.partition("e")[2] or 0) - 2)
+    return text if float(text) >= value else format(value + digit / 2, form)
 
 
 def _statement(spent: dict[str, Any]) -> str:
@@ -114,7 +122,7 @@ def _statement(spent: dict[str, Any]) -> str:
     not_private = "\n".join(f"- {each}" for each in spent["not_private"])
     return f"""# What this run guarantees
 
-The model in `model/` is ({spent["epsilon"]:.2f}, {spent["delta"]:.2e})-differentially private.
+The model in `model/` is ({up(spent["epsilon"], ".2f")}, {up(spent["delta"], ".2e")})-differentially private.
 
 **Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training. If a person has
 several, that person's protection is weaker than stated.
@@ -136,5 +144,5 @@ hardened against attacks on the gaps between floating-point numbers.
 {not_private}
 
 **Other runs.** This statement is of one run. Every run on the same data spends anew, those that were only tried for
-better settings as well: two runs of epsilon 8 together give at most epsilon 16.
+better settings as well: epsilons and deltas of several runs add up.
 """

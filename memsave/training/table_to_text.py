@@ -123,7 +123,7 @@ class TableToText:
                     **{key: value.to(self.device) for key, value in batch.items()},
                     num_beams=self.data.beams,
                     do_sample=False,
-                    max_new_tokens=self.data.max_length,
+                    max_new_tokens=max(1, self.data.max_length - length),
                     eos_token_id=self.tokenizer.eos_token_id,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )

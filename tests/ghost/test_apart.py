@@ -34,8 +34,22 @@ def neighbours(layer, x):
     return layer(x) * x.roll(1, 0)
 
 
+def halves(layer, x):
+    one, other = layer(x).chunk(2)
+    return torch.cat([one + other, one - other])
+
+
+def by_two(layer, x):
+    return layer(x) + layer(x).roll(2, 0)
+
+
+def from_last_to_first(layer, x):
+    y = layer(x)
+    return torch.cat([y[:1] + y[-1:], y[1:]])
+
+
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("around", [time_first, centred, neighbours])
+@pytest.mark.parametrize("around", [time_first, centred, neighbours, halves, by_two, from_last_to_first])
 def test_a_model_that_mixes_examples_is_refused_by_layer(around, passes):
     model = Around(around).double()
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
@@ -100,7 +114,7 @@ def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypa
         backwards.clear()
         clipper.backward(model(torch.randn(batch, 3), other=other).sum(1))
         counts.append(len(backwards))
-    assert counts == [1, 2, 1, 2, 1]
+    assert counts == [1, 5, 1, 5, 1]  # of four examples: two bits, each way
 
 
 def test_an_example_that_is_not_finite_is_no_sign_of_mixing():
@@ -210,3 +224,19 @@ def test_auto_says_which_passes_it_takes(caplog):
         assert clipper.chosen_passes == chosen
     told = [record.getMessage() for record in caplog.records]
     assert [each.split(":")[0] for each in told] == ["passes='auto' takes 1", "passes='auto' takes 2"]
+
+
+def test_a_buffer_that_the_forward_changes_is_refused():
+    class Tracking(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            return super().forward(x)
+
+    model = nn.Sequential(Tracking(), nn.Linear(3, 3))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"the forward changed the buffer 0\.mean"):
+        clipper.backward(model(torch.randn(4, 3)).sum(1))

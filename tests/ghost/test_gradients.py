@@ -172,3 +172,33 @@ def test_a_checkpoint_around_the_whole_model():
         return checkpoint(model, batch, use_reentrant=False).sin().sum(1)
 
     assert_exact(Body().body.double(), draw(3, 4), losses)
+
+
+class Twice(nn.Module):
+    """Two uses whose gradients cancel but for a little."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(8, 4), kind
+
+    def forward(self, x):  # (B, 2, 8)
+        if self.kind == "uses":
+            return self.layer(x[:, 0]) - self.layer(x[:, 1])
+        y = self.layer(x)
+        return y[:, 0] - y[:, 1]
+
+
+@pytest.mark.parametrize("kind", ["uses", "places"])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0, 30000.0])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_norm_is_never_too_small_even_where_it_cancels(kind, offset, passes):
+    torch.manual_seed(0)
+    model, x = Twice(kind), torch.randn(64, 2, 8) + offset
+    clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes)
+    for each in x.split(1):
+        model.zero_grad()
+        clipper.backward(model(each).sum(1))
+        clipped = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm()
+        assert clipped <= 0.01 * (1 + 1e-5)
+    if offset == 0:
+        assert clipped > 0.00999

@@ -120,11 +120,34 @@ def test_another_mechanism_cannot_be_continued():
         private_of(model_of(), noise_multiplier=0.5).load_state_dict(state)
 
 
+def test_a_seeded_run_stays_seeded_when_it_is_continued():
+    state = private_of(model_of(), seed=0).state_dict()
+    continued = private_of(model_of(), seed=None)
+    assert not continued.seeded
+    continued.load_state_dict(state)
+    assert continued.seeded
+    with pytest.raises(PrivacyError, match="made with secure_noise=False, and this run has True"):
+        private_of(model_of(), secure_noise=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("passes", ["auto", "direct"])
+def test_parameters_that_are_unfrozen_later_are_refused(passes):
+    model = model_of()
+    model[0].requires_grad_(False)
+    private = private_of(model, passes=passes)
+    model[0].requires_grad_(True)
+    with pytest.raises(PrivacyError, match="would get no noise"):
+        private.backward(losses_of(model, X[:1]))
+    with pytest.raises(PrivacyError, match="would get no noise"):
+        private.finish()
+
+
 def test_an_ordinary_backward_is_possible_while_paused_alone():
     model = model_of()
     private = private_of(model)
     with private.paused():
         losses_of(model, X[:2]).sum().backward()
+    assert all(p.grad is None for p in model.parameters())  # they were not clipped
     with pytest.raises(RuntimeError, match="ordinary backward"):
         losses_of(model, X[:2]).sum().backward()
 

@@ -86,3 +86,15 @@ def test_noise_has_the_standard_deviation_and_is_new_for_each_parameter_and_step
         assert (step.abs() > 1.4).float().mean() == pytest.approx(0.0455, abs=0.004)  # two standard deviations
     assert torch.corrcoef(torch.stack(steps))[0, 1].abs() < 0.02
     assert [each.data_ptr() for each in noise._buffers] == buffers
+    assert all(each.dtype == torch.float64 for each in noise._buffers)  # float32 normals end at 5.77
+
+
+def test_large_parameters_are_noised_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("memsave.privacy.noise.PIECE", 1000)
+    model = nn.Linear(70, 70)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    GaussianNoise(list(model.parameters()), generator=seeded_generator(0)).add_(std=1.0)
+    drawn = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert drawn.std() == pytest.approx(1, rel=0.05)
+    assert len(drawn.unique()) == len(drawn)

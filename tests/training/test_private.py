@@ -19,7 +19,8 @@ from memsave.config import ConfigError
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
 from memsave.training import checkpoint
 from memsave.training.experiment import run_experiment
-from memsave.training.loop import make_state, run_steps
+from memsave.training.loop import TrainingError, make_state, run_steps
+from memsave.training.private import up
 from memsave.training.progress import Progress
 from tests.training.toy import Lines, line_model, trainer
 
@@ -66,9 +67,15 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
     assert {"perplexity", "bleu", "rouge_l", "perplexity_before", "bleu_before"} <= set(result["metrics"])
     assert set(result["memory"]["compared"]) == {"stored", "plain"}
     said = capfd.readouterr().err
-    assert f"epsilon = {spent['epsilon']:.2f}" in said
+    assert f"epsilon = {up(spent['epsilon'], '.2f')}" in said
     statement = (tmp_path / "run" / "privacy.md").read_text()
-    for words in (f"({spent['epsilon']:.2f}, ", "of 40 in training", "Poisson sampling", "Other runs", "checkpoint/"):
+    for words in (
+        f"({up(spent['epsilon'], '.2f')}, ",
+        "of 40 in training",
+        "Poisson sampling",
+        "Other runs",
+        "checkpoint/",
+    ):
         assert words in statement
     assert (tmp_path / "run" / "checkpoint" / "SECRET.txt").is_file()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
@@ -101,6 +108,7 @@ def test_without_privacy_it_runs_the_same(tmp_path, cache):
     [
         (["privacy.target_delta=0.1"], PrivacyError, r"delta is 0\.1 for 40 examples"),
         (["trainer.batch_size=41"], PrivacyError, "batch size is 41 for 40 examples"),
+        (["data.max_length=201"], ConfigError, "data.max_length is 201, but the model has 200 positions"),
         (["privacy.passes=direct"], ConfigError, r"give trainer\.micro_batch_size=1"),
         (["model=gpt2", "model.name=/no/such/folder", *[]], ConfigError, "is no folder here.*hf download"),
     ],
@@ -134,6 +142,23 @@ def test_the_loop_takes_empty_batches_and_counts_them():
     done = list(run_steps(state, Persons(), config))
     assert [each.loss for each in done].count(None) > 0  # of batches of 2 expected, some are empty
     assert state.private.steps == 40
+
+
+def test_a_run_whose_parameters_run_away_is_stopped():
+    config = trainer(steps=5)
+    state = private_state(0, config=config)
+    state.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+    with pytest.raises(TrainingError, match=r"parameters are not finite after step 1; lower trainer\.optimizer\.lr"):
+        list(run_steps(state, Persons(), config))
+
+
+def test_numbers_of_a_guarantee_are_rounded_up():
+    assert [up(7.991, ".2f"), up(7.99, ".2f"), up(6.982e-5, ".2e"), up(9.999e-5, ".2e")] == [
+        "8.00",
+        "7.99",
+        "6.99e-05",
+        "1.00e-04",
+    ]
 
 
 @pytest.mark.parametrize("size", [None, 1, 2])
