@@ -273,6 +273,13 @@ def test_hugging_faces_rmsnorms_have_a_rule_of_their_own(kind, monkeypatch):
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 
 
+def test_an_rmsnorm_is_known_by_its_function_even_when_its_first_example_is_zero():
+    gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma").GemmaRMSNorm(6)
+    x = draw(3, 5, 6)
+    x[0] = 0
+    assert_exact(Head(gemma).double(), x, lambda m, b: m(b).sin().sum((1, 2)), rtol=1e-6)
+
+
 def test_an_rmsnorm_that_does_something_else_takes_the_generic_rule():
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     assert rules.rule_for(modeling.MambaRMSNormGated(6, 3)) is generic

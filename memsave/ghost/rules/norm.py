@@ -78,7 +78,8 @@ def _neutral(layer: nn.Module, x: Tensor) -> float | None:
     if not has_values(x):
         return 1.0
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x = wide(x[:1])
+        one = wide(x[:1])
+        x = torch.linspace(-1, 2, one.numel(), dtype=one.dtype, device=one.device).view_as(one)  # none of it is zero
         weight = torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
         y = _normal(layer, x, weight)
         for neutral in (1.0, 0.0):
