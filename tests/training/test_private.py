@@ -65,7 +65,7 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
     assert spent["epsilon"] == pytest.approx(Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1).epsilon(3))
     assert (spent["sampler"], spent["accountant"], spent["seeded"]) == ("poisson", "prv", False)
     assert {"perplexity", "bleu", "rouge_l", "perplexity_before", "bleu_before"} <= set(result["metrics"])
-    assert set(result["memory"]["compared"]) == {"stored", "plain"}
+    assert set(result["memory"]["compared"]) == {"stored", "without privacy"}
     said = capfd.readouterr().err
     assert f"epsilon = {up(spent['epsilon'], '.2f')}" in said
     statement = (tmp_path / "run" / "privacy.md").read_text()
