@@ -141,7 +141,9 @@ def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.half().save_pretrained(folder)
+        whole = AutoModelForCausalLM.from_config(model.config, dtype=torch.float16)  # which does not pass for quantised
+        whole.load_state_dict(model.state_dict())
+        whole.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
     return cached_folder(config.cache, name="smollm2-135m", settings={"file": SMOLLM2_FILE}, make=make)
