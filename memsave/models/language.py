@@ -41,8 +41,3 @@ def set_checkpointing(model: nn.Module, *, on: bool) -> None:
         switch.activation_checkpointing_enable({"use_reentrant": False})
     else:
         switch.activation_checkpointing_disable()
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Numbers to learn, shared ones once."""
-    return sum(p.numel() for p in model.parameters())

@@ -97,7 +97,7 @@ class PrivateGradients:
         seed: int | None = None,
     ):
         parameters = _trainable(model)
-        self.model, self.mechanism, self.seed = model, mechanism, seed
+        self.model, self.mechanism = model, mechanism
         self.seeded = seed is not None
         """Whether this run, or the one that it continues, had a known seed: it is then not private."""
         self.steps = 0
@@ -107,8 +107,9 @@ class PrivateGradients:
         self.examples = 0
         """Examples seen so far. Not private."""
         self._device = parameters[0].device
-        self._sampling = self._generator("cpu", 0)
-        self._noise = GaussianNoise(parameters, generator=self._generator(self._device, 1), secure=secure_noise)
+        self._sampling = _generator("cpu", None if seed is None else 2 * seed)
+        noise = _generator(self._device, None if seed is None else 2 * seed + 1)
+        self._noise = GaussianNoise(parameters, generator=noise, secure=secure_noise)
         self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, clipping=clipping, passes=passes)
 
     @property
@@ -199,10 +200,9 @@ class PrivateGradients:
                 "PrivateGradients is made"
             )
 
-    def _generator(self, device: torch.device | str, number: int) -> Generator:
-        if self.seed is None:
-            return secret_generator(device)
-        return seeded_generator(2 * self.seed + number, device)
+
+def _generator(device: torch.device | str, seed: int | None) -> Generator:
+    return secret_generator(device) if seed is None else seeded_generator(seed, device)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -53,6 +53,7 @@ class TableToText:
         self.held_out = list(held_out)
         self.tokens = [encode(record, tokenizer, max_length=data.max_length) for record in train]
         self.evaluations: list[Written] = []
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch that was asked for
 
     @property
     def size(self) -> int:
@@ -69,7 +70,7 @@ class TableToText:
 
     def _shuffled(self, place: int) -> int:
         epoch, position = divmod(place, self.size)
-        if getattr(self, "_order", (None,))[0] != epoch:
+        if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
         return int(self._order[1][position])
 
@@ -86,8 +87,8 @@ class TableToText:
         """Perplexity per held-out target token, BLEU (0 to 100) and ROUGE-L (0 to 1) over the first tables."""
         from memsave.data.text_scores import text_scores
 
-        texts = self.write(model, list(references(self.held_out))[: self.data.generate])
         known = references(self.held_out)
+        texts = self.write(model, list(known)[: self.data.generate])
         scores = {
             "perplexity": self.perplexity(model),
             **text_scores(list(texts.values()), [known[table] for table in texts]),
