@@ -47,10 +47,10 @@ class GhostClipper:
         model: any module that keeps the examples in dimension 0 of its trainable layers' outputs.
         max_grad_norm: the bound C.
         clipping: "flat", c = min(1, C / norm), or "automatic", c = C / (norm + 0.01).
-        passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs a second backward with
-            weighted losses and keeps nothing, for models under checkpoints or reversible sequences; "auto" takes 2
-            where activations are not stored, else 1, and says so in `chosen_passes`; "direct" is for single examples,
-            whatever the layers.
+        passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs the backward again, in which
+            each layer weighs its examples, and keeps nothing, for models under checkpoints or reversible sequences;
+            "auto" takes 2 where activations are not stored, else 1, and says so in `chosen_passes`; "direct" is for
+            single examples, whatever the layers.
         batch_size: the number of examples of every call; None reads it from dimension 0 of the model's first tensor
             argument, in mappings and sequences, too.
 
@@ -220,10 +220,10 @@ class GhostClipper:
                 with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
                     _add_sums(call, weights)
             else:
-                call.phase = Phase.SUM
+                call.phase, call.weights = Phase.SUM, weights
                 call.ledger.clear()
                 used = [p for p in parameters if p in call.uses]
-                torch.autograd.backward(losses, grad_tensors=weights.to(losses.dtype), inputs=used)
+                torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
         finally:
             call.phase, call.kept = Phase.IDLE, None
             call.ledger.clear()

@@ -29,13 +29,10 @@ class Dense:
 
     values: Tensor
 
-    def weighted_sum(self, weights: Tensor | None, *, into: Tensor | None = None) -> Tensor:
-        """sum_b weights[b] g_b (None: all one), in the parameter's shape; added to `into` where that is given."""
+    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None) -> Tensor:
+        """sum_b weights[b] g_b, in the parameter's shape; added to `into` where that is given."""
         values = wide(self.values)
-        if weights is None:
-            total = values.sum(0)
-        else:
-            total = (values.reshape(len(values), -1).T @ weights.to(values.dtype)).view(values.shape[1:])
+        total = (values.reshape(len(values), -1).T @ weights.to(values.dtype)).view(values.shape[1:])
         return total if into is None else into.add_(total)
 
     def keep(self, kept: Tensor) -> "Dense":
@@ -72,15 +69,14 @@ class Outer:
         left = wide(self.left)
         return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right)
 
-    def weighted_sum(self, weights: Tensor | None, *, into: Tensor | None = None) -> Tensor:
-        """sum_b weights[b] g_b (None: all one), without the g_b; added to `into` where that is given."""
+    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None) -> Tensor:
+        """sum_b weights[b] g_b, without the g_b; added to `into` where that is given."""
         left, right = wide(self.left), wide(self.right)
-        if weights is not None:
-            weights = weights.to(right.dtype)[:, None, None]
-            if self.one_hot or right.shape[-1] <= left.shape[-1]:  # the smaller one: it is copied for that
-                right = right * weights
-            else:
-                left = left * weights
+        weights = weights.to(right.dtype)[:, None, None]
+        if self.one_hot or right.shape[-1] <= left.shape[-1]:  # the smaller one: it is copied for that
+            right = right * weights
+        else:
+            left = left * weights
         if self.one_hot:
             total = right.new_zeros(self.rows, right.shape[-1]) if into is None else into.T if self.transposed else into
             total.index_add_(0, left.clamp(min=0).flatten(), _rows(right, left >= 0).flatten(0, 1))

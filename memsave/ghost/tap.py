@@ -67,6 +67,8 @@ class Call:
         """By layer, in the order of the backward: whether examples of CHECK reached the rows of others."""
         self.kept: Tensor | None = None
         """The examples of CHECK or SUM, (B,); None for all of them."""
+        self.weights: Tensor = probe
+        """In SUM, the clip factors, (B,)."""
         self.buffers: list[tuple[str, Tensor, int]] = []
         """(name, buffer, version) before the forward."""
 
@@ -130,7 +132,7 @@ class Tap(torch.autograd.Function):
             sums = []
             for parameter, gradient in named:
                 gradient = gradient if call.kept is None else gradient.keep(call.kept)
-                sums.append(gradient.weighted_sum(None).to(parameter.dtype))
+                sums.append(gradient.weighted_sum(call.weights).to(parameter.dtype))
             return grad, None, *nothing[: 3 + ctx.count], *sums
 
 

@@ -106,6 +106,8 @@ class PrivateGradients:
         """Examples whose gradient was longer than C, so far. Not private, like every norm."""
         self.examples = 0
         """Examples seen so far. Not private."""
+        self.nonfinite = 0
+        """Those of them whose gradient was not finite and counted as zero. Not private."""
         self._device = parameters[0].device
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
         noise = _generator(self._device, None if seed is None else 2 * seed + 1)
@@ -129,6 +131,7 @@ class PrivateGradients:
         norms = self.clipper.backward(losses)
         self.examples += len(norms)
         self.clipped += int((norms > self.mechanism.max_grad_norm).sum())
+        self.nonfinite += int((~norms.isfinite()).sum())
 
     def finish(self) -> None:
         """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone."""
@@ -164,6 +167,7 @@ class PrivateGradients:
             "steps": self.steps,
             "clipped": self.clipped,
             "examples": self.examples,
+            "nonfinite": self.nonfinite,
             "seeded": self.seeded,
             "clipping": self.clipper.clipping,
             "secure_noise": self._noise.secure,
@@ -186,7 +190,8 @@ class PrivateGradients:
                 f"the checkpoint's noise was drawn on another kind of device than {self._device}; continue on that one"
             )
         self.seeded |= state["seeded"]
-        self.steps, self.clipped, self.examples = state["steps"], state["clipped"], state["examples"]
+        self.steps = state["steps"]
+        self.clipped, self.examples, self.nonfinite = state["clipped"], state["examples"], state["nonfinite"]
         self._sampling.set_state(state["sampling"])
         self._noise.generator.set_state(state["noise"])
 

@@ -16,6 +16,7 @@ from memsave.training.progress import Progress
 
 VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
 END, PAD = "<|endoftext|>", "<|pad|>"
+HUB_TIMEOUT = 10.0  # seconds
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -33,19 +34,56 @@ def _load(name: str) -> tuple[nn.Module, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    folder = _reachable(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the model {name} is no folder here and could not be had from the hub; where there is internet, run: "
-            f"hf download {name} --local-dir {Path(name).name}, and give model.name={Path(name).name}"
+            f"{name} cannot be loaded as a causal language model with its tokenizer ({_first_line(error)}); give a "
+            f"model.name that transformers' AutoModelForCausalLM and AutoTokenizer load"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} has no end-of-text token; give a model whose tokenizer has one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _reachable(name: str) -> str:
+    """The folder of that name, the name if the hub answers to it, else where it was downloaded to before.
+
+    The hub is asked once and briefly: transformers would ask for a minute before it gives up.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.name is {name}, which is no folder here and no name that a hub can have; give a folder, or a name "
+            f"such as openai-community/gpt2"
+        ) from error
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of several HTTP libraries, and of the hub's own
+        downloaded = try_to_load_from_cache(name, "config.json")
+        if isinstance(downloaded, str):
+            return str(Path(downloaded).parent)
+        raise ConfigError(
+            f"the model {name} is no folder here and could not be had from the hub ({_first_line(error)}); where there "
+            f"is internet, run: hf download {name} --local-dir {folder.name}, and give model.name={folder.name}"
+        ) from error
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:

@@ -92,7 +92,7 @@ def write_statement(
         "clipped_fraction": private.clipped / max(1, private.examples),
         "secure_noise": privacy.secure_noise,
         "seeded": private.seeded,
-        "nonfinite_examples": private.clipper.nonfinite,
+        "nonfinite_examples": private.nonfinite,
         "not_private": list(NOT_PRIVATE),
     }
     (folder / "privacy.md").write_text(_statement(spent))

@@ -214,6 +214,25 @@ def test_norms_are_float32_under_autocast_wherever_backward_is_called(passes):
         torch.testing.assert_close(within, outside, rtol=1e-5, atol=1e-6)
 
 
+def test_two_passes_sum_what_was_measured_under_autocast():
+    """Weighted losses would be rounded to bfloat16 anew, and a clipped gradient be longer than its bound."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Tanh())))
+
+    def losses(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().square().sum(1)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 64)
+        sums = [by_clipper(model, x, losses, max_grad_norm=0.037, passes=passes)[1] for passes in (1, 2)]
+        for once, twice in zip(*(each.values() for each in sums), strict=True):
+            torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-9)
+        for each in sums:
+            assert torch.stack([value.double().norm() for value in each.values()]).norm() <= 0.037 * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=str)
 def test_what_follows_may_work_in_place(after):
     torch.manual_seed(0)

@@ -1,0 +1,70 @@
+"""Where language models come from: a folder, the hub, what was downloaded from it before."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import huggingface_hub
+
+from memsave.config import ConfigError, LanguageModel, SmallGPT2
+from memsave.data.tables import public_records
+from memsave.training.language_models import language_model, small_gpt2, train_tokenizer
+from memsave.training.progress import Progress
+
+SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
+
+
+def load(name):
+    return language_model(LanguageModel(name=name), progress=Progress())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = train_tokenizer([each.text for each in public_records(20)], size=SIZES.vocabulary)
+    small_gpt2(SIZES, tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """A hub that cannot be reached; counts how often it was asked."""
+    asked = []
+
+    def model_info(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("no route to host\nwith more lines")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    return asked
+
+
+def test_a_folder_is_loaded_and_nobody_is_asked(folder, silent_hub):
+    model, tokenizer = load(str(folder))
+    assert len(tokenizer) == model.config.vocab_size
+    assert not silent_hub
+
+
+def test_a_hub_that_is_away_is_asked_once_and_answered_with_the_command(silent_hub):
+    words = r"could not be had from the hub \(no route to host\); .* run: hf download some/model --local-dir model, and"
+    with pytest.raises(ConfigError, match=words):
+        load("some/model")
+    assert silent_hub == ["some/model"]
+
+
+def test_what_was_downloaded_before_is_loaded_when_the_hub_is_away(folder, silent_hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    model, _ = load("some/model")
+    assert model.config.n_embd == SIZES.width
+
+
+def test_a_folder_without_a_language_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
+        load(str(tmp_path))
+
+
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(silent_hub):
+    with pytest.raises(ConfigError, match="no folder here and no name that a hub can have"):
+        load("/no/such/folder")
+    assert not silent_hub
