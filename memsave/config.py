@@ -154,6 +154,8 @@ class MemoryConfig:
 
     mode: str = MISSING
     """stored | checkpoint | reversible."""
+    anchor_every: int | None = None
+    """Reversible: the blocks from one kept input to the next, against drift in deep levels; null keeps none."""
 
 
 @dataclass
@@ -255,6 +257,8 @@ class Config:
     privacy: PrivacyConfig = MISSING
     trainer: TrainerConfig = MISSING
     profiler: ProfilerConfig = MISSING
+    budget: str | None = None
+    """Live memory that no training step may exceed, such as 16GiB; every step is then recorded."""
 
 
 def register() -> None:

@@ -18,6 +18,7 @@ from memsave.config import (
     TextData,
     UNetModel,
 )
+from memsave.profiler import parse_bytes
 
 MODES = ("stored", "checkpoint", "reversible")
 MOST = float("inf")
@@ -47,6 +48,11 @@ def check(config: Config) -> None:
             above = "" if limit == MOST else f" and at most {limit:g}"
             raise ConfigError(f"{key} is {number}; it must be at least {least:g}{above}")
     _check_data(config.data)
+    if config.budget is not None:
+        try:
+            parse_bytes(config.budget)
+        except ValueError as error:
+            raise ConfigError(f"budget: {error}") from error
     if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
         raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
 
@@ -101,6 +107,7 @@ def _numbers(config: Config) -> Iterator[Number]:
         ("trainer.optimizer.weight_decay", optimizer.weight_decay, 0, MOST),
         ("trainer.optimizer.momentum", optimizer.momentum, 0, 0.999999),
         ("trainer.optimizer.warmup_steps", optimizer.warmup_steps, 0, MOST),
+        ("memory.anchor_every", 1 if config.memory.anchor_every is None else config.memory.anchor_every, 1, MOST),
         ("profiler.record_steps", config.profiler.record_steps, 1, MOST),
     )
     yield from _data_numbers(config.data)

@@ -5,8 +5,8 @@
     python -m memsave.run experiment=brats_rev data=brats data.root=/my/BraTS2021 trainer.steps=20000
     python -m memsave.run -m experiment=brats_rev memory=stored,checkpoint,reversible
 
-Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory, 130 interrupted. A sweep goes on past a job
-that fails, and exits with 1 when any did.
+Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or over budget, 130 interrupted. A sweep
+goes on past a job that fails, and exits with 1 when any did.
 """
 
 import json
@@ -27,6 +27,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+# read when torch is loaded: its C++ part otherwise tells people that the profiler missed what came before it
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError, conf_dir, register
@@ -126,13 +129,14 @@ def _attempt(config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]
         return "interrupted", 130, {}
     except Exception as error:
         status, code, message = _explain(error, config, folder)
-        return status, _complain(message, code=code), {"error": message}
+        return status, _complain(message, code=code), {"error": message, "memory": getattr(error, "memory", {})}
 
 
 def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
     """(status, exit code, one sentence) for an error."""
     from memsave.data import DataError
     from memsave.privacy import PrivacyError
+    from memsave.training.budget import OverBudget
     from memsave.training.checkpoint import CheckpointError
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
@@ -149,13 +153,18 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
             f"the package {error.name} is not installed; install it with: pip install 'memsave[{extra}]'",
         )
     if is_out_of_memory(error):
-        images = config.task == "segmentation"
-        less = "memory=reversible" if images else "memory=checkpoint"
-        tries = [] if less.endswith(config.memory.mode) else [less]
-        tries += ["trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"]
-        return "oom", 3, f"the step does not fit into memory; try {', '.join(tries)}"
+        return "oom", 3, f"the step does not fit into memory; try {_less_memory(config)}"
+    if isinstance(error, OverBudget):
+        return "over_budget", 3, f"{error}; try {_less_memory(config)}"
     (folder / "error.txt").write_text(traceback.format_exc())
     return "failed", 1, f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
+
+
+def _less_memory(config: DictConfig) -> str:
+    images = config.task == "segmentation"
+    less = "memory=reversible" if images else "memory=checkpoint"
+    tries = [] if less.endswith(config.memory.mode) else [less]
+    return ", ".join([*tries, "trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"])
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:

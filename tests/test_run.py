@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,6 +199,38 @@ def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
     assert (code, result["status"]) == (1, "failed")
     assert "something else" in result["error"]
     assert "Traceback" in (folder / "error.txt").read_text()
+
+
+def test_a_run_over_its_budget_stops_and_names_what_is_largest(run):
+    code, result, folder = run("budget=1MiB", "trainer.steps=3")
+    assert (code, result["status"]) == (3, "over_budget")
+    assert re.search(
+        r"step 1 held [0-9.]+ MiB .* budget of 1.00 MiB: \w+ takes the most, [0-9.]+ .iB in [a-z]+", result["error"]
+    )
+    assert result["memory"]["peak_bytes"] > 2**20
+    assert (folder / "memory.png").is_file() and (folder / "checkpoint").is_dir()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_grows_over_its_budget_names_what_grew(run, monkeypatch):
+    from memsave.training.segmentation import Segmentation
+
+    code, result, _ = run("budget=1GiB", "trainer.steps=3", name="within")
+    assert code == 0
+    original, calls = Segmentation.per_example_losses, []
+
+    def leak(self, model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            model.register_buffer("leak", torch.zeros(2**20))
+        return original(self, model, batch)
+
+    monkeypatch.setattr(Segmentation, "per_example_losses", leak)
+    peak = result["memory"]["peak_bytes"]
+    code, result, _ = run(f"budget={peak + 2**20}", "trainer.steps=3", name="grown")
+    assert (code, result["status"]) == (3, "over_budget")
+    assert result["error"].startswith("step 3 held")
+    assert "buffer grew, by 4.00 MiB in the model itself" in result["error"]
 
 
 def test_a_model_that_cannot_be_built_is_bad_input(run):

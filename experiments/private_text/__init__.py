@@ -1,0 +1,1 @@
+"""Whole runs of private fine-tuning."""

@@ -81,7 +81,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 def table(rows: dict[str, dict]) -> str:
     lines = [
-        "| run | epsilon, delta | steps of examples | perplexity | BLEU | time per step | peak live memory | over plain |",
+        "| run | epsilon, delta | steps of examples | perplexity | BLEU | time per step | peak live memory "
+        "| over plain |",
         "|" + "---|" * 8,
     ]
     for name, row in rows.items():

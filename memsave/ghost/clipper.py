@@ -210,12 +210,13 @@ class GhostClipper:
                     allow_unused=True,
                 )
             refuse_escaped(self.model, parameters, escaped)
-            squared = torch.zeros_like(call.probe) if squared is None else squared
-            norms = torch.where(squared < 0, 0.0, squared).sqrt()  # rounding; NaN stays
-            weights = self._factors(norms)
-            kept = weights != 0
-            whole = not has_values(kept) or bool(kept.all())
-            call.kept = None if whole else kept
+            with torch.no_grad():
+                squared = torch.zeros_like(call.probe) if squared is None else squared
+                norms = torch.where(squared < 0, 0.0, squared).sqrt()  # rounding; NaN stays
+                weights = self._factors(norms)
+                kept = weights != 0
+                whole = not has_values(kept) or bool(kept.all())
+                call.kept = None if whole else kept
             if self.chosen_passes == 1:
                 with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
                     _add_sums(call, weights)

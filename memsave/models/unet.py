@@ -38,7 +38,7 @@ class ReversibleUNet3d(nn.Module):
     `expansion`, `squeeze_excitation` and `dropout` are those of `MBConv3d`.
 
     `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
-    "reversible" each level's output.
+    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class ReversibleUNet3d(nn.Module):
         squeeze_excitation: float = 0.0,
         dropout: float = 0.0,
         memory: str = "reversible",
+        anchor_every: int | None = None,
     ):
         super().__init__()
         depths = _check_levels(channels, blocks, skip)
@@ -61,7 +62,8 @@ class ReversibleUNet3d(nn.Module):
             def branch() -> MBConv3d:
                 return MBConv3d(width // 2, expansion=expansion, squeeze_excitation=squeeze_excitation, dropout=dropout)
 
-            return ReversibleSequence([AdditiveCoupling(branch(), branch()) for _ in range(depth)])
+            blocks = (AdditiveCoupling(branch(), branch()) for _ in range(depth))
+            return ReversibleSequence(blocks, anchor_every=anchor_every)
 
         steps = list(pairwise(channels))  # (finer, coarser) of each change of level
         self.skip = skip
@@ -115,7 +117,8 @@ class ReversibleUNet3d(nn.Module):
             return blocks(x)
         assert isinstance(blocks, ReversibleSequence)
         stream = Stream.split(x)
-        for block in blocks.couplings():
+        for block in blocks.blocks:
+            assert isinstance(block, AdditiveCoupling)
             stream = _checkpointed(block, stream)
         return stream.merge()
 

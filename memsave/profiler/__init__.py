@@ -8,7 +8,7 @@ Imports torch alone; matplotlib is imported when something is drawn.
 from memsave.profiler.allocator import allocator_peak
 from memsave.profiler.plot import plot_reports
 from memsave.profiler.recorder import MemoryRecorder
-from memsave.profiler.report import CATEGORIES, LiveBlock, MemoryReport, Timeline, format_bytes
+from memsave.profiler.report import CATEGORIES, LiveBlock, MemoryReport, Timeline, format_bytes, parse_bytes
 
 __all__ = [
     "CATEGORIES",
@@ -18,5 +18,6 @@ __all__ = [
     "Timeline",
     "allocator_peak",
     "format_bytes",
+    "parse_bytes",
     "plot_reports",
 ]

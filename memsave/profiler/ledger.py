@@ -33,7 +33,7 @@ class Block:
     dtype: str
     device: str
     module: str | None
-    """Qualified name of the module in whose forward it was born; None outside every module."""
+    """Qualified name of the module in whose forward or backward it was born; None outside every module."""
     phase: str
     birth: int
     """The state in which it first lives; 0 for what existed before."""

@@ -19,8 +19,14 @@ tells the phases apart:
 The last line makes a loss computed outside every module part of the forward, and gradient clipping (which runs under
 `no_grad` after a backward) part of the backward. One known mistake remains: a backward with `create_graph=True` runs
 with gradients enabled, and what it makes is called recompute.
+
+A backward runs no module. What it makes belongs to the module whose forward made the graph node that is running: nodes
+are numbered in the order in which they are made, and the tracker notes the number at which each module began and ended.
+(Every thread numbers its own nodes: of a forward that runs inside a backward on CUDA, in autograd's thread, the numbers
+may be taken for those of the main thread's first modules.)
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
@@ -50,13 +56,28 @@ class PhaseTracker:
         self._stack: list[_Frame] = []
         self.marks: list[tuple[int, str]] = []
         """(state, phase): from this state on events belong to the phase."""
+        self._nodes: list[int] = []
+        self._makers: list[str | None] = []
+        """The module that made the graph nodes from each of these numbers on."""
 
     @property
     def module(self) -> str | None:
-        """The innermost module whose forward is running in the current phase, by its qualified name."""
-        if self._stack and self._stack[-1].task == graph_task():
+        """The innermost module that is running, or in a backward the one that made the running node, by its name."""
+        task = graph_task()
+        if self._stack and self._stack[-1].task == task:
             return self._stack[-1].name
-        return None
+        node = torch._C._current_autograd_node() if task != -1 else None
+        return None if node is None else self._maker_of(node._sequence_nr())
+
+    def _maker_of(self, number: int) -> str | None:
+        if number >= torch._C._autograd._get_sequence_nr():  # not numbered, as those that accumulate gradients
+            return None
+        place = bisect_right(self._nodes, number)
+        return self._makers[place - 1] if place else None
+
+    def _note_maker(self) -> None:
+        self._nodes.append(torch._C._autograd._get_sequence_nr())
+        self._makers.append(self._stack[-1].name if self._stack else None)
 
     @property
     def phase(self) -> str:
@@ -108,10 +129,12 @@ class PhaseTracker:
 
     def _push(self, name: str | None, owner: object) -> None:
         self._stack.append(_Frame(name, id(owner), graph_task()))
+        self._note_maker()
 
     def _pop(self, owner: object) -> None:
         # Everything above the owner's frame was left by an exception that ran no hook.
         for depth in reversed(range(len(self._stack))):
             if self._stack[depth].owner == id(owner):
                 del self._stack[depth:]
+                self._note_maker()
                 return

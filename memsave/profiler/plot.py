@@ -6,11 +6,12 @@ with a flat line. Each panel runs from the first change to the last, with a stri
 persists lies at the bottom in greys and blues, what a training method can change lies on top in warm colours: the eye
 compares the warm mountains, and a dashed line carries the first panel's peak to the others. A category is named inside
 its own area, once, where it is thickest; what is too thin to be named stands in a legend below, and what would be
-invisible is left out.
+invisible is left out. Of a step in many micro-batches the one with the peak is drawn, for all of them would be a comb.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ FAINT = "#8a9096"
 SEEN = 0.003  # below this share of the axis a change or an area is thinner than a line
 FEW = 16  # with fewer visible changes than this a panel counts them all
 LINE = 0.055  # the height of a line of text, as a share of the axis
+MANY = 4  # forwards with their backwards in one step: above it, one of them is drawn
 WORD = 0.20  # the width of a category's name, as a share of a panel
 
 
@@ -84,6 +86,7 @@ def plot_reports(reports: Mapping[str, MemoryReport], path: str | PathLike[str],
     # A figure of its own, without pyplot, leaves the caller's backend and open figures alone.
     from matplotlib.figure import Figure
 
+    shown = {name: _around_the_peak(report) for name, report in reports.items()}
     top = max(report.peak_bytes for report in reports.values()) * 1.12 or 1
     width = max(6.4, 1.05 + 4.1 * len(reports))
     figure = Figure(figsize=(width, 4.4), dpi=160, facecolor="white")
@@ -100,19 +103,32 @@ def plot_reports(reports: Mapping[str, MemoryReport], path: str | PathLike[str],
         bottom=0.17,
     )
     panels = []
-    for column, (name, report) in enumerate(reports.items()):
+    for column, (name, (report, micro_batches)) in enumerate(shown.items()):
         panel = _Panel(report, figure.add_subplot(grid[0, column]), top=top)
         panels.append(panel)
-        panel.axes.set_title(name, loc="left", fontsize=11, color=INK, pad=6)
+        note = f" (one of {micro_batches} micro-batches)" if micro_batches > 1 else ""
+        panel.axes.set_title(name + note, loc="left", fontsize=11, color=INK, pad=6)
         _draw_areas(panel, top=top)
         _draw_peak(panel, first=panels[0])
         _draw_phases(panel, figure.add_subplot(grid[1, column]))
     named = _name_areas(panels, top=top)
     _draw_axis(panels, top=top)
-    _draw_legend(figure, panels, named=named, left=left, top=top)
+    _draw_legend(figure, panels, named=named, left=left, top=top, columns=int((width - 0.85) / 1.3))
     if title:
         figure.text(left, 0.935, title, fontsize=13, color=INK, weight="bold", ha="left")
     figure.savefig(path)
+
+
+def _around_the_peak(report: MemoryReport) -> tuple[MemoryReport, int]:
+    """(the report with the forward and backward that hold the peak alone, how many there are); all of a few: 1."""
+    timeline = report.timeline
+    forwards = [state for state, phase in timeline.phases if phase == "forward"]
+    if len(forwards) <= MANY:
+        return report, 1
+    after = bisect_right(forwards, max(report.peak_index, forwards[0]))
+    first, last = forwards[after - 1], [*forwards, len(timeline) - 1][after]
+    part = timeline.between(first, last)
+    return replace(report, timeline=part, peak_index=report.peak_index - first), len(forwards)
 
 
 def _draw_areas(panel: _Panel, *, top: float) -> None:
@@ -203,7 +219,7 @@ def _draw_axis(panels: list[_Panel], *, top: float) -> None:
             spine.set_visible(False)
 
 
-def _draw_legend(figure: Any, panels: list[_Panel], *, named: set[str], left: float, top: float) -> None:
+def _draw_legend(figure: Any, panels: list[_Panel], *, named: set[str], left: float, top: float, columns: int) -> None:
     from matplotlib.patches import Patch
 
     handles = [
@@ -218,7 +234,7 @@ def _draw_legend(figure: Any, panels: list[_Panel], *, named: set[str], left: fl
             handles=handles,
             loc="lower left",
             bbox_to_anchor=(left, 0.005),
-            ncols=len(handles),
+            ncols=min(columns, len(handles)),
             frameon=False,
             fontsize=9,
             labelcolor=INK,

@@ -7,6 +7,8 @@ in what is printed.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -27,6 +29,19 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def parse_bytes(text: str) -> int:
+    """The bytes that `16GiB`, `80 GB` or `1.5e9` means; ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]i?B|B)?\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; give one such as 16GiB, 80GB or 500MiB")
+    number, unit = match[1], (match[2] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    try:
+        return int(float(number) * base ** "BKMGT".index(unit[0]))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no size; give one such as 16GiB, 80GB or 500MiB") from error
+
+
 @dataclass(frozen=True)
 class LiveBlock:
     """One storage that lived at the peak."""
@@ -36,7 +51,7 @@ class LiveBlock:
     dtype: str
     device: str
     module: str | None
-    """The module in whose forward it was made, or that owns it ("" is the model itself); None outside every module."""
+    """The module in whose forward or backward it was made, or that owns it ("" is the model); None outside of all."""
     phase: str
     """forward, recompute, backward or optimizer; `before` for what existed before the recording."""
     category: str
@@ -61,6 +76,15 @@ class Timeline:
     def totals(self) -> list[int]:
         """Live bytes in every state."""
         return list(accumulate(self.deltas, initial=sum(self.start.values())))
+
+    def between(self, first: int, last: int) -> "Timeline":
+        """The states from number `first` to number `last`."""
+        return Timeline(
+            start={name: sizes[first] for name, sizes in self.by_category().items()},
+            deltas=self.deltas[first:last],
+            categories=self.categories[first:last],
+            phases=list({max(0, state - first): phase for state, phase in self.phases if state < last}.items()),
+        )
 
     def by_category(self) -> dict[str, list[int]]:
         """Live bytes in every state, for each category."""
@@ -126,6 +150,23 @@ class MemoryReport:
         from memsave.profiler.plot import plot_reports
 
         plot_reports({name: self, **(others or {})}, path, title=title)
+
+    def growth(self, since: "MemoryReport | None" = None) -> tuple[str, str | None, int]:
+        """(category, module, bytes) of what takes more at the peak than in another report: the most of any.
+
+        The category that grew most, in the module in which it grew most. Without a report to compare with, the largest.
+        """
+        sizes: Counter[tuple[str, str | None]] = Counter()
+        for report, sign in ((self, 1), (since, -1)):
+            for block in [] if report is None else report.blocks:
+                sizes[block.category, block.module] += sign * block.bytes
+        by_category: Counter[str] = Counter()
+        for (category, _), size in sizes.items():
+            by_category[category] += size
+        chosen = max(by_category, key=lambda each: by_category[each], default="temporary")
+        inside = {module: size for (category, module), size in sizes.items() if category == chosen}
+        module = max(inside, key=lambda each: inside[each], default=None)
+        return chosen, module, inside.get(module, 0)
 
     def __str__(self) -> str:
         lines = [f"peak  {format_bytes(self.peak_bytes)}  (start {format_bytes(self.start_bytes)})"]

@@ -1,41 +1,56 @@
-"""Additive coupling: a residual block whose input follows from its output.
+"""Couplings: residual blocks whose input follows from their output.
 
-    y1 = x1 + F(x2)            x2 = y2 - G(y1)
-    y2 = x2 + G(y1)            x1 = y1 - F(x2)
+    y1 = combine(x1, F(x2))            x2 = separate(y2, G(y1))
+    y2 = combine(x2, G(y1))            x1 = separate(y1, F(x2))
 
-F and G are any modules that keep the shape of their input; they need no inverse of their own. x1, x2 are the halves
-of x along dimension 1 (channels). Dinh et al., "NICE" (2014); Gomez et al., "The Reversible Residual Network" (2017).
+F and G are any modules; they need no inverse of their own. x1, x2 are the halves of x along dimension 1 (channels). A
+coupling says how a branch's value changes a half, and how to undo that:
+
+| | combine(x, v) | separate(y, v) | source |
+|---|---|---|---|
+| additive | x + v | y - v | Dinh et al., "NICE" (2014); Gomez et al., "The Reversible Residual Network" (2017) |
+| affine | x exp(s) + t | (y - t) exp(-s) | Dinh et al., "Density Estimation using Real NVP" (2017) |
 
 This file is the mathematics alone. What is kept between forward and backward is decided in `sequence.py`.
 """
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-Branch = Callable[[Tensor], Tensor]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class AdditiveCoupling(nn.Module):
-    """The block y1 = x1 + f(x2), y2 = x2 + g(y1) on the two halves of dimension 1.
+class Coupling(nn.Module):
+    """Two branches that change the halves of dimension 1 in turn; subclasses give `combine` and `separate`.
 
     Called by itself it is an ordinary module that stores its activations; inside a `ReversibleSequence` they are
-    rebuilt. `f` and `g` map (B, C/2, ...) to (B, C/2, ...).
+    rebuilt. `f` and `g` map (B, C/2, ...) to (B, values C/2, ...).
     """
+
+    values: ClassVar[int] = 1
+    """The channels that a branch gives for each one that it takes."""
 
     def __init__(self, f: nn.Module, g: nn.Module):
         super().__init__()
         self.f = f
         self.g = g
 
+    def combine(self, target: Tensor, value: Tensor) -> Tensor:
+        """Change a half (B, C/2, ...) by the value (B, values C/2, ...) of a branch."""
+        raise NotImplementedError
+
+    def separate(self, target: Tensor, value: Tensor) -> Tensor:
+        """Undo `combine(., value)`."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) to y of the same shape and dtype; ValueError when C is odd."""
         return self.forward_stream(Stream.split(x)).merge()
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the x with forward(x) = y, up to the rounding of one subtraction per half.
+        """Return the x with forward(x) = y, up to the rounding of one `separate` per half.
 
         A branch that draws random numbers (dropout in training mode) draws new ones here: not the inverse then.
         """
@@ -43,17 +58,89 @@ class AdditiveCoupling(nn.Module):
 
     def forward_stream(self, stream: "Stream") -> "Stream":
         """`forward` on the pair, as it passes from block to block."""
-        return stream.step(self.f).step(self.g)
+        return self.half_step(self.half_step(stream, self.f), self.g)
 
     def inverse_stream(self, stream: "Stream") -> "Stream":
         """`inverse` on the pair."""
-        return stream.step_back(self.g).step_back(self.f)
+        return self.half_step_back(self.half_step_back(stream, self.g), self.f)
+
+    def half_step(self, stream: "Stream", branch: nn.Module) -> "Stream":
+        """Change the target by the branch's value at the source; the two then change roles."""
+        x = stream.branch_input()
+        version = version_of(x)
+        value = branch(x)
+        if version_of(x) != version:
+            raise RuntimeError(
+                f"the branch {type(branch).__name__} changed its input in place, and the stream with it; replace its "
+                f"first in-place layer by one that is not (inplace=False)"
+            )
+        batch, channels, *space = stream.target.shape
+        if value.shape != (batch, self.values * channels, *space):
+            wanted = "as many output channels as inputs"
+            wanted = wanted if self.values == 1 else f"{self.values} output channels for each input"
+            raise ValueError(
+                f"a branch of a coupling must keep the shape of its input, but {type(branch).__name__} turned "
+                f"{tuple(stream.source.shape)} into {tuple(value.shape)}; give it {wanted}"
+            )
+        return stream.advanced(self.combine(stream.target, value))
+
+    def half_step_back(self, stream: "Stream", branch: nn.Module) -> "Stream":
+        """Undo `half_step`."""
+        before = stream.rewound()
+        target = self.separate(before.target, branch(before.branch_input()))
+        return Stream(target, before.source, before.dtype)
+
+
+class AdditiveCoupling(Coupling):
+    """The block y1 = x1 + f(x2), y2 = x2 + g(y1) on the two halves of dimension 1.
+
+    `f` and `g` map (B, C/2, ...) to (B, C/2, ...).
+    """
+
+    def combine(self, target: Tensor, value: Tensor) -> Tensor:
+        """target + value."""
+        return target + value
+
+    def separate(self, target: Tensor, value: Tensor) -> Tensor:
+        """target - value."""
+        return target - value
+
+
+class AffineCoupling(Coupling):
+    """The block y1 = x1 exp(s) + t with (s, t) = f(x2), y2 = x2 exp(s') + t' with (s', t') = g(y1).
+
+    `f` and `g` map (B, C/2, ...) to (B, C, ...): the first half of their channels is the raw log-scale, the second the
+    shift. The log-scale is `limit` tanh(raw / limit), so that a block neither stretches nor shrinks a half by more than
+    exp(limit): rounding errors of the rebuilt stream grow with it.
+    """
+
+    values = 2
+
+    def __init__(self, f: nn.Module, g: nn.Module, *, limit: float = 1.0):
+        super().__init__(f, g)
+        if not limit > 0:
+            raise ValueError(f"limit is {limit}; give a positive bound of the log-scale, such as 1")
+        self.limit = limit
+
+    def combine(self, target: Tensor, value: Tensor) -> Tensor:
+        """target exp(s) + t."""
+        log_scale, shift = self._parts(value)
+        return target * log_scale.exp() + shift
+
+    def separate(self, target: Tensor, value: Tensor) -> Tensor:
+        """(target - t) exp(-s)."""
+        log_scale, shift = self._parts(value)
+        return (target - shift) * (-log_scale).exp()
+
+    def _parts(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = value.chunk(2, dim=1)
+        return self.limit * torch.tanh(raw / self.limit), shift
 
 
 class Stream:
-    """The pair carried between blocks, and the half-steps that F and G make on it.
+    """The pair carried between blocks.
 
-    A coupling block is two half-steps of one form, `target + branch(source)`, after which the two change roles:
+    A coupling is two half-steps of one form, `combine(target, branch(source))`, after which the two change roles:
 
         F: (x1, x2) -> (x2, y1)        G: (x2, y1) -> (y1, y2)
 
@@ -70,8 +157,8 @@ class Stream:
         self.dtype = dtype
 
     @classmethod
-    def split(cls, x: Tensor) -> "Stream":
-        """Cut x (B, C, ...) into two dense halves (B, C/2, ...) in float32 or wider."""
+    def split(cls, x: Tensor, dtype: torch.dtype | None = None) -> "Stream":
+        """Cut x (B, C, ...) into two dense halves (B, C/2, ...) in float32 or wider; `dtype` is x's if not given."""
         if x.dim() < 2 or x.shape[1] % 2:
             raise ValueError(
                 f"a reversible block needs an even number of channels in dimension 1 to split, but its input has "
@@ -80,7 +167,7 @@ class Stream:
         wide = torch.float32 if x.dtype in LOW_PRECISION else x.dtype
         layout = memory_format(x)
         x1, x2 = (half.to(wide).contiguous(memory_format=layout) for half in x.chunk(2, dim=1))
-        return cls(x1, x2, x.dtype)
+        return cls(x1, x2, x.dtype if dtype is None else dtype)
 
     def merge(self) -> Tensor:
         """Join the halves: (B, C, ...) in the dtype that came in."""
@@ -94,39 +181,13 @@ class Stream:
         """What a branch sees: the source in the dtype that came in."""
         return self.source.to(self.dtype)
 
-    def add(self, value: Tensor) -> "Stream":
-        """The half-step, given the value of its branch at `branch_input()`."""
-        return Stream(self.source, self.target + value, self.dtype)
-
-    def step(self, branch: Branch) -> "Stream":
-        """target + branch(source), roles changed."""
-        x = self.branch_input()
-        version = version_of(x)
-        value = branch(x)
-        if version_of(x) != version:
-            raise RuntimeError(
-                f"the branch {type(branch).__name__} changed its input in place, and the stream with it; replace its "
-                f"first in-place layer by one that is not (inplace=False)"
-            )
-        if value.shape != self.target.shape:
-            raise ValueError(
-                f"a branch of a coupling must keep the shape of its input, but {type(branch).__name__} turned "
-                f"{tuple(self.source.shape)} into {tuple(value.shape)}; give it as many output channels as inputs"
-            )
-        return self.add(value)
+    def advanced(self, changed: Tensor) -> "Stream":
+        """The pair behind a half-step that changed the target so: roles exchanged."""
+        return Stream(self.source, changed, self.dtype)
 
     def rewound(self) -> "Stream":
         """The same pair with its roles before the last half-step: `target` is what that step changed."""
         return Stream(self.source, self.target, self.dtype)
-
-    def step_back(self, branch: Branch) -> "Stream":
-        """Undo `step(branch)`."""
-        before = self.rewound()
-        return before.subtract(branch(before.branch_input()))
-
-    def subtract(self, value: Tensor) -> "Stream":
-        """The inverse half-step on a rewound pair, given the value of its branch."""
-        return Stream(self.target - value, self.source, self.dtype)
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -1,64 +1,72 @@
 """One forward call of a reversible sequence, seen from its backward.
 
-How it works. The forward runs once and builds the ordinary autograd graph. While a branch runs, a saved-tensor hook
-replaces every tensor that autograd would save by a `Handle` (frame, branch, place). The first handle of a branch that
-backward opens makes the frame rebuild: it takes the stream behind that branch, evaluates the branch once more, keeps
-the tensors that this evaluation saves until their handles are opened, and subtracts the branch's value to get the
-stream before it. Autograd opens the branches last to first, so each is evaluated exactly once, and only one branch's
-tensors are alive at a time. Handles opened in any other order, or again (retain_graph, double backward), are served
-too: the frame walks down from the output again.
+How it works. The forward runs once and builds the ordinary autograd graph. While a step runs, a saved-tensor hook
+replaces every tensor that autograd would save by a `Handle` (frame, step, place). The first handle of a step that
+backward opens makes the frame rebuild: it takes the stream behind that step, evaluates the step once more, keeps the
+tensors that this evaluation saves until their handles are opened, and undoes the step to get the stream before it.
+Autograd opens the steps last to first, so each is evaluated exactly once, and only one step's tensors are alive at a
+time. Handles opened in any other order, or again (retain_graph, double backward), are served too: the frame walks down
+from the output, or from the nearest anchor, again.
 
 Who holds whom. Graph nodes hold handles, handles hold the frame, and the frame holds no tensor that has a grad_fn:
 otherwise node -> handle -> frame -> tensor -> node would be a cycle through C++ that Python's collector cannot see,
-and no activation would ever be freed. Hence the `detach` in `_evaluate`, and hence the output is held by `_Keep`, a
-graph node of its own that leads nowhere. Since it holds the output by autograd's own means, whoever redirects saved
-tensors (a checkpoint around the sequence, offloading to the CPU) redirects this one, too.
+and no activation would ever be freed. Hence the leaves in `steps.py`, and hence output and anchors are held by `_Keep`,
+a graph node of its own that leads nowhere. Since it holds them by autograd's own means, whoever redirects saved tensors
+(a checkpoint around the sequence, offloading to the CPU) redirects these, too.
 
 State lives here, in the call, and never on a module: several forwards before one backward do not meet.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memsave.reversible.coupling import Branch, Stream
+from memsave.reversible.coupling import Stream
 from memsave.reversible.replay import Replay
+from memsave.reversible.steps import Rebuild, Step
+
+Saved = list[tuple[Tensor, int] | None]
+"""(tensor, version) of what a rebuilt step saved, None once used."""
 
 
 class Handle(NamedTuple):
-    """Stands in the graph for a tensor that a branch saved, by its place among them."""
+    """Stands in the graph for a tensor that a step saved, by its place among them."""
 
     frame: "Frame"
-    branch: int
+    step: int
     place: int
 
 
 class Record(NamedTuple):
-    """One branch of one call: how to evaluate it again, and what it saved the first time."""
+    """One step of one call: how to evaluate it again, and what it saved the first time."""
 
+    step: Step
     replay: Replay
-    requires_grad: bool
+    needs: tuple[bool, bool]
     saved: list[tuple[torch.Size, torch.dtype]]
 
 
 class Frame:
-    """What one call of a sequence needs for its backward: its records, its output, and the rebuilt stream."""
+    """What one call of a sequence needs for its backward: its records, output and anchors, and the rebuilt stream."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.kept: Tensor | None = None  # an empty tensor; its grad_fn is the _Keep node that holds the output
+        self.kept: dict[int, Tensor] = {}  # by stage: an empty tensor, whose grad_fn is the _Keep node with the stream
         self.dtype = torch.float32
-        self.stream: Stream | None = None  # behind the first `stage` branches
+        self.stream: Stream | None = None  # behind the first `stage` steps
         self.stage = 0
-        self.rebuilt: list[tuple[Tensor, int] | None] = []  # (tensor, version) of branch `opened`, None once used
+        self.rebuilt: Saved = []  # of step `opened`
         self.opened = -1
 
-    def run(self, branch: Branch, stream: Stream, *, name: str) -> Stream:
-        """Take one half-step of the forward, with a handle in the place of every tensor that it saves."""
-        replay = Replay(branch, name=name, device=stream.source.device)
-        record = Record(replay, stream.source.requires_grad, [])
+    def run(self, step: Step, stream: Stream) -> Stream:
+        """Take one step of the forward, with a handle in the place of every tensor that it saves."""
+        replay = Replay(step.modules(), name=step.name, device=stream.source.device)
+        record = Record(step, replay, (stream.target.requires_grad, stream.source.requires_grad), [])
         number = len(self.records)
         self.records.append(record)
 
@@ -69,89 +77,106 @@ class Frame:
             return Handle(self, number, len(record.saved) - 1)
 
         with saved_tensors_hooks(pack, _unpack):
-            after = stream.step(branch)
+            after = step.forward(stream)
         replay.settle()
         return after
 
-    def keep(self, stream: Stream, output: Tensor) -> None:
-        """Hold the end of the stream: the caller's output where that is wide enough, else the stream itself."""
+    def keep(self, stream: Stream, output: Tensor | None = None) -> None:
+        """Hold the stream as it is now: by the caller's output where that is given and wide enough."""
         self.dtype = stream.dtype
-        whole = output.dtype == stream.target.dtype
-        held = (output.detach(),) if whole else (stream.target.detach(), stream.source.detach())
-        self.kept = _Keep.apply(torch.empty(0, requires_grad=True), *held)
+        whole = output is not None and output.dtype == stream.target.dtype
+        held = (output,) if whole else stream.halves()
+        self.kept[len(self.records)] = _Keep.apply(
+            torch.empty(0, requires_grad=True), *(each.detach() for each in held if each is not None)
+        )
 
-    def open(self, branch: int, place: int) -> Tensor:
-        """Return the tensor that the branch saved at `place`, rebuilding the branch when needed."""
-        if self.opened != branch or self.rebuilt[place] is None:
-            self._rebuild(branch)
+    def open(self, step: int, place: int) -> Tensor:
+        """Return the tensor that the step saved at `place`, rebuilding the step when needed."""
+        if self.opened != step or self.rebuilt[place] is None:
+            self._rebuild(step)
         entry, self.rebuilt[place] = self.rebuilt[place], None
         assert entry is not None
         tensor, version = entry
         if tensor._version != version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(tensor.shape)} that {self.records[branch].replay.name} needs for its "
-                f"backward is changed in place later in the same branch; make that layer's operation out of place"
+                f"a tensor of shape {tuple(tensor.shape)} that {self.records[step].step.name} needs for its "
+                f"backward is changed in place later in the same step; make that layer's operation out of place"
             )
         return tensor
 
-    def _rebuild(self, branch: int) -> None:
-        self.rebuilt, self.opened = [], -1  # let go of the last branch before this one grows
-        if self.stream is not None and self.stage == branch:
-            self._collect(self.stream)  # its input is at hand: it has been rebuilt before, and is wanted again
-            return
-        if self.stream is None or self.stage < branch:
-            self._load()
-        while self.stage > branch + 1:
-            self._step_back(collect=False)
-        self._step_back(collect=True)
+    def walk_back(self) -> Iterator[tuple[int, Stream]]:
+        """(number of a step, the stream before it) for all steps, last to first, rebuilt as in a backward."""
+        for step in reversed(range(len(self.records))):
+            self._reach(step + 1)
+            self._step_back()
+            assert self.stream is not None
+            yield step, self.stream
 
-    def _load(self) -> None:
-        """Start from the output again."""
-        assert self.kept is not None and self.kept.grad_fn is not None
+    def _rebuild(self, step: int) -> None:
+        self.rebuilt, self.opened = [], -1  # let go of the last step before this one grows
+        saved: Saved = []
+        if step in self.kept or (self.stream is not None and self.stage == step):
+            self._reach(step)  # its input is at hand: an anchor, or rebuilt before and wanted again
+            assert self.stream is not None
+            self._evaluate(self.stream, saved=saved, undo=False)
+        else:
+            self._reach(step + 1)
+            self._step_back(saved=saved)
+        _check(self.records[step], saved)
+        self.rebuilt, self.opened = saved, step
+
+    def _reach(self, stage: int) -> None:
+        """Have the stream behind the first `stage` steps: from what is at hand, or from what is kept."""
+        nearest = min(kept for kept in self.kept if kept >= stage)
+        if nearest == stage or self.stream is None or not stage <= self.stage <= nearest:
+            self._load(nearest)
+        while self.stage > stage:
+            self._step_back()
+
+    def _load(self, stage: int) -> None:
+        """Start from what is kept of this stage."""
+        node = self.kept[stage].grad_fn
         try:
-            held = self.kept.grad_fn.saved_tensors  # type: ignore[attr-defined]
+            held = node.saved_tensors  # type: ignore[union-attr]
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise RuntimeError(
-                f"the output of the reversible sequence was changed in place after {self.records[-1].replay.name}, "
+                f"the output of the reversible sequence was changed in place after {self.records[-1].step.name}, "
                 f"and backward rebuilds the activations from it; use an operation that is not in place there, or pass "
                 f"it a clone of the output"
             ) from error
         target, source = held if len(held) == 2 else Stream.split(held[0]).halves()
         self.stream = Stream(target, source, self.dtype)
-        self.stage = len(self.records)
+        self.stage = stage
 
-    def _step_back(self, *, collect: bool) -> None:
-        """Undo the last half-step; with `collect`, keep what its branch saves on the way."""
+    def _step_back(self, *, saved: Saved | None = None) -> None:
+        """Undo the last step; with `saved`, keep what it saves on the way."""
         assert self.stream is not None
-        before = self.stream.rewound()
+        after, self.stream = self.stream, None  # until it is whole again, in case the step raises
         self.stage -= 1
-        self.stream = None  # until it is whole again, in case the branch raises
-        value = self._collect(before) if collect else self._evaluate(before, saved=None)
-        with torch.no_grad():
-            self.stream = before.subtract(value)
+        self.stream = self._evaluate(after, saved=saved, undo=True)
 
-    def _collect(self, stream: Stream) -> Tensor:
-        """Evaluate the branch at the source of `stream`, which stands before it, and keep what the branch saves."""
-        saved: list[tuple[Tensor, int] | None] = []
-        value = self._evaluate(stream, saved=saved)
-        _check(self.records[self.stage], saved)
-        self.rebuilt, self.opened = saved, self.stage
-        return value
-
-    def _evaluate(self, stream: Stream, *, saved: list[tuple[Tensor, int] | None] | None) -> Tensor:
-        """The value of branch number `stage` at the source of `stream`."""
+    def _evaluate(self, stream: Stream, *, saved: Saved | None, undo: bool) -> Stream:
+        """Rebuild step number `stage`; returns the stream before it."""
         record = self.records[self.stage]
-        x = stream.branch_input().detach().requires_grad_(record.requires_grad)
+        rebuild = Rebuild(
+            state=partial(_rebuilding, record.replay, saved),
+            wanting=lambda: saved is not None and len(saved) < len(record.saved),
+            needs=record.needs,
+        )
+        return record.step.rebuild(stream, rebuild, undo=undo)
 
-        def pack(tensor: Tensor) -> None:
-            if saved is not None and not isinstance(tensor, nn.Parameter):
-                saved.append((tensor.detach(), tensor._version))
 
-        # With grad enabled even when nothing is collected: the same kernels then run as in the forward.
-        with torch.enable_grad(), saved_tensors_hooks(pack, _never_opened):
-            return record.replay.evaluate(x).detach()
+@contextmanager
+def _rebuilding(replay: Replay, saved: Saved | None) -> Iterator[None]:
+    def pack(tensor: Tensor) -> None:
+        if saved is not None and not isinstance(tensor, nn.Parameter):
+            saved.append((tensor.detach(), tensor._version))
+
+    # With grad enabled even when nothing is kept: the same kernels then run as in the forward.
+    with torch.enable_grad(), saved_tensors_hooks(pack, _never_opened), replay.again():
+        yield
 
 
 class _Keep(torch.autograd.Function):
@@ -169,7 +194,7 @@ class _Keep(torch.autograd.Function):
 
 def _unpack(packed: tuple[Tensor, int] | Handle) -> Tensor:
     if isinstance(packed, Handle):
-        return packed.frame.open(packed.branch, packed.place)
+        return packed.frame.open(packed.step, packed.place)
     parameter, version = packed
     if parameter._version != version:
         raise RuntimeError(
@@ -186,11 +211,11 @@ def _never_opened(packed: None) -> Tensor:
     )
 
 
-def _check(record: Record, saved: list[tuple[Tensor, int] | None]) -> None:
+def _check(record: Record, saved: Saved) -> None:
     again = [(entry[0].shape, entry[0].dtype) for entry in saved if entry is not None]
     if again != record.saved:
         raise RuntimeError(
-            f"{record.replay.name} saved {len(again)} tensors when rebuilt and {len(record.saved)} "
+            f"{record.step.name} saved {len(again)} tensors when rebuilt and {len(record.saved)} "
             f"or others the first time; make it do the same each time it is given the same input (no state of its own, "
             f"no change of requires_grad or training mode before backward), or set recompute=False"
         )

@@ -1,4 +1,4 @@
-"""Evaluating a branch a second time exactly as the first time.
+"""Evaluating modules a second time exactly as the first time.
 
 A branch reads more than its input: parameters, buffers, random numbers, the autocast state, training flags. `Replay`
 notes these before the first evaluation, keeps only what is needed, and re-enters them for the second one; what the
@@ -9,7 +9,7 @@ was *changed in place* cannot be, and is answered with an error, as autograd its
 buffers alone that a forward updates, such as BatchNorm's statistics.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from memsave.reversible.coupling import Branch, version_of
+from memsave.reversible.coupling import version_of
 from memsave.reversible.randomness import Source, sources_of
 
 SMALL = 4096  # elements; see `_is_updated`
@@ -46,18 +46,17 @@ class Note(NamedTuple):
 
 
 class Replay:
-    """What one evaluation of `branch` at a tensor on `device` read besides its input."""
+    """What one evaluation of some modules at a tensor on `device` read besides its input."""
 
-    def __init__(self, branch: Branch, *, name: str, device: torch.device):
+    def __init__(self, modules: Iterable[nn.Module], *, name: str, device: torch.device):
         """Take the notes; call it just before the first evaluation, and `settle` just after."""
-        self.branch = branch
+        modules = list(modules)
         self.name = name
         self.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys(("cpu", device.type))
             if torch.amp.is_autocast_available(kind)
         ]
-        modules = list(branch.modules()) if isinstance(branch, nn.Module) else []
         self.random: list[tuple[Source, Any]] = [(each, each.get()) for each in sources_of(modules, device)]
         self.training = [(module, module.training) for module in modules]
         registries = [(module, registry) for module in modules for registry in (module._parameters, module._buffers)]
@@ -86,8 +85,9 @@ class Replay:
         self.notes = [note for note in self.notes if (id(note.registry), note.key) not in ours]
         self.notes += [Note.of(registry, key) for registry, key in self.lazy]  # these have become tensors only now
 
-    def evaluate(self, x: Tensor) -> Tensor:
-        """Return branch(x), in the state of the first evaluation; RuntimeError when that cannot be had again."""
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, the state is that of the first evaluation; RuntimeError when that cannot be had again."""
         for note in self.notes:
             if note.changed():
                 raise RuntimeError(
@@ -102,7 +102,7 @@ class Replay:
             stack.enter_context(self._tensors_as_they_were())
             stack.enter_context(self._flags_as_they_were())
             stack.enter_context(self._random_numbers_as_they_were())
-            return self.branch(x)
+            yield
 
     @contextmanager
     def _random_numbers_as_they_were(self) -> Iterator[None]:

@@ -6,12 +6,25 @@ more evaluation of each branch. The mechanism is told in `frame.py`.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible.coupling import AdditiveCoupling, Branch, Stream
+from memsave.reversible.coupling import Stream
 from memsave.reversible.frame import Frame
+from memsave.reversible.steps import Step, steps_of
+
+
+class InvertibleBlock(Protocol):
+    """A module that a `ReversibleSequence` takes besides couplings: (B, C, ...) to the same dtype, and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x to y; C even on both sides."""
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return the x with forward(x) = y."""
 
 
 class ReversibleSequence(nn.Module):
@@ -23,25 +36,28 @@ class ReversibleSequence(nn.Module):
 
     Input and output have shape (B, C, ...), C even, and one dtype. Between blocks the stream is float32 or wider.
 
-    What it asks of the branches: to do the same when given the same input, random numbers and tensors, and to be
+    A block is a `Coupling`, whose branches are evaluated once more in backward, or any module with a method `inverse`
+    (see `InvertibleBlock`), which takes an inverse and a forward there. TypeError for anything else.
+
+    What it asks of them: to do the same when given the same input, random numbers and tensors, and of branches to be
     normalised at their end. Rounding errors of the rebuilt stream grow from block to block with the gain of the
     branches: slowly when each ends in a GroupNorm, past all digits within some ten blocks when they are convolutions
-    and ReLUs without any norm. Compare with `recompute=False` when in doubt.
+    and ReLUs without any norm. `anchor_every=k` keeps every k-th block's input and so starts afresh there, for one
+    stream tensor each; `memsave.reversible.verify` says which k a tolerance needs.
 
-    A hook belongs on `f` or `g`: the sequence calls these, and a block not as a module. `torch.func` transforms do not
-    support saved-tensor hooks; give them `recompute=False`.
+    A hook belongs on `f` or `g`: the sequence calls these, and a coupling not as a module. `torch.func` transforms do
+    not support saved-tensor hooks; give them `recompute=False`.
     """
 
-    def __init__(self, blocks: Iterable[AdditiveCoupling], *, recompute: bool = True):
+    def __init__(self, blocks: Iterable[nn.Module], *, recompute: bool = True, anchor_every: int | None = None):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.recompute = recompute
+        if anchor_every is not None and anchor_every < 1:
+            raise ValueError(f"anchor_every is {anchor_every}; give a number of blocks, or None")
+        self.anchor_every = anchor_every
         for number, block in enumerate(self.blocks):
-            if type(block) is not AdditiveCoupling:  # the forward of a subclass would not be called
-                raise TypeError(
-                    f"block {number} of a ReversibleSequence is a {type(block).__name__}, not an "
-                    f"AdditiveCoupling itself; wrap its two branches in an AdditiveCoupling(f, g)"
-                )
+            steps_of(block, name=f"block {number}")  # or it is refused here
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) through all blocks; ValueError when C is odd."""
@@ -49,12 +65,19 @@ class ReversibleSequence(nn.Module):
             return x
         stream = Stream.split(x)
         if not (self.recompute and torch.is_grad_enabled()):
-            for block in self.couplings():
-                stream = block.forward_stream(stream)
+            for step in chain.from_iterable(self.steps()):
+                stream = step.forward(stream)
             return stream.merge()
+        return self._recomputed(stream)
+
+    @torch.compiler.disable  # a compiled branch may save other tensors when it is rebuilt: a graph break instead
+    def _recomputed(self, stream: Stream) -> Tensor:
         frame = Frame()
-        for name, branch in self._branches():
-            stream = frame.run(branch, stream, name=name)
+        for number, steps in enumerate(self.steps()):
+            if self.anchor_every and number and number % self.anchor_every == 0:
+                frame.keep(stream)
+            for step in steps:
+                stream = frame.run(step, stream)
         output = stream.merge()
         frame.keep(stream, output)
         return output
@@ -64,21 +87,16 @@ class ReversibleSequence(nn.Module):
         if not self.blocks:
             return y
         stream = Stream.split(y)
-        for block in reversed(list(self.couplings())):
-            stream = block.inverse_stream(stream)
+        for step in reversed(list(chain.from_iterable(self.steps()))):
+            stream = step.inverse(stream)
         return stream.merge()
 
-    def couplings(self) -> Iterator[AdditiveCoupling]:
-        """The blocks, first to last."""
-        for block in self.blocks:
-            assert isinstance(block, AdditiveCoupling)
-            yield block
-
-    def _branches(self) -> Iterator[tuple[str, Branch]]:
-        for number, block in enumerate(self.couplings()):
-            yield f"blocks.{number}.f", block.f
-            yield f"blocks.{number}.g", block.g
+    def steps(self) -> Iterator[list[Step]]:
+        """The steps of each block, first to last."""
+        for number, block in enumerate(self.blocks):
+            yield steps_of(block, name=f"blocks.{number}")
 
     def extra_repr(self) -> str:
-        """Show the flag in repr()."""
-        return f"recompute={self.recompute}"
+        """Show the options in repr()."""
+        anchors = "" if self.anchor_every is None else f", anchor_every={self.anchor_every}"
+        return f"recompute={self.recompute}{anchors}"

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, ConfigError, TrainerConfig, UNetModel
-from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, plot_reports
+from memsave.config import Config, ConfigError, MemoryConfig, TrainerConfig, UNetModel
+from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports
 from memsave.training import checkpoint
+from memsave.training.budget import OverBudget, over_budget
 from memsave.training.interrupt import asked_to_stop
 from memsave.training.loop import State, make_state, run_steps
-from memsave.training.measure import Measurement, measure_modes, set_memory
+from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
 from memsave.training.private import make_private, write_statement
 from memsave.training.progress import Progress
 from memsave.training.result import append_line
@@ -42,8 +43,12 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
 
     first = _evaluate_first(config, state, task, folder, progress=progress)
     measured = _compare(config, state, task, progress=progress)
-    watch = Watch(state, steps=config.profiler.record_steps)
-    loss, scores = _train(config, state, task, folder, watch=watch, progress=progress)
+    watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
+    try:
+        loss, scores = _train(config, state, task, folder, watch=watch, progress=progress)
+    except OverBudget as stop:
+        stop.memory = _write_memory(config, folder, watch.last, measured)
+        raise
     memory = _write_memory(config, folder, watch.worst, measured)
     task.show(folder)
     task.release(model, folder / "model")
@@ -71,7 +76,7 @@ def choose_device(name: str) -> torch.device:
 def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.Module, Any]:
     """(the model that the config names, in its memory mode; its tokenizer, None for images)."""
     if isinstance(config.model, UNetModel):
-        return _unet(config.model, memory=config.memory.mode), None
+        return _unet(config.model, memory=config.memory), None
     from memsave.training.language_models import language_model
 
     model, tokenizer = language_model(config.model, progress=progress or Progress())
@@ -94,13 +99,15 @@ def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Ta
     return TableToText(train, held_out, tokenizer, data=config.data, trainer=config.trainer, device=device)
 
 
-def _unet(model: UNetModel, *, memory: str) -> nn.Module:
+def _unet(model: UNetModel, *, memory: MemoryConfig) -> nn.Module:
     from memsave.models import ReversibleUNet3d
     from memsave.training.segmentation import IN_CHANNELS, OUT_CHANNELS
 
     options = {key: value for key, value in asdict(model).items() if key != "kind"}
     try:
-        return ReversibleUNet3d(IN_CHANNELS, OUT_CHANNELS, memory=memory, **options)
+        return ReversibleUNet3d(
+            IN_CHANNELS, OUT_CHANNELS, memory=memory.mode, anchor_every=memory.anchor_every, **options
+        )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -113,22 +120,33 @@ def steps_of(trainer: TrainerConfig, task: Task) -> int:
 
 
 class Watch:
-    """Records the first steps of a run, and keeps the report of the one that needed most."""
+    """Records the first steps of a run, under a budget all of them, and keeps the report of the largest."""
 
-    def __init__(self, state: State, *, steps: int):
+    def __init__(self, state: State, *, steps: int, budget: str | None):
         self.state = state
         self.until = state.step + steps
+        self.budget = None if budget is None else parse_bytes(budget)
+        self.first: MemoryReport | None = None
+        self.last: MemoryReport | None = None
         self.worst: MemoryReport | None = None
 
     def __call__(self, step: int) -> AbstractContextManager:
         """What surrounds step number `step`."""
-        return self._record() if step <= self.until else nullcontext()
+        return self._record() if step <= self.until or self.budget is not None else nullcontext()
+
+    def excess(self, step: int) -> str | None:
+        """What to say of the last step if it was above the budget."""
+        if self.budget is None or self.last is None:
+            return None
+        found = over_budget(self.last, first=self.first, budget=self.budget, step=step)
+        self.first = self.first or self.last
+        return found
 
     @contextmanager
     def _record(self) -> Iterator[None]:
         with MemoryRecorder(self.state.model, optimizer=self.state.optimizer) as recorder:
             yield
-        report = recorder.report()
+        report = self.last = recorder.report()
         if self.worst is None or report.peak_bytes > self.worst.peak_bytes:
             self.worst = report
 
@@ -169,11 +187,13 @@ def _train(
             loss = done.loss
             append_line(log, asdict(done))
             bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
-            stop = stopping()
-            if stop or done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
+            stop, excess = stopping(), watch.excess(done.step)
+            if stop or excess or done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
                 checkpoint.save(state, folder / "checkpoint")
             if stop:
                 raise KeyboardInterrupt
+            if excess:
+                raise OverBudget(excess)
             if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
                 append_line(log, {"step": done.step, **task.evaluate(state.model)})
     progress.say("evaluating on what was held out")
@@ -194,7 +214,9 @@ def _write_memory(
         return {}
     content = {"mode": mode, "step": shown.as_dict(), "compared": {k: r.as_dict() for k, r in reports.items()}}
     (folder / "memory.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    plot_reports(reports or {mode: shown}, folder / "memory.png", title="Live memory of one training step")
+    private = ", private" if config.privacy.kind != "none" else ""
+    drawn = {name if name == PLAIN else name + private: report for name, report in (reports or {mode: shown}).items()}
+    plot_reports(drawn, folder / "memory.png", title="Live memory of one training step")
     own = measured.get(mode)
     return {
         "mode": mode,

@@ -214,6 +214,45 @@ def test_phases_and_modules_of_a_checkpointed_step():
     assert ("parameter", "blocks.0.2") in owned and ("buffer", "norm") in owned and ("activation", "stem") in owned
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_a_backward_makes_belongs_to_the_module_of_its_node(checkpointed):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 16)
+
+        def forward(self, x):
+            body = nn.Sequential(self.first, self.act, self.last)
+            return checkpoint(body, x, use_reentrant=False) if checkpointed else body(x)
+
+    net, x = Net(), torch.randn(3, 4)
+    with MemoryRecorder(net) as recorder:
+        (net(x) ** 2).sum().backward()
+    made = {(block.module, block.shape) for block in recorder._ledger.blocks if block.phase == "backward"}
+    assert ("last", (3, 8)) in made  # the gradient of its input
+    assert ("act", (3, 8)) in made  # and that of the activation's
+    assert ("first", (8, 4)) in made and ("last", (16, 8)) in made  # weights
+    assert {shape for module, shape in made if module is None} <= {(), (3, 16)}  # of the loss, outside
+
+
+def test_modules_of_a_backward_inside_a_forward():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(self.layer(x).sigmoid().sum(), x)
+            return grad
+
+    net = nn.Sequential(Inner(), nn.Linear(4, 2))
+    with MemoryRecorder(net) as recorder:
+        net(torch.randn(3, 4)).sum().backward()
+    made = {(block.module, block.shape) for block in recorder._ledger.blocks if block.phase == "backward"}
+    assert ("0.layer", (3, 4)) in made and ("0", (3, 4)) in made and ("1", (2, 4)) in made
+
+
 def test_a_checkpointed_function_without_modules_is_recompute():
     x = torch.randn(100, requires_grad=True)
     with MemoryRecorder(nn.Identity()) as recorder:

@@ -5,8 +5,10 @@ import struct
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from memsave.profiler import CATEGORIES, MemoryRecorder, MemoryReport, format_bytes, plot_reports
+from memsave.profiler import CATEGORIES, MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot, plot_reports
 
 from .programs import conv_program
 
@@ -42,6 +44,29 @@ def test_units_are_binary(count, text):
     assert format_bytes(count) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("16GiB", 16 << 30), ("80 GB", 80 * 10**9), ("500mib", 500 << 20), ("1.5e9", 1500000000), ("7", 7)],
+)
+def test_sizes_are_read(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["much", "", "1.2.3GB", "-5MiB", "5XB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is no size; give one such as 16GiB"):
+        parse_bytes(text)
+
+
+def test_growth_names_category_and_module():
+    small, large = report_of(width=4), report_of(width=8)
+    assert small.growth(small)[2] == 0
+    category, module, size = large.growth(small)
+    grown = {name: large.peak_by_category[name] - small.peak_by_category[name] for name in CATEGORIES}
+    assert category == max(grown, key=grown.get)
+    assert 0 < size <= grown[category] and module is not None
+
+
 def test_the_printed_report_names_peak_categories_and_five_blocks():
     report = report_of()
     lines = str(report).splitlines()
@@ -64,8 +89,6 @@ def test_a_plot_is_a_picture_as_wide_as_its_panels(tmp_path):
 
 def test_a_recording_of_nothing_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    from torch import nn
-
     with MemoryRecorder(nn.Identity()) as recorder:
         pass
     report = recorder.report()
@@ -85,3 +108,23 @@ def test_importing_the_package_does_not_import_matplotlib():
 
     code = "import sys, memsave.profiler; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_of_many_micro_batches_the_one_with_the_peak_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with MemoryRecorder(model) as recorder:
+        for size in (3, 3, 3, 7, 3, 3):
+            model(torch.randn(size, 8)).square().mean().backward()
+    report = recorder.report()
+    totals = report.timeline.totals()
+
+    (part, micro_batches), whole = plot._around_the_peak(report), plot._around_the_peak(report_of())
+    assert (micro_batches, whole[1]) == (6, 1)
+    shown = part.timeline.totals()
+    assert shown[part.peak_index] == max(shown) == report.peak_bytes
+    first = report.peak_index - part.peak_index
+    assert shown == totals[first : first + len(shown)]  # one stretch of the whole, as it is
+    assert [phase for _, phase in part.timeline.phases] == ["forward", "backward"]
+    report.plot(tmp_path / "many.png")
+    assert png_size(tmp_path / "many.png")[0] > 100

@@ -1,0 +1,1 @@
+"""What training code does to a reversible network, library by library."""

@@ -1,0 +1,121 @@
+"""What `verify` finds, and that it leaves everything as it was."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from memsave.models import ReversibleUNet3d
+from memsave.reversible import AdditiveCoupling, ReversibleSequence, verify
+from tests.reversible.blocks import conv_branch, sequence
+from tests.reversible.test_couplings import Mixing
+from tests.reversible.test_sequence import image
+
+
+def unnormalised(channels, gain=4.0):
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    nn.init.normal_(conv.weight, std=gain / (9 * channels) ** 0.5)
+    return nn.Sequential(conv, nn.ReLU())
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"norm": "batch"}, {}])
+def test_a_sound_sequence(options):
+    report = verify(sequence(depth=4, **options), image())
+    assert report.ok, str(report)
+    assert report.gradient < 1e-12
+    (drift,) = report.drift.values()
+    assert len(drift) == 4 and 0 < max(drift) < 1e-13
+    assert "as stored" in str(report) and "through 4 blocks" in str(report)
+
+
+def test_a_whole_network_names_its_worst_sequence():
+    net = ReversibleUNet3d(channels=(4, 8), blocks=2)
+    report = verify(net, torch.randn(1, 4, 16, 16, 16))
+    assert report.ok, str(report)
+    assert set(report.drift) == {"encoder.0", "encoder.1", "decoder.0"}
+
+
+def test_it_leaves_everything_as_it_was():
+    net, x = sequence(norm="batch", dropout=0.2), image()
+    net(x).sum().backward()
+    before = [p.grad.clone() for p in net.parameters()] + [b.clone() for b in net.buffers()]
+    states = torch.get_rng_state(), random.getstate()
+    assert verify(net, x).ok
+    after = [p.grad for p in net.parameters()] + list(net.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert not x.requires_grad and net.recompute
+
+
+def test_drift_is_told_with_the_anchors_that_hold_it():
+    net, x = sequence(depth=12, branch=unnormalised, dtype=torch.float32), image(dtype=torch.float32)
+    report = verify(net, x)
+    assert not report.ok
+    assert report.gradient > 1e-3 and report.anchor_every in (1, 2, 4)
+    assert f"anchor_every={report.anchor_every} brings it within" in str(report)
+    (drift,) = report.drift.values()
+    assert drift[0] > 100 * drift[-1]
+
+    net.anchor_every = report.anchor_every
+    assert verify(net, x).ok
+    net.anchor_every *= 2
+    assert not verify(net, x).ok  # it was the largest
+
+
+def test_a_tolerance_of_ones_own():
+    net, x = sequence(depth=8, dtype=torch.float32), image(dtype=torch.float32)
+    assert verify(net, x).ok
+    assert not verify(net, x, tolerance=1e-12).ok
+
+
+class Fickle(nn.Module):
+    """Other values, from no source that anyone could know."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Wrong(Mixing):
+    def inverse(self, y):
+        return 1.1 * super().inverse(y)
+
+
+class Moving(nn.Module):
+    """Moves a large buffer where no version counter sees it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(5000))
+
+    def forward(self, x):
+        self.seen.data.add_(1)
+        return x.sin()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([AdditiveCoupling(Fickle(2), Fickle(2))], "do its branches do the same twice"),
+        ([Wrong(4)], "the gradient is off"),
+        ([AdditiveCoupling(conv_branch(2), nn.ReLU(inplace=True))], "changed its input in place"),
+        ([AdditiveCoupling(Moving(2), conv_branch(2))], r"the buffer blocks\.0\.f\.seen is moved otherwise"),
+    ],
+)
+def test_what_is_wrong_is_said(blocks, words):
+    torch.manual_seed(0)
+    net = ReversibleSequence(blocks).double()
+    report = verify(net, image())
+    assert not report.ok
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(str(report))
+
+
+def test_nothing_to_verify_is_said():
+    with pytest.raises(ValueError, match="Linear has no ReversibleSequence"):
+        verify(nn.Linear(2, 2), torch.ones(1, 2))
