@@ -146,6 +146,8 @@ class UNetModel:
     """add | concat."""
     squeeze_excitation: float = 0.0
     dropout: float = 0.0
+    grid: float | None = None
+    """Round the stream to multiples of it, such as 0.00006103515625 = 2^-14, so that it is rebuilt to the bit."""
 
 
 @dataclass

@@ -5,7 +5,7 @@
 First the drift through 8, 32 and 128 blocks: of branches with and without a normalisation at their end, in float32 and
 bfloat16, beside a stream that is itself bfloat16, as a network written by hand would carry it. Then 128 blocks with
 bfloat16 branches learn to sharpen blurred pictures: stored, rebuilt, and rebuilt with anchors, from one seed on the
-same batches.
+same batches; and on a grid, stored and rebuilt.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ DEPTHS = (8, 32, 128)
 HALF = 8  # channels of a branch
 STEPS = 60
 ANCHORS = 16
+GRID = 2.0**-12  # exact up to 4096
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 low = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
@@ -76,18 +77,27 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "normalised, float32": lambda depth: drift_of(sequence(normalised, depth), nullcontext),
     "normalised, bfloat16 branches": lambda depth: drift_of(sequence(normalised, depth), low),
     f"the same, anchor_every={ANCHORS}": lambda depth: drift_of(sequence(normalised, depth, anchor_every=ANCHORS), low),
+    "the same, grid=2^-12": lambda depth: drift_of(sequence(normalised, depth, grid=GRID), low),
     "the same, by hand: a bfloat16 stream": lambda depth: drift_by_hand(sequence(normalised, depth)),
     "convolution and ReLU, float32": lambda depth: drift_of(sequence(unnormalised, depth), nullcontext),
     "the same, anchor_every=4": lambda depth: drift_of(sequence(unnormalised, depth, anchor_every=4), nullcontext),
 }
 
 
+MEMORIES: dict[str, dict[str, Any]] = {
+    "stored": {"recompute": False},
+    "reversible": {},
+    f"reversible, anchor_every={ANCHORS}": {"anchor_every": ANCHORS},
+    "stored, grid=2^-12": {"recompute": False, "grid": GRID},
+    "reversible, grid=2^-12": {"grid": GRID},
+}
+
+
 def train(memory: str) -> dict[str, Any]:
     """Losses of the deep network, its branches in bfloat16."""
-    options = {"stored": {"recompute": False}, "reversible": {}, "anchored": {"anchor_every": ANCHORS}}[memory]
-    net = sequence(normalised, DEPTHS[-1], **options)
+    net = sequence(normalised, DEPTHS[-1], **MEMORIES[memory])
     stem, head = nn.Conv2d(1, 2 * HALF, 1), nn.Conv2d(2 * HALF, 1, 1)
-    model = nn.Sequential(stem, net, head)
+    model = nn.Sequential(stem, net, nn.GroupNorm(1, 2 * HALF), head)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, foreach=False)
     generator, losses = torch.Generator().manual_seed(2), []
     for step in range(STEPS):
@@ -110,7 +120,7 @@ def main() -> None:
     for name, row in ROWS.items():
         drift[name] = {str(depth): row(depth) for depth in DEPTHS}
         print(name, {depth: each["input"] for depth, each in drift[name].items()}, flush=True)
-    training = {memory: train(memory) for memory in ("stored", "reversible", "anchored")}
+    training = {memory: train(memory) for memory in MEMORIES}
     text = f"{machine()}:\n\n{drift_table(drift)}\n\n{training_table(training)}"
     print(text)
     draw(drift, training)
@@ -134,35 +144,37 @@ def training_table(training: dict[str, dict[str, Any]]) -> str:
         f"| {DEPTHS[-1]} blocks, bfloat16 branches | first and last loss of {STEPS} steps | gradient off, at the end |",
         "|---|---|---|",
     ]
-    names = {"stored": "stored", "reversible": "reversible", "anchored": f"reversible, anchor_every={ANCHORS}"}
     for name, row in training.items():
-        off = "" if name == "stored" else f"{row['gradient at the end']:.0e}"
-        lines.append(f"| {names[name]} | {row['losses'][0]:.4f}, {row['losses'][-1]:.4f} | {off} |")
+        off = "" if name.startswith("stored") else f"{row['gradient at the end']:.0e}"
+        lines.append(f"| {name} | {row['losses'][0]:.4f}, {row['losses'][-1]:.4f} | {off} |")
     return "\n".join(lines)
 
 
 def draw(drift: dict[str, dict[str, Any]], training: dict[str, dict[str, Any]]) -> None:
-    """Left the drift by block, right the losses."""
+    """Left the drift by block, right what it does to the losses."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), dpi=160, layout="constrained")
+    figure = Figure(figsize=(11, 4.6), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2)
-    deep = str(DEPTHS[-1])
-    colours = ("#4f81a8", "#e08e45", "#4d9a94", "#b9bfc4", "#5b6770", "#f3cf9f")
+    deep, none = str(DEPTHS[-1]), 1e-9  # what is zero is drawn at the bottom
+    colours = ("#4f81a8", "#e08e45", "#4d9a94", "#2b2f33", "#b9bfc4", "#5b6770", "#f3cf9f")
     for (name, row), colour in zip(drift.items(), colours, strict=True):
-        left.semilogy(
-            range(1, DEPTHS[-1] + 1), [max(each, 1e-9) for each in row[deep]["blocks"]], color=colour, label=name
-        )
-    left.set_ylim(1e-9, 1e2)
+        errors = [max(each, none) for each in row[deep]["blocks"]]
+        left.semilogy(range(1, DEPTHS[-1] + 1), errors, color=colour, label=name)
     left.invert_xaxis()
     left.set(xlabel="block, rebuilt from the last to the first", ylabel="relative error of its rebuilt input")
-    left.legend(frameon=False, fontsize=7, loc="upper left")
-    styles = {"stored": ("#5b6770", 3.0, "-"), "reversible": ("#e08e45", 1.5, "-"), "anchored": ("#4d9a94", 1.5, ":")}
-    for name, row in training.items():
-        colour, width, style = styles[name]
-        right.plot(range(1, STEPS + 1), row["losses"], style, color=colour, linewidth=width, label=name)
-    right.set(xlabel="step", ylabel="loss", title=f"{deep} blocks with bfloat16 branches")
-    right.legend(frameon=False)
+    for name, stored, colour in (
+        ("reversible", "stored", colours[1]),
+        (f"reversible, anchor_every={ANCHORS}", "stored", colours[2]),
+        ("reversible, grid=2^-12", "stored, grid=2^-12", colours[3]),
+    ):
+        pairs = zip(training[name]["losses"], training[stored]["losses"], strict=True)
+        right.semilogy(range(1, STEPS + 1), [max(abs(a - b) / b, none) for a, b in pairs], color=colour, label=name)
+    right.set(xlabel=f"step of training {deep} blocks, bfloat16 branches", ylabel="difference of its loss from stored")
+    for axes, columns in ((left, 2), (right, 1)):
+        axes.set_ylim(5e-10, 1e2)
+        axes.text(0.99, 0.06, "none", transform=axes.transAxes, fontsize=8, color="#8a9096", ha="right")
+        axes.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "drift.png")

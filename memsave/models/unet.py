@@ -35,7 +35,8 @@ class ReversibleUNet3d(nn.Module):
 
     `channels` are those of the levels, finest first, all even; `blocks` the couplings per level on the way down, and
     again on the way up (one number, or one a level); `skip` whether the two ways are added or concatenated.
-    `expansion`, `squeeze_excitation` and `dropout` are those of `MBConv3d`.
+    `expansion`, `squeeze_excitation` and `dropout` are those of `MBConv3d`, `grid` is that of
+    `ReversibleSequence`.
 
     `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
     "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level.
@@ -54,6 +55,7 @@ class ReversibleUNet3d(nn.Module):
         dropout: float = 0.0,
         memory: str = "reversible",
         anchor_every: int | None = None,
+        grid: float | None = None,
     ):
         super().__init__()
         depths = _check_levels(channels, blocks, skip)
@@ -63,7 +65,7 @@ class ReversibleUNet3d(nn.Module):
                 return MBConv3d(width // 2, expansion=expansion, squeeze_excitation=squeeze_excitation, dropout=dropout)
 
             blocks = (AdditiveCoupling(branch(), branch()) for _ in range(depth))
-            return ReversibleSequence(blocks, anchor_every=anchor_every)
+            return ReversibleSequence(blocks, anchor_every=anchor_every, grid=grid)
 
         steps = list(pairwise(channels))  # (finer, coarser) of each change of level
         self.skip = skip
@@ -116,7 +118,7 @@ class ReversibleUNet3d(nn.Module):
         if self.memory != "checkpoint" or not torch.is_grad_enabled():
             return blocks(x)
         assert isinstance(blocks, ReversibleSequence)
-        stream = Stream.split(x)
+        stream = Stream.split(x, grid=blocks.grid)
         for block in blocks.blocks:
             assert isinstance(block, AdditiveCoupling)
             stream = _checkpointed(block, stream)
@@ -127,10 +129,9 @@ def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
     """One block under a checkpoint: on the pair, since a join between blocks would round it under autocast."""
 
     def run(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        return block.forward_stream(Stream(target, source, stream.dtype)).halves()
+        return block.forward_stream(stream.pair(target, source)).halves()
 
-    target, source = checkpoint(run, *stream.halves(), use_reentrant=False)
-    return Stream(target, source, stream.dtype)
+    return stream.pair(*checkpoint(run, *stream.halves(), use_reentrant=False))
 
 
 def _down(fine: int, coarse: int) -> nn.Sequential:

@@ -38,12 +38,27 @@ class Coupling(nn.Module):
         self.g = g
 
     def combine(self, target: Tensor, value: Tensor) -> Tensor:
-        """Change a half (B, C/2, ...) by the value (B, values C/2, ...) of a branch."""
+        """Change a half (B, C/2, ...) by the value (B, values C/2, ...) of a branch; draws no random numbers."""
         raise NotImplementedError
 
     def separate(self, target: Tensor, value: Tensor) -> Tensor:
-        """Undo `combine(., value)`."""
+        """Undo `combine(., value)`, without changing either in place."""
         raise NotImplementedError
+
+    def admit(self, value: Tensor, stream: "Stream") -> Tensor:
+        """A branch's value as `combine` and `separate` get it: as wide as the stream, or they would not be inverse."""
+        return value.to(stream.target.dtype)
+
+    def undo(self, target: Tensor, value: Tensor) -> Tensor:
+        """`separate`, which has to leave its arguments as they are."""
+        versions = version_of(target), version_of(value)
+        before = self.separate(target, value)
+        if (version_of(target), version_of(value)) != versions:
+            raise RuntimeError(
+                f"{type(self).__name__}.separate changed one of its arguments in place, which are still needed; use "
+                f"operations that are not in place there"
+            )
+        return before
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) to y of the same shape and dtype; ValueError when C is odd."""
@@ -69,6 +84,10 @@ class Coupling(nn.Module):
         x = stream.branch_input()
         version = version_of(x)
         value = branch(x)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the branch {type(branch).__name__} of a coupling returned a {type(value).__name__}; return one tensor"
+            )
         if version_of(x) != version:
             raise RuntimeError(
                 f"the branch {type(branch).__name__} changed its input in place, and the stream with it; replace its "
@@ -82,13 +101,13 @@ class Coupling(nn.Module):
                 f"a branch of a coupling must keep the shape of its input, but {type(branch).__name__} turned "
                 f"{tuple(stream.source.shape)} into {tuple(value.shape)}; give it {wanted}"
             )
-        return stream.advanced(self.combine(stream.target, value))
+        return stream.pair(stream.source, self.combine(stream.target, self.admit(value, stream)))
 
     def half_step_back(self, stream: "Stream", branch: nn.Module) -> "Stream":
         """Undo `half_step`."""
         before = stream.rewound()
-        target = self.separate(before.target, branch(before.branch_input()))
-        return Stream(target, before.source, before.dtype)
+        value = self.admit(branch(before.branch_input()), before)
+        return before.pair(self.undo(before.target, value), before.source)
 
 
 class AdditiveCoupling(Coupling):
@@ -105,6 +124,10 @@ class AdditiveCoupling(Coupling):
         """target - value."""
         return target - value
 
+    def admit(self, value: Tensor, stream: "Stream") -> Tensor:
+        """The value as it is, for a sum is as wide as its wider part; rounded for a stream on a grid."""
+        return stream.rounded(value) if stream.grid else value
+
 
 class AffineCoupling(Coupling):
     """The block y1 = x1 exp(s) + t with (s, t) = f(x2), y2 = x2 exp(s') + t' with (s', t') = g(y1).
@@ -118,8 +141,8 @@ class AffineCoupling(Coupling):
 
     def __init__(self, f: nn.Module, g: nn.Module, *, limit: float = 1.0):
         super().__init__(f, g)
-        if not limit > 0:
-            raise ValueError(f"limit is {limit}; give a positive bound of the log-scale, such as 1")
+        if not 0 < limit < float("inf"):
+            raise ValueError(f"limit is {limit}; give a positive and finite bound of the log-scale, such as 1")
         self.limit = limit
 
     def combine(self, target: Tensor, value: Tensor) -> Tensor:
@@ -147,18 +170,24 @@ class Stream:
     so forward, inverse and rebuild need no case for F and G. The pair is float32 or wider whatever the branches
     compute in: a bfloat16 stream drifts by a factor of two over 128 blocks. A branch sees its source in the dtype
     that came in, and `merge` returns that dtype.
+
+    A stream on a `grid`, a power of two, holds multiples of it alone. Sums of them are exact in float32 up to 2^24
+    grids, so that subtraction undoes addition to the bit.
     """
 
-    __slots__ = ("dtype", "source", "target")
+    __slots__ = ("dtype", "grid", "source", "target")
 
-    def __init__(self, target: Tensor, source: Tensor, dtype: torch.dtype):
+    def __init__(self, target: Tensor, source: Tensor, dtype: torch.dtype, *, grid: float | None = None):
         self.target = target
         self.source = source
         self.dtype = dtype
+        self.grid = grid
 
     @classmethod
-    def split(cls, x: Tensor, dtype: torch.dtype | None = None) -> "Stream":
+    def split(cls, x: Tensor, dtype: torch.dtype | None = None, *, grid: float | None = None) -> "Stream":
         """Cut x (B, C, ...) into two dense halves (B, C/2, ...) in float32 or wider; `dtype` is x's if not given."""
+        if not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"a reversible block needs floating-point numbers, but its input is {x.dtype}; convert it")
         if x.dim() < 2 or x.shape[1] % 2:
             raise ValueError(
                 f"a reversible block needs an even number of channels in dimension 1 to split, but its input has "
@@ -167,7 +196,8 @@ class Stream:
         wide = torch.float32 if x.dtype in LOW_PRECISION else x.dtype
         layout = memory_format(x)
         x1, x2 = (half.to(wide).contiguous(memory_format=layout) for half in x.chunk(2, dim=1))
-        return cls(x1, x2, x.dtype if dtype is None else dtype)
+        stream = cls(x1, x2, x.dtype if dtype is None else dtype, grid=grid)
+        return stream.pair(stream.rounded(x1), stream.rounded(x2)) if grid else stream
 
     def merge(self) -> Tensor:
         """Join the halves: (B, C, ...) in the dtype that came in."""
@@ -181,13 +211,29 @@ class Stream:
         """What a branch sees: the source in the dtype that came in."""
         return self.source.to(self.dtype)
 
-    def advanced(self, changed: Tensor) -> "Stream":
-        """The pair behind a half-step that changed the target so: roles exchanged."""
-        return Stream(self.source, changed, self.dtype)
+    def pair(self, target: Tensor, source: Tensor) -> "Stream":
+        """Other halves of the same kind."""
+        return Stream(target, source, self.dtype, grid=self.grid)
 
     def rewound(self) -> "Stream":
         """The same pair with its roles before the last half-step: `target` is what that step changed."""
-        return Stream(self.source, self.target, self.dtype)
+        return self.pair(self.source, self.target)
+
+    def rounded(self, value: Tensor) -> Tensor:
+        """The nearest multiple of the grid, with the gradient of the value."""
+        return _Rounded.apply(value.to(self.target.dtype), self.grid)
+
+
+class _Rounded(torch.autograd.Function):
+    """To the nearest multiple of a power of two; the gradient passes through."""
+
+    @staticmethod
+    def forward(ctx, value, grid):
+        return torch.round(value / grid).mul_(grid)  # scaling by a power of two rounds nothing
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], None
 
 
 def version_of(tensor: Tensor) -> int | None:

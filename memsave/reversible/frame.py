@@ -57,11 +57,14 @@ class Frame:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.kept: dict[int, Tensor] = {}  # by stage: an empty tensor, whose grad_fn is the _Keep node with the stream
-        self.dtype = torch.float32
+        self.like: Stream | None = None  # of the kind of the stream, without halves of its own
         self.stream: Stream | None = None  # behind the first `stage` steps
         self.stage = 0
+        self.fresh = False  # whether the stream was loaded, and not rebuilt
+        self.strides: dict[int, list[tuple[int, ...]]] = {}  # of the halves, by stage
         self.rebuilt: Saved = []  # of step `opened`
         self.opened = -1
+        self.reread = False  # whether a handle of that step was opened twice: nothing is let go of early then
 
     def run(self, step: Step, stream: Stream) -> Stream:
         """Take one step of the forward, with a handle in the place of every tensor that it saves."""
@@ -69,6 +72,7 @@ class Frame:
         record = Record(step, replay, (stream.target.requires_grad, stream.source.requires_grad), [])
         number = len(self.records)
         self.records.append(record)
+        self.strides[number] = [half.stride() for half in stream.halves()]
 
         def pack(tensor: Tensor) -> tuple[Tensor, int] | Handle:
             if isinstance(tensor, nn.Parameter):  # alive anyhow
@@ -83,7 +87,9 @@ class Frame:
 
     def keep(self, stream: Stream, output: Tensor | None = None) -> None:
         """Hold the stream as it is now: by the caller's output where that is given and wide enough."""
-        self.dtype = stream.dtype
+        self.strides[len(self.records)] = [half.stride() for half in stream.halves()]
+        nothing = torch.empty(0)
+        self.like = stream.pair(nothing, nothing)
         whole = output is not None and output.dtype == stream.target.dtype
         held = (output,) if whole else stream.halves()
         self.kept[len(self.records)] = _Keep.apply(
@@ -92,10 +98,21 @@ class Frame:
 
     def open(self, step: int, place: int) -> Tensor:
         """Return the tensor that the step saved at `place`, rebuilding the step when needed."""
-        if self.opened != step or self.rebuilt[place] is None:
+        if len(self.records) not in self.kept:
+            raise RuntimeError(
+                f"{self.records[step].step.name} differentiates inside its own forward, before there is an output to "
+                f"rebuild its activations from; set recompute=False for that sequence"
+            )
+        if self.opened != step:
             self._rebuild(step)
-        entry, self.rebuilt[place] = self.rebuilt[place], None
+            self.reread = False
+        elif self.rebuilt[place] is None:
+            self._rebuild(step)
+            self.reread = True
+        entry = self.rebuilt[place]
         assert entry is not None
+        if not self.reread:
+            self.rebuilt[place] = None
         tensor, version = entry
         if tensor._version != version:
             raise RuntimeError(
@@ -128,7 +145,8 @@ class Frame:
     def _reach(self, stage: int) -> None:
         """Have the stream behind the first `stage` steps: from what is at hand, or from what is kept."""
         nearest = min(kept for kept in self.kept if kept >= stage)
-        if nearest == stage or self.stream is None or not stage <= self.stage <= nearest:
+        at_hand = self.stream is not None and stage <= self.stage <= nearest
+        if not at_hand or (nearest == stage and not self.fresh):
             self._load(nearest)
         while self.stage > stage:
             self._step_back()
@@ -146,22 +164,31 @@ class Frame:
                 f"and backward rebuilds the activations from it; use an operation that is not in place there, or pass "
                 f"it a clone of the output"
             ) from error
-        target, source = held if len(held) == 2 else Stream.split(held[0]).halves()
-        self.stream = Stream(target, source, self.dtype)
-        self.stage = stage
+        assert self.like is not None
+        self.stream = self._laid_out(
+            self.like.pair(*(held if len(held) == 2 else Stream.split(held[0]).halves())), stage
+        )
+        self.stage, self.fresh = stage, True
+
+    def _laid_out(self, stream: Stream, stage: int) -> Stream:
+        """The halves with the strides that they had: dropout, for one, draws its numbers in the order of memory."""
+        return stream.pair(
+            *(_strided(half, stride) for half, stride in zip(stream.halves(), self.strides[stage], strict=True))
+        )
 
     def _step_back(self, *, saved: Saved | None = None) -> None:
         """Undo the last step; with `saved`, keep what it saves on the way."""
         assert self.stream is not None
         after, self.stream = self.stream, None  # until it is whole again, in case the step raises
-        self.stage -= 1
-        self.stream = self._evaluate(after, saved=saved, undo=True)
+        self.stage, self.fresh = self.stage - 1, False
+        self.stream = self._laid_out(self._evaluate(after, saved=saved, undo=True), self.stage)
 
     def _evaluate(self, stream: Stream, *, saved: Saved | None, undo: bool) -> Stream:
         """Rebuild step number `stage`; returns the stream before it."""
         record = self.records[self.stage]
         rebuild = Rebuild(
-            state=partial(_rebuilding, record.replay, saved),
+            state=record.replay.again,
+            saving=partial(_saving, record.replay, saved),
             wanting=lambda: saved is not None and len(saved) < len(record.saved),
             needs=record.needs,
         )
@@ -169,7 +196,7 @@ class Frame:
 
 
 @contextmanager
-def _rebuilding(replay: Replay, saved: Saved | None) -> Iterator[None]:
+def _saving(replay: Replay, saved: Saved | None) -> Iterator[None]:
     def pack(tensor: Tensor) -> None:
         if saved is not None and not isinstance(tensor, nn.Parameter):
             saved.append((tensor.detach(), tensor._version))
@@ -190,6 +217,17 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise AssertionError("no loss depends on this node")
+
+
+def _strided(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor in memory as these strides say, if they leave no gaps and overlap nowhere."""
+    steps = [
+        (size, now, then) for size, now, then in zip(tensor.shape, tensor.stride(), stride, strict=True) if size > 1
+    ]
+    span = 1 + sum((size - 1) * then for size, _, then in steps)
+    if all(now == then for _, now, then in steps) or not tensor.numel() or span != tensor.numel():
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _unpack(packed: tuple[Tensor, int] | Handle) -> Tensor:

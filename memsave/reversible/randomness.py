@@ -1,6 +1,7 @@
 """Where a branch may draw random numbers from: PyTorch's generators, Python's and NumPy's."""
 
 import ctypes
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +26,30 @@ def sources_of(modules: Iterable[nn.Module], device: torch.device) -> Iterator[S
         yield default_source(device)
     for module in modules:
         for value in vars(module).values():
-            if isinstance(value, torch.Generator):
-                yield Source(value.get_state, _setter(value), _same_tensor)
+            yield from _owned(value)
     yield Source(random.getstate, random.setstate, _equal)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         yield Source(numpy.random.get_state, numpy.random.set_state, _same_numpy)
+
+
+def _owned(value: Any) -> Iterator[Source]:
+    """The generator that an attribute is, or those in a list or dictionary."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, torch.Generator):
+        yield Source(value.get_state, _setter(value), _same_tensor)
+    elif isinstance(value, random.Random):
+        yield Source(value.getstate, value.setstate, _equal)
+    elif numpy is not None and isinstance(value, numpy.random.RandomState):
+        yield Source(value.get_state, value.set_state, _same_numpy)
+    elif numpy is not None and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        yield Source(
+            lambda: pickle.dumps(bits.state), lambda state: setattr(bits, "state", pickle.loads(state)), _equal
+        )
+    elif type(value) in (list, tuple, dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _owned(each)
 
 
 def default_source(device: torch.device) -> Source:

@@ -33,12 +33,14 @@ class Note(NamedTuple):
     tensor: Tensor
     version: int | None
     storage: int
+    needs_grad: bool
 
     @classmethod
     def of(cls, registry: dict[str, Any], key: str) -> "Note":
         """Take the note."""
         tensor = registry[key]
-        return cls(registry, key, tensor, version_of(tensor), tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()._cdata
+        return cls(registry, key, tensor, version_of(tensor), storage, tensor.requires_grad)
 
     def changed(self) -> bool:
         """Whether the tensor's values may differ from those noted."""
@@ -59,6 +61,8 @@ class Replay:
         ]
         self.random: list[tuple[Source, Any]] = [(each, each.get()) for each in sources_of(modules, device)]
         self.training = [(module, module.training) for module in modules]
+        self.own: set[tuple[int, str]] = set()
+        """What the first evaluation itself changed, past the copies."""
         registries = [(module, registry) for module in modules for registry in (module._parameters, module._buffers)]
         self.lazy = [
             (r, key) for _, r in registries for key, tensor in r.items() if tensor is not None and is_lazy(tensor)
@@ -70,7 +74,7 @@ class Replay:
             if tensor is not None and not is_lazy(tensor)
         ]
         self.updated = [
-            (Note.of(module._buffers, key), buffer.clone(), isinstance(module, _NormBase))
+            (Note.of(module._buffers, key), buffer.detach().clone(), isinstance(module, _NormBase))
             for module in modules
             if module.training
             for key, buffer in module._buffers.items()
@@ -83,6 +87,7 @@ class Replay:
         self.updated = [entry for entry in self.updated if _is_updated(*entry)]
         ours = {(id(note.registry), note.key) for note, _, _ in self.updated}
         self.notes = [note for note in self.notes if (id(note.registry), note.key) not in ours]
+        self.own = {(id(note.registry), note.key) for note in self.notes if note.changed()}
         self.notes += [Note.of(registry, key) for registry, key in self.lazy]  # these have become tensors only now
 
     @contextmanager
@@ -90,16 +95,22 @@ class Replay:
         """Within, the state is that of the first evaluation; RuntimeError when that cannot be had again."""
         for note in self.notes:
             if note.changed():
+                why = (
+                    "by its own forward in evaluation mode, so its activations cannot be rebuilt; give it train(), or "
+                    "set recompute=False"
+                    if (id(note.registry), note.key) in self.own
+                    else "between forward and backward, so its activations cannot be rebuilt; run backward before the "
+                    "optimizer's step"
+                )
                 raise RuntimeError(
-                    f"{note.key} of shape {tuple(note.tensor.shape)} in {self.name} was changed in place between "
-                    f"forward and backward, so its activations cannot be rebuilt; run backward before the optimizer's "
-                    f"step"
+                    f"{note.key} of shape {tuple(note.tensor.shape)} in {self.name} was changed in place {why}"
                 )
         with ExitStack() as stack:
             for kind, enabled, dtype in self.autocast:
                 # No cache: it would keep every weight's low-precision copy alive until backward ends.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(self._tensors_as_they_were())
+            stack.enter_context(self._gradients_as_they_were())
             stack.enter_context(self._flags_as_they_were())
             stack.enter_context(self._random_numbers_as_they_were())
             yield
@@ -128,6 +139,18 @@ class Replay:
         finally:
             for registry, key, tensor in now:
                 registry[key] = tensor
+
+    @contextmanager
+    def _gradients_as_they_were(self) -> Iterator[None]:
+        """What was trainable is so again: some code freezes parts of a model between forward and backward."""
+        changed = [note for note in self.notes if note.tensor.is_leaf and note.tensor.requires_grad != note.needs_grad]
+        try:
+            for note in changed:
+                note.tensor.requires_grad_(note.needs_grad)
+            yield
+        finally:
+            for note in changed:
+                note.tensor.requires_grad_(not note.needs_grad)
 
     @contextmanager
     def _flags_as_they_were(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ step can be undone: it is the midpoint rule for x' = F(x), of which a residual n
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from memsave.reversible.sequence import ReversibleSequence
 
 
 def from_residual(
-    blocks: Iterable[nn.Module], *, recompute: bool = True, anchor_every: int | None = None
+    blocks: Iterable[nn.Module], *, recompute: bool = True, anchor_every: int | None = None, grid: float | None = None
 ) -> "ReversibleResidual":
     """Put residual blocks into a stack that rebuilds their activations: (B, C, ...) to (B, C, ...).
 
@@ -28,16 +29,18 @@ def from_residual(
     with an activation behind the sum or without. The stack is not the function that the blocks were in a row: with one
     block it is; with several the two agree to first order of what a block adds. Train it, or fine-tune it from there.
 
+    The options are those of `ReversibleSequence`.
+
     Raises ValueError, at the first forward, for a block that changes the shape (a stride, more channels, a convolution
     as a shortcut): nothing can be rebuilt across it. Leave it between two stacks.
     """
-    return ReversibleResidual(blocks, recompute=recompute, anchor_every=anchor_every)
+    return ReversibleResidual(blocks, recompute=recompute, anchor_every=anchor_every, grid=grid)
 
 
 class ReversibleResidual(nn.Module):
     """The stack that `from_residual` makes; `blocks` are the caller's own, `net` is the sequence of their couplings."""
 
-    def __init__(self, blocks: Iterable[nn.Module], *, recompute: bool = True, anchor_every: int | None = None):
+    def __init__(self, blocks: Iterable[nn.Module], **options: Any):
         super().__init__()
         own = list(blocks)
         if not own:
@@ -46,14 +49,13 @@ class ReversibleResidual(nn.Module):
         if len(branches) % 2:
             branches.append(Nothing())
         pairs = zip(branches[::2], branches[1::2], strict=True)
-        self.net = ReversibleSequence(
-            [AdditiveCoupling(f, g) for f, g in pairs], recompute=recompute, anchor_every=anchor_every
-        )
+        self.net = ReversibleSequence([AdditiveCoupling(f, g) for f, g in pairs], **options)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The caller's blocks, in their order."""
-        return [module.block for module in self.net.modules() if isinstance(module, ResidualBranch)]
+        branches = (branch for pair in self.net.blocks for branch in pair.children())
+        return [branch.block for branch in branches if isinstance(branch, ResidualBranch)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) to the mean of the two copies behind all blocks, of the same shape."""
@@ -71,6 +73,11 @@ class ResidualBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """2 F(x), of x's shape."""
         y = self.block(x)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"residual block {self.number} ({type(self.block).__name__}) returned a {type(y).__name__}; wrap it "
+                f"in a module that returns one tensor"
+            )
         if y.shape != x.shape:
             raise ValueError(
                 f"residual block {self.number} ({type(self.block).__name__}) turned {tuple(x.shape)} into "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible.coupling import LOW_PRECISION, Coupling, Stream
+from memsave.reversible.coupling import LOW_PRECISION, Coupling, Stream, version_of
 
 
 @dataclass
@@ -20,7 +20,9 @@ class Rebuild:
     """How a step makes again what it saved."""
 
     state: Callable[[], AbstractContextManager[Any]]
-    """Enter it to evaluate: random numbers, autocast and tensors are as they were, and what autograd saves is kept."""
+    """Enter it to evaluate: random numbers, autocast and tensors are as they were."""
+    saving: Callable[[], AbstractContextManager[Any]]
+    """The same, and what autograd saves is kept."""
     wanting: Callable[[], bool]
     """Whether something that was saved in the forward has not been made again yet."""
     needs: tuple[bool, bool]
@@ -71,14 +73,15 @@ class HalfStep(NamedTuple):
         """One evaluation of the branch, and one of `combine` where that saved anything."""
         before = stream.rewound() if undo else stream
         target = before.target
-        with rebuild.state():
+        with rebuild.saving():
             value = self.branch(_leaf(before.branch_input(), needs=rebuild.needs[1]))
+            value = self.coupling.admit(value, before)
             if undo:
                 with torch.no_grad():
-                    target = self.coupling.separate(target, value)
+                    target = self.coupling.undo(target, value)
             if rebuild.wanting():
                 self.coupling.combine(_leaf(target, needs=rebuild.needs[0]), value)
-        return Stream(target, before.source, before.dtype)
+        return before.pair(target, before.source)
 
 
 class WholeStep(NamedTuple):
@@ -98,11 +101,28 @@ class WholeStep(NamedTuple):
                 f"{self.name} ({type(self.block).__name__}) has an inverse of its own, whose rounding in "
                 f"{stream.dtype} could not be undone; give the sequence a float32 input"
             )
-        return Stream.split(self.block(stream.merge()), stream.dtype)
+        x = stream.merge()
+        version = version_of(x)
+        after = self._split(self.block(x), stream, method="forward")
+        if version_of(x) != version:
+            raise RuntimeError(
+                f"{self.name} ({type(self.block).__name__}) changed its input in place; make its first operation one "
+                f"that is not (inplace=False)"
+            )
+        return after
 
     def inverse(self, stream: Stream) -> Stream:
         """block.inverse(y)."""
-        return Stream.split(self.block.inverse(stream.merge()), stream.dtype)
+        return self._split(self.block.inverse(stream.merge()), stream, method="inverse")
+
+    def _split(self, y: Any, stream: Stream, *, method: str) -> Stream:
+        if not isinstance(y, Tensor) or torch.promote_types(y.dtype, stream.target.dtype) != y.dtype:
+            given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"{method} of {self.name} ({type(self.block).__name__}) gave {given} for {stream.target.dtype}, which "
+                f"could not be undone; return a tensor of that dtype, with autocast switched off inside"
+            )
+        return Stream.split(y, stream.dtype)
 
     def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
         """The inverse, and the forward where that saved anything."""
@@ -111,7 +131,7 @@ class WholeStep(NamedTuple):
             with rebuild.state(), torch.no_grad():
                 before = self.inverse(stream)
         if rebuild.wanting():
-            with rebuild.state():
+            with rebuild.saving():
                 self.block(_leaf(before.merge(), needs=any(rebuild.needs)))
         return before
 
@@ -119,25 +139,24 @@ class WholeStep(NamedTuple):
 def steps_of(block: nn.Module, *, name: str) -> list[Step]:
     """The steps of a block; TypeError for one that cannot be undone."""
     kind = type(block)
-    own = [
-        method for method in ("forward", "forward_stream", "half_step", "half_step_back") if _overridden(kind, method)
-    ]
-    if isinstance(block, Coupling) and not own:
+    plain = (Coupling.forward, Coupling.forward_stream, Coupling.half_step, Coupling.half_step_back)
+    if isinstance(block, Coupling) and all(getattr(kind, each.__name__) is each for each in plain):
         return [HalfStep(f"{name}.{each}", block, block.get_submodule(each)) for each in ("f", "g")]
-    invertible = callable(getattr(block, "inverse", None))
-    if isinstance(block, Coupling):
-        invertible = _overridden(kind, "inverse")
-    if not invertible:
-        reason = f"overrides {own[0]}() and not inverse()" if isinstance(block, Coupling) else "has no inverse()"
-        raise TypeError(
-            f"{name} of a ReversibleSequence is a {kind.__name__}, which {reason}; wrap its two branches in an "
-            f"AdditiveCoupling(f, g), or give it a method inverse(y) that undoes forward(x)"
-        )
-    return [WholeStep(name, block)]
+    if not callable(getattr(block, "inverse", None)):
+        reason = "has no inverse()"
+    elif _depth(kind, "inverse") > _depth(kind, "forward"):
+        reason = "overrides forward() and not inverse()"
+    else:
+        return [WholeStep(name, block)]
+    raise TypeError(
+        f"{name} of a ReversibleSequence is a {kind.__name__}, which {reason}; wrap its two branches in an "
+        f"AdditiveCoupling(f, g), or give it a method inverse(y) that undoes forward(x)"
+    )
 
 
-def _overridden(kind: type, method: str) -> bool:
-    return issubclass(kind, Coupling) and getattr(kind, method) is not getattr(Coupling, method)
+def _depth(kind: type, method: str) -> int:
+    """How far up among its base classes the method is defined; -1 for one that the instance itself has."""
+    return next((number for number, each in enumerate(kind.__mro__) if method in vars(each)), -1)
 
 
 def _leaf(tensor: Tensor, *, needs: bool) -> Tensor:

@@ -14,7 +14,8 @@ from memsave.reversible.randomness import sources_of
 from memsave.reversible.sequence import ReversibleSequence
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-LOW = 1e-2  # of narrower ones
+LOW = 1e-2  # of narrower ones, and under autocast
+FLOOR = 1e-3  # a parameter whose gradient is a smaller share of the whole is held to that share
 
 
 @dataclass
@@ -27,10 +28,12 @@ class Verification:
     """By sequence: the error of the rebuilt input of each block, first to last; the first one is the largest."""
     gradient: float = float("nan")
     """The error of the gradient, of all parameters and the input together."""
+    worst: tuple[str, float] = ("", float("nan"))
+    """The parameter whose own gradient has the largest error, and that error."""
     tolerance: float = 0.0
-    """What the gradient was compared with."""
+    """What both were compared with."""
     anchor_every: int | None = None
-    """Where the gradient is off: the largest number of blocks between anchors with which it is not; None for none."""
+    """Where they are above it: the largest power of two, as blocks between anchors, with which they are not."""
 
     @property
     def ok(self) -> bool:
@@ -41,10 +44,11 @@ class Verification:
         if not self.ok:
             return "\n".join(self.findings)
         name, drift = max(self.drift.items(), key=lambda each: max(each[1]))
+        place = f"the input of {name or 'the sequence'}"
         return (
             f"as stored: output, random state and buffers are the same, and the gradient is off by "
-            f"{self.gradient:.1e}; the input of {name or 'the sequence'} is rebuilt within {max(drift):.1e} through "
-            f"{len(drift)} blocks"
+            f"{self.gradient:.1e}, of no parameter by more than {self.worst[1]:.1e}; {place} is rebuilt within "
+            f"{max(drift):.1e} through {len(drift)} blocks"
         )
 
 
@@ -53,33 +57,22 @@ def verify(module: nn.Module, x: Tensor, *, tolerance: float | None = None) -> V
 
     Looks at the output, the gradient, the random state and the buffers after the step, at tensors that are changed in
     place where they are still needed, and at the drift of the rebuilt stream from block to block. `tolerance` is the
-    largest relative error of the gradient: 1e-9 in float64, 1e-3 in float32, 1e-2 below, if not given. Leaves the
-    module, its gradients and the random state as they were; takes the memory of a stored step, on copies.
+    largest relative error of the gradient, as a whole and of each parameter: 1e-9 in float64, 1e-3 in float32, 1e-2
+    below and under autocast, if not given. Leaves the module, its gradients and the random state as they were; takes
+    the memory of a stored step, on copies.
 
-    Raises ValueError for a module without a `ReversibleSequence`.
+    Raises ValueError for a module that has, or reaches, no `ReversibleSequence`.
     """
     names = [name for name, each in module.named_modules() if isinstance(each, ReversibleSequence) and each.blocks]
     if not names:
         raise ValueError(f"{type(module).__name__} has no ReversibleSequence with blocks in it: nothing to verify")
     dtype = next((p.dtype for p in module.parameters()), x.dtype)
-    report = Verification(tolerance=TOLERANCE.get(dtype, LOW) if tolerance is None else tolerance)
-    random = _Random(x.device)
+    usual = LOW if torch.is_autocast_enabled(x.device.type) else TOLERANCE.get(dtype, LOW)
+    report = Verification(tolerance=usual if tolerance is None else tolerance)
+    module, random = copy.deepcopy(module), _Random(x.device)
     try:
-        stored = _step(module, x, random, recompute=False)
-        rebuilt = _step(module, x, random)
-        _compare(report, rebuilt, stored, random)
-        for name, each in _inputs(module, x, names, random).items():
-            random.rewind()
-            report.drift[name] = _drift(module.get_submodule(name), each)
-        worst = max(report.drift, key=lambda name: max(report.drift[name]))
-        if not report.gradient <= report.tolerance:
-            report.anchor_every = _anchors(module, x, stored, random, tolerance=report.tolerance)
-            report.findings.append(_off(report))
-        elif not max(report.drift[worst]) <= report.tolerance:
-            report.findings.append(
-                f"the input of {worst or 'the sequence'} is rebuilt with an error of {max(report.drift[worst]):.1e}, "
-                f"even if the gradient does not show it here: do its branches do the same twice?"
-            )
+        with torch.enable_grad():
+            _verify(report, module, x, names, random)
     except RuntimeError as error:
         report.findings.append(str(error))
     finally:
@@ -87,17 +80,40 @@ def verify(module: nn.Module, x: Tensor, *, tolerance: float | None = None) -> V
     return report
 
 
-def _off(report: Verification) -> str:
-    remedy = (
-        f"anchor_every={report.anchor_every} brings it within"
-        if report.anchor_every
-        else "anchors do not help: do its branches do the same twice?"
-    )
-    worst = max(max(each) for each in report.drift.values())
-    return (
-        f"the gradient is off by {report.gradient:.1e}, more than {report.tolerance:.0e}, and the rebuilt stream by "
-        f"{worst:.1e}; {remedy}"
-    )
+def _verify(report: Verification, module: nn.Module, x: Tensor, names: list[str], random: "_Random") -> None:
+    stored = _step(module, x, random, recompute=False)
+    rebuilt = _step(module, x, random)
+    if not stored.output.isfinite().all():
+        report.findings.append("the output is not finite on this input, with stored activations, too: give another one")
+        return
+    _compare(report, rebuilt, stored, random)
+    inputs = _inputs(module, x, names, random)
+    if not inputs:
+        raise ValueError(f"{type(module).__name__} does not reach its ReversibleSequence {names[0]}: nothing to verify")
+    for name, each in inputs.items():
+        random.rewind()
+        report.drift[name] = _drift(module.get_submodule(name), each)
+    name = max(report.drift, key=lambda each: max(report.drift[each]))
+    drift = max(report.drift[name])
+    place = f"the input of {name or 'the sequence'}"
+    if not max(report.gradient, report.worst[1]) <= report.tolerance:
+        report.anchor_every = _anchors(module, x, stored, random, tolerance=report.tolerance)
+        remedy = (
+            f"anchor_every={report.anchor_every} brings it within"
+            if report.anchor_every
+            else "anchors do not help: do its branches do the same twice?"
+        )
+        report.findings.append(
+            f"the gradient is off by {report.gradient:.1e}, that of {report.worst[0]} by {report.worst[1]:.1e}, more "
+            f"than {report.tolerance:.0e}, and {place} is rebuilt within {drift:.1e}; {remedy}"
+        )
+    elif not drift <= report.tolerance:
+        random.rewind()
+        if not max(_drift(module.get_submodule(name), inputs[name], anchor_every=1)) <= report.tolerance:
+            report.findings.append(
+                f"{place} is rebuilt with an error of {drift:.1e}, which anchors do not help, even if the gradient "
+                f"does not show it here: do its branches do the same twice?"
+            )
 
 
 class _Random:
@@ -130,10 +146,9 @@ class _Step:
 
 def _step(module: nn.Module, x: Tensor, random: _Random, **options: Any) -> _Step:
     """On a copy of the module, whose sequences have these options."""
-    module, x = _copy(module, **options), x.detach().clone()
-    x.requires_grad_(x.is_floating_point())
+    module, x = _copy(module, **options), _leaf(x)
     random.rewind()
-    output = torch.cat([each.flatten() for each in _tensors(module(x))])
+    output = torch.cat([_real(each).flatten() for each in _tensors(module(x))])
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     (output * weights).sum().backward()
     named = {"the input": x, **dict(module.named_parameters())}
@@ -143,6 +158,14 @@ def _step(module: nn.Module, x: Tensor, random: _Random, **options: Any) -> _Ste
         random.now(),
         {name: buffer.clone() for name, buffer in module.named_buffers()},
     )
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex())
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _copy(module: nn.Module, **options: Any) -> nn.Module:
@@ -166,7 +189,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _compare(report: Verification, rebuilt: _Step, stored: _Step, random: _Random) -> None:
-    report.gradient = _distance(rebuilt.gradients, stored.gradients)
+    report.gradient, report.worst = _errors(rebuilt.gradients, stored.gradients)
     missing = [name for name in stored.gradients if name not in rebuilt.gradients]
     if missing:
         report.findings.append(f"{missing[0]} has no gradient")
@@ -180,12 +203,29 @@ def _compare(report: Verification, rebuilt: _Step, stored: _Step, random: _Rando
         report.findings.append(f"the buffer {moved[0]} is moved otherwise by the step: the rebuild updates it, too")
 
 
+def _errors(ours: dict[str, Tensor], others: dict[str, Tensor]) -> tuple[float, tuple[str, float]]:
+    """The relative error of all gradients together; and the parameter whose own is the largest, with that."""
+    floor = FLOOR * float(sum(_square(each) for each in others.values())) ** 0.5
+    single = {
+        name: float(_square(ours[name] - each)) ** 0.5 / max(float(_square(each)) ** 0.5, floor, 1e-300)
+        for name, each in others.items()
+        if name in ours
+    }
+    worst = max(single, key=lambda name: single[name], default="")
+    return _distance(ours, others), (worst, single.get(worst, 0.0))
+
+
+def _square(x: Tensor) -> Tensor:
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    return _real(x.to(wide)).square().sum()
+
+
 def _distance(ours: Mapping[Any, Tensor], others: Mapping[Any, Tensor]) -> float:
     """|ours - others| / |others|, over what both have."""
     common = {name: each for name, each in others.items() if name in ours}
-    difference = sum((ours[name].double() - each.double()).square().sum() for name, each in common.items())
-    size = sum(each.double().square().sum() for each in others.values())
-    return float((difference / size).sqrt()) if size else 0.0
+    difference = sum(float(_square(ours[name] - each)) for name, each in common.items())
+    size = sum(float(_square(each)) for each in others.values())
+    return (difference / size) ** 0.5 if size else 0.0
 
 
 def _inputs(module: nn.Module, x: Tensor, names: list[str], random: _Random) -> dict[str, Tensor]:
@@ -194,7 +234,8 @@ def _inputs(module: nn.Module, x: Tensor, names: list[str], random: _Random) -> 
     module = _copy(module, recompute=False)
     for name in names:
         module.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: found.update({name: args[0].detach()})
+            lambda _, args, options, name=name: found.update({name: [*args, *options.values()][0].detach()}),
+            with_kwargs=True,
         )
     random.rewind()
     with torch.no_grad():
@@ -202,11 +243,12 @@ def _inputs(module: nn.Module, x: Tensor, names: list[str], random: _Random) -> 
     return found
 
 
-def _drift(sequence: nn.Module, x: Tensor) -> list[float]:
+def _drift(sequence: nn.Module, x: Tensor, **options: Any) -> list[float]:
     """The error of the rebuilt input of each block."""
-    sequence = copy.deepcopy(sequence)
+    sequence = _copy(sequence, **options)
     assert isinstance(sequence, ReversibleSequence)
-    stream, frame = Stream.split(x.requires_grad_(x.is_floating_point())), Frame()
+    stream = Stream.split(_leaf(x), grid=sequence.grid)
+    frame = Frame()
     true: list[list[Tensor]] = []
     starts = []
     for number, steps in enumerate(sequence.steps()):
@@ -230,7 +272,8 @@ def _anchors(module: nn.Module, x: Tensor, stored: _Step, random: _Random, *, to
     every = 1 << max(0, (longest - 1).bit_length() - 1)
     while every:
         step = _step(module, x, random, anchor_every=every)
-        if _distance(step.gradients, stored.gradients) <= tolerance:
+        whole, (_, worst) = _errors(step.gradients, stored.gradients)
+        if max(whole, worst) <= tolerance:
             return every
         every //= 2
     return None

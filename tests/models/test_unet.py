@@ -29,8 +29,15 @@ def step(net, x, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"skip": "concat"}, {"squeeze_excitation": 0.25}, {"dropout": 0.3}, {"blocks": (1, 2, 3)}],
-    ids=["plain", "concat", "gate", "dropout", "depths"],
+    [
+        {},
+        {"skip": "concat"},
+        {"squeeze_excitation": 0.25},
+        {"dropout": 0.3},
+        {"blocks": (1, 2, 3)},
+        {"grid": 2**-14},
+    ],
+    ids=["plain", "concat", "gate", "dropout", "depths", "grid"],
 )
 def test_memory_modes_are_one_function(options):
     net, x = network(**options), volume(8, 9, 7)
@@ -54,6 +61,23 @@ def test_memory_modes_are_one_function_under_autocast():
     stored = under_autocast("stored")
     for mode in ("checkpoint", "reversible"):
         assert torch.equal(under_autocast(mode), stored)
+
+
+def test_a_stream_on_a_grid_has_the_stored_gradients_to_the_bit_under_autocast():
+    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14)
+    x = volume(8, 8, 8, dtype=torch.float32)
+
+    def gradients(mode):
+        net.memory = mode
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = net(x).float().square().mean()
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    stored = gradients("stored")
+    for mode in ("checkpoint", "reversible"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(mode), stored, strict=True))
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 6, 7), (16, 8, 12), (3, 17, 2)])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from memsave.reversible import AdditiveCoupling, AffineCoupling, Coupling, ReversibleSequence
+from memsave.reversible import AdditiveCoupling, AffineCoupling, Coupling, ReversibleSequence, verify
 from tests.reversible.blocks import assert_same_as_stored, conv_branch, sequence
 from tests.reversible.test_sequence import image
 
@@ -148,6 +148,96 @@ def test_a_block_of_its_own_inverse_needs_a_wide_stream():
     net = ReversibleSequence([Mixing(4)]).bfloat16()
     with pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\).*float32 input"):
         net(image().bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["affine", "weighted"])
+def test_branches_in_bfloat16_do_not_break_the_inverse(kind):
+    """exp(s) and exp(-s), each rounded to bfloat16, are not inverse."""
+    net, x = net_of([kind] * 8).float(), image(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert verify(net, x).gradient < 0.01
+
+
+def test_a_block_that_gives_less_than_it_was_given_is_refused():
+    net = ReversibleSequence([Mixing(4)])
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\) gave.*autocast"),
+    ):
+        net(image(dtype=torch.float32))
+
+
+class Permuted(nn.Module):
+    """Exchanges channels, in whatever layout that gives."""
+
+    def forward(self, x):
+        return x.flip(1)
+
+    def inverse(self, y):
+        return y.flip(1).contiguous()
+
+
+def test_a_rebuilt_input_has_the_layout_that_it_had():
+    for last in (Permuted(), Mixing(4)):
+        net = ReversibleSequence([additive(4, dropout=0.5), last]).double()
+        assert_same_as_stored(net, image().to(memory_format=torch.channels_last))
+
+
+def test_what_a_coupling_may_not_do_is_said():
+    class Overwriting(Weighted):
+        def separate(self, target, value):
+            return target.sub_(self.weight * value)
+
+    net = ReversibleSequence([Overwriting(conv_branch(2), conv_branch(2))]).double()
+    with pytest.raises(RuntimeError, match=r"Overwriting\.separate changed one of its arguments in place"):
+        net(image()).sum().backward()
+    with pytest.raises(TypeError, match="the branch Tuple of a coupling returned a tuple"):
+        ReversibleSequence([AdditiveCoupling(Tuple(), Tuple())])(image())
+    with pytest.raises(ValueError, match=r"floating-point numbers, but its input is torch\.int64"):
+        net(torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="limit is inf"):
+        AffineCoupling(nn.Identity(), nn.Identity(), limit=float("inf"))
+
+
+class Tuple(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class InPlace(Mixing):
+    def forward(self, x):
+        return super().forward(x.mul_(1.0))
+
+    def inverse(self, y):
+        return super().inverse(y)
+
+
+class Newton(Mixing):
+    """Its inverse is found by differentiating."""
+
+    def inverse(self, y):
+        with torch.enable_grad():
+            z = torch.zeros_like(y).requires_grad_()
+            (step,) = torch.autograd.grad((Mixing.forward(self, z) * y).sum(), z)  # W^T y
+        return step.detach()
+
+
+def test_own_inverses_may_differentiate_and_not_work_in_place():
+    torch.manual_seed(0)
+    net = ReversibleSequence([Newton(4), additive(4)]).double()
+    net.blocks[0].weight.data = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]  # so W^T is its inverse
+    assert_same_as_stored(net, image())
+    with pytest.raises(RuntimeError, match=r"blocks\.0 \(InPlace\) changed its input in place"):
+        ReversibleSequence([InPlace(4)]).double()(image())
+
+
+def test_an_inverse_of_an_older_forward_is_refused():
+    class Newer(Mixing):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match=r"Newer, which overrides forward\(\) and not inverse\(\)"):
+        ReversibleSequence([Newer(4)])
 
 
 def test_an_inverse_that_is_not_one_is_an_error_of_its_gradient():

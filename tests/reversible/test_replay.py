@@ -133,7 +133,27 @@ class PythonNumbers(nn.Module):
         return self.conv(x).sin() * random.random() * np.random.rand()
 
 
-@pytest.mark.parametrize("branch", [OwnGenerator, PythonNumbers])
+class OwnNumbers(nn.Module):
+    """Generators of NumPy and Python that a module owns, some in a list."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.new, self.old = np.random.default_rng(1), np.random.RandomState(2)
+        self.others = [random.Random(3), {"torch": torch.Generator().manual_seed(4)}]
+
+    def forward(self, x):
+        python, kept = self.others
+        factors = self.new.random(), self.old.rand(), python.random()
+        return self.conv(x).sin() * np.prod(factors) * torch.rand(1, generator=kept["torch"], dtype=x.dtype)
+
+    def __deepcopy__(self, memo):
+        twin = OwnNumbers(self.conv.in_channels).double()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+@pytest.mark.parametrize("branch", [OwnGenerator, OwnNumbers, PythonNumbers])
 def test_every_source_of_random_numbers_is_replayed_and_goes_on_as_if_stored(branch):
     net = sequence(branch=branch)
 

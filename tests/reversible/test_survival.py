@@ -1,5 +1,8 @@
 """What training code does to a model: used twice, shared, hooked, accumulated, wrapped, compiled."""
 
+import os
+
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
@@ -7,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from memsave.profiler import MemoryRecorder
-from memsave.reversible import AdditiveCoupling, ReversibleSequence
+from memsave.reversible import AdditiveCoupling, AffineCoupling, ReversibleSequence, verify
 from tests.reversible.blocks import assert_same, assert_same_as_stored, conv_branch, gradients, sequence, twin_of
 from tests.reversible.test_sequence import distance, image
 
@@ -107,6 +110,46 @@ def test_a_checkpoint_outside_lets_go_of_the_output():
     assert plain >= size > under  # the output that the frame keeps is made again, too
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_checkpoint_around_anchors(every):
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = ReversibleSequence(sequence(depth=4, dropout=0.3).blocks, anchor_every=every)
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False) * 2
+
+    assert_same_as_stored(Outside(), image())
+
+
+def test_parts_frozen_between_forward_and_backward():
+    net = sequence()
+    results = []
+    for model in (net, twin_of(net)):
+        x = image().requires_grad_()
+        loss = model(x).square().mean()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        results.append({"x": torch.autograd.grad(loss, x)[0]})
+        assert not any(p.requires_grad for p in model.parameters())
+    assert_same(*results)
+
+
+def test_a_branch_that_differentiates_inside_is_answered_in_a_sentence():
+    class Energy(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = nn.Conv2d(channels, channels, 1)
+
+        def forward(self, x):
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(self.conv(x).square().sum(), x, create_graph=True)[0]
+
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.f differentiates inside its own forward.*recompute=False"):
+        sequence(branch=Energy)(image())
+
+
 def test_anchors_hold_their_inputs_and_no_more():
     torch.manual_seed(0)
     size = 4 * 8 * 32 * 32
@@ -137,6 +180,33 @@ def test_anchors_stop_the_drift():
     assert errors[1] < 1e-5 < errors[4] < errors[None]
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_a_stream_on_a_grid_is_rebuilt_to_the_bit(low):
+    blocks = sequence(depth=32, dtype=torch.float32, dropout=0.1).blocks
+    net = ReversibleSequence(blocks, grid=2**-14)
+    x = image(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        report = verify(net, x)
+        assert report.ok, str(report)
+        assert report.gradient == 0
+        assert set(report.drift[""]) == {0.0}
+        assert max(verify(ReversibleSequence(blocks), x).drift[""]) > 0  # which is not so without
+    y = net(x)
+    assert torch.equal(y * 2**14, (y * 2**14).round())
+    net.eval()
+    with torch.no_grad():
+        assert torch.equal(net.inverse(net(x)), (x * 2**14).round() / 2**14)
+
+
+def test_a_stream_on_a_grid_is_for_sums_alone():
+    blocks = [AffineCoupling(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1))]
+    with pytest.raises(TypeError, match="block 0 is a AffineCoupling, which a stream on a grid cannot undo"):
+        ReversibleSequence(blocks, grid=2**-14)
+    for grid in (0.1, 0.0, -0.5):
+        with pytest.raises(ValueError, match="give a power of two"):
+            ReversibleSequence([], grid=grid)
+
+
 def _worker(rank, path, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -146,7 +216,8 @@ def _worker(rank, path, results):
     wrapped(x).square().mean().backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in net.named_parameters()}, results)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's own tear-down now and then waits for the other process for ever
 
 
 def test_two_processes_average_their_gradients(tmp_path):

@@ -116,6 +116,58 @@ def test_what_is_wrong_is_said(blocks, words):
         raise AssertionError(str(report))
 
 
+class Flips(nn.Module):
+    """Gives one small parameter the opposite gradient when it runs again."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = conv_branch(channels)
+        self.small = nn.Parameter(torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        sign = 1 if self.calls == 1 else -1
+        return self.body(x) + 1e-2 * self.small * (sign * x)
+
+
+def test_one_wrong_parameter_is_named():
+    torch.manual_seed(0)
+    net = ReversibleSequence([AdditiveCoupling(Flips(2), conv_branch(2))])
+    report = verify(net, image(dtype=torch.float32))
+    assert report.gradient < 1e-3 and not report.ok
+    assert report.worst[0] == "blocks.0.f.small" and "blocks.0.f.small" in str(report)
+
+
+class Outer(nn.Module):
+    def __init__(self, reached=True):
+        super().__init__()
+        self.net, self.unused, self.reached = sequence(), sequence(seed=2), reached
+
+    def forward(self, x):
+        return self.net(x=x) if self.reached else x * 1.0
+
+
+def test_whatever_way_a_sequence_is_called():
+    report = verify(Outer(), image())
+    assert report.ok, str(report)
+    with torch.no_grad():
+        assert verify(Outer(), image()).ok
+    with pytest.raises(ValueError, match="does not reach its ReversibleSequence net"):
+        verify(Outer(reached=False), image())
+    assert "output is not finite" in str(verify(sequence(), image() * float("inf")))
+
+
+def test_complex_numbers():
+    def branch(channels):
+        return nn.Conv2d(channels, channels, 3, padding=1)
+
+    net = sequence(branch=branch, dtype=torch.complex128)
+    x = torch.complex(image(), image().flip(0))
+    report = verify(net, x)
+    assert report.ok, str(report)
+
+
 def test_nothing_to_verify_is_said():
     with pytest.raises(ValueError, match="Linear has no ReversibleSequence"):
         verify(nn.Linear(2, 2), torch.ones(1, 2))
