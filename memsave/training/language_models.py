@@ -170,7 +170,9 @@ def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
 
     def make(folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         progress.say("converting SmolLM2-135M-Instruct, once; it is then cached")
         found = next(source.rglob(SMOLLM2_FILE), None)
         if found is None:
