@@ -9,6 +9,7 @@ Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or ove
 goes on past a job that fails, and exits with 1 when any did.
 """
 
+import errno
 import json
 import os
 import signal
@@ -107,7 +108,10 @@ def execute(config: DictConfig, folder: Path, *, experiment: str) -> int:
         **outcome,
         "versions": versions(),
     }
-    write_json(folder / "result.json", result)
+    try:
+        write_json(folder / "result.json", result)
+    except OSError as error:
+        return _complain(_no_disk(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md"))
     Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
@@ -152,12 +156,28 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
             2,
             f"the package {error.name} is not installed; install it with: pip install 'memsave[{extra}]'",
         )
+    if _is_disk_fault(error):
+        return "failed", 1, _no_disk(folder, error)
     if is_out_of_memory(error):
         return "oom", 3, f"the step does not fit into memory; try {_less_memory(config)}"
     if isinstance(error, OverBudget):
         return "over_budget", 3, f"{error}; try {_less_memory(config)}"
     (folder / "error.txt").write_text(traceback.format_exc())
     return "failed", 1, f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
+
+
+def _is_disk_fault(error: BaseException) -> bool:
+    """Whether a disk is full or cannot be written to; safetensors tells by its words alone."""
+    faults = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    return (isinstance(error, OSError) and error.errno in faults) or "No space left on device" in str(error)
+
+
+def _no_disk(folder: Path, error: BaseException) -> str:
+    cause = getattr(error, "strerror", None) or "no space is left on the device"
+    where = getattr(error, "filename", None) or folder
+    saved = folder / "checkpoint"
+    go_on = f", then continue with trainer.resume={saved}" if saved.exists() else ""
+    return f"{where} cannot be written ({cause}); free space or give another folder by hydra.run.dir={go_on}"
 
 
 def _less_memory(config: DictConfig) -> str:

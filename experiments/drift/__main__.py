@@ -8,6 +8,7 @@ bfloat16 branches learn to sharpen blurred pictures: stored, rebuilt, and rebuil
 same batches; and on a grid, stored and rebuilt.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -55,7 +56,12 @@ def drift_of(net: ReversibleSequence, context: Callable[[], AbstractContextManag
     with context():
         report = verify(net, picture(), tolerance=float("inf"))
     (drift,) = report.drift.values()
-    return {"input": drift[0], "gradient": report.gradient, "blocks": drift}
+    return {"input": finite(drift[0]), "gradient": finite(report.gradient), "blocks": list(map(finite, drift))}
+
+
+def finite(value: float) -> float | None:
+    """None for what overflowed, which JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def drift_by_hand(net: ReversibleSequence) -> dict[str, Any]:
@@ -133,10 +139,16 @@ def drift_table(drift: dict[str, dict[str, Any]]) -> str:
     heads = [f"input, {depth} blocks" for depth in DEPTHS] + [f"gradient, {DEPTHS[-1]} blocks"]
     lines = ["| relative error of | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, row in drift.items():
-        cells = [f"{row[str(depth)]['input']:.0e}" for depth in DEPTHS]
-        gradient = row[str(DEPTHS[-1])].get("gradient")
-        lines.append(f"| {name} | {' | '.join(cells)} | {'' if gradient is None else f'{gradient:.0e}'} |")
+        deepest = row[str(DEPTHS[-1])]
+        cells = [shown(row[str(depth)]["input"]) for depth in DEPTHS]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {shown(deepest['gradient']) if 'gradient' in deepest else ''} |"
+        )
     return "\n".join(lines)
+
+
+def shown(error: float | None) -> str:
+    return "overflows" if error is None else f"{error:.0e}"
 
 
 def training_table(training: dict[str, dict[str, Any]]) -> str:
@@ -159,7 +171,7 @@ def draw(drift: dict[str, dict[str, Any]], training: dict[str, dict[str, Any]]) 
     deep, none = str(DEPTHS[-1]), 1e-9  # what is zero is drawn at the bottom
     colours = ("#4f81a8", "#e08e45", "#4d9a94", "#2b2f33", "#b9bfc4", "#5b6770", "#f3cf9f")
     for (name, row), colour in zip(drift.items(), colours, strict=True):
-        errors = [max(each, none) for each in row[deep]["blocks"]]
+        errors = [math.nan if each is None else max(each, none) for each in row[deep]["blocks"]]
         left.semilogy(range(1, DEPTHS[-1] + 1), errors, color=colour, label=name)
     left.invert_xaxis()
     left.set(xlabel="block, rebuilt from the last to the first", ylabel="relative error of its rebuilt input")

@@ -41,7 +41,13 @@ def save(state: State, folder: Path) -> None:
     save_file(_named_once(state.model), new / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
     random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
-    content = {"step": state.step, "optimizer": type(state.optimizer).__name__, "numbers": numbers, "private": None}
+    content = {
+        "step": state.step,
+        "optimizer": type(state.optimizer).__name__,
+        "numbers": numbers,
+        "identity": state.identity,
+        "private": None,
+    }
     if state.private is not None:
         private = state.private.state_dict()
         generators = {PRIVATE + key: private.pop(key) for key in list(private) if isinstance(private[key], Tensor)}
@@ -67,7 +73,7 @@ def load(state: State, folder: Path) -> None:
     try:
         content = json.loads((folder / "state.json").read_text())
         step, optimizer, numbers = content["step"], content["optimizer"], content["numbers"]
-        private = content["private"]
+        private, identity = content["private"], content["identity"]
         model = load_file(folder / "model.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -84,6 +90,12 @@ def load(state: State, folder: Path) -> None:
             f"the checkpoint in {folder} is of the optimizer {optimizer}, not {type(state.optimizer).__name__}; give "
             f"the trainer.optimizer.name it was made with"
         )
+    for key, value in state.identity.items():
+        if identity.get(key, value) != value:
+            raise CheckpointError(
+                f"the checkpoint in {folder} is of a run with another {key} ({identity[key]}, here {value}), and the "
+                f"batches follow from it; continue with the same"
+            )
     if (private is None) != (state.private is None):
         raise CheckpointError(
             f"the checkpoint in {folder} is of a run with privacy={'none' if private is None else 'ghost'}; continue "

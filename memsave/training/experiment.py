@@ -35,6 +35,11 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
     config.trainer.steps = steps_of(config.trainer, task)
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, config.trainer, private=private)
+    state.identity = {
+        "trainer.batch_size": config.trainer.batch_size,
+        "trainer.seed": config.trainer.seed,
+        "set of training data": task.fingerprint,
+    }
     if config.trainer.resume:
         checkpoint.load(state, Path(config.trainer.resume).expanduser())
         if state.step > config.trainer.steps:

@@ -14,7 +14,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class State:
     """Optimizer steps taken."""
     private: PrivateGradients | None = None
     """How gradients are combined; None sums them as they are."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What the batches follow from, by config key: a checkpoint is not continued with other ones."""
 
 
 @dataclass(frozen=True)

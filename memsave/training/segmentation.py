@@ -5,6 +5,7 @@ is the mean over its regions of soft Dice loss plus binary cross-entropy, in flo
 segmented by a sliding window and scored by Dice and HD95 per region.
 """
 
+import hashlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -54,6 +55,12 @@ class Segmentation:
     def size(self) -> int:
         """Training cases."""
         return len(self.crops.volumes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the training cases' names and files' sizes, and of the crops' size."""
+        cases = [(case.id, [path.stat().st_size for path in case.images]) for case in self.crops.volumes.cases]
+        return hashlib.sha256(repr((cases, list(self.crop_size))).encode()).hexdigest()[:16]
 
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
         """A crop of each of these cases; for none, images (0, 4, 1, 1, 1)."""

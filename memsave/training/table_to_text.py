@@ -4,6 +4,7 @@ One example is one table with its sentence; its loss is the mean over its own ta
 Held out are the perplexity per target token, and BLEU and ROUGE-L of sentences written by beam search.
 """
 
+import hashlib
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ class TableToText:
     def size(self) -> int:
         """Training examples."""
         return len(self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the training tokens."""
+        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
 
     def batches(self, *, start: int) -> Generator[Batch]:
         """Shuffled anew in each epoch, of which the last batch runs into the next; input_ids, labels, ... (B, T)."""

@@ -24,6 +24,10 @@ class Task(Protocol):
     def size(self) -> int:
         """Training examples."""
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the training examples, and of whatever else batches follow from but seed and batch size."""
+
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
         """The training examples of these indices, none perhaps, as step number `step` sees them."""
 
