@@ -226,7 +226,13 @@ class TrainerConfig:
     device: str = "auto"
     """auto (a GPU where there is one) | cpu | cuda | cuda:1 ..."""
     precision: str = "float32"
-    """float32 | bfloat16 (autocast; the reversible stream stays in float32)."""
+    """float32 | bfloat16 | float16 on CUDA, with loss scaling (autocast; the reversible stream stays in float32)."""
+    ema: float = 0.0
+    """Decay of an average of the weights, such as 0.999, which is evaluated and released; 0 keeps none."""
+    patience: int = 0
+    """Evaluations without a better score after which training stops; 0 never stops early."""
+    tensorboard: bool = False
+    """Write events for TensorBoard, too, into tensorboard/ (needs the extra tensorboard)."""
     evaluate_every: int = 0
     """Steps between evaluations on what is held out; 0 evaluates at the end."""
     evaluate_first: bool = False

@@ -48,6 +48,7 @@ def check(config: Config) -> None:
             above = "" if limit == MOST else f" and at most {limit:g}"
             raise ConfigError(f"{key} is {number}; it must be at least {least:g}{above}")
     _check_data(config.data)
+    _check_together(config)
     if config.budget is not None:
         try:
             parse_bytes(config.budget)
@@ -55,6 +56,20 @@ def check(config: Config) -> None:
             raise ConfigError(f"budget: {error}") from error
     if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
         raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
+
+
+def _check_together(config: Config) -> None:
+    """What is valid by itself and not in company."""
+    trainer, private = config.trainer, isinstance(config.privacy, GhostPrivacy)
+    if trainer.patience and not trainer.evaluate_every:
+        raise ConfigError("trainer.patience counts evaluations; give trainer.evaluate_every, too")
+    if trainer.patience and private:
+        raise ConfigError(
+            "trainer.patience would choose the model by private validation scores, which no epsilon accounts for; "
+            "give trainer.patience=0"
+        )
+    if trainer.precision == "float16" and private:
+        raise ConfigError("trainer.precision=float16 scales losses, which clipping would undo; give bfloat16")
 
 
 def closest(word: str, names: Iterable[str]) -> str:
@@ -78,7 +93,7 @@ def _choices(config: Config) -> Iterator[Choice]:
     trainer, privacy = config.trainer, config.privacy
     yield "task", config.task, tuple(TASKS)
     yield "memory.mode", config.memory.mode, MODES
-    yield "trainer.precision", trainer.precision, ("float32", "bfloat16")
+    yield "trainer.precision", trainer.precision, ("float32", "bfloat16", "float16")
     yield "trainer.optimizer.name", trainer.optimizer.name, ("adamw", "sgd")
     yield "trainer.optimizer.schedule", trainer.optimizer.schedule, ("cosine", "constant")
     for mode in config.profiler.compare:
@@ -100,6 +115,8 @@ def _numbers(config: Config) -> Iterator[Number]:
         ("trainer.epochs", 1 if trainer.epochs is None else trainer.epochs, 0.001, MOST),
         ("trainer.batch_size", trainer.batch_size, 1, MOST),
         ("trainer.micro_batch_size", 1 if trainer.micro_batch_size is None else trainer.micro_batch_size, 1, MOST),
+        ("trainer.ema", trainer.ema, 0, 0.999999),
+        ("trainer.patience", trainer.patience, 0, MOST),
         ("trainer.seed", trainer.seed, 0, MOST),
         ("trainer.evaluate_every", trainer.evaluate_every, 0, MOST),
         ("trainer.checkpoint_every", trainer.checkpoint_every, 1, MOST),

@@ -151,6 +151,7 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
         return "failed", 1, str(error)
     if isinstance(error, ModuleNotFoundError):
         extra = "brats" if config.task == "segmentation" else "lm"
+        extra = "tensorboard" if error.name == "tensorboard" else extra
         return (
             "failed",
             2,

@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from memsave.compose import compose
 from memsave.run import execute
@@ -159,6 +161,95 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys)
     _, resumed, folder = run("trainer.steps=3", "model.dropout=0.2", resume, name="resumed")
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] == curve[2]
     assert resumed["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("trainer.batch_size=1", r"another trainer.batch_size \(2, here 1\)"),
+        ("trainer.seed=5", r"another trainer.seed \(0, here 5\)"),
+        ("data.seed=3", "another set of training data"),
+        ("data.crop_size=[8,16,16]", "another set of training data"),
+    ],
+)
+def test_a_run_is_continued_on_the_same_batches_alone(run, change, words):
+    _, _, first = run("trainer.steps=2", "trainer.batch_size=2", name="first")
+    code, result, _ = run(
+        "trainer.steps=3", "trainer.batch_size=2", f"trainer.resume={first / 'checkpoint'}", change, name="other"
+    )
+    assert code == 2
+    assert re.search(f"{words}.*the batches follow from it; continue with the same", result["error"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
+    from memsave.training import checkpoint
+
+    original, calls = checkpoint.save, []
+
+    def save(state, folder):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        original(state, folder)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    code, result, folder = run("trainer.steps=3", "trainer.checkpoint_every=1")
+    assert (code, result["status"]) == (1, "failed")
+    assert "cannot be written" in result["error"] and f"trainer.resume={folder / 'checkpoint'}" in result["error"]
+    assert not (folder / "error.txt").exists()
+
+
+def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):
+    from memsave.training.segmentation import Segmentation
+
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(Segmentation, "evaluate", lambda self, model: {"dice": next(scores)})
+    monkeypatch.setattr(Segmentation, "summary", lambda self, scores: "")
+    monkeypatch.setattr(Segmentation, "show", lambda self, folder: [])
+    code, _, folder = run("trainer.steps=9", "trainer.evaluate_every=1", "trainer.patience=2")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]  # best at 2, and two more
+    assert json.loads((folder / "checkpoint" / "state.json").read_text())["best"] == [0.3, 2]
+
+
+def test_the_average_is_what_is_released(run):
+    from safetensors.torch import load_file
+
+    code, _, folder = run("trainer.steps=3", "trainer.ema=0.9")
+    assert code == 0
+    released, last = (
+        load_file(folder / "model" / "model.safetensors"),
+        load_file(folder / "checkpoint" / "model.safetensors"),
+    )
+    average = load_file(folder / "checkpoint" / "optimizer.safetensors")
+    for name, tensor in released.items():
+        assert torch.equal(tensor, average[f"ema/{name}"])
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in released.items())
+
+
+def test_tensorboard_has_the_losses(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result, folder = run("trainer.steps=2", "trainer.tensorboard=true")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert events.Scalars("loss")[-1].value == pytest.approx(result["metrics"]["loss"], rel=1e-6)
+    assert events.Scalars("dice")[-1].value == pytest.approx(result["metrics"]["dice"], rel=1e-6)
+
+
+def test_float16_is_for_cuda(run):
+    code, result, _ = run("trainer.precision=float16", "trainer.device=cpu")
+    assert (code, result["error"]) == (
+        2,
+        "trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU",
+    )
 
 
 def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):

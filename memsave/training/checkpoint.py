@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memsave.training.loop import State
 from memsave.training.random_state import get_random_state, set_random_state
 
-RANDOM, PRIVATE, PREVIOUS = "random/", "private/", ".previous"
+RANDOM, PRIVATE, EMA, PREVIOUS = "random/", "private/", "ema/", ".previous"
 SECRET = """This folder is as secret as the training data: it holds the state of the generators that noise and batches
 are drawn from. What may be handed on is the folder model/.
 """
@@ -46,6 +46,8 @@ def save(state: State, folder: Path) -> None:
         "optimizer": type(state.optimizer).__name__,
         "numbers": numbers,
         "identity": state.identity,
+        "best": state.best,
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "private": None,
     }
     if state.private is not None:
@@ -53,7 +55,8 @@ def save(state: State, folder: Path) -> None:
         generators = {PRIVATE + key: private.pop(key) for key in list(private) if isinstance(private[key], Tensor)}
         content["private"], tensors = private, {**tensors, **generators}
         (new / "SECRET.txt").write_text(SECRET)
-    save_file({**tensors, **random}, new / "optimizer.safetensors")
+    average = {} if state.ema is None else {EMA + name: tensor for name, tensor in state.ema.average.items()}
+    save_file({**tensors, **average, **random}, new / "optimizer.safetensors")
     (new / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     for path in (*new.iterdir(), new):
         _flush(path)
@@ -73,7 +76,7 @@ def load(state: State, folder: Path) -> None:
     try:
         content = json.loads((folder / "state.json").read_text())
         step, optimizer, numbers = content["step"], content["optimizer"], content["numbers"]
-        private, identity = content["private"], content["identity"]
+        private, identity, best = content["private"], content["identity"], content["best"]
         model = load_file(folder / "model.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -105,6 +108,13 @@ def load(state: State, folder: Path) -> None:
     if state.private is not None:
         state.private.load_state_dict({**private, **generators})
     state.model.load_state_dict(model, strict=False)  # tied parameters have one name of several
+    average = {key.removeprefix(EMA): tensors.pop(key) for key in list(tensors) if key.startswith(EMA)}
+    if state.ema is not None:
+        for name, tensor in state.ema.average.items():
+            tensor.copy_(average.get(name, model.get(name, tensor)))
+    if state.scaler is not None and content["scaler"]:
+        state.scaler.load_state_dict(content["scaler"])
+    state.best = None if best is None else (best[0], best[1])
     random = {key.removeprefix(RANDOM): tensors.pop(key) for key in list(tensors) if key.startswith(RANDOM)}
     set_random_state(state.model, random)
     _restore_optimizer(state, tensors, numbers)

@@ -17,11 +17,11 @@ from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_b
 from memsave.training import checkpoint
 from memsave.training.budget import OverBudget, over_budget
 from memsave.training.interrupt import asked_to_stop
-from memsave.training.loop import State, make_state, run_steps
+from memsave.training.log import RunLog
+from memsave.training.loop import State, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
 from memsave.training.private import make_private, write_statement
 from memsave.training.progress import Progress
-from memsave.training.result import append_line
 from memsave.training.task import Task
 
 
@@ -29,6 +29,8 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
     """Train, evaluate, measure and draw into `folder`; returns `metrics`, `memory` and `privacy` of `result.json`."""
     torch.manual_seed(config.trainer.seed)
     device = choose_device(config.trainer.device)
+    if config.trainer.precision == "float16" and device.type != "cuda":
+        raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
     task, model = make_task(config, device, tokenizer), model.to(device)
@@ -46,17 +48,19 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
             raise ConfigError(f"trainer.steps is {config.trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {config.trainer.steps}")
 
-    first = _evaluate_first(config, state, task, folder, progress=progress)
+    log = RunLog(folder, tensorboard=config.trainer.tensorboard)
+    first = _evaluate_first(config, state, task, log, progress=progress)
     measured = _compare(config, state, task, progress=progress)
     watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
-        loss, scores = _train(config, state, task, folder, watch=watch, progress=progress)
+        loss, scores = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
     except OverBudget as stop:
         stop.memory = _write_memory(config, folder, watch.last, measured)
         raise
     memory = _write_memory(config, folder, watch.worst, measured)
     task.show(folder)
-    task.release(model, folder / "model")
+    with averaged(state):
+        task.release(model, folder / "model")
     for line in _last_lines(config, task, scores, measured):
         progress.say(line)
     spent = write_statement(config, state, task, folder, progress=progress)
@@ -156,13 +160,13 @@ class Watch:
             self.worst = report
 
 
-def _evaluate_first(config: Config, state: State, task: Task, folder: Path, *, progress: Progress) -> dict[str, float]:
+def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:
     """The scores before the first step, by names that end in _before."""
     if not config.trainer.evaluate_first or state.step:
         return {}
     progress.say("evaluating before training")
     before = {f"{name}_before": score for name, score in task.evaluate(state.model).items()}
-    append_line(folder / "metrics.jsonl", {"step": state.step, **before})
+    log.write({"step": state.step, **before})
     return before
 
 
@@ -182,30 +186,49 @@ def _compare(config: Config, state: State, task: Task, *, progress: Progress) ->
 
 
 def _train(
-    config: Config, state: State, task: Task, folder: Path, *, watch: Watch, progress: Progress
+    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: Watch, progress: Progress
 ) -> tuple[float | None, dict[str, float]]:
     """Take the steps, log them, leave checkpoints; returns the last loss and the scores at the end."""
-    trainer, log = config.trainer, folder / "metrics.jsonl"
+    trainer = config.trainer
     loss: float | None = None  # when nothing was left to train
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
         for done in run_steps(state, task, trainer, watch=watch):
             loss = done.loss
-            append_line(log, asdict(done))
+            log.write(asdict(done))
             bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
-            stop, excess = stopping(), watch.excess(done.step)
-            if stop or excess or done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps:
+            stop, excess, patient = stopping(), watch.excess(done.step), True
+            if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
+                patient = _evaluate(config, state, task, log)
+            due = done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps
+            if due or stop or excess or not patient:
                 checkpoint.save(state, folder / "checkpoint")
             if stop:
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)
-            if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
-                append_line(log, {"step": done.step, **task.evaluate(state.model)})
+            if not patient:
+                score, step = state.best or (math.nan, 0)
+                progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
+                break
     progress.say("evaluating on what was held out")
     started = time.perf_counter()
-    scores = task.evaluate(state.model)
-    append_line(log, {"step": state.step, **scores, "seconds": time.perf_counter() - started})
+    with averaged(state):
+        scores = task.evaluate(state.model)
+    log.write({"step": state.step, **scores, "seconds": time.perf_counter() - started})
     return loss, scores
+
+
+def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:
+    """Score what is held out in the middle of a run; False when it has not become better for long enough."""
+    with averaged(state):
+        scores = task.evaluate(state.model)
+    log.write({"step": state.step, **scores})
+    name = task.goal.removeprefix("-")
+    score = -scores[name] if task.goal.startswith("-") else scores[name]
+    if state.best is None or score > state.best[0]:
+        state.best = score, state.step
+    evaluations = (state.step - state.best[1]) // config.trainer.evaluate_every
+    return not config.trainer.patience or evaluations < config.trainer.patience
 
 
 def _write_memory(

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from memsave.config import OptimizerConfig, TrainerConfig
 from memsave.privacy import PrivateGradients
+from memsave.training.ema import Ema
 from memsave.training.task import Batch, Task, examples, split
 
 
@@ -42,6 +44,12 @@ class State:
     """Optimizer steps taken."""
     private: PrivateGradients | None = None
     """How gradients are combined; None sums them as they are."""
+    ema: Ema | None = None
+    """The average of the weights that is evaluated and released, if there is one."""
+    scaler: GradScaler | None = None
+    """Scales losses so that float16 gradients do not vanish."""
+    best: tuple[float, int] | None = None
+    """(score, step) of the best evaluation so far, for early stopping."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What the batches follow from, by config key: a checkpoint is not continued with other ones."""
 
@@ -61,7 +69,9 @@ def make_state(model: nn.Module, config: TrainerConfig, *, private: PrivateGradi
     """A fresh optimizer and schedule for the model."""
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.optimizer, steps=config.steps)
-    return State(model, optimizer, schedule, private=private)
+    ema = Ema(model, decay=config.ema) if config.ema else None
+    scaler = GradScaler(next(model.parameters()).device.type) if config.precision == "float16" else None
+    return State(model, optimizer, schedule, private=private, ema=ema, scaler=scaler)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -108,13 +118,17 @@ def run_steps(
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with watch(state.step + 1):
-            loss = accumulate(state.model, task, batch, config, private=state.private)
+            loss = accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler)
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; lower trainer.optimizer.lr (now {lr:g}) and look at "
                     f"the data of that batch"
                 )
-            state.optimizer.step()
+            if state.scaler is None:
+                state.optimizer.step()
+            else:  # skipped, with a smaller scale from then on, where a gradient overflowed
+                state.scaler.step(state.optimizer)
+                state.scaler.update()
             state.optimizer.zero_grad(set_to_none=True)
             if state.private is not None and not all(bool(p.isfinite().all()) for p in state.model.parameters()):
                 raise TrainingError(
@@ -122,6 +136,8 @@ def run_steps(
                 )
         state.schedule.step()
         state.step += 1
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.step)
         yield StepResult(state.step, loss, lr, time.perf_counter() - started)
         if state.step == config.steps:
             return
@@ -137,7 +153,13 @@ def batches_of(state: State, task: Task) -> Iterator[Batch]:
 
 
 def accumulate(
-    model: nn.Module, task: Task, batch: Batch, config: TrainerConfig, *, private: PrivateGradients | None = None
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    config: TrainerConfig,
+    *,
+    private: PrivateGradients | None = None,
+    scaler: GradScaler | None = None,
 ) -> float | None:
     """Put the logical batch's gradient into `.grad`, micro-batch by micro-batch; returns its mean loss.
 
@@ -155,7 +177,7 @@ def accumulate(
                 f"per example"
             )
         if private is None:
-            total += backward(losses, count)
+            total += backward(losses, count, scaler=scaler)
         else:
             private.backward(losses)
             total += losses.detach().nan_to_num(0, 0, 0).sum().item()
@@ -164,17 +186,23 @@ def accumulate(
     return total / count if count else None
 
 
-def backward(losses: Tensor, count: int) -> float:
+def backward(losses: Tensor, count: int, *, scaler: GradScaler | None = None) -> float:
     """Plain gradients: of sum(losses) / count, the logical batch's size. Returns sum(losses)."""
     total = losses.sum()
-    (total / count).backward()
+    mean = total / count
+    (mean if scaler is None else scaler.scale(mean)).backward()
     return total.item()
 
 
 def autocast(model: nn.Module, precision: str) -> AbstractContextManager:
-    """bfloat16 by autocast on the model's device, or nothing."""
+    """bfloat16 or float16 by autocast on the model's device, or nothing."""
     kind = next(model.parameters()).device.type
-    return torch.autocast(kind, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    return nullcontext() if precision == "float32" else torch.autocast(kind, dtype=getattr(torch, precision))
+
+
+def averaged(state: State) -> AbstractContextManager:
+    """Within, the model has the averaged weights, where an average is kept."""
+    return nullcontext() if state.ema is None else state.ema.applied(state.model)
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class Segmentation:
         self.pictures: list[Picture] = []  # of the last evaluation
 
     unit = "one patient: all that is drawn of one case in a step has one loss"
+    goal = "dice"
 
     @property
     def size(self) -> int:
@@ -81,7 +82,7 @@ class Segmentation:
         return region_losses(model(batch["image"]), regions(batch["label"]))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The mean over the held-out cases of Dice and HD95 (mm) of each region."""
+        """The mean over the held-out cases of Dice and HD95 (mm) of each region, and of Dice over the regions."""
         scores, self.pictures = [], []
         for number in range(len(self.held_out)):
             volume = self.held_out[number]
@@ -92,7 +93,8 @@ class Segmentation:
             if len(self.pictures) < PICTURES:
                 image, spacing = volume["image"], volume["spacing"]
                 self.pictures.append(Picture(volume["id"], image, truth, prediction, spacing, scores[-1]))
-        return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+        mean = {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+        return {"dice": sum(mean[f"dice_{name}"] for name in REGIONS) / len(REGIONS), **mean}
 
     def show(self, folder: Path) -> list[Path]:
         """Draw cases of the last evaluation, truth beside prediction, as `overlay.png`."""

@@ -38,6 +38,7 @@ class TableToText:
     """Records to train on, tables to write about; implements `memsave.training.task.Task`."""
 
     unit = "one record: a table with its sentence"
+    goal = "-perplexity"
 
     def __init__(
         self,

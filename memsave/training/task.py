@@ -20,6 +20,9 @@ class Task(Protocol):
     unit: str
     """What one example is, and so what privacy would protect."""
 
+    goal: str
+    """The score to go by, of those of `evaluate`; with a minus where less is better."""
+
     @property
     def size(self) -> int:
         """Training examples."""

@@ -81,3 +81,24 @@ def test_a_mean_instead_of_losses_is_refused():
 
     with pytest.raises(TrainingError, match=r"shape \(\) for 6 examples; return one loss per example"):
         next(run_steps(make_state(line_model(), trainer()), Mean(), trainer()))
+
+
+def test_float16_losses_are_scaled_and_an_overflow_skips_the_step():
+    task, config = Lines(dtype=torch.float32), trainer(precision="float16")
+    state = make_state(line_model(torch.float32), config)
+    assert state.scaler is not None
+    scale = state.scaler.get_scale()
+    plain = make_state(line_model(torch.float32), trainer())
+    torch.manual_seed(1)
+    done = list(run_steps(state, task, config))
+    torch.manual_seed(1)
+    expected = list(run_steps(plain, task, trainer()))
+    for one, other in zip(done[:3], expected[:3], strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=0.02)  # and not 65536 times as large
+
+    before = [p.detach().clone() for p in state.model.parameters()]
+    state.step = 0
+    task.per_example_losses = lambda model, batch: 1e34 * Lines.per_example_losses(task, model, batch)
+    next(run_steps(state, task, config))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    assert state.scaler.get_scale() < scale

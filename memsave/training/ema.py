@@ -1,0 +1,49 @@
+"""An exponential moving average of the weights, which is evaluated and released in their place.
+
+    average <- d average + (1 - d) weights,    d = min(decay, (1 + t) / (10 + t)) after step t
+
+so that the first steps do not hang on to the random start (Polyak and Juditsky, 1992; the warm-up is TensorFlow's).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """The average of a model's trainable parameters, at one more copy of them."""
+
+    def __init__(self, model: nn.Module, *, decay: float):
+        if not 0 < decay < 1:
+            raise ValueError(f"decay is {decay}; give a number between 0 and 1, such as 0.999")
+        self.decay = decay
+        self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in _trainable(model)}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, step: int) -> None:
+        """Move towards the weights behind this step, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in _trainable(model):
+            self.average[name].lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Within, the model has the average for weights."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for name, parameter in _trainable(model):
+            own = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(own)
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
