@@ -146,6 +146,8 @@ class UNetModel:
     """add | concat."""
     squeeze_excitation: float = 0.0
     dropout: float = 0.0
+    deep_supervision: bool = False
+    """Train the coarser levels of the way up by heads of their own, whose losses count 1/2, 1/4, ... of the finest."""
     grid: float | None = None
     """Round the stream to multiples of it, such as 0.00006103515625 = 2^-14, so that it is rebuilt to the bit."""
 

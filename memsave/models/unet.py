@@ -38,6 +38,9 @@ class ReversibleUNet3d(nn.Module):
     `expansion`, `squeeze_excitation` and `dropout` are those of `MBConv3d`, `grid` is that of
     `ReversibleSequence`.
 
+    `deep_supervision` adds a head to each level of the way up between the finest and the coarsest, whose logits are
+    given in training, too.
+
     `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
     "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level.
     """
@@ -56,6 +59,7 @@ class ReversibleUNet3d(nn.Module):
         memory: str = "reversible",
         anchor_every: int | None = None,
         grid: float | None = None,
+        deep_supervision: bool = False,
     ):
         super().__init__()
         depths = _check_levels(channels, blocks, skip)
@@ -78,6 +82,8 @@ class ReversibleUNet3d(nn.Module):
         )
         self.decoder = nn.ModuleList(level(fine, depth) for (fine, _), depth in zip(steps, depths))
         self.head = nn.Conv3d(channels[0], out_channels, 1)
+        coarse = channels[1:-1] if deep_supervision else ()
+        self.side_heads = nn.ModuleList(nn.Conv3d(width, out_channels, 1) for width in coarse)
         self.memory = memory
 
     @property
@@ -94,11 +100,15 @@ class ReversibleUNet3d(nn.Module):
             if isinstance(module, ReversibleSequence):
                 module.recompute = mode == "reversible"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, D, H, W) to logits (B, out_channels, D, H, W)."""
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, D, H, W) to logits (B, out_channels, D, H, W); in training, with side heads, to a list.
+
+        The list has those logits first, then those of each coarser level of the way up, half as large each.
+        """
         x = self.stem(x.contiguous(memory_format=torch.channels_last_3d))
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        skips = []
+        skips: list[Tensor] = []
+        coarse: list[Tensor] = []
         for level, blocks in enumerate(self.encoder):
             x = self._run(blocks, x)
             if level < len(self.down):
@@ -107,7 +117,9 @@ class ReversibleUNet3d(nn.Module):
         for level in reversed(range(len(self.decoder))):
             x = self._rise(level, x, skips.pop())
             x = self._run(self.decoder[level], x)
-        return self.head(x)
+            if self.training and 0 < level <= len(self.side_heads):
+                coarse.insert(0, self.side_heads[level - 1](x))
+        return [self.head(x), *coarse] if coarse else self.head(x)
 
     def _rise(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
         """From the level below to this one: (B, 2C, D/2, ...) and the skip (B, C, D, ...) to (B, C, D, ...)."""

@@ -79,7 +79,8 @@ class Segmentation:
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses of image (B, 4, D, H, W) against label (B, 1, D, H, W)."""
-        return region_losses(model(batch["image"]), regions(batch["label"]))
+        logits, target = model(batch["image"]), regions(batch["label"])
+        return region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The mean over the held-out cases of Dice and HD95 (mm) of each region, and of Dice over the regions."""
@@ -124,6 +125,18 @@ def region_losses(logits: Tensor, target: Tensor) -> Tensor:
     dice = (2 * overlap + SMOOTH) / (probability.sum(2) + target.sum(2) + SMOOTH)  # (B, 3)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(2)  # (B, 3)
     return (1 - dice + entropy).mean(1)
+
+
+def supervised_losses(levels: Sequence[Tensor], target: Tensor) -> Tensor:
+    """`region_losses` of logits at several resolutions, finest first, averaged with weights 1, 1/2, 1/4, ...: (B,).
+
+    A coarser target is the nearest voxel of the finest one (Isensee et al., "nnU-Net", 2021).
+    """
+    total = target.new_zeros(len(target), dtype=torch.float32)
+    for number, logits in enumerate(levels):
+        nearest = F.interpolate(target.float(), size=logits.shape[2:], mode="nearest")
+        total = total + 0.5**number * region_losses(logits, nearest)
+    return total / sum(0.5**number for number in range(len(levels)))
 
 
 def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: float = 0.5) -> Tensor:

@@ -23,6 +23,7 @@ def step(net, x, mode):
     net.zero_grad()
     torch.manual_seed(2)
     y = net(x)
+    y = y if isinstance(y, torch.Tensor) else torch.cat([each.flatten() for each in y])
     y.square().mean().backward()
     return y.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}, torch.rand(2)
 
@@ -36,8 +37,9 @@ def step(net, x, mode):
         {"dropout": 0.3},
         {"blocks": (1, 2, 3)},
         {"grid": 2**-14},
+        {"deep_supervision": True},
     ],
-    ids=["plain", "concat", "gate", "dropout", "depths", "grid"],
+    ids=["plain", "concat", "gate", "dropout", "depths", "grid", "deep supervision"],
 )
 def test_memory_modes_are_one_function(options):
     net, x = network(**options), volume(8, 9, 7)
@@ -85,6 +87,16 @@ def test_a_stream_on_a_grid_has_the_stored_gradients_to_the_bit_under_autocast()
 def test_every_size_has_logits_of_its_size(size, skip):
     x = volume(*size, batch=1)
     assert network(skip=skip)(x).shape == (1, 3, *size)
+
+
+def test_side_heads_are_for_training():
+    net = network(channels=(4, 8, 8, 8), deep_supervision=True)
+    levels = net(volume(16, 12, 9))
+    assert [tuple(each.shape[1:]) for each in levels] == [(3, 16, 12, 9), (3, 8, 6, 5), (3, 4, 3, 3)]
+    assert net.eval()(volume(16, 12, 9)).shape == (2, 3, 16, 12, 9)
+    plain = network(channels=(4, 8, 8, 8)).eval()
+    plain.load_state_dict({key: value for key, value in net.state_dict().items() if "side" not in key})
+    assert torch.equal(plain(volume(8, 8, 8)), net(volume(8, 8, 8)))
 
 
 def test_checkpoints_are_interchangeable():

@@ -8,7 +8,7 @@ import torch
 from memsave.compose import compose, to_objects
 from memsave.training.experiment import make_model, make_task
 from memsave.training.loop import make_state, run_steps
-from memsave.training.segmentation import predict, region_losses
+from memsave.training.segmentation import predict, region_losses, supervised_losses
 
 TINY = [
     "experiment=brats_rev",
@@ -64,3 +64,15 @@ def test_prediction_covers_the_whole_volume(tiny):
     image = torch.randn(4, 20, 33, 18)
     assert predict(model, image, window=(16, 16, 16)).shape == (3, 20, 33, 18)
     assert model.training
+
+
+def test_coarser_levels_count_half_as_much_each():
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(2, 3, size, size, size, generator=generator) for size in (8, 4, 2)]
+    target = torch.rand(2, 3, 8, 8, 8, generator=generator) > 0.7
+    expected = sum(
+        weight * region_losses(logits, target[..., ::step, ::step, ::step])
+        for logits, weight, step in zip(levels, (4, 2, 1), (1, 2, 4), strict=True)
+    )
+    torch.testing.assert_close(supervised_losses(levels, target), expected / 7)
+    torch.testing.assert_close(supervised_losses(levels[:1], target), region_losses(levels[0], target))
