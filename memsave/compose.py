@@ -7,6 +7,7 @@
 from collections.abc import Sequence
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -21,8 +22,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
+from yaml import YAMLError
 
-from memsave.config import GROUPS, Config, ConfigError, conf_dir, register
+from memsave.config import GROUPS, SCHEMAS, Config, ConfigError, conf_dir, register
 from memsave.config_checks import check, closest
 
 
@@ -57,6 +59,23 @@ def to_objects(config: DictConfig) -> Config:
     assert isinstance(plain, Config)
     check(plain)
     return plain
+
+
+def load(path: Path) -> Config:
+    """The config that a run left as `config.yaml`; ConfigError where it is none."""
+    try:
+        found = OmegaConf.load(path)
+        if not isinstance(found, DictConfig):
+            raise ValueError("it is a list")
+        config = OmegaConf.structured(Config)
+        for group in GROUPS[1:]:
+            kind = found[group].get("kind", group)
+            schema = SCHEMAS[group, group if (group, kind) not in SCHEMAS else kind]
+            config[group] = OmegaConf.merge(OmegaConf.structured(schema), found[group])
+        rest = {key: value for key, value in found.items() if key not in GROUPS}
+        return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
+    except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path} is no config of a run ({_first_line(error)}); name a run's folder") from error
 
 
 def _refuse_added_keys(config: DictConfig, path: str = "") -> None:

@@ -271,25 +271,29 @@ class Config:
     """Live memory that no training step may exceed, such as 16GiB; every step is then recorded."""
 
 
+SCHEMAS: dict[tuple[str, str], type] = {
+    ("data", "phantom"): PhantomData,
+    ("data", "brats"): BratsData,
+    ("data", "visits"): VisitsData,
+    ("data", "e2e"): E2EData,
+    ("model", "rev_unet"): UNetModel,
+    ("model", "small_gpt2"): SmallGPT2,
+    ("model", "language"): LanguageModel,
+    ("model", "smollm2"): SmolLM2,
+    ("memory", "memory"): MemoryConfig,
+    ("privacy", "privacy"): PrivacyConfig,
+    ("privacy", "ghost"): GhostPrivacy,
+    ("trainer", "trainer"): TrainerConfig,
+    ("profiler", "profiler"): ProfilerConfig,
+}
+"""By group and name; of a group with kinds the name is the kind, `privacy` standing for none."""
+
+
 def register() -> None:
     """Make the schemas known to Hydra, by the names that `conf/` starts from."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for group, name, node in (
-        ("data", "phantom", PhantomData),
-        ("data", "brats", BratsData),
-        ("data", "visits", VisitsData),
-        ("data", "e2e", E2EData),
-        ("model", "rev_unet", UNetModel),
-        ("model", "small_gpt2", SmallGPT2),
-        ("model", "language", LanguageModel),
-        ("model", "smollm2", SmolLM2),
-        ("memory", "memory", MemoryConfig),
-        ("privacy", "privacy", PrivacyConfig),
-        ("privacy", "ghost", GhostPrivacy),
-        ("trainer", "trainer", TrainerConfig),
-        ("profiler", "profiler", ProfilerConfig),
-    ):
+    for (group, name), node in SCHEMAS.items():
         store.store(group=group, name=f"{name}_schema", node=node)
 
 

@@ -1,8 +1,9 @@
 """Every experiment composes, and every mistake is answered in one sentence."""
 
 import pytest
+from omegaconf import OmegaConf
 
-from memsave.compose import compose, to_objects
+from memsave.compose import compose, load, to_objects
 from memsave.config import ConfigError, conf_dir
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -84,3 +85,20 @@ def test_a_language_model_has_no_reversible_mode():
         compose(["experiment=gpt2_dp", "memory=reversible"])
     with pytest.raises(ConfigError, match=r"data\.root is not given.*data\.root=/my/e2e"):
         compose(["experiment=gpt2_dp_e2e"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["experiment=brats_rev", "model.blocks=[2,1,1]"], ["experiment=gpt2_dp"], ["experiment=gpt2_dp", "privacy=none"]],
+)
+def test_what_a_run_leaves_is_read_again(tmp_path, overrides):
+    config = compose(overrides)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    assert load(tmp_path / "config.yaml") == to_objects(config)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: 3", "{:", ""])
+def test_what_no_run_left_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"is no config of a run \(.*\); name a run's folder"):
+        load(tmp_path / "config.yaml")
