@@ -29,8 +29,25 @@ class SegmentationData:
     """Folder of the cases; for phantoms, of their cache."""
     crop_size: list[int] = field(default_factory=lambda: [48, 48, 48])
     """Voxels of a training crop."""
+    crops_per_case: int = 1
+    """Crops of one case in a step; together they are one example, with one loss."""
+    foreground: float = 0.3333
+    """Share of the crops that are centred on tumour."""
+    augmentation: str = "light"
+    """light (flips, scale, shift) | full (rotations, zoom, noise, blur and gamma, too)."""
+    spacing: list[float] | None = None
+    """Millimetres of a voxel that volumes are resampled to, as in [1,1,1]; null leaves them as they are."""
     validation_fraction: float = 0.2
     """Share of the cases that are held out, by case."""
+    folds: int | None = None
+    """Given, fold number `fold` of so many is held out instead."""
+    fold: int = 0
+    split_file: str | None = None
+    """Given, a JSON or CSV file says which cases train and which are held out."""
+    lesion_wise: bool = False
+    """Score lesion by lesion, too, as BraTS 2023 does."""
+    smallest_et: int = 0
+    """An enhancing region of fewer predicted voxels is taken for none."""
     split_seed: int = 0
     workers: int = 1
     """Threads that load ahead of training; 0 loads in between."""
@@ -51,9 +68,19 @@ class PhantomData(SegmentationData):
 
 @dataclass
 class BratsData(SegmentationData):
-    """Cases in the folder layout of BraTS 2018-2021: ID/ID_{t1,t1ce,t2,flair,seg}.nii.gz."""
+    """Cases of a challenge, or of one's own, in one of the layouts of `memsave.data.layouts`."""
 
     kind: str = "brats"
+    layout: str = "brats2021"
+    """brats2018 ... brats2021 | brats2023 | brats2024 | msd | folder."""
+    scheme: str | None = None
+    """What the labels mean: brats2021 | brats2023 | brats2024 | brats2024_rc | msd | binary; null: as the layout."""
+    modalities: list[str] | None = None
+    """Which ones, in which order; null: all of the layout's. For layout=folder, what the files' names end in."""
+    check: str = "labels"
+    """What of every case is read before training, to name its faults: labels (and headers) | all | none."""
+    mask: str | None = None
+    """For layout=folder, what the mask's name ends in; null: seg, label or mask."""
 
 
 @dataclass

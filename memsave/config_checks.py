@@ -18,6 +18,7 @@ from memsave.config import (
     TextData,
     UNetModel,
 )
+from memsave.data.layouts import LAYOUTS, SCHEMES
 from memsave.profiler import parse_bytes
 
 MODES = ("stored", "checkpoint", "reversible")
@@ -81,6 +82,12 @@ def closest(word: str, names: Iterable[str]) -> str:
 def _check_data(data: Any) -> None:
     if isinstance(data, SegmentationData) and len(data.crop_size) != 3:
         raise ConfigError(f"data.crop_size is {data.crop_size}; give three numbers, as in data.crop_size=[48,48,48]")
+    if isinstance(data, SegmentationData) and data.spacing is not None and len(data.spacing) != 3:
+        raise ConfigError(f"data.spacing is {data.spacing}; give three numbers, as in data.spacing=[1,1,1]")
+    if isinstance(data, SegmentationData) and data.folds is not None and not data.fold < data.folds:
+        raise ConfigError(f"data.fold is {data.fold} of {data.folds} folds; give one from 0 to {data.folds - 1}")
+    if isinstance(data, SegmentationData) and data.folds is not None and data.split_file is not None:
+        raise ConfigError("data.folds and data.split_file both say what is held out; give one of the two")
     if isinstance(data, PhantomData) and len(data.size) != 3:
         raise ConfigError(f"data.size is {data.size}; give three numbers, as in data.size=[96,96,80]")
     if isinstance(data, BratsData) and not data.root:
@@ -100,6 +107,12 @@ def _choices(config: Config) -> Iterator[Choice]:
         yield "profiler.compare", mode, MODES
     for name in KINDS:  # a kind is chosen by choosing the group's option, which brings the schema along
         yield f"{name}.kind", getattr(config, name).kind, (type(getattr(config, name)).kind,)
+    if isinstance(config.data, SegmentationData):
+        yield "data.augmentation", config.data.augmentation, ("light", "full")
+    if isinstance(config.data, BratsData):
+        yield "data.check", config.data.check, ("labels", "all", "none")
+        yield "data.layout", config.data.layout, tuple(LAYOUTS)
+        yield "data.scheme", config.data.scheme, (None, *SCHEMES)
     if isinstance(config.model, UNetModel):
         yield "model.skip", config.model.skip, ("add", "concat")
     if isinstance(privacy, GhostPrivacy):
@@ -139,6 +152,12 @@ def _numbers(config: Config) -> Iterator[Number]:
 
 def _data_numbers(data: Any) -> Iterator[Number]:
     if isinstance(data, SegmentationData):
+        yield "data.crops_per_case", data.crops_per_case, 1, MOST
+        yield "data.foreground", data.foreground, 0, 1
+        yield "data.folds", 2 if data.folds is None else data.folds, 2, MOST
+        yield "data.fold", data.fold, 0, MOST
+        yield "data.smallest_et", data.smallest_et, 0, MOST
+        yield from (("data.spacing", mm, 1e-3, MOST) for mm in data.spacing or ())
         yield "data.validation_fraction", data.validation_fraction, 0.001, 0.999
         yield "data.split_seed", data.split_seed, 0, MOST
         yield "data.workers", data.workers, 0, MOST

@@ -45,6 +45,7 @@ def test_one_run_leaves_its_result(tmp_path):
         "memory.png",
         "model",
         "overlay.png",
+        "scores.csv",
         "checkpoint",
     }
     result = json.loads((folder / "result.json").read_text())

@@ -39,13 +39,18 @@ def hd95(prediction: torch.Tensor, target: torch.Tensor, *, spacing: Sequence[fl
 
 
 def region_scores(
-    prediction: torch.Tensor, target: torch.Tensor, *, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    regions: Sequence[str] = REGIONS,
 ) -> dict[str, float]:
-    """`dice_*` and `hd95_*` for each of REGIONS from boolean masks of shape (3, X, Y, Z)."""
+    """`dice_*` and `hd95_*` for each of R `regions` from boolean masks of shape (R, X, Y, Z)."""
     _check_masks(prediction, target)
-    if prediction.dim() != 4 or len(prediction) != len(REGIONS):
-        raise ValueError(f"region_scores() got masks of shape {tuple(prediction.shape)}: pass (3, X, Y, Z).")
-    pairs = list(zip(REGIONS, prediction, target))
+    if prediction.dim() != 4 or len(prediction) != len(regions):
+        shape = tuple(prediction.shape)
+        raise ValueError(f"region_scores() got masks of shape {shape}: pass ({len(regions)}, X, Y, Z).")
+    pairs = list(zip(regions, prediction, target))
     scores = {f"dice_{name}": dice(mask, truth) for name, mask, truth in pairs}
     return scores | {f"hd95_{name}": hd95(mask, truth, spacing=spacing) for name, mask, truth in pairs}
 

@@ -1,26 +1,38 @@
-"""What happens to a case before the network sees it, as MONAI transforms.
+"""What happens to a case before the network sees it: MONAI transforms, and resampling.
 
-Both take and return dictionaries with "image" (4, X, Y, Z) float32 and "label" (1, X, Y, Z) uint8.
+The transforms take and return dictionaries with "image" (C, X, Y, Z) float32 and "label" (1, X, Y, Z) uint8.
 `preprocess` is deterministic: crop to the brain, then z-score each modality over its nonzero voxels (MR intensities
-have no unit, so each scan needs its own scale). `augment` draws a crop, of which a fraction is centred on tumour, and
-flips and rescales it.
+have no unit, so each scan needs its own scale). `augment` draws crops, of which a fraction is centred on a labelled
+voxel, and flips and rescales them; augmentation "full" also rotates, zooms, blurs, and adds noise and gamma.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from monai.transforms import (
     Compose,
     CropForegroundd,
+    MapTransform,
     NormalizeIntensityd,
+    RandAdjustContrastd,
     RandCropByPosNegLabeld,
     RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandomizableTransform,
     RandScaleIntensityd,
     RandShiftIntensityd,
     SpatialPadd,
 )
+from torch.nn import functional as F
+
+from memsave.data.errors import DataError
 
 KEYS = ("image", "label")
 START, END = "foreground_start_coord", "foreground_end_coord"
+AUGMENTATIONS = ("light", "full")
 
 
 def preprocess() -> Compose:
@@ -41,20 +53,126 @@ def preprocess() -> Compose:
     )
 
 
-def augment(crop_size: Sequence[int], *, foreground: float = 1 / 3, intensity: float = 0.1) -> Compose:
-    """One random crop of `crop_size`, zero-padded where the volume is smaller, flipped on each axis half of the time.
+def augment(
+    crop_size: Sequence[int],
+    *,
+    foreground: float = 1 / 3,
+    intensity: float = 0.1,
+    augmentation: str = "light",
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    count: int = 1,
+) -> Compose:
+    """`count` random crops of `crop_size`, zero-padded where the volume is smaller; each axis flipped half of the time.
 
-    `foreground` is the fraction of crops centred on a tumour voxel; intensities are scaled by 1 +- `intensity` and
-    shifted by up to as much.
+    `foreground` is the fraction of crops centred on a labelled voxel; intensities are scaled by 1 +- `intensity` and
+    shifted by up to as much. "full" adds, each to a part of the crops: rotations of up to 15 degrees about every axis
+    with a zoom of 0.85 to 1.15, in millimetres of voxels of `spacing`; Gaussian noise of a standard deviation up to
+    0.1; blur of 0.5 to 1 voxels; gamma of 0.7 to 1.5 with mean and standard deviation kept. The kinds follow nnU-Net
+    (Isensee et al., Nature Methods 2021), in smaller doses.
     """
+    if augmentation not in AUGMENTATIONS:
+        raise DataError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
+    full = augmentation == "full"
+    blur = (0.5, 1.0)
+    geometry = [RandRotateZoomd({"image": "bilinear", "label": "nearest"}, spacing=spacing, prob=0.3)]
+    distortion = [
+        RandGaussianNoised("image", prob=0.15, std=0.1),
+        RandGaussianSmoothd("image", prob=0.15, sigma_x=blur, sigma_y=blur, sigma_z=blur),
+    ]
     return Compose(
         [
             SpatialPadd(KEYS, spatial_size=crop_size),
             RandCropByPosNegLabeld(
-                KEYS, label_key="label", spatial_size=crop_size, pos=foreground, neg=1 - foreground, num_samples=1
+                KEYS, label_key="label", spatial_size=crop_size, pos=foreground, neg=1 - foreground, num_samples=count
             ),
+            *(geometry if full else []),
             *(RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in range(3)),
+            *(distortion if full else []),
             RandScaleIntensityd("image", factors=intensity, prob=1.0),
             RandShiftIntensityd("image", offsets=intensity, prob=1.0),
+            *([RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5), retain_stats=True)] if full else []),
         ]
     )
+
+
+class RandRotateZoomd(RandomizableTransform, MapTransform):
+    """Rotate about the middle and zoom, in millimetres: a sphere stays one on voxels of any `spacing`.
+
+    `modes` is the interpolation of each key; what comes from outside of the volume is zero, as behind the skull.
+    """
+
+    def __init__(
+        self,
+        modes: Mapping[str, str],
+        *,
+        spacing: Sequence[float],
+        prob: float,
+        degrees: float = 15,
+        zoom: float = 0.15,
+    ):
+        MapTransform.__init__(self, tuple(modes))
+        RandomizableTransform.__init__(self, prob)
+        self.modes = modes
+        self.spacing = spacing
+        self.degrees = degrees
+        self.zoom = zoom
+
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The volumes (C, x, y, z), rotated and zoomed alike, in the dtypes that they had."""
+        result = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return result
+        angles = [math.radians(angle) for angle in self.R.uniform(-self.degrees, self.degrees, 3)]
+        zoom = self.R.uniform(1 - self.zoom, 1 + self.zoom)
+        for key, mode in self.modes.items():
+            volume = result[key].as_subclass(torch.Tensor)
+            half = torch.tensor([n * mm / 2 for n, mm in zip(volume.shape[1:], self.spacing)], dtype=torch.float64)
+            # where in the input each output voxel comes from, in halves of the volume
+            matrix = torch.diag(1 / half) @ (rotation(angles) / zoom) @ torch.diag(half)
+            theta = F.pad(matrix.flip(0, 1), (0, 1))[None].float()  # torch counts the last axis first
+            grid = F.affine_grid(theta, [1, *volume.shape], align_corners=False)
+            sampled = F.grid_sample(volume[None].float(), grid, mode=mode, padding_mode="zeros", align_corners=False)
+            result[key] = sampled[0].to(volume.dtype)
+        return result
+
+
+def rotation(angles: Sequence[float]) -> torch.Tensor:
+    """The rotation (3, 3), float64, about x, then y, then z by these angles in radians."""
+    matrix = torch.eye(3, dtype=torch.float64)
+    for axis, angle in enumerate(angles):
+        first, second = (other for other in range(3) if other != axis)
+        turn = torch.eye(3, dtype=torch.float64)
+        turn[first, first] = turn[second, second] = math.cos(angle)
+        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
+def grid_size(size: Sequence[int], *, spacing: Sequence[float], target: Sequence[float] | None) -> tuple[int, int, int]:
+    """The voxels of spacing `target` that cover as many millimetres as `size` voxels of `spacing`, to half a voxel."""
+    x, y, z = (max(1, round(n * mm / new)) for n, mm, new in zip(size, spacing, target or spacing))
+    return x, y, z
+
+
+def resample(
+    volume: torch.Tensor, *, size: Sequence[int], step: Sequence[float], nearest: bool = False
+) -> torch.Tensor:
+    """Resample (..., x, y, z) to (..., *size) about its middle, trilinearly or to the nearest voxel.
+
+    A voxel of the result is `step` voxels of `volume` wide on each axis. Beyond the outermost voxel centres the
+    outermost values go on. An axis that stays as it is stays so exactly.
+    """
+    for axis, (length, width) in enumerate(zip(size, step)):
+        dim, last = axis - 3, volume.shape[axis - 3] - 1
+        if length == last + 1 and math.isclose(width, 1, rel_tol=1e-4):
+            continue
+        at = torch.arange(length, dtype=torch.float64, device=volume.device)
+        at = ((at - (length - 1) / 2) * width + last / 2).clamp(0, last)
+        if nearest:
+            volume = volume.index_select(dim, at.round().long())
+            continue
+        low = at.floor().long()
+        weight = (at - low).to(volume.dtype).reshape(-1, *[1] * (2 - axis))
+        volume = torch.lerp(volume.index_select(dim, low), volume.index_select(dim, (low + 1).clamp(max=last)), weight)
+    return volume

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, ConfigError, MemoryConfig, TrainerConfig, UNetModel
+from memsave.config import Config, ConfigError, MemoryConfig, SegmentationData, TrainerConfig, UNetModel
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports
 from memsave.training import checkpoint
 from memsave.training.budget import OverBudget, over_budget
@@ -85,7 +85,7 @@ def choose_device(name: str) -> torch.device:
 def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.Module, Any]:
     """(the model that the config names, in its memory mode; its tokenizer, None for images)."""
     if isinstance(config.model, UNetModel):
-        return _unet(config.model, memory=config.memory), None
+        return _unet(config.model, config.data, memory=config.memory), None
     from memsave.training.language_models import language_model
 
     model, tokenizer = language_model(config.model, progress=progress or Progress())
@@ -108,15 +108,13 @@ def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Ta
     return TableToText(train, held_out, tokenizer, data=config.data, trainer=config.trainer, device=device)
 
 
-def _unet(model: UNetModel, *, memory: MemoryConfig) -> nn.Module:
+def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> nn.Module:
     from memsave.models import ReversibleUNet3d
-    from memsave.training.segmentation import IN_CHANNELS, OUT_CHANNELS
+    from memsave.training.segmentation import channels
 
     options = {key: value for key, value in asdict(model).items() if key != "kind"}
     try:
-        return ReversibleUNet3d(
-            IN_CHANNELS, OUT_CHANNELS, memory=memory.mode, anchor_every=memory.anchor_every, **options
-        )
+        return ReversibleUNet3d(*channels(data), memory=memory.mode, anchor_every=memory.anchor_every, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 

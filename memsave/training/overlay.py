@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from memsave.data.brats import MODALITIES, REGIONS
-
-COLOURS = {"wt": "#35b779", "tc": "#fde725", "et": "#e4572e"}
-NAMES = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing"}
+COLOURS = {"wt": "#35b779", "tc": "#fde725", "et": "#e4572e", "rc": "#5aa9e6", "lesion": "#35b779"}
+NAMES = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing", "rc": "resection cavity", "lesion": "lesion"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One case: image (4, X, Y, Z), truth and prediction (3, X, Y, Z), voxel size in mm, scores by name."""
+    """One case: image (C, X, Y, Z), truth and prediction (R, X, Y, Z), voxel size in mm, scores `dice_REGION` ..."""
 
     name: str
     image: Tensor
@@ -27,13 +25,23 @@ class Picture:
     prediction: Tensor
     spacing: Sequence[float]
     scores: dict[str, float]
+    modalities: Sequence[str]
+
+    @property
+    def regions(self) -> list[str]:
+        """The names of the regions."""
+        return [key.removeprefix("dice_") for key in self.scores if key.startswith("dice_")]
 
 
 def draw_overlay(pictures: Sequence[Picture], path: Path) -> None:
     """Write the PNG."""
     from matplotlib.figure import Figure
 
-    columns = [("T1ce", None), ("T1ce", "truth"), ("T1ce", "prediction"), ("FLAIR", "truth"), ("FLAIR", "prediction")]
+    modalities = pictures[0].modalities
+    first = "t1ce" if "t1ce" in modalities else modalities[0]
+    columns: list[tuple[str, str | None]] = [(first, None), (first, "truth"), (first, "prediction")]
+    if "flair" in modalities and first != "flair":
+        columns += [("flair", "truth"), ("flair", "prediction")]
     width, height = 2.6 * len(columns), 2.75 * len(pictures) + 0.9
     figure = Figure(figsize=(width, height), facecolor="black")
     grid = figure.subplots(len(pictures), len(columns), squeeze=False)
@@ -42,22 +50,23 @@ def draw_overlay(pictures: Sequence[Picture], path: Path) -> None:
         plane = _widest_plane(picture.truth[0] | picture.prediction[0])
         for axes, (modality, masks) in zip(row, columns, strict=True):
             axes.set_axis_off()
-            _draw_plane(axes, picture, plane=plane, modality=modality.lower(), masks=masks)
-        dice = "   ".join(f"{NAMES[name]} {picture.scores[f'dice_{name}']:.2f}" for name in REGIONS)
+            _draw_plane(axes, picture, plane=plane, modality=modality, masks=masks)
+        dice = "   ".join(f"{NAMES[name]} {picture.scores[f'dice_{name}']:.2f}" for name in picture.regions)
         row[0].set_title(
             f"{picture.name}, axial {plane}     Dice: {dice}", color="white", fontsize=9, loc="left", pad=4
         )
     for axes, (modality, masks) in zip(grid[-1], columns, strict=True):
-        label = modality if masks is None else f"{modality}, {masks}"
+        shown = {"t1ce": "T1ce"}.get(modality, modality.upper())
+        label = shown if masks is None else f"{shown}, {masks}"
         axes.text(0.5, -0.03, label, color="white", fontsize=9, ha="center", va="top", transform=axes.transAxes)
-    for number, name in enumerate(REGIONS):
+    for number, name in enumerate(pictures[0].regions):
         x = 0.62 + 0.13 * number
         figure.text(x, 1 - 0.2 / height, f"—  {NAMES[name]}", color=COLOURS[name], fontsize=9, va="center")
     figure.savefig(path, dpi=130, facecolor="black")
 
 
 def _draw_plane(axes, picture: Picture, *, plane: int, modality: str, masks: str | None) -> None:
-    image = _upright(picture.image[MODALITIES.index(modality), :, :, plane])
+    image = _upright(picture.image[picture.modalities.index(modality), :, :, plane])
     brain = image[image != 0]
     low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0.0, 1.0)
     aspect = picture.spacing[1] / picture.spacing[0]
@@ -68,7 +77,7 @@ def _draw_plane(axes, picture: Picture, *, plane: int, modality: str, masks: str
         _scale_bar(axes, millimetres=20, voxel=picture.spacing[0])
         return
     volumes = picture.truth if masks == "truth" else picture.prediction
-    for mask, name in zip(volumes, REGIONS, strict=True):
+    for mask, name in zip(volumes, picture.regions, strict=True):
         outline = _upright(mask[:, :, plane]).astype(float)
         if outline.any():
             # the core is drawn wider, so that it shows beside an enhancing rim on the same voxels

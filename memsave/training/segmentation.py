@@ -1,53 +1,64 @@
-"""Brain-tumour segmentation: the task behind `data=phantom` and `data=brats`.
+"""Segmentation of lesions in volumes: the task behind `data=phantom` and `data=brats`.
 
 The network gives one logit per region (WT, TC, ET overlap, so each is a yes or no of its own). The loss of an example
 is the mean over its regions of soft Dice loss plus binary cross-entropy, in float32; whole held-out volumes are
-segmented by a sliding window and scored by Dice and HD95 per region.
+segmented by a sliding window and scored by Dice and HD95 per region, on the grid on which they were read.
 """
 
+import csv
 import hashlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.config import BratsData, PhantomData, SegmentationData, TrainerConfig
-from memsave.data.brats import MODALITIES, REGIONS, Case, find_cases, regions, split_cases
+from memsave.config import BratsData, ConfigError, PhantomData, SegmentationData, TrainerConfig
+from memsave.data.brats import Case, find_cases, fold, labels_of, regions, split_cases, split_from_file
+from memsave.data.check import check_cases
+from memsave.data.errors import DataError
+from memsave.data.layouts import LAYOUTS, MODALITIES, REGIONS, SCHEMES
+from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
 from memsave.data.scores import region_scores
-from memsave.data.segmentation import TrainingCrops, Volumes, train_loader
+from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, train_loader
 from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
 from memsave.training.task import Batch
 
-IN_CHANNELS, OUT_CHANNELS = len(MODALITIES), len(REGIONS)
 WEIGHTS = "model.safetensors"
+TABLE = "scores.csv"
 PICTURES = 3  # cases on the overlay
 SMOOTH = 1.0  # voxels: an empty region that is found empty has Dice 1, and its gradient is bounded
+RESAMPLES = 2000  # of the bootstrap
 
 
 class Segmentation:
     """Crops to train on, whole volumes to evaluate on; implements `memsave.training.task.Task`."""
 
     def __init__(self, data: SegmentationData, *, trainer: TrainerConfig, device: torch.device):
-        self.device = device
-        self.batch_size = trainer.batch_size
-        self.precision = trainer.precision
-        self.workers = data.workers
-        self.crop_size = data.crop_size
-        train, held_out = split_cases(cases(data), validation_fraction=data.validation_fraction, seed=data.split_seed)
+        self.data, self.device = data, device
+        self.batch_size, self.precision = trainer.batch_size, trainer.precision
+        train, held_out = split(cases(data), data)
         self.crops = TrainingCrops(
             train,
             crop_size=data.crop_size,
             length=trainer.steps * trainer.batch_size,
             seed=trainer.seed,
+            spacing=data.spacing,
+            foreground=data.foreground,
+            augmentation=data.augmentation,
+            count=data.crops_per_case,
             cache_bytes=data.cache_bytes,
         )
-        self.held_out = Volumes(held_out)
+        self.held_out = Volumes(held_out, spacing=data.spacing)
+        self.scheme = self.held_out.scheme
         self.pictures: list[Picture] = []  # of the last evaluation
+        self.scores: dict[str, dict[str, float]] = {}  # of the last evaluation, by case
 
     unit = "one patient: all that is drawn of one case in a step has one loss"
     goal = "dice"
@@ -59,49 +70,79 @@ class Segmentation:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the training cases' names and files' sizes, and of the crops' size."""
+        """A digest of the training cases' names and files' sizes, and of how crops are drawn."""
         cases = [(case.id, [path.stat().st_size for path in case.images]) for case in self.crops.volumes.cases]
-        return hashlib.sha256(repr((cases, list(self.crop_size))).encode()).hexdigest()[:16]
+        data = self.data
+        drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing)
+        return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
 
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
-        """A crop of each of these cases; for none, images (0, 4, 1, 1, 1)."""
+        """The crops of each of these cases; for none, images (0, C, 1, 1, 1)."""
         if not indices:
-            empty = torch.zeros(0, IN_CHANNELS, 1, 1, 1, device=self.device)
+            empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1, device=self.device)
             return {"image": empty, "label": empty[:, :1], "id": []}
-        crops = [self.crops.crop(index, draw=step * self.size + index) for index in indices]
+        crops = [self.crops.example(index, draw=step * self.size + index) for index in indices]
         tensors = {key: torch.stack([crop[key] for crop in crops]).to(self.device) for key in ("image", "label")}
         return {**tensors, "id": [crop["id"] for crop in crops]}
 
     def batches(self, *, start: int) -> Generator[Batch]:
-        """Logical batches from number `start` on: image (B, 4, D, H, W), label (B, 1, D, H, W), id."""
-        for batch in train_loader(self.crops, batch_size=self.batch_size, workers=self.workers, start=start):
+        """Logical batches from number `start` on: image (B, C, D, H, W), label (B, 1, D, H, W), id.
+
+        With K crops a case, which are one example, (B, K, C, D, H, W) and (B, K, 1, D, H, W).
+        """
+        for batch in train_loader(self.crops, batch_size=self.batch_size, workers=self.data.workers, start=start):
             yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,) losses of image (B, 4, D, H, W) against label (B, 1, D, H, W)."""
-        logits, target = model(batch["image"]), regions(batch["label"])
-        return region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
+        """(B,) losses: each of one case, over all of its crops."""
+        image, label = batch["image"], batch["label"]
+        several = image.dim() == 6
+        if several:
+            image, label = image.flatten(0, 1), label.flatten(0, 1)
+        logits, target = model(image), regions(label, scheme=self.scheme)
+        losses = region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
+        return losses.view(len(batch["image"]), -1).mean(1) if several else losses
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The mean over the held-out cases of Dice and HD95 (mm) of each region, and of Dice over the regions."""
-        scores, self.pictures = [], []
+        self.scores, self.pictures = {}, []
         for number in range(len(self.held_out)):
             volume = self.held_out[number]
-            truth = regions(volume["label"])
             with autocast(model, self.precision):
-                prediction = predict(model, volume["image"].to(self.device), window=self.crop_size).cpu()
-            scores.append(region_scores(prediction, truth, spacing=volume["spacing"]))
+                prediction = self.predict(model, volume)
+            truth = regions(self.held_out.truth(number), scheme=self.scheme)
+            known = {"spacing": volume["spacing"], "regions": self.scheme.names}
+            scores = region_scores(prediction, truth, **known)
+            if self.data.lesion_wise:
+                scores |= lesion_region_scores(prediction, truth, **known)
+            self.scores[volume["id"]] = scores
             if len(self.pictures) < PICTURES:
-                image, spacing = volume["image"], volume["spacing"]
-                self.pictures.append(Picture(volume["id"], image, truth, prediction, spacing, scores[-1]))
-        mean = {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
-        return {"dice": sum(mean[f"dice_{name}"] for name in REGIONS) / len(REGIONS), **mean}
+                x, y, z = (slice(first, first + size) for first, size in zip(volume["start"], volume["cropped"]))
+                image = restore_image(volume)
+                masks = truth[:, x, y, z], prediction[:, x, y, z]
+                self.pictures.append(
+                    Picture(volume["id"], image, *masks, volume["spacing"], scores, self.held_out.modalities)
+                )
+        names = next(iter(self.scores.values()))
+        mean = {key: sum(score[key] for score in self.scores.values()) / len(self.scores) for key in names}
+        return {"dice": sum(mean[f"dice_{name}"] for name in self.scheme.names) / len(self.scheme.names), **mean}
+
+    def predict(self, model: nn.Module, volume: Item) -> Tensor:
+        """Regions (R, X, Y, Z), boolean, of a volume of `Volumes`, on the case's own grid: those of its label file."""
+        logits = predict(model, volume["image"].to(self.device), window=self.data.crop_size)
+        found = restore(logits.float().cpu(), volume, threshold=0.0)
+        found = without_small(found, self.scheme.names, smallest_et=self.data.smallest_et)
+        return regions(labels_of(found, self.scheme), scheme=self.scheme)
 
     def show(self, folder: Path) -> list[Path]:
-        """Draw cases of the last evaluation, truth beside prediction, as `overlay.png`."""
-        path = folder / "overlay.png"
+        """Draw cases of the last evaluation as `overlay.png`, truth beside prediction, and list all in `scores.csv`."""
+        path, table = folder / "overlay.png", folder / TABLE
         draw_overlay(self.pictures, path)
-        return [path]
+        with table.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["case", *next(iter(self.scores.values()))])
+            rows.writerows([name, *(f"{value:.6g}" for value in row.values())] for name, row in self.scores.items())
+        return [path, table]
 
     def release(self, model: nn.Module, folder: Path) -> None:
         """Write the weights as `model.safetensors`."""
@@ -109,9 +150,36 @@ class Segmentation:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
 
     def summary(self, scores: dict[str, float]) -> str:
-        """Dice of each region."""
-        each = ", ".join(f"{name.upper()} {scores[f'dice_{name}']:.3f}" for name in REGIONS)
-        return f"Dice on {len(self.held_out)} held-out cases: {each}"
+        """Dice of each region, with the 95% interval of the mean over the cases."""
+        each = []
+        for name in self.scheme.names:
+            low, high = interval([row[f"dice_{name}"] for row in self.scores.values()])
+            each.append(f"{name.upper()} {scores[f'dice_{name}']:.3f} ({low:.2f} to {high:.2f})")
+        return f"Dice on {len(self.held_out)} held-out cases, 95% interval of the mean: {', '.join(each)}"
+
+
+def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """The bootstrap interval of the mean of `values` (Efron, 1979: percentiles of resampled means), always the same."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(drawn.mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> Tensor:
+    """Masks (R, X, Y, Z) in which an enhancing region of fewer voxels than that is empty: it is often a false one."""
+    masks = masks.clone()
+    for name, mask in zip(names, masks, strict=True):
+        if name == "et" and int(mask.sum()) < smallest_et:
+            mask.zero_()
+    return masks
+
+
+def restore_image(volume: Item) -> Tensor:
+    """The image (C, x, y, z) of an item on its original voxels, as far as it was not cropped: to be looked at."""
+    image = volume["image"]
+    if tuple(image.shape[1:]) == tuple(volume["cropped"]):
+        return image
+    return F.interpolate(image[None], size=volume["cropped"], mode="trilinear", align_corners=False)[0]
 
 
 def region_losses(logits: Tensor, target: Tensor) -> Tensor:
@@ -140,7 +208,7 @@ def supervised_losses(levels: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: float = 0.5) -> Tensor:
-    """Regions (3, D, H, W), boolean, of a whole volume (4, D, H, W), by overlapping windows of the training size."""
+    """Logits (R, D, H, W) of a whole volume (C, D, H, W), by overlapping windows of the training size."""
     from monai.inferers import sliding_window_inference
 
     with evaluating(model):
@@ -148,7 +216,7 @@ def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: 
             image[None], roi_size=tuple(window), sw_batch_size=2, predictor=model, overlap=overlap, mode="gaussian"
         )
     assert isinstance(logits, Tensor)
-    return logits[0] > 0
+    return logits[0]
 
 
 def cases(data: SegmentationData) -> list[Case]:
@@ -157,4 +225,38 @@ def cases(data: SegmentationData) -> list[Case]:
         x, y, z = data.size
         return ensure_phantoms(data.root, cases=data.cases, size=(x, y, z), seed=data.seed)
     assert isinstance(data, BratsData)
-    return find_cases(str(data.root))
+    known: dict[str, Any] = {"scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
+    found = find_cases(str(data.root), data.layout, **known)
+    if data.check != "none":
+        faults = check_cases(found, images=data.check == "all", workers=max(1, data.workers))
+        if len(faults) > 1:
+            told = " ".join(f"{key}={_plain(value)}" for key, value in known.items() if value is not None)
+            command = f"python -m memsave.data.check root={data.root} layout={data.layout} {told}".strip()
+            raise DataError(f"{faults[0].removesuffix('.')}; {len(faults) - 1} more faults are listed by {command}.")
+        if faults:
+            raise DataError(faults[0])
+    return found
+
+
+def _plain(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+
+
+def split(found: Sequence[Case], data: SegmentationData) -> tuple[list[Case], list[Case]]:
+    """(training, held out): by a file, a fold, or a share of the cases."""
+    if data.split_file is not None:
+        return split_from_file(found, data.split_file)
+    if data.folds is not None:
+        return fold(found, folds=data.folds, number=data.fold, seed=data.split_seed)
+    return split_cases(found, validation_fraction=data.validation_fraction, seed=data.split_seed)
+
+
+def channels(data: SegmentationData) -> tuple[int, int]:
+    """(modalities, regions) of the data, without a look at it."""
+    if not isinstance(data, BratsData):
+        return len(MODALITIES), len(REGIONS)
+    layout = LAYOUTS[data.layout]
+    if not (data.modalities or layout.modalities):
+        raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
+    scheme = layout.scheme if data.scheme is None else SCHEMES[data.scheme]
+    return len(data.modalities or layout.modalities), len(scheme.names)

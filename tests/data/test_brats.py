@@ -1,10 +1,29 @@
+import gzip
+import itertools
+import json
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
 import torch
 
 from memsave.data import DataError
-from memsave.data.brats import BRATS_2021, MODALITIES, LabelScheme, find_cases, read_case, regions, split_cases
+from memsave.data.brats import (
+    MODALITIES,
+    SCHEMES,
+    Case,
+    LabelScheme,
+    find_cases,
+    fold,
+    inspect_case,
+    labels_of,
+    read_case,
+    read_label,
+    regions,
+    split_cases,
+    split_from_file,
+)
 
 
 def test_cases_are_found_sorted_at_any_depth_and_with_either_suffix(tmp_path, write_case):
@@ -42,7 +61,7 @@ def test_a_root_that_does_not_exist_is_named(tmp_path):
 
 
 def test_an_empty_root_is_named(tmp_path):
-    with pytest.raises(DataError, match=rf"No NIfTI file lies below {tmp_path}"):
+    with pytest.raises(DataError, match=rf"No NIfTI file of layout brats2021 lies below {tmp_path}: expected folders"):
         find_cases(tmp_path)
 
 
@@ -68,15 +87,57 @@ def test_a_case_that_occurs_twice_is_named(tmp_path, write_case):
         find_cases(tmp_path)
 
 
-def test_a_foreign_label_is_named_with_the_expected_ones(write_case):
-    case = write_case(seg=np.full((6, 5, 4), 3, dtype=np.uint8))
-    with pytest.raises(DataError, match=r"A_seg\.nii\.gz holds the labels 3, .*\(0, 1, 2, 4\)"):
+def test_a_foreign_label_is_named_with_the_schemes_that_fit(write_case):
+    seg = np.zeros((6, 5, 4), dtype=np.uint8)
+    seg[:3] = 1
+    seg[0] = 3
+    case = write_case(seg=seg)
+    with pytest.raises(DataError) as caught:
         read_case(case)
-    read_case(case, scheme=LabelScheme("other", necrosis=1, edema=2, enhancing=3))
+    assert str(caught.value).endswith(
+        "/A_seg.nii.gz holds the labels 0, 1, 3, and scheme brats2021 has 0, 1, 2, 4: give the scheme that they "
+        "follow, perhaps brats2023 or brats2024 or brats2024_rc or msd."
+    )
+    assert read_case(case, scheme=SCHEMES["msd"]).label.max() == 3
+    assert read_case(replace(case, scheme=SCHEMES["brats2023"])).label.max() == 3
+
+
+def test_intensities_are_no_labels(write_case):
+    case = write_case(seg=np.arange(120, dtype=np.int16).reshape(6, 5, 4))
+    with pytest.raises(DataError, match=r"holds the labels 0, 1, 2, 3, 4, 5, 6, 7, \.\.\., .*: map them to that"):
+        read_case(case)
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 7), (0, 3000), (0, 1, 255), (0,)])
+def test_a_binary_mask_is_read_as_ones(write_case, values):
+    seg = np.resize(np.int16(values), (6, 5, 4))
+    label = read_case(write_case(seg=seg), scheme=SCHEMES["binary"]).label
+    assert label.dtype == np.uint8
+    np.testing.assert_array_equal(label, seg != 0)
+
+
+def test_two_lesion_labels_are_not_binary(write_case):
+    case = write_case(seg=np.resize(np.uint8([0, 1, 2]), (6, 5, 4)))
+    with pytest.raises(DataError, match=r"labels 0, 1, 2, and scheme binary has one lesion label: .*perhaps brats2021"):
+        read_case(case, scheme=SCHEMES["binary"])
+
+
+def test_a_label_with_nan_is_named(write_case):
+    with pytest.raises(DataError, match=r"A_seg\.nii\.gz holds the labels 0, nan, and"):
+        read_case(write_case(seg=np.resize(np.float32([0, np.nan]), (6, 5, 4))))
+
+
+def test_a_label_alone_is_read_as_in_its_case(write_case):
+    case = write_case()
+    np.testing.assert_array_equal(read_label(case), read_case(case).label)
+    with pytest.raises(DataError, match="Case A has no segmentation"):
+        read_label(replace(case, label=None))
+    with pytest.raises(DataError, match="scheme binary has one lesion label"):
+        read_label(case, scheme=SCHEMES["binary"])
 
 
 def test_a_fractional_label_is_not_rounded(write_case):
-    with pytest.raises(DataError, match=r"labels 1\.5,"):
+    with pytest.raises(DataError, match=r"labels 1\.5, and .*: map them"):
         read_case(write_case(seg=np.full((6, 5, 4), 1.5, dtype=np.float32)))
 
 
@@ -143,11 +204,100 @@ def test_regions_are_the_unions_of_their_labels():
         regions(label.expand(2, 4, 1, 1))
 
 
-def test_regions_follow_the_scheme():
-    scheme = LabelScheme("other", necrosis=1, edema=2, enhancing=3)
-    enhancing = regions(torch.full((1, 1, 1), 3), scheme=scheme)
-    assert enhancing.flatten().tolist() == [True, True, True]
-    assert BRATS_2021.values == (0, 1, 2, 4) and list(scheme.regions) == ["wt", "tc", "et"]
+@pytest.mark.parametrize("name", SCHEMES)
+def test_regions_follow_the_scheme(name):
+    scheme = SCHEMES[name]
+    label = torch.tensor(scheme.values, dtype=torch.uint8).reshape(-1, 1, 1)
+    masks = regions(label, scheme=scheme)
+    assert masks.shape == (len(scheme.names), len(scheme.values), 1, 1) and masks.dtype == torch.bool
+    for mask, values in zip(masks, scheme.regions.values()):
+        assert label[mask].tolist() == sorted(values)
+
+
+def test_regions_refuse_what_the_scheme_does_not_have():
+    label = torch.tensor([0, 3]).reshape(1, 1, 2)
+    with pytest.raises(DataError, match=r"regions\(\) got the labels 0, 3, and scheme brats2021 .* brats2023 or"):
+        regions(label)
+    assert regions(label, scheme=SCHEMES["msd"]).flatten().tolist() == [False, True] * 3
+    assert regions(label, scheme=SCHEMES["binary"]).flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_labels_and_regions_are_inverses(name):
+    scheme = SCHEMES[name]
+    generator = torch.Generator().manual_seed(0)
+    label = torch.tensor(scheme.values, dtype=torch.uint8)[
+        torch.randint(len(scheme.values), (6, 5, 4), generator=generator)
+    ]
+    masks = regions(label, scheme=scheme)
+    # a label that is in no region cannot come back
+    covered = {value for values in scheme.regions.values() for value in values}
+    expected = torch.where(torch.isin(label, torch.tensor(sorted(covered))), label, 0)
+    assert (name == "brats2024") == (not torch.equal(expected, label))
+    assert labels_of(masks, scheme).dtype == torch.uint8
+    assert torch.equal(labels_of(masks, scheme), expected)
+    assert torch.equal(regions(labels_of(masks, scheme), scheme=scheme), masks)
+    assert torch.equal(labels_of(masks.expand(2, *masks.shape), scheme), expected.expand(2, 1, 6, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("masks", "label"),  # of wt, tc, et, rc
+    [([0, 0, 1, 0], 3), ([1, 0, 1, 0], 3), ([0, 1, 0, 0], 1), ([1, 0, 0, 1], 4), ([1, 0, 0, 0], 2), ([1, 1, 1, 1], 3)],
+)
+def test_inner_regions_are_written_over_outer_ones(masks, label):
+    masks = torch.tensor(masks, dtype=torch.bool).reshape(4, 1, 1, 1)
+    assert labels_of(masks, SCHEMES["brats2024_rc"]).item() == label
+
+
+def test_masks_that_cannot_be_written_are_named():
+    masks = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
+    for wrong in (masks.float(), masks[:2], masks[0]):
+        with pytest.raises(DataError, match=r"labels_of\(\) got .*: pass boolean masks \(\.\.\., 3, X, Y, Z\) of wt"):
+            labels_of(wrong)
+    scheme = LabelScheme("whole", labels={1: "necrosis", 2: "edema"}, regions={"wt": (1, 2)})
+    with pytest.raises(DataError, match=r"Region wt of scheme whole has the labels \[1, 2\] to itself"):
+        labels_of(masks[:1], scheme)
+
+
+def test_every_fault_of_a_case_is_told(write_case):
+    zero, nan = (np.full((6, 5, 4), value, dtype=np.float32) for value in (0, np.nan))
+    nine = np.full((6, 5, 4), 9, dtype=np.uint8)
+    case = write_case(t1ce=zero, t2=np.ones((6, 5, 3)), flair=nan, seg=nine)
+    _truncate(case.images[0])
+    found = inspect_case(case)
+    assert not found.volumes and found.label is None and found.shape == (6, 5, 4)
+    assert len(found.faults) == 5
+    for fault, words in zip(found.faults, ("t1.nii.gz is not", "is zero", "but A_t1ce", "NaN", "labels 9")):
+        assert words in fault and fault.endswith(".") and "\n" not in fault
+    with pytest.raises(DataError, match=r"A_t1\.nii\.gz is not a readable"):
+        read_case(case)
+
+
+def test_headers_alone_show_another_shape(write_case):
+    case = write_case(t2=np.ones((6, 5, 3)), flair=np.zeros((6, 5, 4), dtype=np.float32))
+    found = inspect_case(case, images=False)
+    assert len(found.faults) == 1 and "A_t2.nii.gz has shape (6, 5, 3)" in found.faults[0]
+    assert not found.volumes and found.label.shape == (6, 5, 4)
+    case.images[1].write_text("this is no image")
+    assert "A_t1ce.nii.gz is not a readable NIfTI file" in inspect_case(case, images=False).faults[0]
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_voxels_without_a_size_are_named(write_case, value):
+    case = write_case()
+    content = bytearray(gzip.decompress(case.images[0].read_bytes()))
+    content[296:312] = np.float32([0, value, 0, 0]).tobytes()  # the second row of the affine
+    case.images[0].write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(DataError, match=r"A_t1\.nii\.gz has an affine that gives its voxels no size"):
+        read_case(case)
+
+
+def test_a_colour_image_is_named(write_case):
+    case = write_case()
+    colours = np.zeros((6, 5, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), case.images[0])
+    with pytest.raises(DataError, match=r"A_t1\.nii\.gz is not a readable NIfTI file"):
+        read_case(case)
 
 
 def test_a_split_is_disjoint_complete_and_repeatable(phantoms):
@@ -162,6 +312,118 @@ def test_a_split_is_disjoint_complete_and_repeatable(phantoms):
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
 def test_no_side_of_a_split_is_empty(phantoms, fraction):
     assert all(split_cases(phantoms[:2], validation_fraction=fraction, seed=0))
+
+
+def scans(*ids):
+    """Cases whose ids number the scans of a patient, as in P1-000."""
+    return [Case(id=id, images=(), label=None, patient=id.split("-")[0]) for id in ids]
+
+
+def ids(cases):
+    return [case.id for case in cases]
+
+
+def test_the_scans_of_a_patient_stay_together():
+    cases = scans("P1-000", "P1-001", "P2-000", "P3-000", "P3-001", "P3-002", "P4-000")
+    for seed in range(20):
+        train, validation = split_cases(cases, validation_fraction=0.5, seed=seed)
+        assert sorted(ids(train + validation)) == ids(cases)
+        patients = [{case.patient for case in side} for side in (train, validation)]
+        assert not patients[0] & patients[1] and len(patients[0]) == len(patients[1]) == 2
+        assert ids(validation) == sorted(ids(validation))
+    with pytest.raises(DataError, match="at least 2 patients and got 1"):
+        split_cases(cases[:2], seed=0)
+
+
+@pytest.mark.parametrize(("count", "folds"), [(4, 2), (7, 3), (10, 5), (5, 5), (11, 4)])
+def test_folds_cover_everything_once(count, folds):
+    cases = scans(*(f"P{number:02d}-000" for number in range(count)))
+    splits = [fold(cases, folds=folds, number=number, seed=1) for number in range(folds)]
+    held_out = [ids(validation) for _, validation in splits]
+    assert sorted(itertools.chain(*held_out)) == ids(cases)
+    assert max(map(len, held_out)) - min(map(len, held_out)) <= 1
+    assert all(sorted(ids(train + validation)) == ids(cases) for train, validation in splits)
+    assert all(side == sorted(side) for pair in splits for side in map(ids, pair))
+    assert fold(cases[::-1], folds=folds, number=1, seed=1) == splits[1]
+    others = {tuple(ids(fold(cases, folds=folds, number=0, seed=seed)[1])) for seed in range(20)}
+    assert len(others) > 1
+
+
+def test_a_fold_keeps_the_scans_of_a_patient_together():
+    cases = scans("P1-000", "P1-001", "P2-000", "P3-000", "P3-001")
+    for number in range(3):
+        _, validation = fold(cases, folds=3, number=number, seed=0)
+        assert len({case.patient for case in validation}) == 1
+        assert len(validation) == sum(case.patient == validation[0].patient for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("folds", "number", "sentence"),
+    [(1, 0, "folds is 1 for 4 patients: choose a number from 2 to 4"), (5, 0, "folds is 5"), (2, 2, "Fold 2 .* are 2")],
+)
+def test_bad_folds_are_named(phantoms, folds, number, sentence):
+    with pytest.raises(DataError, match=sentence):
+        fold(phantoms, folds=folds, number=number, seed=0)
+
+
+SPLIT = {"train": ["A", "B", "D"], "validation": ["C"], "test": ["E"]}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_a_split_from_a_file(tmp_path, suffix):
+    path = tmp_path / f"split{suffix}"
+    rows = [f"{id}, {split}" for split, names in SPLIT.items() for id in names]
+    path.write_text(json.dumps(SPLIT) if suffix == ".json" else "\ufeffid,split\n" + "\n".join(rows))
+    train, validation = split_from_file(scans(*"EDCBA"), path)
+    assert (ids(train), ids(validation)) == (["A", "B", "D"], ["C"])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({**SPLIT, "test": ["E", "X"]}, r"lists case X, which the data folder does not have: remove or correct"),
+        ({**SPLIT, "test": ["E", "A"]}, r"lists case A twice: list it once"),
+        ({**SPLIT, "train": ["A", "B", "D", "D"]}, r"lists case D twice"),
+        ({**SPLIT, "test": []}, r"does not list case E: add it to one of train, validation, test"),
+        ({**SPLIT, "holdout": []}, None),
+        ({**SPLIT, "holdout": ["E"], "test": []}, r"names the split 'holdout': call it one of train, validation, test"),
+        ({"train": [*"ABCD"], "test": ["E"]}, r"leaves validation empty"),
+        ({"validation": [*"ABCD"], "test": ["E"]}, r"leaves train empty"),
+        ({"train": "ABCDE"}, r"has another form than"),
+        (["A"], r"has another form than"),
+    ],
+)
+def test_bad_split_files_are_named(tmp_path, content, sentence):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(content))
+    if sentence is None:  # a split without cases says nothing
+        split_from_file(scans(*"ABCDE"), path)
+        return
+    with pytest.raises(DataError, match=rf"split\.json {sentence}"):
+        split_from_file(scans(*"ABCDE"), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("split.json", "{", r"split\.json is no JSON"),
+        ("split.csv", "case,split\nA,train", r"split\.csv has the columns case, split: it needs id and split"),
+        ("split.csv", "id,split\nA", r"split\.csv names the split ''"),
+        ("split.txt", "A", r"split\.txt is neither \.json nor \.csv"),
+        ("split.json", None, r"split\.json cannot be read"),
+    ],
+)
+def test_unreadable_split_files_are_named(tmp_path, name, content, sentence):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        split_from_file(scans("A", "B"), tmp_path / name)
+
+
+def test_a_split_file_may_not_part_a_patient(tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["P1-000", "P2-000"], "validation": ["P1-001"]}))
+    with pytest.raises(DataError, match="puts the scans of patient P1 into train and validation: keep them together"):
+        split_from_file(scans("P1-000", "P1-001", "P2-000"), tmp_path / "split.json")
 
 
 def test_bad_splits_are_named(phantoms):

@@ -1,0 +1,225 @@
+"""Segments new cases with a trained model.
+
+    python -m memsave.predict checkpoint=outputs/brats_rev/2026-01-31_10-00-00 input=/my/new output=/my/segmentations
+
+    checkpoint  a run's folder: its model/ and config.yaml are read
+    input       the folder of the cases, in the layout that the run was trained on, with segmentations or without
+    output      where to write ID.nii.gz, with the case's own affine and the data set's labels
+    layout, modalities, mask   of the input, where they differ from the run's
+    window      the sliding window in voxels, as in window=[96,96,96] (that of training); whole: the volume at once
+    overlap     of neighbouring windows (0.5)
+    flips       true: average over the volume's eight reflections (false)
+    budget      live memory that a case may take, such as 16GiB
+    device      auto, cpu or cuda (auto)
+
+A case that fails is named and does not stop the others. Exit codes: 0 all were segmented, 1 some were not, 2 bad input.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from memsave.compose import load
+from memsave.config import BratsData, Config, ConfigError, SegmentationData
+from memsave.data import DataError
+from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
+from memsave.training.memory_error import is_out_of_memory
+from memsave.training.progress import Progress
+
+KEYS = (
+    "checkpoint", "input", "output", "layout", "modalities", "mask", "window", "overlap", "flips", "budget", "device"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """How volumes are segmented."""
+
+    window: Sequence[int] | None
+    """Voxels of the sliding window; None takes the whole volume at once."""
+    overlap: float = 0.5
+    flips: bool = False
+    budget: int | None = None
+    """Bytes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or {"-h", "--help"} & set(given):
+        print(__doc__)
+        return 0 if given else 2
+    try:
+        return predict_folder(parse(given), progress=Progress())
+    except (ConfigError, DataError) as error:
+        print(f"memsave: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """The key=value arguments, values read as YAML; ConfigError for what is none, unknown or missing."""
+    from memsave.config_checks import closest
+
+    found: dict[str, Any] = {}
+    for each in arguments:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise ConfigError(f"{each!r} cannot be read; arguments have the form key=value")
+        if key not in KEYS:
+            raise ConfigError(f"{key} is not known; valid are {', '.join(KEYS)}{closest(key, KEYS)}")
+        found[key] = value if key in ("checkpoint", "input", "output", "budget") else yaml.safe_load(value)
+    for key in ("checkpoint", "input", "output"):
+        if not found.get(key):
+            raise ConfigError(f"{key} is not given; name a folder, as in {key}=/my/{key}")
+    return found
+
+
+def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
+    """Segment every case of the input folder; the exit code."""
+    from memsave.data.brats import find_cases
+    from memsave.data.segmentation import Volumes
+    from memsave.training.experiment import choose_device
+    from memsave.training.segmentation import without_small
+
+    config, model = load_run(Path(given["checkpoint"]).expanduser())
+    data, options = config.data, _options(given, config)
+    known = _input(given, data)
+    device = choose_device(str(given.get("device", "auto")))
+    found = find_cases(given["input"], **known, labelled=False)
+    output = Path(given["output"]).expanduser()
+    output.mkdir(parents=True, exist_ok=True)
+    model = model.to(device).eval()
+    failed = 0
+    for number, case in enumerate(found, start=1):
+        try:
+            volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=data.spacing)[0]
+            masks = segment(model, volume, options, device=device)
+            masks = without_small(masks, case.scheme.names, smallest_et=data.smallest_et)
+            path = output / f"{case.id}.nii.gz"
+            write_labels(path, masks, case=case)
+            progress.say(f"{number} of {len(found)}: {path}")
+        except Exception as error:
+            if not (isinstance(error, (ConfigError, DataError, OSError)) or is_out_of_memory(error)):
+                raise
+            failed += 1
+            reason = "it does not fit into memory; give a smaller window" if is_out_of_memory(error) else error
+            progress.say(f"{number} of {len(found)}: {case.id} failed: {reason}")
+    progress.say(f"segmented {len(found) - failed} of {len(found)} cases into {output}")
+    return 1 if failed else 0
+
+
+def load_run(folder: Path) -> tuple[Config, nn.Module]:
+    """(config, trained model) of a run's folder, or of the checkpoint/ or model/ inside it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from memsave.training.experiment import make_model
+    from memsave.training.segmentation import WEIGHTS
+
+    run = folder if (folder / "config.yaml").is_file() else folder.parent
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"there is no config.yaml in {folder} or above it; give checkpoint= a run's folder")
+    config = load(run / "config.yaml")
+    if not isinstance(config.data, SegmentationData):
+        raise ConfigError(f"{run} is a run of task={config.task}, which segments nothing; give one of segmentation")
+    inside = folder / WEIGHTS if (folder / WEIGHTS).is_file() else run / "model" / WEIGHTS
+    weights = inside if inside.is_file() else run / "checkpoint" / WEIGHTS
+    if not weights.is_file():
+        raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
+    model, _ = make_model(config)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise ConfigError(f"{weights} cannot be read as the model of its config.yaml; copy the run again") from error
+    return config, model
+
+
+def segment(model: nn.Module, volume: dict[str, Any], options: Options, *, device: torch.device) -> Tensor:
+    """Regions (R, X, Y, Z), boolean, of an item of `Volumes`, on the case's own grid."""
+    from memsave.data.segmentation import restore
+    from memsave.training.segmentation import predict
+
+    image = volume["image"].to(device)
+    window = options.window or image.shape[1:]
+    recorder = MemoryRecorder(model)
+    with recorder:
+        logits = _averaged(model, image, window=window, options=options, predict=predict)
+        found = restore(logits.cpu(), volume, threshold=0.0)
+    if options.budget is not None:
+        peak = recorder.report().peak_bytes
+        if peak > options.budget:
+            raise ConfigError(
+                f"{volume['id']} took {format_bytes(peak)} of live memory, more than the budget of "
+                f"{format_bytes(options.budget)}; give a smaller window"
+            )
+    return found
+
+
+def _averaged(model: nn.Module, image: Tensor, *, window: Sequence[int], options: Options, predict: Any) -> Tensor:
+    """Logits, or those of the mean probability over reflections."""
+    if not options.flips:
+        return predict(model, image, window=window, overlap=options.overlap).float()
+    total: Tensor | float = 0.0
+    for axes in _reflections():
+        logits = predict(model, image.flip(axes), window=window, overlap=options.overlap).float()
+        total = total + logits.sigmoid().flip(axes)
+    return torch.logit(torch.as_tensor(total) / 8, eps=1e-6)
+
+
+def _reflections() -> Iterator[tuple[int, ...]]:
+    """The axes of each of the eight reflections of a volume (C, X, Y, Z)."""
+    return itertools.chain.from_iterable(itertools.combinations((1, 2, 3), count) for count in range(4))
+
+
+def write_labels(path: Path, masks: Tensor, *, case: Any) -> None:
+    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the header's geometry of the case."""
+    import nibabel
+
+    from memsave.data.brats import labels_of
+
+    reference: Any = nibabel.load(case.images[0])
+    labels = labels_of(masks, case.scheme).squeeze(0).numpy()
+    image = nibabel.Nifti1Image(labels, reference.affine)
+    image.header.set_zooms(reference.header.get_zooms()[:3])
+    draft = path.with_name(f".{path.name.removesuffix('.nii.gz')}.new.nii.gz")
+    nibabel.save(image, draft)
+    draft.replace(path)
+
+
+def _options(given: dict[str, Any], config: Config) -> Options:
+    window = given.get("window", list(config.data.crop_size))
+    whole = window == "whole"
+    if not whole and not (
+        isinstance(window, list) and len(window) == 3 and all(type(n) is int and n > 0 for n in window)
+    ):
+        raise ConfigError(f"window is {window}; give three numbers of voxels, as in window=[96,96,96], or window=whole")
+    overlap = given.get("overlap", 0.5)
+    if not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
+        raise ConfigError(f"overlap is {overlap}; give a number from 0 to below 1, such as 0.5")
+    flips = given.get("flips", False)
+    if not isinstance(flips, bool):
+        raise ConfigError(f"flips is {flips}; give flips=true or flips=false")
+    try:
+        budget = parse_bytes(given["budget"]) if "budget" in given else None
+    except ValueError as error:
+        raise ConfigError(f"budget: {error}") from error
+    return Options(None if whole else window, overlap=overlap, flips=flips, budget=budget)
+
+
+def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
+    """How to read the input's cases: as the run's own, but for what is given."""
+    own: dict[str, Any] = {"layout": "brats2021"}
+    if isinstance(data, BratsData):
+        own = {"layout": data.layout, "scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
+    return {**own, **{key: given[key] for key in ("layout", "modalities", "mask") if key in given}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Segmenting new cases: files as their users need them, a bad case named, and none other lost."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nibabel")
+pytest.importorskip("monai")
+
+import nibabel
+
+from memsave.compose import compose
+from memsave.data.brats import find_cases, read_label, regions
+from memsave.data.scores import region_scores
+from memsave.predict import main
+from memsave.run import execute
+from tests.training.test_segmentation import TINY
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a run's folder, the folder of its phantoms)"""
+    folder = tmp_path_factory.mktemp("run")
+    data = tmp_path_factory.mktemp("data")
+    overrides = [*TINY, f"data.root={data}", "trainer.steps=12", "profiler.compare=[]"]
+    assert execute(compose(overrides), folder, experiment="brats_rev") == 0
+    (phantoms,) = (path for path in data.iterdir() if path.is_dir())
+    return folder, phantoms
+
+
+def predict(trained, output, *arguments, source=None):
+    run, phantoms = trained
+    return main([f"checkpoint={run}", f"input={source or phantoms}", f"output={output}", *arguments])
+
+
+def test_predictions_are_those_that_the_run_scored(trained, tmp_path):
+    assert predict(trained, tmp_path) == 0
+    cases = {case.id: case for case in find_cases(trained[1])}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.nii.gz" for name in cases)
+    with (trained[0] / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        case = cases[row["case"]]
+        image, reference = nibabel.load(tmp_path / f"{case.id}.nii.gz"), nibabel.load(case.images[0])
+        assert image.shape == reference.shape and np.array_equal(image.affine, reference.affine)
+        found = torch.from_numpy(np.asarray(image.dataobj))
+        assert set(found.unique().tolist()) <= {0, 1, 2, 4}
+        scores = region_scores(regions(found), regions(torch.from_numpy(read_label(case))))
+        for key, value in scores.items():
+            assert float(row[key]) == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+def test_a_case_that_fails_does_not_stop_the_others(trained, tmp_path, capfd):
+    source = tmp_path / "new"
+    shutil.copytree(trained[1], source)
+    broken = sorted(path for path in source.iterdir() if path.is_dir())[0]
+    (file,) = broken.glob("*_t2.nii.gz")
+    file.write_bytes(file.read_bytes()[:200])
+    for mask in source.glob("*/*_seg.nii.gz"):
+        mask.unlink()  # new cases have none
+    assert predict(trained, tmp_path / "out", source=source) == 1
+    told = capfd.readouterr().err
+    assert f"{broken.name} failed" in told and "is not a readable NIfTI file" in told
+    assert "segmented 3 of 4 cases" in told
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_flips_and_windows(trained, tmp_path):
+    source = tmp_path / "one"
+    first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
+    shutil.copytree(first, source / first.name)
+    for name, arguments in {"plain": [], "flips": ["flips=true"], "whole": ["window=whole"]}.items():
+        assert predict(trained, tmp_path / name, *arguments, source=source) == 0
+        assert (tmp_path / name / f"{first.name}.nii.gz").is_file()
+
+
+def test_the_mean_over_reflections_is_the_mean_over_reflections():
+    from memsave.predict import Options, _averaged
+
+    image = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    same = _averaged(None, image, window=(3, 4, 5), options=Options(None, flips=True), predict=lambda m, x, **_: x)
+    torch.testing.assert_close(same, image, rtol=1e-4, atol=1e-5)  # a function that commutes with reflections
+
+    def first_half(model, x, **_):
+        return torch.where(torch.arange(x.shape[1])[:, None, None] < 2, 2.0, -2.0).expand_as(x)
+
+    mixed = _averaged(None, image, window=(3, 4, 5), options=Options(None, flips=True), predict=first_half)
+    expected = torch.sigmoid(torch.tensor([2.0, 2.0, -2.0])) / 2
+    expected = torch.logit(expected + expected.flip(0))
+    torch.testing.assert_close(mixed[0, :, 0, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_case_over_the_budget_is_named(trained, tmp_path, capfd):
+    assert predict(trained, tmp_path, "budget=1MiB") == 1
+    assert "more than the budget of 1.00 MiB; give a smaller window" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["checkpoint=/no/such/run"], "there is no config.yaml in /no/such/run or above it"),
+        (["input=/no/such/folder"], "/no/such/folder does not exist"),
+        (["windo=3"], "did you mean window?"),
+        (["window=[3,4]"], "give three numbers of voxels"),
+        (["flips=perhaps"], "give flips=true or flips=false"),
+        (["overlap=2"], "from 0 to below 1"),
+        (["budget=much"], "budget: 'much' is no size"),
+        (["nonsense"], "have the form key=value"),
+        (["input="], "input is not given"),
+    ],
+)
+def test_bad_input_is_one_sentence(trained, tmp_path, capsys, arguments, words):
+    assert predict(trained, tmp_path / "out", *arguments) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "python -m memsave.predict" in capsys.readouterr().out
