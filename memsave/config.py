@@ -31,14 +31,14 @@ class SegmentationData:
     """Voxels of a training crop."""
     crops_per_case: int = 1
     """Crops of one case in a step; together they are one example, with one loss."""
-    foreground: float = 0.3333
+    foreground: float = 1 / 3
     """Share of the crops that are centred on tumour."""
     augmentation: str = "light"
     """light (flips, scale, shift) | full (rotations, zoom, noise, blur and gamma, too)."""
     spacing: list[float] | None = None
     """Millimetres of a voxel that volumes are resampled to, as in [1,1,1]; null leaves them as they are."""
     validation_fraction: float = 0.2
-    """Share of the cases that are held out, by case."""
+    """Share of the patients that are held out, with all of their scans."""
     folds: int | None = None
     """Given, fold number `fold` of so many is held out instead."""
     fold: int = 0

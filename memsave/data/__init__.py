@@ -1,10 +1,12 @@
 """Brain tumours as training data: BraTS folders, phantoms in the same layout, crops, whole volumes and scores.
 
-    brats          the folder layout and its labels: find, read, check and split cases
+    layouts        how data sets name their files and number their labels; finding cases
+    brats          reading and checking a case; regions and labels; splits
+    check          every fault of a data set, on the command line
     phantom        synthetic cases in that layout, generated once and cached (`anatomy` draws them)
     transforms     MONAI preprocessing and augmentation
     segmentation   datasets of training crops and of whole volumes, and the loader that prefetches
-    scores         Dice and HD95 by the BraTS rules
+    scores         Dice and HD95 by the BraTS rules; `lesion_scores`, lesion by lesion
 
 Importing this package imports neither MONAI nor nibabel; the submodules that need them do.
 """

@@ -2,12 +2,13 @@
 
 Both are chosen by name, never guessed: a scheme that does not fit gives empty or exchanged regions and no error.
 
-    layout            a case                                                       labels
-    brats2018 - 2021  ID/ID_{t1,t1ce,t2,flair,seg}.nii[.gz], at any depth          1 necrosis, 2 edema, 4 enhancing
-    brats2023         ID/ID-{t1n,t1c,t2w,t2f,seg}.nii[.gz], at any depth           1 necrosis, 2 edema, 3 enhancing
-    brats2024         the same names; after treatment                              as 2023, and 4 resection cavity
-    msd               imagesTr/ID.nii.gz (FLAIR, T1w, T1gd, T2w), labelsTr/ID.nii.gz  1 edema, 2 necrosis, 3 enhancing
-    folder            ID_MODALITY.nii[.gz] and ID_MASK.nii[.gz], in one or many folders   one lesion, any nonzero value
+    layout            a case                                               labels
+    brats2018 - 2021  ID/ID_{t1,t1ce,t2,flair,seg}.nii[.gz], at any depth  1 necrosis, 2 edema, 4 enhancing
+    brats2023         ID/ID-{t1n,t1c,t2w,t2f,seg}.nii[.gz], at any depth   1 necrosis, 2 edema, 3 enhancing
+    brats2024         the same names; after treatment                      as 2023, and 4 resection cavity
+    msd               {imagesTr,labelsTr}/ID.nii[.gz], four channels:      1 edema, 2 necrosis, 3 enhancing
+                      FLAIR, T1w, T1gd, T2w
+    folder            ID_{MODALITY,MASK}.nii[.gz], in one folder or many   one lesion, any nonzero value
 
 `msd` is Task01_BrainTumour of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022); its
 `imagesTs` have no labels. Whatever a file calls them, the modalities of a challenge come as t1, t1ce, t2, flair. Scores
@@ -200,8 +201,8 @@ def scan(
         raise DataError(f"mask={mask} is for layout=folder, and for none of its modalities: leave it out or change it.")
     found = _found(root, chosen, names, masks, scheme=scheme, labelled=labelled)
     if not found.cases:
-        others = [other for other in LAYOUTS.values() if other.modalities and other.name != layout]
-        fits = [each.name for each in others if _found(root, each, each.modalities, [], labelled=labelled).cases]
+        known = [each for each in LAYOUTS.values() if each.modalities]
+        fits = [each.name for each in known if _found(root, each, each.modalities, [], labelled=labelled).cases]
         if fits:
             raise DataError(
                 f"No case below {root} has the files of layout {layout}, {chosen.expected}: give the layout that they "

@@ -26,6 +26,7 @@ from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, train_loader
+from memsave.data.transforms import resample
 from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
 from memsave.training.task import Batch
@@ -177,9 +178,8 @@ def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> T
 def restore_image(volume: Item) -> Tensor:
     """The image (C, x, y, z) of an item on its original voxels, as far as it was not cropped: to be looked at."""
     image = volume["image"]
-    if tuple(image.shape[1:]) == tuple(volume["cropped"]):
-        return image
-    return F.interpolate(image[None], size=volume["cropped"], mode="trilinear", align_corners=False)[0]
+    step = [mm / new for mm, new in zip(volume["spacing"], volume["image_spacing"], strict=True)]
+    return resample(image, size=volume["cropped"], step=step)
 
 
 def region_losses(logits: Tensor, target: Tensor) -> Tensor:

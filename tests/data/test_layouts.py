@@ -84,6 +84,10 @@ def test_what_the_decathlon_lacks_is_named(tmp_path):
     assert len(faults) == 2
     assert "BRATS_001 misses labelsTr/BRATS_001.nii.gz:" in faults[0]
     assert "BRATS_002 misses imagesTr/BRATS_002.nii.gz:" in faults[1]
+    decathlon(tmp_path, "BRATS_003")
+    save(tmp_path / "imagesTr" / "BRATS_003.nii", shape=(*SHAPE, 4))
+    (fault,) = scan(tmp_path, "msd").faults[2:]
+    assert "BRATS_003 has BRATS_003.nii and BRATS_003.nii.gz for one thing" in fault
 
 
 def test_a_decathlon_file_with_too_few_channels_is_named(tmp_path):

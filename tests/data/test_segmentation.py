@@ -11,7 +11,8 @@ import torch
 from memsave.data import DataError
 from memsave.data.brats import MODALITIES, SCHEMES, find_cases, labels_of, read_case, regions
 from memsave.data.scores import dice
-from memsave.data.segmentation import TrainingCrops, Volumes, restore, train_loader, uncrop
+from memsave.data.segmentation import TrainingCrops, Volumes, _item_seed, restore, train_loader, uncrop
+from memsave.data.transforms import augment
 
 CROP = (12, 10, 8)
 REAL = Path(__file__).parents[3] / "shared" / "data" / "brain-mri"
@@ -207,6 +208,20 @@ def test_augmentation_can_be_chosen(phantoms):
     assert all(full[index]["label"].dtype == torch.uint8 for index in range(20))
 
 
+def test_crops_are_rotated_in_millimetres(thick):
+    dataset = crops(thick, augmentation="full", seed=3)
+    item = dataset.volumes[0]
+    cubes = 0  # crops that would be the same if voxels were cubes
+    for draw in range(20):
+        found = dataset.crop(0, draw=draw)
+        for spacing in ((1, 2, 4), (1, 1, 1)):
+            transform = augment(CROP, augmentation="full", spacing=spacing).set_random_state(_item_seed(3, draw))
+            (crop,) = transform({key: item[key] for key in ("image", "label")})
+            cubes += spacing == (1, 1, 1) and torch.equal(crop["image"], found["image"])
+            assert spacing == (1, 1, 1) or torch.equal(crop["image"], found["image"])
+    assert 5 < cubes < 20
+
+
 @pytest.fixture
 def thick(tmp_path):
     """A case of two modalities with voxels of 1 x 2 x 4 mm, a brain off the middle and a lesion in it."""
@@ -352,7 +367,8 @@ def test_cases_of_two_kinds_are_named(phantoms):
     [
         ({"spacing": (1, 1)}, r"spacing is \[1, 1\]: give three voxel sizes in mm"),
         ({"spacing": (1, 0, 1)}, r"spacing is \[1, 0, 1\]"),
-        ({"spacing": (1, float("nan"), 1)}, r"spacing is "),
+        ({"spacing": (1, float("nan"), 1)}, r"spacing is \[1, nan, 1\]"),
+        ({"spacing": (1, float("inf"), 1)}, r"spacing is \[1, inf, 1\]"),
         ({"foreground": 1.1}, r"foreground is 1\.1: choose a fraction"),
         ({"augmentation": "heavy"}, r"augmentation is 'heavy': choose one of light, full"),
     ],

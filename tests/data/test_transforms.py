@@ -246,3 +246,5 @@ def test_labels_are_resampled_to_values_that_they_have():
 def test_the_same_grid_is_the_same_tensor():
     volume = torch.randn(1, 4, 5, 6)
     assert resample(volume, size=(4, 5, 6), step=(1, 1.00001, 1)) is volume
+    wider = resample(torch.arange(10.0).reshape(1, 10, 1, 1), size=(10, 1, 1), step=(1.04, 1, 1)).flatten()
+    assert wider[1:9].tolist() == pytest.approx([4.5 + 1.04 * (number - 4.5) for number in range(1, 9)])

@@ -181,7 +181,8 @@ def test_one_modality_with_a_mask_trains_and_is_drawn(tmp_path):
 
 def test_faults_are_named_before_training(tmp_path):
     folder_of(tmp_path, values=(0, 7))
-    with pytest.raises(DataError, match=r"labels 0, 7.*2 more faults are listed by python -m memsave\.data\.check root="):
+    words = r"labels 0, 7.*2 more faults are listed by python -m memsave\.data\.check root="
+    with pytest.raises(DataError, match=words):
         make_task(brats(tmp_path, "data.scheme=brats2021"), torch.device("cpu"))
     make_task(brats(tmp_path, "data.scheme=brats2021", "data.check=none"), torch.device("cpu"))
 
