@@ -151,12 +151,14 @@ class Segmentation:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
 
     def summary(self, scores: dict[str, float]) -> str:
-        """Dice of each region, with the 95% interval of the mean over the cases."""
-        each = []
+        """Dice of each region, with the 95% interval of the mean where there are several cases."""
+        each, several = [], len(self.scores) > 1
         for name in self.scheme.names:
             low, high = interval([row[f"dice_{name}"] for row in self.scores.values()])
-            each.append(f"{name.upper()} {scores[f'dice_{name}']:.3f} ({low:.2f} to {high:.2f})")
-        return f"Dice on {len(self.held_out)} held-out cases, 95% interval of the mean: {', '.join(each)}"
+            spread = f" ({low:.3f} to {high:.3f})" if several else ""
+            each.append(f"{name.upper()} {scores[f'dice_{name}']:.3f}{spread}")
+        note = "; in parentheses the 95% interval of the mean" if several else ""
+        return f"Dice on {len(self.held_out)} held-out cases: {', '.join(each)}{note}"
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
