@@ -55,6 +55,8 @@ def check(config: Config) -> None:
             parse_bytes(config.budget)
         except ValueError as error:
             raise ConfigError(f"budget: {error}") from error
+    if config.memory.anchor_every is not None and config.memory.mode != "reversible":
+        raise ConfigError(f"memory.anchor_every is for memory=reversible; leave it out of memory={config.memory.mode}")
     if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
         raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
 

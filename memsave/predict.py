@@ -5,7 +5,7 @@
     checkpoint  a run's folder: its model/ and config.yaml are read
     input       the folder of the cases, in the layout that the run was trained on, with segmentations or without
     output      where to write ID.nii.gz, with the case's own affine and the data set's labels
-    layout, modalities, mask   of the input, where they differ from the run's
+    layout, modalities, mask   of the input, where they differ from the run's; a challenge's layout brings its labels
     window      the sliding window in voxels, as in window=[96,96,96] (that of training); whole: the volume at once
     overlap     of neighbouring windows (0.5)
     flips       true: average over the volume's eight reflections (false)
@@ -18,6 +18,7 @@ A case that fails is named and does not stop the others. Exit codes: 0 all were 
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from memsave.compose import load
 from memsave.config import BratsData, Config, ConfigError, SegmentationData
 from memsave.data import DataError
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
+from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.progress import Progress
 
@@ -86,33 +88,45 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     from memsave.data.brats import find_cases
     from memsave.data.segmentation import Volumes
     from memsave.training.experiment import choose_device
-    from memsave.training.segmentation import without_small
+    from memsave.training.segmentation import channels, without_small
 
     config, model = load_run(Path(given["checkpoint"]).expanduser())
     data, options = config.data, _options(given, config)
     known = _input(given, data)
     device = choose_device(str(given.get("device", "auto")))
     found = find_cases(given["input"], **known, labelled=False)
+    has, needs = found[0].modalities, channels(data)[0]
+    if len(has) != needs:
+        raise ConfigError(
+            f"the input has {len(has)} modalities ({', '.join(has)}), and the model was trained on {needs}; give "
+            f"modalities= those of the run, in its order"
+        )
     output = Path(given["output"]).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     model = model.to(device).eval()
+    precision = config.trainer.precision
+    precision = "float32" if precision == "float16" and device.type != "cuda" else precision
     failed = 0
     for number, case in enumerate(found, start=1):
         try:
             volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=data.spacing)[0]
-            masks = segment(model, volume, options, device=device)
+            with autocast(model, precision):
+                masks = segment(model, volume, options, device=device)
             masks = without_small(masks, case.scheme.names, smallest_et=data.smallest_et)
             path = output / f"{case.id}.nii.gz"
             write_labels(path, masks, case=case)
             progress.say(f"{number} of {len(found)}: {path}")
-        except Exception as error:
-            if not (isinstance(error, (ConfigError, DataError, OSError)) or is_out_of_memory(error)):
-                raise
+        except Exception as error:  # of this case alone, whatever it is
             failed += 1
-            reason = "it does not fit into memory; give a smaller window" if is_out_of_memory(error) else error
-            progress.say(f"{number} of {len(found)}: {case.id} failed: {reason}")
+            progress.say(f"{number} of {len(found)}: {case.id} failed: {_reason(error)}")
     progress.say(f"segmented {len(found) - failed} of {len(found)} cases into {output}")
     return 1 if failed else 0
+
+
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "it does not fit into memory; give a smaller window"
+    return str(error) if isinstance(error, (ConfigError, DataError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def load_run(folder: Path) -> tuple[Config, nn.Module]:
@@ -148,17 +162,16 @@ def segment(model: nn.Module, volume: dict[str, Any], options: Options, *, devic
 
     image = volume["image"].to(device)
     window = options.window or image.shape[1:]
-    recorder = MemoryRecorder(model)
-    with recorder:
+    recorder = None if options.budget is None else MemoryRecorder(model)
+    with recorder or nullcontext():
         logits = _averaged(model, image, window=window, options=options, predict=predict)
         found = restore(logits.cpu(), volume, threshold=0.0)
-    if options.budget is not None:
-        peak = recorder.report().peak_bytes
-        if peak > options.budget:
-            raise ConfigError(
-                f"{volume['id']} took {format_bytes(peak)} of live memory, more than the budget of "
-                f"{format_bytes(options.budget)}; give a smaller window"
-            )
+    peak = 0 if recorder is None else recorder.report().peak_bytes
+    if options.budget is not None and peak > options.budget:
+        raise ConfigError(
+            f"{volume['id']} took {format_bytes(peak)} of live memory, more than the budget of "
+            f"{format_bytes(options.budget)}; give a smaller window"
+        )
     return found
 
 
@@ -214,11 +227,20 @@ def _options(given: dict[str, Any], config: Config) -> Options:
 
 
 def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
-    """How to read the input's cases: as the run's own, but for what is given."""
+    """How to read the input's cases: as the run's own, but for what is given.
+
+    Another layout brings its own labels along where they make up the regions that the model knows.
+    """
+    from memsave.data.layouts import LAYOUTS, SCHEMES
+
     own: dict[str, Any] = {"layout": "brats2021"}
     if isinstance(data, BratsData):
         own = {"layout": data.layout, "scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
-    return {**own, **{key: given[key] for key in ("layout", "modalities", "mask") if key in given}}
+    known: dict[str, Any] = own | {key: given[key] for key in ("layout", "modalities", "mask") if key in given}
+    scheme = SCHEMES[own["scheme"]] if own.get("scheme") else LAYOUTS[own["layout"]].scheme
+    other = LAYOUTS[known["layout"]].scheme if known["layout"] in LAYOUTS else scheme
+    use = other if known["layout"] != own["layout"] and other.names == scheme.names else scheme
+    return {**known, "scheme": use.name}
 
 
 if __name__ == "__main__":

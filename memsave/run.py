@@ -157,7 +157,7 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
             2,
             f"the package {error.name} is not installed; install it with: pip install 'memsave[{extra}]'",
         )
-    if _is_disk_fault(error):
+    if _is_disk_fault(error, folder):
         return "failed", 1, _no_disk(folder, error)
     if is_out_of_memory(error):
         return "oom", 3, f"the step does not fit into memory; try {_less_memory(config)}"
@@ -167,10 +167,12 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     return "failed", 1, f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
 
 
-def _is_disk_fault(error: BaseException) -> bool:
-    """Whether a disk is full or cannot be written to; safetensors tells by its words alone."""
-    faults = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-    return (isinstance(error, OSError) and error.errno in faults) or "No space left on device" in str(error)
+def _is_disk_fault(error: BaseException, folder: Path) -> bool:
+    """Whether a disk is full, or the run's folder cannot be written to; safetensors tells by its words alone."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+        return str(error.filename).startswith(str(folder))
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
 
 
 def _no_disk(folder: Path, error: BaseException) -> str:

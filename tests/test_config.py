@@ -62,6 +62,7 @@ def test_memory_is_chosen_by_one_word(memory):
         (["trainer.ema=1"], "at most"),
         (["budget=much"], r"budget: 'much' is no size; give one such as 16GiB"),
         (["memory.anchor_every=0"], "at least 1"),
+        (["memory=stored", "memory.anchor_every=2"], "is for memory=reversible"),
         (["foo"], "overrides have the form key=value"),
         (["foo=3"], "foo is not known"),
         (["trainer.steps=[1"], "cannot be read"),

@@ -15,6 +15,7 @@ import nibabel
 from memsave.compose import compose
 from memsave.data.brats import find_cases, read_label, regions
 from memsave.data.scores import region_scores
+from memsave.data.segmentation import Volumes
 from memsave.predict import main
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
@@ -73,9 +74,45 @@ def test_flips_and_windows(trained, tmp_path):
     source = tmp_path / "one"
     first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
     shutil.copytree(first, source / first.name)
-    for name, arguments in {"plain": [], "flips": ["flips=true"], "whole": ["window=whole"]}.items():
-        assert predict(trained, tmp_path / name, *arguments, source=source) == 0
-        assert (tmp_path / name / f"{first.name}.nii.gz").is_file()
+    found = {}
+    size = list(Volumes(find_cases(source))[0]["image"].shape[1:])
+    for arguments in ("", "flips=true", "window=whole", f"window={size}"):
+        assert predict(trained, tmp_path / "out", *filter(None, [arguments]), source=source) == 0
+        found[arguments] = np.asarray(nibabel.load(tmp_path / "out" / f"{first.name}.nii.gz").dataobj)
+    assert (found["window=whole"] == found[f"window={size}"]).all()
+    assert (found["flips=true"] != found[""]).any()
+
+
+def test_another_layout_brings_its_labels(trained, tmp_path):
+    source = tmp_path / "new"
+    first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
+    (source / "A").mkdir(parents=True)
+    for ours, theirs in (("t1", "t1n"), ("t1ce", "t1c"), ("t2", "t2w"), ("flair", "t2f")):
+        shutil.copy(first / f"{first.name}_{ours}.nii.gz", source / "A" / f"A-{theirs}.nii.gz")
+    assert predict(trained, tmp_path / "new2023", "layout=brats2023", source=source) == 0
+    assert predict(trained, tmp_path / "old", source=trained[1]) == 0
+    new, old = (
+        np.asarray(nibabel.load(path).dataobj)
+        for path in (tmp_path / "new2023" / "A.nii.gz", tmp_path / "old" / f"{first.name}.nii.gz")
+    )
+    assert (new == np.where(old == 4, 3, old)).all() and (old == 4).any()
+
+
+def test_whatever_befalls_one_case_the_others_go_on(trained, tmp_path, monkeypatch, capfd):
+    from memsave import predict as module
+
+    original, calls = module.segment, []
+
+    def segment(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError("something else")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "segment", segment)
+    assert predict(trained, tmp_path) == 1
+    assert "failed: ZeroDivisionError: something else" in capfd.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_mean_over_reflections_is_the_mean_over_reflections():
@@ -109,6 +146,7 @@ def test_a_case_over_the_budget_is_named(trained, tmp_path, capfd):
         (["flips=perhaps"], "give flips=true or flips=false"),
         (["overlap=2"], "from 0 to below 1"),
         (["budget=much"], "budget: 'much' is no size"),
+        (["modalities=[t1,t2]"], "the input has 2 modalities (t1, t2), and the model was trained on 4"),
         (["nonsense"], "have the form key=value"),
         (["input="], "input is not given"),
     ],

@@ -253,6 +253,15 @@ def test_float16_is_for_cuda(run):
     )
 
 
+def test_a_file_that_may_not_be_read_is_not_called_a_full_disk(run, monkeypatch):
+    from memsave.training import experiment
+
+    denied = PermissionError(errno.EACCES, "Permission denied", "/somewhere/else.csv")
+    monkeypatch.setattr(experiment, "make_task", lambda *args, **options: (_ for _ in ()).throw(denied))
+    _, result, _ = run()
+    assert "cannot be written" not in result["error"] and "/somewhere/else.csv" in result["error"]
+
+
 def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
     from memsave.training import experiment
 

@@ -135,15 +135,17 @@ def regions(label: torch.Tensor, *, scheme: LabelScheme = BRATS_2021) -> torch.T
     if label.dim() < 4 or label.shape[-4] != 1:
         shape = tuple(label.shape)
         raise DataError(f"regions() got a label of shape {shape}: pass (X, Y, Z) or (..., 1, X, Y, Z).")
+    found = label.unique().tolist()
+    if not scheme.fits(found):
+        raise DataError(f"regions() got {_misfit(found, scheme=scheme)}.")
+    return masks_of(label, scheme=scheme)
+
+
+def masks_of(label: torch.Tensor, *, scheme: LabelScheme) -> torch.Tensor:
+    """`regions` of a label (..., 1, X, Y, Z) that was checked when it was read; asks for no value, as no step may."""
     if scheme.any_value:
         return label != 0
     of = {value: label == value for value in scheme.labels}
-    foreign = label != 0
-    for mask in of.values():
-        foreign = foreign & ~mask
-    if foreign.any():
-        found = label.unique().tolist()
-        raise DataError(f"regions() got {_misfit(found, scheme=scheme)}.")
     return torch.cat([_union([of[value] for value in values]) for values in scheme.regions.values()], dim=-4)
 
 

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+UNNUMBERED = 2**64 - 1  # of the nodes that accumulate gradients
 PHASES = ("forward", "recompute", "backward", "optimizer")
 
 
@@ -70,7 +71,7 @@ class PhaseTracker:
         return None if node is None else self._maker_of(node._sequence_nr())
 
     def _maker_of(self, number: int) -> str | None:
-        if number >= torch._C._autograd._get_sequence_nr():  # not numbered, as those that accumulate gradients
+        if number == UNNUMBERED:
             return None
         place = bisect_right(self._nodes, number)
         return self._makers[place - 1] if place else None

@@ -91,10 +91,8 @@ class Frame:
         nothing = torch.empty(0)
         self.like = stream.pair(nothing, nothing)
         whole = output is not None and output.dtype == stream.target.dtype
-        held = (output,) if whole else stream.halves()
-        self.kept[len(self.records)] = _Keep.apply(
-            torch.empty(0, requires_grad=True), *(each.detach() for each in held if each is not None)
-        )
+        held = [output.detach()] if whole else [half.detach() for half in stream.halves()]  # type: ignore[union-attr]
+        self.kept[len(self.records)] = _Keep.apply(torch.empty(0, requires_grad=True), *held)
 
     def open(self, step: int, place: int) -> Tensor:
         """Return the tensor that the step saved at `place`, rebuilding the step when needed."""

@@ -6,6 +6,7 @@ more evaluation of each branch. The mechanism is told in `frame.py`.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol
@@ -94,14 +95,19 @@ class ReversibleSequence(nn.Module):
     @torch.compiler.disable  # a compiled branch may save other tensors when it is rebuilt: a graph break instead
     def _recomputed(self, stream: Stream) -> Tensor:
         frame = Frame()
+        (stream,) = deque(self.record(stream, frame), maxlen=1)  # the last one
+        output = stream.merge()
+        frame.keep(stream, output)
+        return output
+
+    def record(self, stream: Stream, frame: Frame) -> Iterator[Stream]:
+        """The stream behind each step in turn, as the frame runs it, anchors being kept on the way."""
         for number, steps in enumerate(self.steps()):
             if self.anchor_every and number and number % self.anchor_every == 0:
                 frame.keep(stream)
             for step in steps:
                 stream = frame.run(step, stream)
-        output = stream.merge()
-        frame.keep(stream, output)
-        return output
+                yield stream
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the x with forward(x) = y, up to rounding; with dropout, in evaluation mode alone."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ def _distance(ours: Mapping[Any, Tensor], others: Mapping[Any, Tensor]) -> float
 
 
 def _inputs(module: nn.Module, x: Tensor, names: list[str], random: _Random) -> dict[str, Tensor]:
-    """What each sequence got, at its last call in a forward; a sequence within another one is left to that one."""
+    """What each sequence that is reached got, at its last call in a forward."""
     found: dict[str, Tensor] = {}
     module = _copy(module, recompute=False)
     for name in names:
@@ -247,23 +248,17 @@ def _drift(sequence: nn.Module, x: Tensor, **options: Any) -> list[float]:
     """The error of the rebuilt input of each block."""
     sequence = _copy(sequence, **options)
     assert isinstance(sequence, ReversibleSequence)
-    stream = Stream.split(_leaf(x), grid=sequence.grid)
-    frame = Frame()
-    true: list[list[Tensor]] = []
-    starts = []
-    for number, steps in enumerate(sequence.steps()):
-        if sequence.anchor_every and number and number % sequence.anchor_every == 0:
-            frame.keep(stream)
-        starts.append(len(true))
-        for step in steps:
-            true.append([half.detach() for half in stream.halves()])
-            stream = frame.run(step, stream)
-    frame.keep(stream)
+    stream, frame = Stream.split(_leaf(x), grid=sequence.grid), Frame()
+    true = [[half.detach() for half in stream.halves()]]
+    for behind in sequence.record(stream, frame):
+        true.append([half.detach() for half in behind.halves()])
+    frame.keep(behind)
     errors = {
         number: _distance(dict(enumerate(rebuilt.halves())), dict(enumerate(true[number])))
         for number, rebuilt in frame.walk_back()
     }
-    return [errors[number] for number in starts]
+    starts = accumulate((len(steps) for steps in sequence.steps()), initial=0)
+    return [errors[number] for number in starts if number in errors]
 
 
 def _anchors(module: nn.Module, x: Tensor, stored: _Step, random: _Random, *, tolerance: float) -> int | None:

@@ -194,17 +194,17 @@ def _train(
             loss = done.loss
             log.write(asdict(done))
             bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
-            stop, excess, patient = stopping(), watch.excess(done.step), True
+            stop, excess, hopeful = stopping(), watch.excess(done.step), True
             if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
-                patient = _evaluate(config, state, task, log)
+                hopeful = _evaluate(config, state, task, log)
             due = done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps
-            if due or stop or excess or not patient:
+            if due or stop or excess or not hopeful:
                 checkpoint.save(state, folder / "checkpoint")
             if stop:
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)
-            if not patient:
+            if not hopeful:
                 score, step = state.best or (math.nan, 0)
                 progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
                 break

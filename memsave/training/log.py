@@ -14,10 +14,8 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.events: Any = None
         if tensorboard:
-            import tensorboard as installed  # or PyTorch's own message hides which package is missing
             from torch.utils.tensorboard import SummaryWriter
 
-            assert installed
             self.events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, content: Mapping[str, Any]) -> None:

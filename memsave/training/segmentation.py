@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.config import BratsData, ConfigError, PhantomData, SegmentationData, TrainerConfig
-from memsave.data.brats import Case, find_cases, fold, labels_of, regions, split_cases, split_from_file
+from memsave.data.brats import Case, find_cases, fold, labels_of, masks_of, regions, split_cases, split_from_file
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
 from memsave.data.layouts import LAYOUTS, MODALITIES, REGIONS, SCHEMES
@@ -100,7 +100,7 @@ class Segmentation:
         several = image.dim() == 6
         if several:
             image, label = image.flatten(0, 1), label.flatten(0, 1)
-        logits, target = model(image), regions(label, scheme=self.scheme)
+        logits, target = model(image), masks_of(label, scheme=self.scheme)
         losses = region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
         return losses.view(len(batch["image"]), -1).mean(1) if several else losses
 

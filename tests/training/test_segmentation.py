@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError
@@ -99,6 +100,15 @@ def test_several_crops_of_a_case_are_one_example_with_one_loss(tiny):
             region_losses(model(batch["image"][i]), regions(batch["label"][i])).mean() for i in range(len(losses))
         ]
         torch.testing.assert_close(losses, torch.stack(single))
+
+
+def test_the_loss_asks_no_tensor_for_its_values(tiny):
+    config = tiny()
+    task, (model, _) = make_task(config, torch.device("cpu")), make_model(config)
+    batch = next(task.batches(start=0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {key: mode.from_tensor(batch[key]) for key in ("image", "label")}
+        assert task.per_example_losses(model, fake).shape == (2,)
 
 
 def test_a_fold_is_held_out(tiny):
