@@ -288,6 +288,8 @@ class Config:
 
     task: str = MISSING
     """segmentation | table_to_text."""
+    mode: str = "train"
+    """train | plan: find out on fake tensors what fits into the budget, and train nothing."""
     data: Any = MISSING
     model: Any = MISSING
     memory: MemoryConfig = MISSING
@@ -295,7 +297,14 @@ class Config:
     trainer: TrainerConfig = MISSING
     profiler: ProfilerConfig = MISSING
     budget: str | None = None
-    """Live memory that no training step may exceed, such as 16GiB; every step is then recorded."""
+    """Memory that no training step may exceed, such as 16GiB or 80GB, or auto: what is free on this machine.
+
+    In training every step is then recorded, and live tensors count. A plan counts what the allocator takes.
+    """
+    reserve: str = "0B"
+    """Of the budget, what a plan leaves free, for a GPU's context and whatever else is no tensor."""
+    vary: str | None = None
+    """volume | depth | channels | batch | length: a plan finds the largest that fits, and training then takes it."""
 
 
 SCHEMAS: dict[tuple[str, str], type] = {

@@ -102,12 +102,10 @@ class PrivateGradients:
         """Whether this run, or the one that it continues, had a known seed: it is then not private."""
         self.steps = 0
         """Steps that were noised, and are therefore counted."""
-        self.clipped = 0
-        """Examples whose gradient was longer than C, so far. Not private, like every norm."""
         self.examples = 0
         """Examples seen so far. Not private."""
-        self.nonfinite = 0
-        """Those of them whose gradient was not finite and counted as zero. Not private."""
+        self._clipped: int | Tensor = 0
+        self._nonfinite: int | Tensor = 0
         self._device = parameters[0].device
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
         noise = _generator(self._device, None if seed is None else 2 * seed + 1)
@@ -118,6 +116,16 @@ class PrivateGradients:
     def epsilon(self) -> float:
         """What has been spent."""
         return self.mechanism.epsilon(self.steps)
+
+    @property
+    def clipped(self) -> int:
+        """Examples whose gradient was longer than C, so far. Not private, like every norm."""
+        return int(self._clipped)
+
+    @property
+    def nonfinite(self) -> int:
+        """Examples whose gradient was not finite and counted as zero, so far. Not private."""
+        return int(self._nonfinite)
 
     def batches(self) -> Iterator[list[int]]:
         """Endless Poisson batches of indices; the next one is drawn when it is asked for."""
@@ -130,8 +138,8 @@ class PrivateGradients:
         self._refuse_other_parameters()
         norms = self.clipper.backward(losses)
         self.examples += len(norms)
-        self.clipped += int((norms > self.mechanism.max_grad_norm).sum())
-        self.nonfinite += int((~norms.isfinite()).sum())
+        self._clipped = self._clipped + (norms > self.mechanism.max_grad_norm).sum()
+        self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
 
     def finish(self) -> None:
         """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone."""
@@ -191,7 +199,7 @@ class PrivateGradients:
             )
         self.seeded |= state["seeded"]
         self.steps = state["steps"]
-        self.clipped, self.examples, self.nonfinite = state["clipped"], state["examples"], state["nonfinite"]
+        self._clipped, self.examples, self._nonfinite = state["clipped"], state["examples"], state["nonfinite"]
         self._sampling.set_state(state["sampling"])
         self._noise.generator.set_state(state["noise"])
 

@@ -44,9 +44,10 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class LiveBlock:
-    """One storage that lived at the peak."""
+    """One storage of a recording."""
 
     bytes: int
+    """Its size at the peak; in `MemoryReport.history`, the largest that it had."""
     shape: tuple[int, ...]
     dtype: str
     device: str
@@ -69,6 +70,8 @@ class Timeline:
     """The category of each event, as an index into `CATEGORIES`."""
     phases: list[tuple[int, str]]
     """(state, phase): the phase of the events from that state on."""
+    blocks: list[int]
+    """The block of each event, as an index into `MemoryReport.history`."""
 
     def __len__(self) -> int:
         return len(self.deltas) + 1
@@ -83,6 +86,7 @@ class Timeline:
             start={name: sizes[first] for name, sizes in self.by_category().items()},
             deltas=self.deltas[first:last],
             categories=self.categories[first:last],
+            blocks=self.blocks[first:last],
             phases=list({max(0, state - first): phase for state, phase in self.phases if state < last}.items()),
         )
 
@@ -113,6 +117,8 @@ class MemoryReport:
     """What lived in state 0: parameters, inputs and whatever else existed before."""
     blocks: list[LiveBlock]
     """What lived at the peak, largest first."""
+    history: list[LiveBlock]
+    """Every block that lived at any time, in the order in which they were first seen."""
     timeline: Timeline
     allocator_peak_bytes: int | None = None
     """What the allocator took above the start, workspaces included: another quantity, never mixed with the others."""
@@ -126,8 +132,11 @@ class MemoryReport:
         """The inverse of `as_dict`, after a detour through JSON as well."""
         timeline = dict(data["timeline"])
         timeline["phases"] = [(state, phase) for state, phase in timeline["phases"]]
-        blocks = [LiveBlock(**{**block, "shape": tuple(block["shape"])}) for block in data["blocks"]]
-        return cls(**{**data, "timeline": Timeline(**timeline), "blocks": blocks})
+        lists = {
+            key: [LiveBlock(**{**block, "shape": tuple(block["shape"])}) for block in data[key]]
+            for key in ("blocks", "history")
+        }
+        return cls(**{**data, "timeline": Timeline(**timeline), **lists})
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write the report to a file."""
@@ -150,6 +159,12 @@ class MemoryReport:
         from memsave.profiler.plot import plot_reports
 
         plot_reports({name: self, **(others or {})}, path, title=title)
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """The size of the largest block that the step made for itself, at any time: an activation or a temporary."""
+        own = (block.bytes for block in self.history if block.category in ("activation", "temporary"))
+        return max(own, default=0)
 
     def growth(self, since: "MemoryReport | None" = None) -> tuple[str, str | None, int]:
         """(category, module, bytes) of what takes more at the peak than in another report: the most of any.
@@ -203,18 +218,26 @@ def build_report(
         deltas=[delta for _, delta in events],
         categories=[codes[block] for block, _ in events],
         phases=list(phases),
+        blocks=[block for block, _ in events],
     )
     totals = timeline.totals()
     peak_bytes = max(totals)
     peak_index = totals.index(peak_bytes)
     sizes = [block.start_bytes for block in blocks]
-    for block_index, delta in events[:peak_index]:
-        sizes[block_index] += delta
-    alive = [
-        LiveBlock(size, block.shape, block.dtype, block.device, block.module, block.phase, category)
-        for size, block, category in zip(sizes, blocks, categories)
-        if size
-    ]
+    largest, at_peak = list(sizes), list(sizes)
+    for number, (index, delta) in enumerate(events):
+        sizes[index] += delta
+        largest[index] = max(largest[index], sizes[index])
+        if number < peak_index:
+            at_peak[index] = sizes[index]
+
+    def described(sizes: list[int]) -> list[LiveBlock]:
+        return [
+            LiveBlock(size, block.shape, block.dtype, block.device, block.module, block.phase, category)
+            for size, block, category in zip(sizes, blocks, categories)
+        ]
+
+    alive = [block for block in described(at_peak) if block.bytes]
     alive.sort(key=lambda block: -block.bytes)
     by_category = dict.fromkeys(CATEGORIES, 0)
     for live in alive:
@@ -225,6 +248,7 @@ def build_report(
         peak_index=peak_index,
         start_bytes=totals[0],
         blocks=alive,
+        history=described(largest),
         timeline=timeline,
         allocator_peak_bytes=allocator_peak_bytes,
     )

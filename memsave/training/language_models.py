@@ -17,6 +17,12 @@ from memsave.training.progress import Progress
 VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
 END, PAD = "<|endoftext|>", "<|pad|>"
 HUB_TIMEOUT = 10.0  # seconds
+GPT2_SIZES: dict[str, dict[str, int]] = {  # which no hub needs to be asked for
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -27,6 +33,28 @@ def language_model(config: LanguageModel, *, progress: Progress) -> tuple[nn.Mod
     if isinstance(config, SmolLM2):
         return _load(str(converted_smollm2(config, progress=progress)))
     return _load(config.name)
+
+
+def blank_language_model(config: LanguageModel, *, progress: Progress | None = None) -> nn.Module:
+    """The architecture with random weights in float32, without a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(language_config(config, progress=progress), dtype=torch.float32)
+
+
+def language_config(config: LanguageModel, *, progress: Progress | None = None) -> Any:
+    """The architecture alone, as a config of transformers."""
+    from transformers import AutoConfig, GPT2Config
+
+    if isinstance(config, SmallGPT2):
+        found: Any = _small_gpt2_config(config, vocabulary=config.vocabulary, end=0, pad=1)
+    elif isinstance(config, SmolLM2):
+        found = AutoConfig.from_pretrained(converted_smollm2(config, progress=progress or Progress()))
+    elif config.name.removeprefix("openai-community/") in GPT2_SIZES:
+        found = GPT2Config(**GPT2_SIZES[config.name.removeprefix("openai-community/")])
+    else:
+        found = AutoConfig.from_pretrained(_reachable(config.name))
+    return found
 
 
 def _load(name: str) -> tuple[nn.Module, Any]:
@@ -103,25 +131,30 @@ def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
 
 def small_gpt2(config: SmallGPT2, tokenizer: Any) -> Any:
     """The model with random weights, without dropout: the noise of private training is regularisation enough."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_positions=config.positions,
-                n_embd=config.width,
-                n_layer=config.layers,
-                n_head=config.heads,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                bos_token_id=tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        ends = {"end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        return GPT2LMHeadModel(_small_gpt2_config(config, vocabulary=len(tokenizer), **ends))
+
+
+def _small_gpt2_config(config: SmallGPT2, *, vocabulary: int, end: int, pad: int) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=config.positions,
+        n_embd=config.width,
+        n_layer=config.layers,
+        n_head=config.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
 
 
 def train_tokenizer(texts: list[str], *, size: int) -> Any:

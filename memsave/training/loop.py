@@ -118,29 +118,35 @@ def run_steps(
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with watch(state.step + 1):
-            loss = accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler)
+            mean = accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler)
+            loss = None if mean is None else mean.item()
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; lower trainer.optimizer.lr (now {lr:g}) and look at "
                     f"the data of that batch"
                 )
-            if state.scaler is None:
-                state.optimizer.step()
-            else:  # skipped, with a smaller scale from then on, where a gradient overflowed
-                state.scaler.step(state.optimizer)
-                state.scaler.update()
-            state.optimizer.zero_grad(set_to_none=True)
+            update(state)
             if state.private is not None and not all(bool(p.isfinite().all()) for p in state.model.parameters()):
                 raise TrainingError(
-                    f"parameters are not finite after step {state.step + 1}; lower trainer.optimizer.lr (now {lr:g})"
+                    f"parameters are not finite after step {state.step}; lower trainer.optimizer.lr (now {lr:g})"
                 )
-        state.schedule.step()
-        state.step += 1
-        if state.ema is not None:
-            state.ema.update(state.model, step=state.step)
         yield StepResult(state.step, loss, lr, time.perf_counter() - started)
         if state.step == config.steps:
             return
+
+
+def update(state: State) -> None:
+    """The optimizer's step on what `accumulate` left in `.grad`, and all that moves with it."""
+    if state.scaler is None:
+        state.optimizer.step()
+    else:  # skipped, with a smaller scale from then on, where a gradient overflowed
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.schedule.step()
+    state.step += 1
+    if state.ema is not None:
+        state.ema.update(state.model, step=state.step)
 
 
 def batches_of(state: State, task: Task) -> Iterator[Batch]:
@@ -160,14 +166,14 @@ def accumulate(
     *,
     private: PrivateGradients | None = None,
     scaler: GradScaler | None = None,
-) -> float | None:
-    """Put the logical batch's gradient into `.grad`, micro-batch by micro-batch; returns its mean loss.
+) -> Tensor | None:
+    """Put the logical batch's gradient into `.grad`, micro-batch by micro-batch; returns its mean loss, a scalar.
 
     An empty batch has none. In a private run an example whose loss is not finite counts as zero in the mean, as its
-    gradient does in the sum.
+    gradient does in the sum. No value is asked for on the way: the step also runs on tensors that have none.
     """
     count = examples(batch)
-    total = 0.0
+    sums = []
     for micro in split(batch, config.micro_batch_size):
         with autocast(model, config.precision):
             losses = task.per_example_losses(model, micro)  # (B,)
@@ -177,21 +183,21 @@ def accumulate(
                 f"per example"
             )
         if private is None:
-            total += backward(losses, count, scaler=scaler)
+            sums.append(backward(losses, count, scaler=scaler))
         else:
             private.backward(losses)
-            total += losses.detach().nan_to_num(0, 0, 0).sum().item()
+            sums.append(losses.detach().nan_to_num(0, 0, 0).sum())
     if private is not None:
         private.finish()
-    return total / count if count else None
+    return torch.stack(sums).double().sum() / count if count else None
 
 
-def backward(losses: Tensor, count: int, *, scaler: GradScaler | None = None) -> float:
-    """Plain gradients: of sum(losses) / count, the logical batch's size. Returns sum(losses)."""
+def backward(losses: Tensor, count: int, *, scaler: GradScaler | None = None) -> Tensor:
+    """Plain gradients: of sum(losses) / count, the logical batch's size. Returns sum(losses), a scalar."""
     total = losses.sum()
     mean = total / count
     (mean if scaler is None else scaler.scale(mean)).backward()
-    return total.item()
+    return total.detach()
 
 
 def autocast(model: nn.Module, precision: str) -> AbstractContextManager:

@@ -54,7 +54,7 @@ def measure_modes(
                 with private.paused():
                     loss = accumulate(model, task, batch, config)
             assert loss is not None
-            return loss
+            return loss.item()
         finally:
             state.optimizer.zero_grad(set_to_none=True)
 

@@ -21,7 +21,7 @@ from memsave.config import BratsData, ConfigError, PhantomData, SegmentationData
 from memsave.data.brats import Case, find_cases, fold, labels_of, masks_of, regions, split_cases, split_from_file
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
-from memsave.data.layouts import LAYOUTS, MODALITIES, REGIONS, SCHEMES
+from memsave.data.layouts import BRATS_2021, LAYOUTS, MODALITIES, REGIONS, SCHEMES, LabelScheme
 from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
 from memsave.data.scores import region_scores
@@ -96,13 +96,7 @@ class Segmentation:
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses: each of one case, over all of its crops."""
-        image, label = batch["image"], batch["label"]
-        several = image.dim() == 6
-        if several:
-            image, label = image.flatten(0, 1), label.flatten(0, 1)
-        logits, target = model(image), masks_of(label, scheme=self.scheme)
-        losses = region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
-        return losses.view(len(batch["image"]), -1).mean(1) if several else losses
+        return case_losses(model, batch, scheme=self.scheme)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The mean over the held-out cases of Dice and HD95 (mm) of each region, and of Dice over the regions."""
@@ -184,6 +178,24 @@ def restore_image(volume: Item) -> Tensor:
     return resample(image, size=volume["cropped"], step=step)
 
 
+def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tensor:
+    """(B,) losses of image (B, C, D, H, W) and label (B, 1, D, H, W), or of K crops a case, with K in second place."""
+    image, label = batch["image"], batch["label"]
+    several = image.dim() == 6
+    if several:
+        image, label = image.flatten(0, 1), label.flatten(0, 1)
+    logits, target = model(image), masks_of(label, scheme=scheme)
+    losses = region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
+    return losses.view(len(batch["image"]), -1).mean(1) if several else losses
+
+
+def blank_batch(data: SegmentationData, *, count: int, device: torch.device) -> Batch:
+    """A batch of the shapes that training has, with nothing in it."""
+    crops = (count,) if data.crops_per_case == 1 else (count, data.crops_per_case)
+    image = torch.zeros(*crops, channels(data)[0], *data.crop_size, device=device)
+    return {"image": image, "label": torch.zeros(*crops, 1, *data.crop_size, dtype=torch.uint8, device=device)}
+
+
 def region_losses(logits: Tensor, target: Tensor) -> Tensor:
     """Soft Dice loss plus binary cross-entropy, one per example, in float32: (B, 3, D, H, W) twice to (B,).
 
@@ -260,5 +272,11 @@ def channels(data: SegmentationData) -> tuple[int, int]:
     layout = LAYOUTS[data.layout]
     if not (data.modalities or layout.modalities):
         raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
-    scheme = layout.scheme if data.scheme is None else SCHEMES[data.scheme]
-    return len(data.modalities or layout.modalities), len(scheme.names)
+    return len(data.modalities or layout.modalities), len(scheme_of(data).names)
+
+
+def scheme_of(data: SegmentationData) -> LabelScheme:
+    """What the labels of the data mean, without a look at it."""
+    if not isinstance(data, BratsData):
+        return BRATS_2021
+    return LAYOUTS[data.layout].scheme if data.scheme is None else SCHEMES[data.scheme]

@@ -88,7 +88,7 @@ class TableToText:
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,): each the mean cross-entropy over its own target tokens."""
-        return causal_lm_losses(model, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"])
+        return text_losses(model, batch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Perplexity per held-out target token, BLEU (0 to 100) and ROUGE-L (0 to 1) over the first tables."""
@@ -166,6 +166,17 @@ class TableToText:
             for key, name in named.items()
         )
         return f"On held-out records: {', '.join(each)}"
+
+
+def text_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,) losses of input_ids, attention_mask and labels, (B, T) each."""
+    return causal_lm_losses(model, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"])
+
+
+def blank_batch(data: TextData, *, count: int, device: torch.device) -> Batch:
+    """A batch of the greatest length, with nothing in it, in which every token is a target."""
+    ids = torch.zeros(count, data.max_length, dtype=torch.long, device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
 
 
 def records_of(data: TextData) -> tuple[list[Record], list[Record]]:

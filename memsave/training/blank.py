@@ -1,0 +1,120 @@
+"""The training step of any experiment without its data and its weights: what the planner runs on fake tensors.
+
+Model, optimizer, clipping and noise are those of the run, and so is the loop's own code; batches have the shapes of
+training and nothing in them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsave.config import Config, GhostPrivacy
+from memsave.privacy import Mechanism, PrivateGradients, default_delta
+from memsave.profiler import TrainingStep
+from memsave.training.loop import accumulate, make_state, update
+from memsave.training.measure import set_memory
+from memsave.training.task import Batch
+
+MICRO_BATCHES = 2  # as many as it takes until gradients are there while the next one's activations are made
+EXPECTED_BATCHES = 10  # in an epoch of the mechanism: no tensor depends on it
+
+
+@dataclass(frozen=True)
+class BlankTask:
+    """Losses and batches of a task, for `accumulate`."""
+
+    per_example_losses: Callable[[nn.Module, Batch], Tensor]
+    batch: Batch
+
+
+def blank_step(config: Config, *, device: torch.device, per_example_gradients: bool = False) -> TrainingStep:
+    """The step of this config, with random weights; call it under fake tensors, or with sizes that fit.
+
+    `per_example_gradients` holds one gradient an example until the step ends, as Opacus's hooks do, in the place of
+    whatever clipping the config has.
+    """
+    with device:  # made there, since fake parameters cannot be moved
+        model = blank_model(config)
+    task = blank_task(config, device=device)
+    private: Any = HeldGradients(model) if per_example_gradients else _private(config, model)
+    state = make_state(model, config.trainer)
+    state.scaler = None  # it would look at gradients, and holds one number
+
+    def run() -> None:
+        accumulate(model, task, task.batch, config.trainer, private=private)
+        update(state)
+
+    return TrainingStep(model, run, state.optimizer)
+
+
+def blank_model(config: Config) -> nn.Module:
+    """The model that the config names, with random weights, in its memory mode."""
+    from memsave.training.experiment import make_model
+
+    if config.task == "segmentation":
+        return make_model(config)[0]
+    from memsave.training.language_models import blank_language_model
+
+    model = blank_language_model(config.model)
+    set_memory(model, config.memory.mode)
+    return model.train()
+
+
+def blank_task(config: Config, *, device: torch.device) -> BlankTask:
+    """Its losses, and a logical batch: of no more micro-batches than memory depends on."""
+    trainer = config.trainer
+    micro = trainer.micro_batch_size or trainer.batch_size
+    count = min(trainer.batch_size, MICRO_BATCHES * micro)
+    if config.task == "segmentation":
+        from memsave.training import segmentation
+
+        losses = partial(segmentation.case_losses, scheme=segmentation.scheme_of(config.data))
+        return BlankTask(losses, segmentation.blank_batch(config.data, count=count, device=device))
+    from memsave.training import table_to_text
+
+    return BlankTask(table_to_text.text_losses, table_to_text.blank_batch(config.data, count=count, device=device))
+
+
+def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
+    privacy, batch_size = config.privacy, config.trainer.batch_size
+    if not isinstance(privacy, GhostPrivacy):
+        return None
+    size = EXPECTED_BATCHES * batch_size
+    mechanism = Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, delta=default_delta(size))
+    known: dict[str, Any] = {"passes": privacy.passes, "secure_noise": privacy.secure_noise}
+    return PrivateGradients(model, mechanism, clipping=privacy.clipping, seed=0, **known)
+
+
+class HeldGradients:
+    """One gradient an example, held until all are there, as Opacus's hooks do; in the place of `PrivateGradients`.
+
+    What it holds is what any such method must; the values are left out.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def backward(self, losses: Tensor) -> None:
+        """Gradients of each example, then the sum of the clipped ones into `.grad`."""
+        sums = [p.grad for p in self.parameters]
+        samples: list[Tensor] = []  # freed together, when this returns
+
+        def hold(parameter: Tensor) -> None:
+            samples.append(parameter.new_empty(len(losses), *parameter.shape))
+            parameter.grad = None
+
+        for parameter in self.parameters:
+            parameter.grad = None
+        handles = [p.register_post_accumulate_grad_hook(hold) for p in self.parameters]
+        losses.sum().backward()
+        for handle in handles:
+            handle.remove()
+        for parameter, total in zip(self.parameters, sums, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if total is None else total
+
+    def finish(self) -> None:
+        """Noise would be added in place."""
