@@ -22,6 +22,7 @@ from memsave.data.layouts import LAYOUTS, SCHEMES
 from memsave.profiler import parse_bytes
 
 MODES = ("stored", "checkpoint", "reversible")
+VARIES = ("volume", "depth", "channels", "batch", "length")
 MOST = float("inf")
 TASKS = {"segmentation": (SegmentationData, UNetModel), "table_to_text": (TextData, LanguageModel)}
 OPTIONS = {  # that go together
@@ -50,11 +51,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} is {number}; it must be at least {least:g}{above}")
     _check_data(config.data)
     _check_together(config)
-    if config.budget is not None:
+    for key in ("budget", "reserve"):
+        value = getattr(config, key)
         try:
-            parse_bytes(config.budget)
+            parse_bytes("0" if value is None or (key, value) == ("budget", "auto") else value)
         except ValueError as error:
-            raise ConfigError(f"budget: {error}") from error
+            raise ConfigError(f"{key}: {error}") from error
+    _check_variation(config)
     if config.memory.anchor_every is not None and config.memory.mode != "reversible":
         raise ConfigError(f"memory.anchor_every is for memory=reversible; leave it out of memory={config.memory.mode}")
     if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
@@ -73,6 +76,18 @@ def _check_together(config: Config) -> None:
         )
     if trainer.precision == "float16" and private:
         raise ConfigError("trainer.precision=float16 scales losses, which clipping would undo; give bfloat16")
+
+
+def _check_variation(config: Config) -> None:
+    """What can be varied, and whether it can be trained then."""
+    images = isinstance(config.data, SegmentationData)
+    if config.vary == ("length" if images else "volume"):
+        other = "volume" if images else "length"
+        raise ConfigError(f"vary={config.vary} is not of task={config.task}; give vary={other}")
+    if config.vary is not None and config.budget is None:
+        raise ConfigError(f"vary={config.vary} needs a budget, as in budget=16GiB or budget=auto")
+    if config.vary in ("depth", "channels") and config.mode == "train" and not images:
+        raise ConfigError(f"vary={config.vary} is another model than the pretrained one; give mode=plan")
 
 
 def closest(word: str, names: Iterable[str]) -> str:
@@ -101,6 +116,8 @@ def _check_data(data: Any) -> None:
 def _choices(config: Config) -> Iterator[Choice]:
     trainer, privacy = config.trainer, config.privacy
     yield "task", config.task, tuple(TASKS)
+    yield "mode", config.mode, ("train", "plan")
+    yield "vary", config.vary, (None, *VARIES)
     yield "memory.mode", config.memory.mode, MODES
     yield "trainer.precision", trainer.precision, ("float32", "bfloat16", "float16")
     yield "trainer.optimizer.name", trainer.optimizer.name, ("adamw", "sgd")

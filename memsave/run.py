@@ -4,9 +4,10 @@
     python -m memsave.run experiment=gpt2_dp
     python -m memsave.run experiment=brats_rev data=brats data.root=/my/BraTS2021 trainer.steps=20000
     python -m memsave.run -m experiment=brats_rev memory=stored,checkpoint,reversible
+    python -m memsave.run experiment=brats_rev mode=plan budget=16GiB vary=volume
 
 Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or over budget, 130 interrupted. A sweep
-goes on past a job that fails, and exits with 1 when any did.
+goes on past a job that fails, and exits with 1 when any did; run again with its hydra.sweep.dir, it skips what is done.
 """
 
 import errno
@@ -26,13 +27,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 # read when torch is loaded: its C++ part otherwise tells people that the profiler missed what came before it
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from memsave.compose import compose, to_objects
+from memsave.compose import compose, request_of, requested_in, to_objects, write_config
 from memsave.config import ConfigError, conf_dir, register
 
 _exit_code = 0
@@ -56,6 +57,8 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
+    except ConfigError as error:
+        sys.exit(_complain(error, code=2))
     except OSError as error:
         sys.exit(_complain(f"the output folder cannot be made ({error}); give another by hydra.run.dir=", code=2))
     except (HydraException, OmegaConfBaseException) as error:
@@ -64,37 +67,81 @@ def main() -> None:
 
 
 def job(config: DictConfig) -> None:
-    """One run in its own folder, whatever happens in it."""
+    """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
     global _exit_code
     hydra_config = HydraConfig.get()
-    code = execute(config, Path(hydra_config.runtime.output_dir), experiment=hydra_config.runtime.choices["experiment"])
+    folder, experiment = Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices["experiment"]
     if hydra_config.mode == RunMode.RUN:
-        _exit_code = code
+        code = _exit_code = execute(config, folder, experiment=experiment)
+    else:
+        request = request_of(config)
+        ways = _swept_way(config, hydra_config.overrides.task)
+        done = is_done(folder, config, request=request)
+        code = 0 if done else execute(config, folder, experiment=experiment, ways=ways, request=request)
     if code == 130:
         raise KeyboardInterrupt
 
 
+def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
+    """Whether a job of a sweep ended well before; one that was cut off continues from its checkpoint.
+
+    Raises ConfigError where the folder is another job's.
+    """
+    before = requested_in(folder)
+    if before not in (None, request):
+        raise ConfigError(f"{folder} holds another job; give the command that made it, or another hydra.sweep.dir")
+    result = folder / "result.json"
+    if before == request and result.is_file() and json.loads(result.read_text())["status"] == "ok":
+        return True
+    if before == request and (folder / "checkpoint").is_dir() and config.trainer.resume is None:
+        config.trainer.resume = str(folder / "checkpoint")
+    return False
+
+
+def _swept_way(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
+    """The one way to train that a job of a sweep plans, where the sweep says which; None plans all."""
+    from memsave.training.plan import own_way
+
+    key = "memory" if config.task == "segmentation" else "privacy"
+    chosen = any(override.partition("=")[0] in (key, f"{key}.mode") for override in overrides)
+    return [own_way(to_objects(config))] if chosen else None
+
+
 class SweepEnd(Callback):
-    """Reads the results when a sweep ends: its jobs may have run in other processes."""
+    """Collects the results when a sweep ends: its jobs may have run in other processes."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exit with 1 when a job left no result or another status than ok."""
+        """Leave one table and one picture; exit with 1 when a job left no result or another status than ok."""
         global _exit_code
+        from memsave.collect import collect
+
         folder = Path(config.hydra.sweep.dir)
-        jobs = [path for path in folder.iterdir() if path.is_dir()]
-        results = [path / "result.json" for path in jobs]
-        bad = [path for path in results if not path.is_file() or json.loads(path.read_text())["status"] != "ok"]
-        for path in bad:
-            _complain(f"not ok: {path.parent}", code=1)
+        bad = [job for job in collect(folder) if job.status != "ok"]
+        for job in bad:
+            _complain(f"{job.status}: {job.folder}", code=1)
+        if bad:
+            print(f"the same command with hydra.sweep.dir={folder} does what is missing", file=sys.stderr)
         _exit_code = int(bool(bad))
 
 
-def execute(config: DictConfig, folder: Path, *, experiment: str) -> int:
-    """Run the config into `folder`, leave `result.json` there in any case, and return the exit code."""
+def execute(
+    config: DictConfig,
+    folder: Path,
+    *,
+    experiment: str,
+    ways: list[str] | None = None,
+    request: str | None = None,
+) -> int:
+    """Run the config into `folder`, leave `result.json` there in any case, and return the exit code.
+
+    `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
+    for (None: this config).
+    """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    status, code, outcome = _attempt(config, folder)
+    (folder / "result.json").unlink(missing_ok=True)
+    write_config(config, folder, request=request or request_of(config))
+    status, code, outcome = _attempt(config, folder, ways=ways)
     from memsave.training.progress import Progress
     from memsave.training.result import versions, write_json
 
@@ -113,18 +160,18 @@ def execute(config: DictConfig, folder: Path, *, experiment: str) -> int:
     except OSError as error:
         return _complain(_no_disk(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md"))
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md", ".html"))
     Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
     return code
 
 
-def _attempt(config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]]:
+def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tuple[str, int, dict[str, Any]]:
     """(status, exit code, what stands in the result) of the run."""
     try:
         from memsave.training.experiment import run_experiment
         from memsave.training.progress import Progress
 
-        return "ok", 0, run_experiment(to_objects(config), folder, progress=Progress())
+        return "ok", 0, run_experiment(to_objects(config), folder, ways=ways, progress=Progress())
     except KeyboardInterrupt:
         resume = folder / "checkpoint"
         print(
@@ -133,7 +180,7 @@ def _attempt(config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]
         return "interrupted", 130, {}
     except Exception as error:
         status, code, message = _explain(error, config, folder)
-        return status, _complain(message, code=code), {"error": message, "memory": getattr(error, "memory", {})}
+        return status, _complain(message, code=code), {"error": message, **getattr(error, "outcome", {})}
 
 
 def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:

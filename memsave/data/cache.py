@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_root(root: str | Path | None = None) -> Path:
+    """The folder of what is kept between runs: `root`, $MEMSAVE_CACHE or ~/.cache/memsave."""
+    return Path(root or os.environ.get("MEMSAVE_CACHE") or "~/.cache/memsave").expanduser()
+
+
 def cached_folder(
     root: str | Path | None, *, name: str, settings: Mapping[str, Any], make: Callable[[Path], object]
 ) -> Path:
     """The folder of these settings in `root` ($MEMSAVE_CACHE or ~/.cache/memsave); `make(path)` makes it if need be."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(root or os.environ.get("MEMSAVE_CACHE") or "~/.cache/memsave").expanduser() / f"{name}-{digest}"
+    folder = cache_root(root) / f"{name}-{digest}"
     if not folder.is_dir():
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:

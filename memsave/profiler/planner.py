@@ -27,8 +27,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from memsave.profiler.calibration import Calibration, TrainingStep
 from memsave.profiler.recorder import MemoryRecorder
@@ -40,8 +43,9 @@ GROWTH = 8  # at most so many times the size is tried next: what parameters take
 def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
     """What a training step would hold: the larger of the first step and the second, which has the optimizer's state.
 
-    `step` makes model, optimizer and inputs; it is called under fake tensors, as is what it returns. A step that looks
-    at values (`.item()`, `if tensor`, a boolean mask as an index) cannot run without any.
+    `step` makes model, optimizer and inputs; it is called under fake tensors, as is what it returns.
+
+    Raises ValueError where the step looks at values, which fake tensors have none of.
     """
     state = torch.get_rng_state()
     try:
@@ -52,6 +56,11 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
                 with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
                     made.run()
                 reports.append(recorder.report())
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"the step looks at the values of a tensor ({error.func}), and on fake tensors there are none; keep .item(), "
+            f"if tensor, and boolean masks as indices out of it"
+        ) from error
     finally:
         torch.set_rng_state(state)
     first, second = reports

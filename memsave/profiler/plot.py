@@ -86,7 +86,7 @@ def plot_reports(reports: Mapping[str, MemoryReport], path: str | PathLike[str],
     # A figure of its own, without pyplot, leaves the caller's backend and open figures alone.
     from matplotlib.figure import Figure
 
-    shown = {name: _around_the_peak(report) for name, report in reports.items()}
+    shown = {name: around_the_peak(report) for name, report in reports.items()}
     top = max(report.peak_bytes for report in reports.values()) * 1.12 or 1
     width = max(6.4, 1.05 + 4.1 * len(reports))
     figure = Figure(figsize=(width, 4.4), dpi=160, facecolor="white")
@@ -119,7 +119,7 @@ def plot_reports(reports: Mapping[str, MemoryReport], path: str | PathLike[str],
     figure.savefig(path)
 
 
-def _around_the_peak(report: MemoryReport) -> tuple[MemoryReport, int]:
+def around_the_peak(report: MemoryReport) -> tuple[MemoryReport, int]:
     """(the report with the forward and backward that hold the peak alone, how many there are); all of a few: 1."""
     timeline = report.timeline
     forwards = [state for state, phase in timeline.phases if phase == "forward"]

@@ -72,6 +72,8 @@ class Timeline:
     """(state, phase): the phase of the events from that state on."""
     blocks: list[int]
     """The block of each event, as an index into `MemoryReport.history`."""
+    alive: list[tuple[int, int]]
+    """(block, bytes) of what lives in state 0."""
 
     def __len__(self) -> int:
         return len(self.deltas) + 1
@@ -82,7 +84,11 @@ class Timeline:
 
     def between(self, first: int, last: int) -> "Timeline":
         """The states from number `first` to number `last`."""
+        sizes = Counter(dict(self.alive))
+        for block, delta in zip(self.blocks[:first], self.deltas[:first]):
+            sizes[block] += delta
         return Timeline(
+            alive=[(block, size) for block, size in sorted(sizes.items()) if size],
             start={name: sizes[first] for name, sizes in self.by_category().items()},
             deltas=self.deltas[first:last],
             categories=self.categories[first:last],
@@ -131,7 +137,8 @@ class MemoryReport:
     def from_dict(cls, data: Mapping[str, Any]) -> "MemoryReport":
         """The inverse of `as_dict`, after a detour through JSON as well."""
         timeline = dict(data["timeline"])
-        timeline["phases"] = [(state, phase) for state, phase in timeline["phases"]]
+        for key in ("phases", "alive"):
+            timeline[key] = [tuple(pair) for pair in timeline[key]]
         lists = {
             key: [LiveBlock(**{**block, "shape": tuple(block["shape"])}) for block in data[key]]
             for key in ("blocks", "history")
@@ -219,6 +226,7 @@ def build_report(
         categories=[codes[block] for block, _ in events],
         phases=list(phases),
         blocks=[block for block, _ in events],
+        alive=[(number, block.start_bytes) for number, block in enumerate(blocks) if block.start_bytes],
     )
     totals = timeline.totals()
     peak_bytes = max(totals)

@@ -4,7 +4,7 @@ Model, optimizer, clipping and noise are those of the run, and so is the loop's 
 training and nothing in them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,20 +25,33 @@ EXPECTED_BATCHES = 10  # in an epoch of the mechanism: no tensor depends on it
 
 @dataclass(frozen=True)
 class BlankTask:
-    """Losses and batches of a task, for `accumulate`."""
+    """Losses and one batch of a task, for `accumulate`."""
 
-    per_example_losses: Callable[[nn.Module, Batch], Tensor]
+    losses: Callable[[nn.Module, Batch], Tensor]
     batch: Batch
 
+    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B,) losses."""
+        return self.losses(model, batch)
 
-def blank_step(config: Config, *, device: torch.device, per_example_gradients: bool = False) -> TrainingStep:
+
+def blank_step(
+    config: Config,
+    *,
+    device: torch.device,
+    per_example_gradients: bool = False,
+    architecture: Mapping[str, Any] | None = None,
+) -> TrainingStep:
     """The step of this config, with random weights; call it under fake tensors, or with sizes that fit.
 
-    `per_example_gradients` holds one gradient an example until the step ends, as Opacus's hooks do, in the place of
-    whatever clipping the config has.
+    Args:
+        config: of any experiment; its data are not looked at.
+        device: where it would be trained.
+        per_example_gradients: hold one gradient an example, as Opacus's hooks do, in the place of any clipping.
+        architecture: what is different in a language model's architecture, by the names of transformers.
     """
     with device:  # made there, since fake parameters cannot be moved
-        model = blank_model(config)
+        model = blank_model(config, architecture=architecture)
     task = blank_task(config, device=device)
     private: Any = HeldGradients(model) if per_example_gradients else _private(config, model)
     state = make_state(model, config.trainer)
@@ -51,7 +64,7 @@ def blank_step(config: Config, *, device: torch.device, per_example_gradients: b
     return TrainingStep(model, run, state.optimizer)
 
 
-def blank_model(config: Config) -> nn.Module:
+def blank_model(config: Config, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that the config names, with random weights, in its memory mode."""
     from memsave.training.experiment import make_model
 
@@ -59,7 +72,7 @@ def blank_model(config: Config) -> nn.Module:
         return make_model(config)[0]
     from memsave.training.language_models import blank_language_model
 
-    model = blank_language_model(config.model)
+    model = blank_language_model(config.model, architecture=architecture)
     set_memory(model, config.memory.mode)
     return model.train()
 

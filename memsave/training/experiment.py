@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from memsave.config import Config, ConfigError, MemoryConfig, SegmentationData, TrainerConfig, UNetModel
-from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports
+from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
 from memsave.training import checkpoint
-from memsave.training.budget import OverBudget, over_budget
+from memsave.training.budget import OverBudget, free_bytes, over_budget
+from memsave.training.fit import fitted, plan_experiment
 from memsave.training.interrupt import asked_to_stop
 from memsave.training.log import RunLog
 from memsave.training.loop import State, averaged, make_state, run_steps
@@ -25,12 +26,22 @@ from memsave.training.progress import Progress
 from memsave.training.task import Task
 
 
-def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[str, Any]:
-    """Train, evaluate, measure and draw into `folder`; returns `metrics`, `memory` and `privacy` of `result.json`."""
-    torch.manual_seed(config.trainer.seed)
+def run_experiment(
+    config: Config, folder: Path, *, ways: list[str] | None = None, progress: Progress
+) -> dict[str, Any]:
+    """Train, evaluate, measure and draw into `folder`; returns `metrics`, `memory` and `privacy` of `result.json`.
+
+    With `mode=plan`, plan instead, of the ways to train that are compared (`ways`: of these), and return `plan`.
+    """
     device = choose_device(config.trainer.device)
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
+    if config.budget == "auto":
+        config.budget = str(free_bytes(device))
+    if config.mode == "plan":
+        return plan_experiment(config, folder, device, ways=ways, progress=progress)
+    config, planned = fitted(config, folder, device, progress=progress)
+    torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
     task, model = make_task(config, device, tokenizer), model.to(device)
@@ -55,7 +66,7 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
     try:
         loss, scores = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
     except OverBudget as stop:
-        stop.memory = _write_memory(config, folder, watch.last, measured)
+        stop.outcome = {**planned, "memory": _write_memory(config, folder, watch.last, measured)}
         raise
     memory = _write_memory(config, folder, watch.worst, measured)
     task.show(folder)
@@ -64,7 +75,7 @@ def run_experiment(config: Config, folder: Path, *, progress: Progress) -> dict[
     for line in _last_lines(config, task, scores, measured):
         progress.say(line)
     spent = write_statement(config, state, task, folder, progress=progress)
-    return {"metrics": {"loss": loss, **scores, **first}, "memory": memory, "privacy": spent}
+    return {"metrics": {"loss": loss, **scores, **first}, "memory": memory, "privacy": spent, **planned}
 
 
 def choose_device(name: str) -> torch.device:
@@ -232,7 +243,7 @@ def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:
 def _write_memory(
     config: Config, folder: Path, worst: MemoryReport | None, measured: dict[str, Measurement]
 ) -> dict[str, Any]:
-    """`memory.json` and `memory.png`; returns the part that stands in `result.json`."""
+    """`memory.json`, `memory.png` and `memory.html`; returns the part that stands in `result.json`."""
     mode = config.memory.mode
     reports = {name: each.report for name, each in measured.items()}
     shown = worst or reports.get(mode)
@@ -242,7 +253,9 @@ def _write_memory(
     (folder / "memory.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
     private = ", private" if config.privacy.kind != "none" else ""
     drawn = {name if name == PLAIN else name + private: report for name, report in (reports or {mode: shown}).items()}
-    plot_reports(drawn, folder / "memory.png", title="Live memory of one training step")
+    title = "Live memory of one training step"
+    plot_reports(drawn, folder / "memory.png", title=title)
+    write_html(drawn, folder / "memory.html", title=title)
     own = measured.get(mode)
     return {
         "mode": mode,

@@ -1,6 +1,7 @@
 """Language models and their tokenizers: from a hub or folder, converted, or pretrained here and cached."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from memsave.training.progress import Progress
 VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
 END, PAD = "<|endoftext|>", "<|pad|>"
 HUB_TIMEOUT = 10.0  # seconds
-GPT2_SIZES: dict[str, dict[str, int]] = {  # which no hub needs to be asked for
+GPT2_SIZES: dict[str, dict[str, Any]] = {  # which no hub needs to be asked for
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
@@ -35,21 +36,24 @@ def language_model(config: LanguageModel, *, progress: Progress) -> tuple[nn.Mod
     return _load(config.name)
 
 
-def blank_language_model(config: LanguageModel, *, progress: Progress | None = None) -> nn.Module:
-    """The architecture with random weights in float32, without a tokenizer."""
+def blank_language_model(config: LanguageModel, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
+    """The architecture with random weights in float32; `architecture` says what is different in it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(language_config(config, progress=progress), dtype=torch.float32)
+    found = language_config(config)
+    for name, value in (architecture or {}).items():
+        setattr(found, name, value)
+    return AutoModelForCausalLM.from_config(found, dtype=torch.float32)
 
 
-def language_config(config: LanguageModel, *, progress: Progress | None = None) -> Any:
+def language_config(config: LanguageModel) -> Any:
     """The architecture alone, as a config of transformers."""
     from transformers import AutoConfig, GPT2Config
 
     if isinstance(config, SmallGPT2):
         found: Any = _small_gpt2_config(config, vocabulary=config.vocabulary, end=0, pad=1)
     elif isinstance(config, SmolLM2):
-        found = AutoConfig.from_pretrained(converted_smollm2(config, progress=progress or Progress()))
+        found = AutoConfig.from_pretrained(converted_smollm2(config, progress=Progress()))
     elif config.name.removeprefix("openai-community/") in GPT2_SIZES:
         found = GPT2Config(**GPT2_SIZES[config.name.removeprefix("openai-community/")])
     else:

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from memsave.config import OptimizerConfig, TrainerConfig
 from memsave.privacy import PrivateGradients
 from memsave.training.ema import Ema
-from memsave.training.task import Batch, Task, examples, split
+from memsave.training.task import Batch, Losses, Task, examples, split
 
 
 class TrainingError(RuntimeError):
@@ -160,7 +160,7 @@ def batches_of(state: State, task: Task) -> Iterator[Batch]:
 
 def accumulate(
     model: nn.Module,
-    task: Task,
+    task: Losses,
     batch: Batch,
     config: TrainerConfig,
     *,

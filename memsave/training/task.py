@@ -14,7 +14,14 @@ Batch = dict[str, Any]
 """Tensors with the examples along dimension 0, and lists with one entry an example."""
 
 
-class Task(Protocol):
+class Losses(Protocol):
+    """All that a training step asks of a task."""
+
+    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses (B,): example i's depends on example i alone."""
+
+
+class Task(Losses, Protocol):
     """A kind of work: its data, its loss, its scores."""
 
     unit: str
@@ -36,9 +43,6 @@ class Task(Protocol):
 
     def batches(self, *, start: int) -> Generator[Batch]:
         """The logical batches of the run from number `start` on; the same ones whatever came before."""
-
-    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses (B,): example i's depends on example i alone."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The scores on what was held out."""

@@ -119,7 +119,7 @@ def test_of_many_micro_batches_the_one_with_the_peak_is_drawn(tmp_path):
     report = recorder.report()
     totals = report.timeline.totals()
 
-    (part, micro_batches), whole = plot._around_the_peak(report), plot._around_the_peak(report_of())
+    (part, micro_batches), whole = plot.around_the_peak(report), plot.around_the_peak(report_of())
     assert (micro_batches, whole[1]) == (6, 1)
     shown = part.timeline.totals()
     assert shown[part.peak_index] == max(shown) == report.peak_bytes

@@ -1,0 +1,165 @@
+"""One table and one picture of a sweep.
+
+    python -m memsave.collect multirun/brats_rev/2026-01-31_10-00-00
+
+reads every job's `config.yaml` and `result.json`, whatever became of it, and writes `sweep.md`, `sweep.csv` and
+`sweep.png` into the folder. A job is told by the keys in which the jobs differ; one that left no result is named.
+A sweep does this by itself when it ends. Exit codes: 0, or 2 where the folder holds no jobs.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from memsave.profiler import format_bytes
+
+NOTHING = "no result"
+UNTOLD = ("trainer.resume", "data.root")  # keys that tell where a job ran, not what it did
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    """By dotted key."""
+    result: Mapping[str, Any]
+    """`result.json`; empty where it is missing."""
+
+    @property
+    def status(self) -> str:
+        """How it ended."""
+        return self.result.get("status", NOTHING)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if len(given) != 1 or given[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if given else 2
+    folder = Path(given[0]).expanduser()
+    if not folder.is_dir() or not read_jobs(folder):
+        print(f"memsave: {folder} holds no jobs; name a sweep's folder, multirun/EXPERIMENT/TIME", file=sys.stderr)
+        return 2
+    collect(folder)
+    return 0
+
+
+def collect(folder: Path) -> list[Job]:
+    """Write the table and the picture, print the table, and return the jobs."""
+    jobs = read_jobs(folder)
+    rows = [row for job in jobs for row in rows_of(job, varied_keys(jobs))]
+    text = markdown(rows)
+    missing = [str(job.folder) for job in jobs if job.status == NOTHING]
+    if missing:
+        text += f"\n\nLeft no result: {', '.join(missing)}"
+    (folder / "sweep.md").write_text(f"# {folder.name}\n\n{text}\n")
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(columns_of(rows)))
+        table.writeheader()
+        table.writerows(rows)
+    try:
+        from memsave.sweep_picture import draw
+
+        draw(rows, folder / "sweep.png")
+    except ModuleNotFoundError:
+        print("memsave: no picture without matplotlib; install it with: pip install matplotlib", file=sys.stderr)
+    print(f"{text}\n\nwritten to {folder}: sweep.md, sweep.csv, sweep.png")
+    return jobs
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """The jobs of a sweep's folder, by number."""
+    found = [path for path in folder.iterdir() if path.is_dir()]
+    jobs = []
+    for path in sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)):
+        config, result = path / "config.yaml", path / "result.json"
+        known = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
+        jobs.append(Job(path, dict(_flat(known)), json.loads(result.read_text()) if result.is_file() else {}))
+    return jobs
+
+
+def varied_keys(jobs: Sequence[Job]) -> list[str]:
+    """The config keys in which the jobs differ, `memory.mode` once and not with all that follows from it."""
+    keys = dict.fromkeys(key for job in jobs for key in job.config)
+    differ = [key for key in keys if len({repr(job.config.get(key)) for job in jobs if job.config}) > 1]
+    return [key for key in differ if key not in UNTOLD]
+
+
+def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a job in the table: one for a run, one for each way to train of a plan; sizes in bytes."""
+    told = {"job": job.folder.name, **{key: job.config.get(key) for key in keys}}
+    status = {"status": job.status, "seconds": job.result.get("seconds")}
+    plan, memory = job.result.get("plan"), job.result.get("memory") or {}
+    if plan and job.config.get("mode") == "plan":
+        for row in plan["rows"]:
+            yield {
+                **told,
+                "way": row["way"],
+                **({f"largest {plan['vary']}": row["described"], "size": row["size"]} if plan["vary"] else {}),
+                "fits": row["fits"],
+                **{key: row[key] for key in ("exact_bytes", "calibrated_bytes", "reserve_bytes")},
+                "smallest_budget_bytes": row.get("smallest_budget_bytes"),
+                **status,
+            }
+        return
+    planned = plan["rows"][0] if plan else {}
+    at = {f"trained at ({plan['vary']})": planned["described"]} if plan and plan["vary"] else {}
+    privacy = job.result.get("privacy") or {}
+    yield {
+        **told,
+        **at,
+        **({"predicted_bytes": planned["exact_bytes"]} if planned else {}),
+        "peak_bytes": memory.get("peak_bytes"),
+        "allocator_peak_bytes": memory.get("allocator_peak_bytes"),
+        **({"epsilon": privacy["epsilon"]} if "epsilon" in privacy else {}),
+        **{name: value for name, value in job.result.get("metrics", {}).items() if not name.endswith("_before")},
+        **status,
+    }
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every column of any row, `status` and `seconds` last."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    last = [name for name in ("status", "seconds") if name in names]
+    return [*(name for name in names if name not in last), *last]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for people; empty columns are left out."""
+    names = [name for name in columns_of(rows) if any(row.get(name) is not None for row in rows) and name != "size"]
+    heads = [name.removesuffix("_bytes").replace("_", " ") for name in names]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += ["| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What a plan may vary, and how a size becomes a config.
+
+volume     the longest side of the crop in voxels, in steps of 16; the others keep their proportions
+depth      blocks of every level of a U-Net; layers of a language model
+channels   channels of a U-Net's finest level, in steps of 8, the others in proportion; a language model's width
+batch      examples that pass through the model at once (trainer.micro_batch_size)
+length     tokens of an example (data.max_length), in steps of 8
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from memsave.config import Config, UNetModel
+
+VOXELS, CHANNELS, TOKENS = 16, 8, 8  # the steps
+MOST_VOXELS, MOST_BLOCKS, MOST_LAYERS, MOST_CHANNELS, MOST_EXAMPLES = 1024, 32, 192, 1024, 4096
+WIDER = 16  # times a language model's own width
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One number of a config that a plan varies."""
+
+    low: int
+    high: int
+    multiple: int
+    start: int
+    """The config's own size, or near it."""
+    at: Callable[[int], Config]
+    """The config with another size."""
+    describe: Callable[[int], str]
+    """The size for people."""
+    architecture: Callable[[int], Mapping[str, Any]] = lambda size: {}
+    """What changes in a language model's architecture, by the names of transformers."""
+
+
+def variation(config: Config) -> Variation:
+    """What `vary=` asks for."""
+    kinds = {"volume": _volume, "depth": _depth, "channels": _channels, "batch": _batch, "length": _length}
+    made = kinds[str(config.vary)](config)
+    return replace(made, start=min(max(made.start, made.low), made.high))
+
+
+def _changed(config: Config, change: Callable[[Config], None]) -> Config:
+    config = deepcopy(config)
+    change(config)
+    return config
+
+
+def _volume(config: Config) -> Variation:
+    sides = list(config.data.crop_size)
+    longest = max(sides)
+
+    def crop(size: int) -> list[int]:
+        return [max(VOXELS, round(size * side / longest / VOXELS) * VOXELS) for side in sides]
+
+    def at(size: int) -> Config:
+        return _changed(config, lambda changed: setattr(changed.data, "crop_size", crop(size)))
+
+    return Variation(VOXELS, MOST_VOXELS, VOXELS, longest, at, lambda size: "x".join(map(str, crop(size))))
+
+
+def _depth(config: Config) -> Variation:
+    if isinstance(config.model, UNetModel):
+        levels = len(config.model.channels)
+
+        def at(size: int) -> Config:
+            return _changed(config, lambda changed: setattr(changed.model, "blocks", [size] * levels))
+
+        return Variation(1, MOST_BLOCKS, 1, max(config.model.blocks), at, lambda size: f"{size} blocks a level")
+    return Variation(
+        *(1, MOST_LAYERS, 1, _architecture(config).num_hidden_layers),
+        at=lambda size: config,
+        describe=lambda size: f"{size} layers",
+        architecture=lambda size: {"num_hidden_layers": size},
+    )
+
+
+def _channels(config: Config) -> Variation:
+    if isinstance(config.model, UNetModel):
+        own = config.model.channels
+
+        def wide(size: int) -> list[int]:
+            return [round(size * each / own[0] / 2) * 2 for each in own]
+
+        def at(size: int) -> Config:
+            return _changed(config, lambda changed: setattr(changed.model, "channels", wide(size)))
+
+        return Variation(CHANNELS, MOST_CHANNELS, CHANNELS, own[0], at, lambda size: "-".join(map(str, wide(size))))
+    found = _architecture(config)
+    head = found.hidden_size // found.num_attention_heads
+    return Variation(
+        *(head, WIDER * found.hidden_size, head, found.hidden_size),
+        at=lambda size: config,
+        describe=lambda size: f"width {size}",
+        architecture=lambda size: wider(found, size),
+    )
+
+
+def wider(architecture: Any, width: int) -> dict[str, Any]:
+    """An architecture of transformers at another width: heads of the same size, all else in proportion."""
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner")
+    scaled = {name: getattr(architecture, name, None) for name in names}
+    own = architecture.hidden_size
+    return {"hidden_size": width, **{name: max(1, each * width // own) for name, each in scaled.items() if each}}
+
+
+def _batch(config: Config) -> Variation:
+    def change(changed: Config, size: int) -> None:
+        changed.trainer.micro_batch_size = size
+        changed.trainer.batch_size = max(changed.trainer.batch_size, size)
+
+    own, most = config.trainer.micro_batch_size, config.trainer.batch_size
+    return Variation(
+        *(1, MOST_EXAMPLES if config.mode == "plan" else most, 1, most if own is None else own),
+        at=lambda size: _changed(config, lambda changed: change(changed, size)),
+        describe=lambda size: f"{size} at once",
+    )
+
+
+def _length(config: Config) -> Variation:
+    positions = getattr(_architecture(config), "max_position_embeddings", None) or 2**17
+    return Variation(
+        *(TOKENS, positions // TOKENS * TOKENS, TOKENS, config.data.max_length),
+        at=lambda size: _changed(config, lambda changed: setattr(changed.data, "max_length", size)),
+        describe=lambda size: f"{size} tokens",
+    )
+
+
+def _architecture(config: Config) -> Any:
+    from memsave.training.language_models import language_config
+
+    return language_config(config.model)

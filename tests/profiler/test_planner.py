@@ -1,0 +1,144 @@
+"""What fits: the answer is the largest, verified on both sides, whatever the sizes do."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from memsave.profiler import Calibration, MemoryRecorder, TrainingStep, largest, parse_bytes, peak_on_fake, planner
+
+MIB = 2**20
+
+
+def line_step(size, *, width=64):
+    """A step whose activations grow with `size`, the batch."""
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    inputs = torch.zeros(size, width)
+
+    def run():
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return TrainingStep(model, run, optimizer)
+
+
+def measured(size):
+    made = line_step(size)
+    made.run()
+    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
+        made.run()
+    return recorder.report()
+
+
+def test_the_fake_step_is_the_second_one_with_the_optimizers_state():
+    report = peak_on_fake(lambda: line_step(1000))
+    assert report == measured(1000)
+    assert report.peak_by_category["optimizer"] > 0
+
+
+def test_planning_leaves_the_random_numbers_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    peak_on_fake(lambda: line_step(10))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("start", [None, 1, 700, 4096])
+@pytest.mark.parametrize("budget", [200_000, 3 * MIB, "4MiB"])
+def test_the_answer_fits_and_one_step_more_does_not_for_real(budget, start):
+    answer = largest(line_step, budget=budget, low=8, high=4096, multiple=8, start=start)
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    assert answer.size % 8 == 0
+    assert measured(answer.size).peak_bytes == answer.need.exact <= limit
+    assert measured(answer.size + 8).peak_bytes == answer.above.exact > limit
+    assert answer.monotone
+    assert len(answer.tried) < 12
+
+
+def test_where_nothing_fits_the_smallest_budget_does():
+    answer = largest(line_step, budget=1000, low=16, high=64, multiple=16)
+    assert answer.size is None
+    assert "nothing fits into 1000 B: the lowest size, 16" in str(answer)
+    assert largest(line_step, budget=answer.smallest_budget, low=16, high=64, multiple=16).size == 16
+    assert largest(line_step, budget=answer.smallest_budget - 1, low=16, high=64, multiple=16).size is None
+
+
+def test_the_top_of_the_range_is_told_as_such():
+    answer = largest(line_step, budget="1GiB", low=16, high=70, multiple=16)
+    assert (answer.size, answer.above) == (64, None)
+    assert "the highest that was allowed" in str(answer)
+
+
+def test_exact_calibrated_and_reserve_are_three_numbers():
+    plain = largest(line_step, budget="3MiB", low=8, high=4096, multiple=8)
+    assert plain.need.exact == plain.need.calibrated == plain.need.total
+    calibration = Calibration(workspace_ratio=2.0)
+    answer = largest(
+        line_step, budget="3MiB", low=8, high=4096, multiple=8, reserve="1MiB", calibration=calibration
+    )
+    need = answer.need
+    assert need.reserve == MIB
+    assert need.calibrated == need.exact + 2 * need.report.largest_block_bytes
+    assert need.total <= 3 * MIB < answer.above.total
+    assert answer.size < plain.size
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 1), (5, 4, 1), (1, 4, 0)])
+def test_no_sizes_are_refused(sizes):
+    low, high, multiple = sizes
+    with pytest.raises(ValueError, match=f"sizes go from {low} to {high} in steps of {multiple}; give"):
+        largest(line_step, budget=1, low=low, high=high, multiple=multiple)
+
+
+def pretend(monkeypatch, totals):
+    """Have size s take totals[s] bytes."""
+
+    class Report:
+        largest_block_bytes = 0
+
+        def __init__(self, size):
+            self.peak_bytes = totals[size]
+
+    monkeypatch.setattr(planner, "peak_on_fake", lambda step: Report(step()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 1000), min_size=1, max_size=80),
+    limit=st.integers(0, 40_000),
+    start=st.integers(1, 100),
+)
+def test_the_search_finds_the_largest_of_whatever_grows(steps, limit, start):
+    totals = {size: sum(steps[:size]) for size in range(1, len(steps) + 1)}
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, totals)
+        answer = largest(lambda size: size, budget=limit, low=1, high=len(steps), start=start)
+    assert answer.size == max((size for size in totals if totals[size] <= limit), default=None)
+    assert answer.monotone
+
+
+@settings(max_examples=100, deadline=None)
+@given(totals=st.lists(st.integers(0, 100), min_size=1, max_size=30), limit=st.integers(0, 100))
+def test_sizes_that_were_found_out_of_order_are_all_tried(totals, limit):
+    known = dict(enumerate(totals, start=1))
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, known)
+        answer = largest(lambda size: size, budget=limit, low=1, high=len(totals))
+    if answer.monotone:  # nothing was seen out of order; the answer is verified all the same
+        assert answer.size is None or known[answer.size] <= limit
+        assert answer.above is None or answer.above.total > limit
+    else:
+        assert answer.size == max((size for size in known if known[size] <= limit), default=None)
+
+
+def test_a_step_that_looks_at_values_says_so():
+    def step(look):
+        model = nn.Linear(2, 2)
+        return TrainingStep(model, lambda: look(model(torch.zeros(1, 2))))
+
+    for look in (lambda x: x.sum().item(), lambda x: x[x > 0]):
+        with pytest.raises(ValueError, match=r"looks at the values of a tensor \(aten.*keep \.item\(\)"):
+            peak_on_fake(lambda look=look: step(look))
