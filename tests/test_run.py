@@ -43,6 +43,7 @@ def test_one_run_leaves_its_result(tmp_path):
         "metrics.jsonl",
         "memory.json",
         "memory.png",
+        "memory.html",
         "model",
         "overlay.png",
         "scores.csv",

@@ -76,9 +76,7 @@ def test_exact_calibrated_and_reserve_are_three_numbers():
     plain = largest(line_step, budget="3MiB", low=8, high=4096, multiple=8)
     assert plain.need.exact == plain.need.calibrated == plain.need.total
     calibration = Calibration(workspace_ratio=2.0)
-    answer = largest(
-        line_step, budget="3MiB", low=8, high=4096, multiple=8, reserve="1MiB", calibration=calibration
-    )
+    answer = largest(line_step, budget="3MiB", low=8, high=4096, multiple=8, reserve="1MiB", calibration=calibration)
     need = answer.need
     assert need.reserve == MIB
     assert need.calibrated == need.exact + 2 * need.report.largest_block_bytes

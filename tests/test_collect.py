@@ -1,0 +1,126 @@
+"""Sweeps: collected whatever became of their jobs, continued where they were left."""
+
+import csv
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from memsave.collect import collect, main, read_jobs, varied_keys
+from memsave.compose import compose, request_of, requested_in, write_config
+from memsave.config import ConfigError
+from memsave.run import is_done
+from tests.test_run import command
+from tests.training.test_segmentation import TINY
+
+
+def write_job(folder, *overrides, result):
+    folder.mkdir(parents=True)
+    config = compose([*TINY, *overrides])
+    write_config(config, folder, request=request_of(config))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+    return config
+
+
+def planned(way, size, total):
+    row = {"way": way, "fits": size is not None, "exact_bytes": total, "calibrated_bytes": total, "reserve_bytes": 0}
+    return {"status": "ok", "seconds": 1.5, "plan": {"vary": "volume", "rows": [
+        {**row, "size": size, "described": f"{size}x{size}x{size}", "smallest_budget_bytes": None}
+    ]}}  # fmt: skip
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Four plans of two budgets and two modes, a job that failed, one that left nothing."""
+    number = 0
+    for budget, scale in (("1GiB", 1), ("2GiB", 2)):
+        for way, size in (("stored", 32), ("reversible", 64)):
+            write_job(
+                tmp_path / str(number), f"memory={way}", f"budget={budget}", "mode=plan", "vary=volume",
+                result=planned(way, size * scale, 2**30),
+            )  # fmt: skip
+            number += 1
+    write_job(tmp_path / "10", "memory=stored", "budget=4GiB", "vary=volume", result={"status": "failed", "seconds": 1})
+    write_job(tmp_path / "11", "memory=checkpoint", "budget=4GiB", "vary=volume", result=None)
+    return tmp_path
+
+
+def test_one_table_and_one_picture(sweep, capsys):
+    jobs = collect(sweep)
+    assert [job.folder.name for job in jobs] == ["0", "1", "2", "3", "10", "11"]
+    assert set(varied_keys(jobs)) == {"mode", "memory.mode", "budget"}
+    rows = list(csv.DictReader((sweep / "sweep.csv").open()))
+    assert [row["status"] for row in rows] == [*["ok"] * 4, "failed", "no result"]
+    assert rows[3]["largest volume"] == "128x128x128"
+    assert rows[3]["calibrated_bytes"] == str(2**30)
+    text = (sweep / "sweep.md").read_text()
+    assert "1.00 GiB" in text
+    assert f"Left no result: {sweep / '11'}" in text
+    assert (sweep / "sweep.png").stat().st_size > 5000
+    assert "64x64x64" in capsys.readouterr().out
+
+
+def test_training_jobs_show_their_scores_and_what_they_held(tmp_path):
+    for number, lr in enumerate(("0.1", "0.2")):
+        memory = {"peak_bytes": 2**20, "allocator_peak_bytes": 2**21}
+        result = {"status": "ok", "seconds": 3.0, "metrics": {"loss": 0.5, "dice": 0.75, "dice_before": 0}}
+        write_job(
+            tmp_path / str(number), f"trainer.optimizer.lr={lr}",
+            result={**result, "memory": memory, "privacy": {"epsilon": 3.0}},
+        )  # fmt: skip
+    collect(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["trainer.optimizer.lr"] for row in rows] == ["0.1", "0.2"]
+    assert (rows[0]["dice"], rows[0]["epsilon"], rows[0]["peak_bytes"]) == ("0.75", "3.0", str(2**20))
+    assert "dice_before" not in rows[0]
+
+
+def test_the_command_line_names_a_folder_without_jobs(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(tmp_path)]) == 2
+    assert "holds no jobs; name a sweep's folder" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+
+
+def test_a_job_that_is_done_is_known(tmp_path):
+    config = write_job(tmp_path / "0", result={"status": "ok"})
+    assert requested_in(tmp_path / "0") == request_of(config)
+    assert is_done(tmp_path / "0", config, request=request_of(config))
+    (tmp_path / "0" / "result.json").write_text('{"status": "over_budget"}')
+    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert config.trainer.resume is None
+
+
+def test_a_job_that_was_cut_off_continues_from_its_checkpoint(tmp_path):
+    config = write_job(tmp_path / "0", result=None)
+    (tmp_path / "0" / "checkpoint").mkdir()
+    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert config.trainer.resume == str(tmp_path / "0" / "checkpoint")
+
+
+def test_another_jobs_folder_is_left_alone(tmp_path):
+    write_job(tmp_path / "0", result={"status": "ok"})
+    other = compose([*TINY, "trainer.steps=7"])
+    with pytest.raises(ConfigError, match="holds another job; give the command that made it, or another"):
+        is_done(tmp_path / "0", other, request=request_of(other))
+
+
+def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    arguments = ["-m", *TINY, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
+    arguments += ["hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    first = command(tmp_path, *arguments)
+    assert first.returncode == 1
+    assert "over_budget: sweep/0" in first.stderr
+    assert "the same command with hydra.sweep.dir=sweep does what is missing" in first.stderr
+    results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "01"]
+    assert [each["status"] for each in results] == ["over_budget", "ok"]
+    assert [len(each["plan"]["rows"]) for each in results] == [1, 1]  # the sweep chose the memory mode
+    changed = (tmp_path / "sweep" / "1" / "plan.png").stat().st_mtime_ns
+    assert command(tmp_path, *arguments).returncode == 1
+    assert (tmp_path / "sweep" / "1" / "plan.png").stat().st_mtime_ns == changed
+    assert "over_budget" in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert OmegaConf.load(tmp_path / "sweep" / "1" / "config.yaml").budget == "60MiB"
+    assert len(read_jobs(tmp_path / "sweep")) == 2
