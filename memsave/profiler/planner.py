@@ -58,8 +58,8 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
                 reports.append(recorder.report())
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"the step looks at the values of a tensor ({error.func}), and on fake tensors there are none; keep .item(), "
-            f"if tensor, and boolean masks as indices out of it"
+            f"the step looks at the values of a tensor ({error.func}), and fake tensors have none; keep .item(), if "
+            f"tensor, and boolean masks as indices out of it"
         ) from error
     finally:
         torch.set_rng_state(state)

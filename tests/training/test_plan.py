@@ -156,7 +156,7 @@ def test_less_is_kept_so_more_fits():
 def test_a_plan_without_vary_says_whether_the_config_fits():
     fits, tight = (plan_of("mode=plan", f"budget={budget}") for budget in ("100MiB", "4MiB"))
     assert [row.fits for row in fits.rows] == [True] * 3
-    assert [row.fits for row in tight.rows][0] is False
+    assert next(row.fits for row in tight.rows) is False
     assert plan_of("mode=plan").own.fits is None
 
 
@@ -190,7 +190,7 @@ def test_a_plan_is_written_for_people_and_programs(tmp_path):
 
 def test_where_nothing_fits_the_smallest_budget_is_told_and_is_enough(tmp_path):
     config = config_of("mode=plan", "vary=volume", "budget=1MiB")
-    with pytest.raises(OverBudget, match="the smallest volume does not fit into 1.00 MiB as reversible") as stop:
+    with pytest.raises(OverBudget, match=r"the smallest volume does not fit into 1\.00 MiB as reversible") as stop:
         run_experiment(config, tmp_path, progress=Progress())
     rows = stop.value.outcome["plan"]["rows"]
     smallest = next(row["smallest_budget_bytes"] for row in rows if row["way"] == "reversible")
@@ -220,7 +220,7 @@ def test_a_budget_changes_no_number_of_the_training(tmp_path):
 
 def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
     monkeypatch.setattr("memsave.training.experiment.make_task", lambda *args: pytest.fail("training began"))
-    with pytest.raises(OverBudget, match="a step does not fit into 2.00 MiB as stored: it needs a budget of"):
+    with pytest.raises(OverBudget, match=r"a step does not fit into 2\.00 MiB as stored: it needs a budget of"):
         run_experiment(config_of("memory=stored", "budget=2MiB"), tmp_path, progress=Progress())
 
 

@@ -1,0 +1,1 @@
+"""How true plans are, and what fits into which budget."""

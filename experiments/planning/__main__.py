@@ -1,0 +1,209 @@
+"""How true plans are: predicted on fake tensors against real steps, and what fits into which budget.
+
+    python -m experiments.planning
+
+1. Steps that were not calibrated on: exact and calibrated bytes against what PyTorch's allocator held.
+2. Runs at the largest size that a plan names for a small budget: live bytes, allocator, and the process itself.
+3. `experiment=brats_budget` and `experiment=gpt2_budget`: predicted, in pictures.
+
+The process is started anew with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536: what malloc keeps of
+freed blocks would otherwise count as the step's.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.record import insert, keep, machine
+from memsave.compose import compose, to_objects
+from memsave.config import Config
+from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
+from memsave.training.blank import blank_step
+from memsave.training.plan_report import draw
+from memsave.training.plan import calibration_of, make_plan, own_way
+from memsave.training.progress import Progress
+from memsave.training.variation import variation
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CPU = torch.device("cpu")
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+BRATS = ["experiment=brats_rev", "trainer.batch_size=1"]
+GPT2 = ["experiment=gpt2_dp", "model=gpt2", "trainer.batch_size=8", "trainer.micro_batch_size=8"]
+STEPS = [  # none is a calibrating step: crops of 40, one block a level; texts of 64 tokens, two layers
+    *[
+        [*BRATS, f"memory={mode}", *size]
+        for mode in ("stored", "checkpoint", "reversible")
+        for size in (
+            ["data.crop_size=[32,32,32]"],
+            ["data.crop_size=[48,48,48]"],
+            ["data.crop_size=[80,72,64]"],
+            ["data.crop_size=[48,48,48]", "model.blocks=[2,2,2]"],
+            ["data.crop_size=[48,48,48]", "model.channels=[24,48,96]", "model.expansion=6"],
+        )
+    ],
+    [*BRATS, "memory=reversible", "data.crop_size=[64,64,64]", "trainer.precision=bfloat16"],
+    [*GPT2, "privacy=none", "data.max_length=100"],
+    [*GPT2, "data.max_length=100"],
+    [*GPT2, "memory=checkpoint", "data.max_length=256", "trainer.micro_batch_size=2"],
+    ["experiment=gpt2_dp"],
+]
+BUDGETS = [
+    *[(f"{mode}, volume", [*BRATS, f"memory={mode}", "vary=volume", "budget=512MiB"])
+      for mode in ("stored", "checkpoint", "reversible")],
+    ("reversible, channels", [*BRATS, "memory=reversible", "vary=channels", "budget=512MiB"]),
+    ("plain GPT-2, batch", [*GPT2, "privacy=none", "vary=batch", "budget=3GiB"]),
+    ("ghost GPT-2, batch", [*GPT2, "vary=batch", "budget=3GiB"]),
+    ("ghost small GPT-2, length", ["experiment=gpt2_dp", "vary=length", "budget=256MiB"]),
+]  # fmt: skip
+
+
+def main() -> None:
+    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
+        os.execvpe(sys.executable, [sys.executable, "-m", "experiments.planning"], {**os.environ, **MALLOC})
+    steps = [compare(overrides) for overrides in STEPS]
+    budgets = [stay_inside(name, overrides) for name, overrides in BUDGETS]
+    texts = {"planned steps": step_table(steps), "planned budgets": budget_table(budgets)}
+    for name, text in texts.items():
+        print(text)
+        insert(HERE / "README.md", name=name, text=text)
+        insert(ROOT / "docs" / "planning.md", name=name, text=text)
+    draw(volumes(), HERE / "plan.png")
+    for experiment in ("brats_budget", "gpt2_budget"):
+        sweep(experiment)
+    keep(
+        HERE / "results.json",
+        command="python -m experiments.planning",
+        results={"steps": steps, "budgets": budgets},
+    )
+
+
+def config_of(overrides: list[str]) -> Config:
+    return to_objects(compose(overrides))
+
+
+def step_of(config: Config) -> TrainingStep:
+    return blank_step(config, device=CPU)
+
+
+def compare(overrides: list[str]) -> dict[str, Any]:
+    """Predicted and measured bytes of one configuration."""
+    config = config_of(overrides)
+    calibration = calibration_of(config, own_way(config), CPU, progress=Progress())
+    predicted = peak_on_fake(lambda: step_of(config))
+    made = step_of(config)
+    made.run()
+    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
+        made.run()
+    live = recorder.report()
+    taken = allocator_peak(made.run)
+    assert taken is not None
+    heap = live.start_bytes + taken
+    row = {
+        "overrides": overrides,
+        "exact_bytes": predicted.peak_bytes,
+        "calibrated_bytes": calibration.allocator_bytes(predicted),
+        "measured_live_bytes": live.peak_bytes,
+        "measured_allocator_bytes": heap,
+    }
+    row["error"] = row["calibrated_bytes"] / heap - 1
+    print(overrides, f"{row['error']:+.2%}", flush=True)
+    return row
+
+
+def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
+    """The size that a plan names for a budget, and what a real step there holds and takes."""
+    config = config_of([*overrides, "profiler.compare=[]"])
+    config.mode = "plan"
+    way = own_way(config)
+    answer = make_plan(config, CPU, ways=[way], progress=Progress()).own.answer
+    assert answer is not None and answer.size is not None
+    varied = variation(config)
+    made = step_of(varied.at(answer.size))
+    made.run()
+    Path("/proc/self/clear_refs").write_text("5")  # the process's peak starts anew
+    before = status("VmRSS")
+    made.run()
+    grown = status("VmHWM") - before
+    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
+        made.run()
+    live = recorder.report()
+    taken = allocator_peak(made.run)
+    assert taken is not None
+    row = {
+        "name": name,
+        "overrides": overrides,
+        "budget_bytes": answer.budget,
+        "size": varied.describe(answer.size),
+        "exact_bytes": answer.need.exact,
+        "calibrated_bytes": answer.need.calibrated,
+        "measured_live_bytes": live.peak_bytes,
+        "measured_allocator_bytes": live.start_bytes + taken,
+        "measured_process_bytes": live.start_bytes + grown,
+    }
+    print(name, row["size"], flush=True)
+    return row
+
+
+def status(key: str) -> int:
+    """Bytes from the process's own status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def volumes() -> Any:
+    """The plan of the guide's first command."""
+    overrides = [*BRATS, "data.crop_size=[240,240,160]", "mode=plan", "vary=volume", "budget=16GiB"]
+    return make_plan(config_of(overrides), CPU, progress=Progress())
+
+
+def sweep(experiment: str) -> None:
+    """Run a ready-made sweep and keep its picture and table."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "memsave.run", f"experiment={experiment}", f"hydra.sweep.dir={folder}/sweep"]
+        subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        for suffix in ("png", "csv"):
+            shutil.copy(f"{folder}/sweep/sweep.{suffix}", HERE / f"{experiment}.{suffix}")
+
+
+def told(overrides: list[str]) -> str:
+    quiet = ("experiment=", "trainer.batch_size=")
+    return " ".join(each for each in overrides if not each.startswith(quiet)) or "as it is"
+
+
+def step_table(rows: list[dict]) -> str:
+    worst = max(abs(row["error"]) for row in rows)
+    lines = [
+        f"{machine()}; largest error {worst:.2%}:\n",
+        "| experiment | with | exact, predicted | live, measured | calibrated, predicted | allocator, measured | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = ("exact_bytes", "measured_live_bytes", "calibrated_bytes", "measured_allocator_bytes")
+        cells = [row["overrides"][0].removeprefix("experiment="), told(row["overrides"])]
+        cells += [format_bytes(row[key]) for key in sizes]
+        lines.append("| " + " | ".join([*cells, f"{row['error']:+.2%}"]) + " |")
+    return "\n".join(lines)
+
+
+def budget_table(rows: list[dict]) -> str:
+    lines = [
+        f"{machine()}:\n",
+        "| what | budget | largest that fits | predicted | live, measured | allocator, measured | process, measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = ("calibrated_bytes", "measured_live_bytes", "measured_allocator_bytes", "measured_process_bytes")
+        cells = [row["name"], format_bytes(row["budget_bytes"]), row["size"]]
+        lines.append("| " + " | ".join([*cells, *(format_bytes(row[key]) for key in sizes)]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
