@@ -25,8 +25,8 @@ from memsave.compose import compose, to_objects
 from memsave.config import Config
 from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
 from memsave.training.blank import blank_step
-from memsave.training.plan_report import draw
 from memsave.training.plan import calibration_of, make_plan, own_way
+from memsave.training.plan_report import draw
 from memsave.training.progress import Progress
 from memsave.training.variation import variation
 
@@ -181,7 +181,7 @@ def step_table(rows: list[dict]) -> str:
     worst = max(abs(row["error"]) for row in rows)
     lines = [
         f"{machine()}; largest error {worst:.2%}:\n",
-        "| experiment | with | exact, predicted | live, measured | calibrated, predicted | allocator, measured | error |",
+        "| experiment | with | exact | live, measured | calibrated | allocator, measured | error |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

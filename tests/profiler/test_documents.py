@@ -1,0 +1,11 @@
+"""The code of docs/planning.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+
+def test_what_fits_of_ones_own(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+    assert "fits into 16.00 GiB" in capsys.readouterr().out
