@@ -4,7 +4,6 @@
 `ConfigError` that names the key, what was expected, and the closest valid name.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import fields, is_dataclass
@@ -77,26 +76,6 @@ def load(path: Path) -> Config:
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path} is no config of a run ({_first_line(error)}); name a run's folder") from error
-
-
-def write_config(config: Config | DictConfig, folder: Path, *, request: str | None = None) -> None:
-    """Write `config.yaml`; its first line keeps what was asked for (`request`: from now on that), see `request_of`."""
-    path = folder / "config.yaml"
-    first = f"# request {request or requested_in(folder)}\n"
-    found = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
-    path.write_text(first + OmegaConf.to_yaml(found, resolve=True))
-
-
-def request_of(config: DictConfig) -> str:
-    """A digest of a composed config, by which a sweep that is run again knows its jobs."""
-    return hashlib.sha256(OmegaConf.to_yaml(config, resolve=True).encode()).hexdigest()[:16]
-
-
-def requested_in(folder: Path) -> str | None:
-    """The digest of what a run's folder was made for; None where it holds no run."""
-    path = folder / "config.yaml"
-    first = path.read_text().partition("\n")[0] if path.is_file() else ""
-    return first.removeprefix("# request ") if first.startswith("# request ") else None
 
 
 def _refuse_added_keys(config: DictConfig, path: str = "") -> None:

@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 # read when torch is loaded: its C++ part otherwise tells people that the profiler missed what came before it
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from memsave.compose import compose, request_of, requested_in, to_objects, write_config
+from memsave.compose import compose, to_objects
 from memsave.config import ConfigError, conf_dir, register
 
 _exit_code = 0
@@ -69,6 +69,8 @@ def main() -> None:
 def job(config: DictConfig) -> None:
     """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
     global _exit_code
+    from memsave.training.result import request_of
+
     hydra_config = HydraConfig.get()
     folder, experiment = Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices["experiment"]
     if hydra_config.mode == RunMode.RUN:
@@ -87,6 +89,8 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
     Raises ConfigError where the folder is another job's.
     """
+    from memsave.training.result import requested_in
+
     before = requested_in(folder)
     if before not in (None, request):
         raise ConfigError(f"{folder} holds another job; give the command that made it, or another hydra.sweep.dir")
@@ -137,14 +141,14 @@ def execute(
     `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
     for (None: this config).
     """
+    from memsave.training.progress import Progress
+    from memsave.training.result import request_of, versions, write_config, write_json
+
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     write_config(config, folder, request=request or request_of(config))
     status, code, outcome = _attempt(config, folder, ways=ways)
-    from memsave.training.progress import Progress
-    from memsave.training.result import versions, write_json
-
     result = {
         "status": status,
         "experiment": experiment,

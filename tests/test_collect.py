@@ -7,9 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from memsave.collect import collect, main, read_jobs, varied_keys
-from memsave.compose import compose, request_of, requested_in, write_config
+from memsave.compose import compose
 from memsave.config import ConfigError
 from memsave.run import is_done
+from memsave.training.result import request_of, requested_in, write_config
 from tests.test_run import command
 from tests.training.test_segmentation import TINY
 

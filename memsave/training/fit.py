@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from memsave.compose import write_config
 from memsave.config import Config
 from memsave.profiler import format_bytes, write_html
 from memsave.training.budget import OverBudget
 from memsave.training.plan import Plan, make_plan, own_way
 from memsave.training.plan_report import draw, lines, markdown
 from memsave.training.progress import Progress
+from memsave.training.result import write_config
 from memsave.training.variation import variation
 
 

@@ -1,5 +1,6 @@
 """How results are written, and the versions and the machine that they depend on."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 import memsave
+from memsave.config import Config
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -22,6 +25,26 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
     """Append one JSON object as one line."""
     with path.open("a") as file:
         file.write(json.dumps(content) + "\n")
+
+
+def write_config(config: Config | DictConfig, folder: Path, *, request: str | None = None) -> None:
+    """Write `config.yaml`; its first line keeps what was asked for (`request`: from now on that), see `request_of`."""
+    path = folder / "config.yaml"
+    first = f"# request {request or requested_in(folder)}\n"
+    found = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
+    path.write_text(first + OmegaConf.to_yaml(found, resolve=True))
+
+
+def request_of(config: DictConfig) -> str:
+    """A digest of a composed config, by which a sweep that is run again knows its jobs."""
+    return hashlib.sha256(OmegaConf.to_yaml(config, resolve=True).encode()).hexdigest()[:16]
+
+
+def requested_in(folder: Path) -> str | None:
+    """The digest of what a run's folder was made for; None where it holds no run."""
+    path = folder / "config.yaml"
+    first = path.read_text().partition("\n")[0] if path.is_file() else ""
+    return first.removeprefix("# request ") if first.startswith("# request ") else None
 
 
 def versions() -> dict[str, str]:
