@@ -303,7 +303,8 @@ def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
     assert "Traceback" in (folder / "error.txt").read_text()
 
 
-def test_a_run_over_its_budget_stops_and_names_what_is_largest(run):
+def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch):
+    monkeypatch.setattr("memsave.training.experiment.fitted", lambda config, *args, **known: (config, {}))
     code, result, folder = run("budget=1MiB", "trainer.steps=3")
     assert (code, result["status"]) == (3, "over_budget")
     assert re.search(
