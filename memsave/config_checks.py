@@ -26,7 +26,7 @@ VARIES = ("volume", "depth", "channels", "batch", "length")
 MOST = float("inf")
 TASKS = {"segmentation": (SegmentationData, UNetModel), "table_to_text": (TextData, LanguageModel)}
 OPTIONS = {  # that go together
-    "segmentation": "data=phantom or brats, and model=rev_unet",
+    "segmentation": "data=phantom, mni_phantom or brats, and model=rev_unet",
     "table_to_text": "data=visits or e2e, and model=small_gpt2, gpt2 or smollm2",
 }
 

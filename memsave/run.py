@@ -198,7 +198,7 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
         return "failed", 1, str(error)
     if isinstance(error, ModuleNotFoundError):
         extra = "brats" if config.task == "segmentation" else "lm"
-        extra = "tensorboard" if error.name == "tensorboard" else extra
+        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(error.name or "", extra)
         return (
             "failed",
             2,

@@ -44,7 +44,7 @@ def test_memory_is_chosen_by_one_word(memory):
         (["model.kind=foo"], r"model\.kind is 'foo'; choose one of rev_unet"),
         (["task=foo"], "choose one of segmentation, table_to_text"),
         (["task=table_to_text"], "does not go with data=phantom; give data=visits or e2e, and model="),
-        (["model=small_gpt2"], "does not go with model=small_gpt2; give data=phantom or brats"),
+        (["model=small_gpt2"], "does not go with model=small_gpt2; give data=phantom, mni_phantom or brats"),
         (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),

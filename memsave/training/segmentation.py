@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.config import BratsData, ConfigError, PhantomData, SegmentationData, TrainerConfig
+from memsave.config import BratsData, ConfigError, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
 from memsave.data.brats import Case, find_cases, fold, labels_of, masks_of, regions, split_cases, split_from_file
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
@@ -29,6 +29,7 @@ from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, tra
 from memsave.data.transforms import resample
 from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
+from memsave.training.progress import Progress
 from memsave.training.task import Batch
 
 WEIGHTS = "model.safetensors"
@@ -237,7 +238,10 @@ def cases(data: SegmentationData) -> list[Case]:
     """The cases that the config names; phantoms are made when they are not in the cache."""
     if isinstance(data, PhantomData):
         x, y, z = data.size
-        return ensure_phantoms(data.root, cases=data.cases, size=(x, y, z), seed=data.seed)
+        anatomy = "mni152" if isinstance(data, MniPhantomData) else "drawn"
+        return ensure_phantoms(
+            data.root, cases=data.cases, size=(x, y, z), seed=data.seed, anatomy=anatomy, progress=Progress().say
+        )
     assert isinstance(data, BratsData)
     known: dict[str, Any] = {"scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
     found = find_cases(str(data.root), data.layout, **known)
