@@ -71,7 +71,6 @@ class MniPhantomData(PhantomData):
     """The same tumours in real anatomy, that of the MNI152 template (needs the extra mni)."""
 
     kind: str = "mni_phantom"
-    cases: int = 10
     size: list[int] = field(default_factory=lambda: [240, 240, 155])
 
 

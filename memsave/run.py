@@ -197,13 +197,11 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     if isinstance(error, TrainingError):
         return "failed", 1, str(error)
     if isinstance(error, ModuleNotFoundError):
-        extra = "brats" if config.task == "segmentation" else "lm"
-        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(error.name or "", extra)
-        return (
-            "failed",
-            2,
-            f"the package {error.name} is not installed; install it with: pip install 'memsave[{extra}]'",
-        )
+        package = (error.name or "").partition(".")[0]
+        needed = "brats" if config.task == "segmentation" else "lm"
+        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(package, needed)
+        message = f"the package {package} is not installed; install it with: pip install 'memsave[{extra}]'"
+        return "failed", 2, message
     if _is_disk_fault(error, folder):
         return "failed", 1, _no_disk(folder, error)
     if is_out_of_memory(error):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from memsave.compose import compose
+from memsave.data import mni
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
 
@@ -181,6 +182,20 @@ def test_a_run_is_continued_on_the_same_batches_alone(run, change, words):
     )
     assert code == 2
     assert re.search(f"{words}.*the batches follow from it; continue with the same", result["error"])
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "overrides"),
+    [("nilearn", "mni", ["data=mni_phantom"]), ("nibabel", "brats", [])],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(run, monkeypatch, package, extra, overrides):
+    mni._template.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, result, _ = run(*overrides)
+    assert code == 2
+    assert result["error"] == f"the package {package} is not installed; install it with: pip install 'memsave[{extra}]'"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -81,13 +79,3 @@ def test_cases_follow_from_seed_and_number_alone(tmp_path):
     assert not np.array_equal(first.image[0] > 0, second.image[0] > 0)
     (folder,) = (tmp_path / "cache").iterdir()
     assert folder.name.startswith("mni-phantom-60x60x48-n2-seed0-") and find_cases(folder) == more
-
-
-def test_without_nilearn_the_error_names_it(monkeypatch, tmp_path):
-    mni._template.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("nilearn.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "nilearn", None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        write_phantoms(tmp_path, cases=1, size=SIZE, anatomy="mni152")
-    assert caught.value.name == "nilearn"
