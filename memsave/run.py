@@ -138,9 +138,12 @@ def execute(
     for (None: this config).
     """
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
-    write_config(config, folder, request=request or request_of(config))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        write_config(config, folder, request=request or request_of(config))
+    except OSError as error:
+        return _complain(_no_disk(folder, error), code=1)
     status, code, outcome = _attempt(config, folder, ways=ways)
     from memsave.training.progress import Progress
     from memsave.training.result import versions, write_json
@@ -158,7 +161,8 @@ def execute(
     try:
         write_json(folder / "result.json", result)
     except OSError as error:
-        return _complain(_no_disk(folder, error), code=code or 1)
+        told = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
+        return code if told else _complain(_no_disk(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md", ".html"))
     Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")

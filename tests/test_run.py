@@ -220,6 +220,13 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
     assert not (folder / "error.txt").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert execute(compose(QUICK), tmp_path / "file" / "run", experiment="brats_rev") == 1
+    told = capsys.readouterr().err
+    assert "file/run cannot be written (Not a directory)" in told and told.count("\n") == 1
+
+
 def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):
     from memsave.training.segmentation import Segmentation
 
