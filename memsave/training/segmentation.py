@@ -113,12 +113,7 @@ class Segmentation:
                 scores |= lesion_region_scores(prediction, truth, **known)
             self.scores[volume["id"]] = scores
             if len(self.pictures) < PICTURES:
-                x, y, z = (slice(first, first + size) for first, size in zip(volume["start"], volume["cropped"]))
-                image = restore_image(volume)
-                masks = truth[:, x, y, z], prediction[:, x, y, z]
-                self.pictures.append(
-                    Picture(volume["id"], image, *masks, volume["spacing"], scores, self.held_out.modalities)
-                )
+                self.pictures.append(picture(volume, truth, prediction, scores, self.held_out.modalities))
         names = next(iter(self.scores.values()))
         mean = {key: sum(score[key] for score in self.scores.values()) / len(self.scores) for key in names}
         return {"dice": sum(mean[f"dice_{name}"] for name in self.scheme.names) / len(self.scheme.names), **mean}
@@ -172,11 +167,17 @@ def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> T
     return masks
 
 
-def restore_image(volume: Item) -> Tensor:
-    """The image (C, x, y, z) of an item on its original voxels, as far as it was not cropped: to be looked at."""
-    image = volume["image"]
-    step = [mm / new for mm, new in zip(volume["spacing"], volume["image_spacing"], strict=True)]
-    return resample(image, size=volume["cropped"], step=step)
+def picture(
+    volume: Item, truth: Tensor, prediction: Tensor, scores: dict[str, float], modalities: Sequence[str]
+) -> Picture:
+    """An item with masks (R, X, Y, Z) of its original grid, to be looked at: voxels as stored, turned, cropped."""
+    orientation = volume["orientation"]
+    spacing = orientation.reorder(volume["spacing"])
+    step = [mm / new for mm, new in zip(spacing, volume["image_spacing"], strict=True)]
+    image = resample(volume["image"], size=volume["cropped"], step=step)
+    x, y, z = (slice(first, first + size) for first, size in zip(volume["start"], volume["cropped"]))
+    true, found = (orientation.apply(mask)[:, x, y, z] for mask in (truth, prediction))
+    return Picture(volume["id"], image, true, found, spacing, scores, modalities)
 
 
 def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tensor:
