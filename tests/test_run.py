@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from memsave.compose import compose
 from memsave.data import mni
+from memsave.ghost import GhostClipper
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
 
@@ -218,6 +219,26 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
     assert (code, result["status"]) == (1, "failed")
     assert "cannot be written" in result["error"] and f"trainer.resume={folder / 'checkpoint'}" in result["error"]
     assert not (folder / "error.txt").exists()
+
+
+def test_the_crops_of_a_patient_are_clipped_as_one(run, monkeypatch):
+    norms = []
+    original = GhostClipper.backward
+
+    def backward(self, losses):
+        assert losses.shape == (1,)
+        before = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        norms.append(original(self, losses).item())
+        added = [p.grad - (0 if old is None else old) for p, old in zip(self.model.parameters(), before)]
+        assert sum(float((each**2).sum()) for each in added) ** 0.5 <= 0.01 * (1 + 1e-4)
+        return torch.tensor([norms[-1]])
+
+    monkeypatch.setattr(GhostClipper, "backward", backward)
+    private = ["privacy=ghost", "privacy.passes=direct", "privacy.noise_multiplier=1", "privacy.seed=1"]
+    crops = ["data.crops_per_case=3", "trainer.micro_batch_size=1", "privacy.max_grad_norm=0.01"]
+    code, result, _ = run(*private, *crops, "trainer.steps=3")
+    assert code == 0 and norms and min(norms) > 0.01  # or clipping would have had nothing to do
+    assert result["privacy"]["unit"].startswith("one patient")
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
