@@ -67,6 +67,14 @@ class PhantomData(SegmentationData):
 
 
 @dataclass
+class MniPhantomData(PhantomData):
+    """The same tumours in real anatomy, that of the MNI152 template (needs the extra mni)."""
+
+    kind: str = "mni_phantom"
+    size: list[int] = field(default_factory=lambda: [240, 240, 155])
+
+
+@dataclass
 class BratsData(SegmentationData):
     """Cases of a challenge, or of one's own, in one of the layouts of `memsave.data.layouts`."""
 
@@ -309,6 +317,7 @@ class Config:
 
 SCHEMAS: dict[tuple[str, str], type] = {
     ("data", "phantom"): PhantomData,
+    ("data", "mni_phantom"): MniPhantomData,
     ("data", "brats"): BratsData,
     ("data", "visits"): VisitsData,
     ("data", "e2e"): E2EData,

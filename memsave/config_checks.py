@@ -26,7 +26,7 @@ VARIES = ("volume", "depth", "channels", "batch", "length")
 MOST = float("inf")
 TASKS = {"segmentation": (SegmentationData, UNetModel), "table_to_text": (TextData, LanguageModel)}
 OPTIONS = {  # that go together
-    "segmentation": "data=phantom or brats, and model=rev_unet",
+    "segmentation": "data=phantom, mni_phantom or brats, and model=rev_unet",
     "table_to_text": "data=visits or e2e, and model=small_gpt2, gpt2 or smollm2",
 }
 
@@ -73,6 +73,12 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "trainer.patience would choose the model by private validation scores, which no epsilon accounts for; "
             "give trainer.patience=0"
+        )
+    crops = getattr(config.data, "crops_per_case", 1)
+    if crops > 1 and isinstance(config.privacy, GhostPrivacy) and config.privacy.passes != "direct":
+        raise ConfigError(
+            f"data.crops_per_case is {crops}, and a patient's crops are clipped as one, by their own gradient; give "
+            f"privacy.passes=direct trainer.micro_batch_size=1"
         )
     if trainer.precision == "float16" and private:
         raise ConfigError("trainer.precision=float16 scales losses, which clipping would undo; give bfloat16")

@@ -12,17 +12,20 @@
     budget      live memory that a case may take, such as 16GiB
     device      auto, cpu or cuda (auto)
 
-A case that fails is named and does not stop the others. Exit codes: 0 all were segmented, 1 some were not, 2 bad input.
+A case that fails or that lacks a file is named and does not stop the others. Exit codes: 0 all were segmented, 1 some
+were not, 2 bad input, 130 interrupted.
 """
 
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -61,8 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return predict_folder(parse(given), progress=Progress())
     except (ConfigError, DataError) as error:
-        print(f"memsave: {error}", file=sys.stderr)
-        return 2
+        message: object = error
+    except ModuleNotFoundError as error:
+        message = f"the package {error.name} is not installed; install it with: pip install 'memsave[brats]'"
+    except KeyboardInterrupt:
+        print("interrupted; what was written is whole", file=sys.stderr)
+        return 130
+    print(f"memsave: {message}", file=sys.stderr)
+    return 2
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     """Segment every case of the input folder; the exit code."""
-    from memsave.data.brats import find_cases
+    from memsave.data.layouts import duplicates, scan
     from memsave.data.segmentation import Volumes
     from memsave.training.experiment import choose_device
     from memsave.training.segmentation import channels, without_small
@@ -93,20 +102,24 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     config, model = load_run(Path(given["checkpoint"]).expanduser())
     data, options = config.data, _options(given, config)
     known = _input(given, data)
-    device = choose_device(str(given.get("device", "auto")))
-    found = find_cases(given["input"], **known, labelled=False)
+    device = choose_device(str(given.get("device", "auto")), key="device")
+    there = scan(given["input"], **known, labelled=False)
+    found, faults = there.cases, there.faults + duplicates(there.cases)
+    if not found or duplicates(found):  # which would be written to one file
+        raise DataError(faults[0])
     has, needs = found[0].modalities, channels(data)[0]
     if len(has) != needs:
         raise ConfigError(
-            f"the input has {len(has)} modalities ({', '.join(has)}), and the model was trained on {needs}; give "
+            f"the input's modalities are {', '.join(has)} ({len(has)}), and the model was trained on {needs}; give "
             f"modalities= those of the run, in its order"
         )
-    output = Path(given["output"]).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
+    output = _output(given["output"])
+    for fault in faults:
+        progress.say(f"failed: {fault}")
     model = model.to(device).eval()
     precision = config.trainer.precision
     precision = "float32" if precision == "float16" and device.type != "cuda" else precision
-    failed = 0
+    failed, total = len(there.incomplete), len(found) + len(there.incomplete)
     for number, case in enumerate(found, start=1):
         try:
             volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=data.spacing)[0]
@@ -119,8 +132,19 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
         except Exception as error:  # of this case alone, whatever it is
             failed += 1
             progress.say(f"{number} of {len(found)}: {case.id} failed: {_reason(error)}")
-    progress.say(f"segmented {len(found) - failed} of {len(found)} cases into {output}")
-    return 1 if failed else 0
+    progress.say(f"segmented {total - failed} of {total} cases into {output}")
+    return 1 if failed or faults else 0
+
+
+def _output(given: str) -> Path:
+    """The folder to write to; ConfigError where it cannot be made or written to."""
+    folder = Path(given).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(f"output {folder} cannot be written to ({error.strerror}); give another folder") from error
 
 
 def _reason(error: Exception) -> str:
@@ -192,18 +216,25 @@ def _reflections() -> Iterator[tuple[int, ...]]:
 
 
 def write_labels(path: Path, masks: Tensor, *, case: Any) -> None:
-    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the header's geometry of the case."""
+    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of the case's first file.
+
+    Its header is kept, for programs differ in which of the two affines of a header they read.
+    """
     import nibabel
 
     from memsave.data.brats import labels_of
 
     reference: Any = nibabel.load(case.images[0])
     labels = labels_of(masks, case.scheme).squeeze(0).numpy()
-    image = nibabel.Nifti1Image(labels, reference.affine)
-    image.header.set_zooms(reference.header.get_zooms()[:3])
+    image = nibabel.Nifti1Image(labels, reference.affine, reference.header, dtype=np.uint8)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of an intensity
+    image.header["descrip"], image.header["intent_code"] = b"", 0
     draft = path.with_name(f".{path.name.removesuffix('.nii.gz')}.new.nii.gz")
-    nibabel.save(image, draft)
-    draft.replace(path)
+    try:
+        nibabel.save(image, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _options(given: dict[str, Any], config: Config) -> Options:

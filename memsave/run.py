@@ -145,9 +145,12 @@ def execute(
     from memsave.training.result import request_of, versions, write_config, write_json
 
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
-    write_config(config, folder, request=request or request_of(config))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        write_config(config, folder, request=request or request_of(config))
+    except OSError as error:
+        return _complain(_no_disk(folder, error), code=1)
     status, code, outcome = _attempt(config, folder, ways=ways)
     result = {
         "status": status,
@@ -162,7 +165,8 @@ def execute(
     try:
         write_json(folder / "result.json", result)
     except OSError as error:
-        return _complain(_no_disk(folder, error), code=code or 1)
+        told = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
+        return code if told else _complain(_no_disk(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md", ".html"))
     Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
@@ -201,13 +205,11 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     if isinstance(error, TrainingError):
         return "failed", 1, str(error)
     if isinstance(error, ModuleNotFoundError):
-        extra = "brats" if config.task == "segmentation" else "lm"
-        extra = "tensorboard" if error.name == "tensorboard" else extra
-        return (
-            "failed",
-            2,
-            f"the package {error.name} is not installed; install it with: pip install 'memsave[{extra}]'",
-        )
+        package = (error.name or "").partition(".")[0]
+        needed = "brats" if config.task == "segmentation" else "lm"
+        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(package, needed)
+        message = f"the package {package} is not installed; install it with: pip install 'memsave[{extra}]'"
+        return "failed", 2, message
     if _is_disk_fault(error, folder):
         return "failed", 1, _no_disk(folder, error)
     if is_out_of_memory(error):

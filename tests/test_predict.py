@@ -1,6 +1,7 @@
 """Segmenting new cases: files as their users need them, a bad case named, and none other lost."""
 
 import csv
+import errno
 import shutil
 
 import numpy as np
@@ -13,10 +14,10 @@ pytest.importorskip("monai")
 import nibabel
 
 from memsave.compose import compose
-from memsave.data.brats import find_cases, read_label, regions
+from memsave.data.brats import SCHEMES, Case, find_cases, read_label, regions
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Volumes
-from memsave.predict import main
+from memsave.predict import main, write_labels
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
 
@@ -136,9 +137,63 @@ def test_a_case_over_the_budget_is_named(trained, tmp_path, capfd):
     assert "more than the budget of 1.00 MiB; give a smaller window" in capfd.readouterr().err
 
 
+def test_a_case_that_lacks_a_file_does_not_stop_the_others(trained, tmp_path, capfd):
+    source = tmp_path / "new"
+    shutil.copytree(trained[1], source)
+    lacking = sorted(path for path in source.iterdir() if path.is_dir())[0]
+    next(lacking.glob("*_t2.nii.gz")).unlink()
+    assert predict(trained, tmp_path / "out", source=source) == 1
+    told = capfd.readouterr().err
+    assert f"failed: Case {lacking} misses {lacking.name}_t2.nii.gz" in told and "segmented 3 of 4 cases" in told
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    shutil.copytree(sorted(source.iterdir())[1], source / "more" / sorted(source.iterdir())[1].name)
+    assert predict(trained, tmp_path / "out2", source=source) == 2  # two of one name would be one file
+
+
+def test_an_output_that_cannot_be_written_to_is_named(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert predict(trained, tmp_path / "file" / "out") == 2
+    assert "file/out cannot be written to (Not a directory); give another folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_whole_is_not_written(trained, tmp_path, monkeypatch, capfd):
+    def full(image, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nibabel, "save", full)
+    assert predict(trained, tmp_path) == 1
+    assert "No space left on device" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
+    """Programs differ in which of the two they read."""
+    turned = np.diag([0.8, 0.9, 6.5, 1.0]) @ np.array([[0, -1, 0, 3], [1, 0, 0, -7], [0, 0, 1, 2], [0, 0, 0, 1.0]])
+    image = nibabel.Nifti1Image(np.ones((4, 5, 6), dtype=np.float32), turned)
+    image.set_qform(turned, code=1)
+    image.set_sform(turned, code=3)
+    image.header.set_slope_inter(2.0, 5.0)
+    image.header["cal_max"] = 900
+    nibabel.save(image, tmp_path / "A_t1ce.nii.gz")
+    case = Case("A", (tmp_path / "A_t1ce.nii.gz",), None, modalities=("t1ce",), scheme=SCHEMES["binary"])
+    mask = torch.zeros(1, 4, 5, 6, dtype=torch.bool)
+    mask[0, 1, 2, 3] = True
+    write_labels(tmp_path / "A.nii.gz", mask, case=case)
+    written, read = nibabel.load(tmp_path / "A.nii.gz"), nibabel.load(case.images[0])
+    assert written.get_data_dtype() == np.uint8 and written.header["cal_max"] == 0
+    np.testing.assert_array_equal(written.get_fdata(), mask[0].numpy())
+    for affine in ("get_sform", "get_qform"):
+        (matrix, code), (own, own_code) = (getattr(each, affine)(coded=True) for each in (written, read))
+        np.testing.assert_array_equal(matrix, own)
+        assert code == own_code
+    np.testing.assert_allclose(written.header.get_zooms(), read.header.get_zooms())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["device=gpu"], "device is 'gpu'; give auto, cpu, cuda"),
         (["checkpoint=/no/such/run"], "there is no config.yaml in /no/such/run or above it"),
         (["input=/no/such/folder"], "/no/such/folder does not exist"),
         (["windo=3"], "did you mean window?"),
@@ -146,7 +201,7 @@ def test_a_case_over_the_budget_is_named(trained, tmp_path, capfd):
         (["flips=perhaps"], "give flips=true or flips=false"),
         (["overlap=2"], "from 0 to below 1"),
         (["budget=much"], "budget: 'much' is no size"),
-        (["modalities=[t1,t2]"], "the input has 2 modalities (t1, t2), and the model was trained on 4"),
+        (["modalities=[t1,t2]"], "the input's modalities are t1, t2 (2), and the model was trained on 4"),
         (["nonsense"], "have the form key=value"),
         (["input="], "input is not given"),
     ],

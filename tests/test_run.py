@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from memsave.compose import compose
+from memsave.data import mni
+from memsave.ghost import GhostClipper
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
 
@@ -184,6 +186,20 @@ def test_a_run_is_continued_on_the_same_batches_alone(run, change, words):
 
 
 @pytest.mark.parametrize(
+    ("package", "extra", "overrides"),
+    [("nilearn", "mni", ["data=mni_phantom"]), ("nibabel", "brats", [])],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(run, monkeypatch, package, extra, overrides):
+    mni._template.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, result, _ = run(*overrides)
+    assert code == 2
+    assert result["error"] == f"the package {package} is not installed; install it with: pip install 'memsave[{extra}]'"
+
+
+@pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
 )
@@ -203,6 +219,33 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
     assert (code, result["status"]) == (1, "failed")
     assert "cannot be written" in result["error"] and f"trainer.resume={folder / 'checkpoint'}" in result["error"]
     assert not (folder / "error.txt").exists()
+
+
+def test_the_crops_of_a_patient_are_clipped_as_one(run, monkeypatch):
+    norms = []
+    original = GhostClipper.backward
+
+    def backward(self, losses):
+        assert losses.shape == (1,)
+        before = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        norms.append(original(self, losses).item())
+        added = [p.grad - (0 if old is None else old) for p, old in zip(self.model.parameters(), before)]
+        assert sum(float((each**2).sum()) for each in added) ** 0.5 <= 0.01 * (1 + 1e-4)
+        return torch.tensor([norms[-1]])
+
+    monkeypatch.setattr(GhostClipper, "backward", backward)
+    private = ["privacy=ghost", "privacy.passes=direct", "privacy.noise_multiplier=1", "privacy.seed=1"]
+    crops = ["data.crops_per_case=3", "trainer.micro_batch_size=1", "privacy.max_grad_norm=0.01"]
+    code, result, _ = run(*private, *crops, "trainer.steps=3")
+    assert code == 0 and norms and min(norms) > 0.01  # or clipping would have had nothing to do
+    assert result["privacy"]["unit"].startswith("one patient")
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert execute(compose(QUICK), tmp_path / "file" / "run", experiment="brats_rev") == 1
+    told = capsys.readouterr().err
+    assert "file/run cannot be written (Not a directory)" in told and told.count("\n") == 1
 
 
 def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):

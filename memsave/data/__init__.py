@@ -3,7 +3,8 @@
     layouts        how data sets name their files and number their labels; finding cases
     brats          reading and checking a case; regions and labels; splits
     check          every fault of a data set, on the command line
-    phantom        synthetic cases in that layout, generated once and cached (`anatomy` draws them)
+    phantom        synthetic cases in that layout, generated once and cached; `synthesis` puts a tumour into a head,
+                   `anatomy` draws one, `mni` samples that of the MNI152 template
     transforms     MONAI preprocessing and augmentation
     segmentation   datasets of training crops and of whole volumes, and the loader that prefetches
     scores         Dice and HD95 by the BraTS rules; `lesion_scores`, lesion by lesion

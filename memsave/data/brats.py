@@ -7,10 +7,13 @@ is checked against its scheme when it is read. nibabel is imported when a file i
 import csv
 import gzip
 import json
+import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,7 +216,8 @@ def split_from_file(cases: Sequence[Case], path: str | Path) -> tuple[list[Case]
         if split not in SPLITS:
             raise DataError(f"{path} names the split {split!r}: call it one of {', '.join(SPLITS)}.")
         if name in side:
-            raise DataError(f"{path} lists case {name} twice: list it once.")
+            where = f"in {side[name]} and in {split}" if side[name] != split else f"in {split}"
+            raise DataError(f"{path} lists case {name} twice, {where}: list it once.")
         side[name] = split
     known = {case.id for case in cases}
     for name in side:
@@ -301,11 +305,27 @@ def _load(path: Path):
 
 
 def _header(path: Path):
-    """The NIfTI image at `path` of which only the header is read."""
+    """The NIfTI image at `path` of which only the header is read, and the length compared with what it promises."""
     import nibabel
 
     with _Readable(path):
-        return nibabel.Nifti1Image.from_filename(path)
+        image = nibabel.Nifti1Image.from_filename(path)
+        voxels: Any = image.dataobj  # not read yet
+        promised = voxels.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+    if _length(path) != promised:
+        _voxels(path, _load(path))  # tells what is missing; where nothing is, the file is only longer than it need be
+    return image
+
+
+def _length(path: Path) -> int:
+    """The bytes of a file, uncompressed: gzip ends with their number modulo 2^32."""
+    with _Readable(path), path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        size = file.seek(0, os.SEEK_END)
+        if not compressed:
+            return size
+        file.seek(-4, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")
 
 
 def _voxels(path: Path, image) -> np.ndarray:

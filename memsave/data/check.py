@@ -13,7 +13,7 @@
     workers     threads that read (2)
 
 Every voxel is read. On standard output there is one sentence for each fault, then a summary; progress is on standard
-error. Exit codes: 0 the data set is fine, 2 it is not or the arguments are not.
+error. Exit codes: 0 the data set is fine, 2 it is not or the arguments are not, 130 interrupted.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class Known:
     shape: tuple[int, ...]  # () where no file could be read
     spacing: tuple[float, ...]  # mm
     labels: dict[int, int] | None  # voxels by label; None without a label or with one that could not be used
-    digests: dict[str, str]  # of the voxels, by modality
+    digests: dict[str, str]  # of the voxels, by modality and of the label
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def check_cases(
     """One sentence for every fault of every case, and of the data set as a whole; none where it is fine.
 
     `scheme` None is each case's own. With `images=False` the voxels of the labels and only the headers of the images
-    are read, in a fraction of the time: damaged, empty, and copied images are then not found.
+    are read, in a fraction of the time: truncated files are found, and copies of a case by their label; images that are
+    damaged inside, empty or not finite are not.
     """
     return examine(cases, scheme=scheme, images=images, workers=workers).faults
 
@@ -123,6 +124,12 @@ def main(arguments: Sequence[str]) -> int:
     except DataError as error:
         print(f"memsave: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"memsave: {error.name} is not installed: pip install 'memsave[brats]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     faults = found.faults + report.faults
     for fault in faults:
         print(fault)
@@ -139,7 +146,10 @@ def _know(case: Case, *, scheme: LabelScheme | None, images: bool) -> Known:
         counts = np.bincount(found.label.ravel())
         labels = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     # transposed, for nibabel's volumes lie in Fortran's order
-    digests = {name: hashlib.sha256(np.asfortranarray(it).T.data).hexdigest() for name, it in found.volumes.items()}
+    voxels = dict(found.volumes)
+    if found.label is not None and found.label.any():
+        voxels["segmentation"] = found.label
+    digests = {name: hashlib.sha256(np.asfortranarray(it).T.data).hexdigest() for name, it in voxels.items()}
     return Known(case.id, found.faults, found.shape, spacing, labels, digests)
 
 

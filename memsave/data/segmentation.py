@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 
 from memsave.data.brats import BRATS_2021, MODALITIES, Case, LabelScheme, read_case, read_label
 from memsave.data.errors import DataError
+from memsave.data.orientation import Orientation
 from memsave.data.transforms import AUGMENTATIONS, KEYS, START, augment, grid_size, preprocess, resample
 
 Item = dict[str, Any]
@@ -29,11 +30,11 @@ Item = dict[str, Any]
 class Volumes(Dataset):
     """Whole preprocessed volumes, one per case, with what it takes to put a prediction back where it belongs.
 
-    An item holds `image` (C, x, y, z) float32, `label` (1, x, y, z) uint8 where the case has one, and `id`; of the
-    original grid `affine` (4, 4), `spacing` in mm, `shape`, and `start` and `cropped`, the first voxel that was not
-    cropped and the voxels from there on; and `image_spacing`, the mm of a voxel of `image`. That is `spacing` or, given
-    as `spacing` here, what images (trilinear) and labels (nearest) are resampled to after cropping and normalising;
-    `restore` undoes both.
+    An item holds `image` (C, x, y, z) float32 and, where the case has one, `label` (1, x, y, z) uint8, both turned to
+    the orientation of BraTS, and `id`; of the original grid `affine` (4, 4), `spacing` in mm, `shape` and
+    `orientation`; of the turned one `start` and `cropped`, the first voxel that was not cropped and the voxels from
+    there on; and `image_spacing`, the mm of a voxel of `image`. That is the file's own or, given as `spacing` here,
+    what images (trilinear) and labels (nearest) are resampled to after cropping and normalising; `restore` undoes all.
 
     `modalities` and `scheme` are those that all cases share (`scheme` given: that one). Up to `cache_bytes` of volumes
     are kept, the least recently used leave first; cached tensors are not to be written to.
@@ -210,10 +211,12 @@ def restore(prediction: torch.Tensor, item: Item, *, threshold: float = 0.5) -> 
         raise DataError(f"restore() got a prediction {shapes}: pass (R, x, y, z) of that size.")
     if not (prediction.dtype == torch.bool or prediction.is_floating_point()):
         raise DataError(f"restore() got {prediction.dtype}: pass boolean masks or probabilities.")
-    step = [mm / new for mm, new in zip(item["spacing"], item["image_spacing"])]
+    orientation = item["orientation"]
+    step = [mm / new for mm, new in zip(orientation.reorder(item["spacing"]), item["image_spacing"])]
     masks = prediction.dtype == torch.bool
     cropped = resample(prediction if masks else prediction.float(), size=item["cropped"], step=step, nearest=masks)
-    return uncrop(cropped if masks else cropped > threshold, start=item["start"], shape=item["shape"])
+    shape = orientation.reorder(item["shape"])
+    return orientation.undo(uncrop(cropped if masks else cropped > threshold, start=item["start"], shape=shape))
 
 
 def _check_alike(cases: Sequence[Case], *, scheme: LabelScheme | None) -> None:
@@ -231,8 +234,10 @@ def _prepare(case: Case, *, scheme: LabelScheme, spacing: Sequence[float] | None
     arrays = {"image": torch.from_numpy(scan.image)}
     if scan.label is not None:
         arrays["label"] = torch.from_numpy(scan.label)[None]  # (1, X, Y, Z)
-    prepared = preprocess()(arrays)
-    voxel = tuple(np.linalg.norm(scan.affine[:3, :3], axis=0).tolist())
+    orientation = Orientation.of(scan.affine)
+    prepared = preprocess()({key: orientation.apply(volume) for key, volume in arrays.items()})
+    stored = tuple(np.linalg.norm(scan.affine[:3, :3], axis=0).tolist())
+    voxel = orientation.reorder(stored)
     target = voxel if spacing is None else tuple(spacing)
     cropped = tuple(prepared["image"].shape[1:])
     size = grid_size(cropped, spacing=voxel, target=target)
@@ -248,7 +253,8 @@ def _prepare(case: Case, *, scheme: LabelScheme, spacing: Sequence[float] | None
         **tensors,
         "id": case.id,
         "affine": torch.from_numpy(scan.affine),
-        "spacing": voxel,
+        "spacing": stored,
+        "orientation": orientation,
         "image_spacing": target,
         "start": tuple(int(first) for first in prepared[START]),
         "cropped": cropped,

@@ -37,6 +37,19 @@ def save(state: State, folder: Path) -> None:
     if previous.exists() and not folder.exists():
         previous.rename(folder)  # killed between the two renames below: this is the last whole one
     shutil.rmtree(new, ignore_errors=True)
+    try:
+        _write(state, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # on a full disk it would leave no room for the run's result
+        raise
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    new.rename(folder)
+    _flush(folder.parent)
+
+
+def _write(state: State, new: Path) -> None:
     new.mkdir(parents=True)
     save_file(_named_once(state.model), new / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
@@ -60,11 +73,6 @@ def save(state: State, folder: Path) -> None:
     (new / "state.json").write_text(json.dumps(content, indent=2) + "\n")
     for path in (*new.iterdir(), new):
         _flush(path)
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    new.rename(folder)
-    _flush(folder.parent)
 
 
 def load(state: State, folder: Path) -> None:
@@ -75,12 +83,14 @@ def load(state: State, folder: Path) -> None:
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's checkpoint/ folder")
     try:
         content = json.loads((folder / "state.json").read_text())
-        step, optimizer, numbers = content["step"], content["optimizer"], content["numbers"]
+        step, optimizer, numbers = int(content["step"]), content["optimizer"], content["numbers"]
         private, identity, best = content["private"], content["identity"], content["best"]
         model = load_file(folder / "model.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from another") from error
+        previous = folder.with_name(folder.name + PREVIOUS)
+        other = f"{previous}, the one before" if previous.exists() else "another"
+        raise CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from {other}") from error
     expected = _named_once(state.model)
     wrong = [name for name in expected if name not in model or model[name].shape != expected[name].shape]
     wrong += [name for name in model if name not in expected]

@@ -78,18 +78,18 @@ def run_experiment(
     return {"metrics": {"loss": loss, **scores, **first}, "memory": memory, "privacy": spent, **planned}
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `trainer.device` names."""
+def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
+    """The device that `key` names."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"trainer.device is {name!r}; give auto, cpu, cuda or cuda:NUMBER") from error
+        raise ConfigError(f"{key} is {name!r}; give auto, cpu, cuda or cuda:NUMBER") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"trainer.device is {name!r}; give auto, cpu, cuda or cuda:NUMBER")
+        raise ConfigError(f"{key} is {name!r}; give auto, cpu, cuda or cuda:NUMBER")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"trainer.device is {name!r}, but PyTorch finds no GPU here; give trainer.device=cpu")
+        raise ConfigError(f"{key} is {name!r}, but PyTorch finds no GPU here; give {key}=cpu")
     return device
 
 

@@ -17,8 +17,11 @@ from memsave.config import Config
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     draft = path.with_name(path.name + ".new")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.config import BratsData, ConfigError, PhantomData, SegmentationData, TrainerConfig
+from memsave.config import BratsData, ConfigError, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
 from memsave.data.brats import Case, find_cases, fold, labels_of, masks_of, regions, split_cases, split_from_file
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
@@ -29,6 +29,7 @@ from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, tra
 from memsave.data.transforms import resample
 from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
+from memsave.training.progress import Progress
 from memsave.training.task import Batch
 
 WEIGHTS = "model.safetensors"
@@ -112,12 +113,7 @@ class Segmentation:
                 scores |= lesion_region_scores(prediction, truth, **known)
             self.scores[volume["id"]] = scores
             if len(self.pictures) < PICTURES:
-                x, y, z = (slice(first, first + size) for first, size in zip(volume["start"], volume["cropped"]))
-                image = restore_image(volume)
-                masks = truth[:, x, y, z], prediction[:, x, y, z]
-                self.pictures.append(
-                    Picture(volume["id"], image, *masks, volume["spacing"], scores, self.held_out.modalities)
-                )
+                self.pictures.append(picture(volume, truth, prediction, scores, self.held_out.modalities))
         names = next(iter(self.scores.values()))
         mean = {key: sum(score[key] for score in self.scores.values()) / len(self.scores) for key in names}
         return {"dice": sum(mean[f"dice_{name}"] for name in self.scheme.names) / len(self.scheme.names), **mean}
@@ -171,11 +167,17 @@ def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> T
     return masks
 
 
-def restore_image(volume: Item) -> Tensor:
-    """The image (C, x, y, z) of an item on its original voxels, as far as it was not cropped: to be looked at."""
-    image = volume["image"]
-    step = [mm / new for mm, new in zip(volume["spacing"], volume["image_spacing"], strict=True)]
-    return resample(image, size=volume["cropped"], step=step)
+def picture(
+    volume: Item, truth: Tensor, prediction: Tensor, scores: dict[str, float], modalities: Sequence[str]
+) -> Picture:
+    """An item with masks (R, X, Y, Z) of its original grid, to be looked at: voxels as stored, turned, cropped."""
+    orientation = volume["orientation"]
+    spacing = orientation.reorder(volume["spacing"])
+    step = [mm / new for mm, new in zip(spacing, volume["image_spacing"], strict=True)]
+    image = resample(volume["image"], size=volume["cropped"], step=step)
+    x, y, z = (slice(first, first + size) for first, size in zip(volume["start"], volume["cropped"]))
+    true, found = (orientation.apply(mask)[:, x, y, z] for mask in (truth, prediction))
+    return Picture(volume["id"], image, true, found, spacing, scores, modalities)
 
 
 def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tensor:
@@ -237,7 +239,10 @@ def cases(data: SegmentationData) -> list[Case]:
     """The cases that the config names; phantoms are made when they are not in the cache."""
     if isinstance(data, PhantomData):
         x, y, z = data.size
-        return ensure_phantoms(data.root, cases=data.cases, size=(x, y, z), seed=data.seed)
+        anatomy = "mni152" if isinstance(data, MniPhantomData) else "drawn"
+        return ensure_phantoms(
+            data.root, cases=data.cases, size=(x, y, z), seed=data.seed, anatomy=anatomy, progress=Progress().say
+        )
     assert isinstance(data, BratsData)
     known: dict[str, Any] = {"scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
     found = find_cases(str(data.root), data.layout, **known)

@@ -382,7 +382,7 @@ def test_a_split_from_a_file(tmp_path, suffix):
     ("content", "sentence"),
     [
         ({**SPLIT, "test": ["E", "X"]}, r"lists case X, which the data folder does not have: remove or correct"),
-        ({**SPLIT, "test": ["E", "A"]}, r"lists case A twice: list it once"),
+        ({**SPLIT, "test": ["E", "A"]}, r"lists case A twice, in train and in test: list it once"),
         ({**SPLIT, "train": ["A", "B", "D", "D"]}, r"lists case D twice"),
         ({**SPLIT, "test": []}, r"does not list case E: add it to one of train, validation, test"),
         ({**SPLIT, "holdout": []}, None),

@@ -1,3 +1,4 @@
+import gzip
 import re
 import shutil
 import subprocess
@@ -19,15 +20,20 @@ def save(path, volume, affine=None):
     nibabel.save(nibabel.Nifti1Image(volume, np.eye(4) if affine is None else affine), path)
 
 
+def shuffled(id, *values):
+    """A label volume of each case's own."""
+    return np.random.default_rng(ord(id)).permuted(np.resize(np.uint8(values), SHAPE))
+
+
 @pytest.fixture
 def root(tmp_path):
-    """Eight sound cases A to H whose images all differ."""
+    """Eight sound cases A to H whose images and labels all differ."""
     for number, id in enumerate("ABCDEFGH"):
         rng = np.random.default_rng(number)
         (tmp_path / id).mkdir()
         for part in MODALITIES:
             save(tmp_path / id / f"{id}_{part}.nii.gz", rng.uniform(1, 9, SHAPE).astype(np.float32))
-        save(tmp_path / id / f"{id}_seg.nii.gz", np.resize(np.uint8([0, 1, 2, 4]), SHAPE))
+        save(tmp_path / id / f"{id}_seg.nii.gz", shuffled(id, 0, 1, 2, 4))
     return tmp_path
 
 
@@ -79,7 +85,7 @@ def test_every_fault_of_every_case_is_named(root, capsys):
 
 def test_a_region_that_is_empty_everywhere_is_named(root):
     for id in "ABCDEFGH":
-        save(root / id / f"{id}_seg.nii.gz", np.resize(np.uint8([0, 1]), SHAPE))
+        save(root / id / f"{id}_seg.nii.gz", shuffled(id, 0, 1))
     cases = find_cases(root)
     (fault,) = check_cases(cases)
     assert fault == (
@@ -95,7 +101,7 @@ def test_a_region_that_is_empty_everywhere_is_named(root):
 
 def test_the_cavity_is_asked_for_by_its_scheme(root):
     for id in "ABCDEFGH":
-        save(root / id / f"{id}_seg.nii.gz", np.resize(np.uint8([0, 1, 2, 3]), SHAPE))
+        save(root / id / f"{id}_seg.nii.gz", shuffled(id, 0, 1, 2, 3))
     assert check_cases(find_cases(root, scheme="brats2024")) == []
     (fault,) = check_cases(find_cases(root, scheme="brats2024_rc"))
     assert fault.startswith(
@@ -131,7 +137,36 @@ def test_without_images_only_headers_and_labels_are_read(root):
     expected = list(damage_all(root))
     faults = check_cases(find_cases(root, labelled=False, modalities=["t1", "t1ce", "flair"]), images=False)
     named = {fault.split("/")[-1].split(".nii")[0] for fault in faults}
-    assert named == {"B_t1ce", "C_flair", "D_seg", "H_seg"} and len(expected) == 8
+    assert named == {"B_t1ce", "C_flair", "D_seg", "E_t1", "H_seg"} and len(expected) == 8
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_without_images_a_truncated_file_is_found_by_its_length(root, suffix):
+    path = root / "B" / "B_t1ce.nii.gz"
+    image = nibabel.load(path).get_fdata(dtype=np.float32)
+    path.unlink()
+    path = path.with_name(f"B_t1ce{suffix}")
+    save(path, image)
+    assert check_cases(find_cases(root), images=False) == []
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    (fault,) = check_cases(find_cases(root), images=False)
+    assert f"B_t1ce{suffix} is not a readable NIfTI file" in fault
+    more = gzip.compress(gzip.decompress(whole) + bytes(16)) if suffix == ".nii.gz" else whole + bytes(16)
+    path.write_bytes(more)  # longer than it need be, and complete
+    assert check_cases(find_cases(root), images=False) == []
+
+
+def test_without_images_a_copy_is_found_by_its_label(root):
+    shutil.copy(root / "A" / "A_seg.nii.gz", root / "C" / "C_seg.nii.gz")
+    (fault,) = check_cases(find_cases(root), images=False)
+    assert fault.startswith("Cases A and C hold the same voxels (segmentation): keep one of them")
+
+
+def test_empty_labels_are_no_copies(root):
+    for id in "AC":
+        save(root / id / f"{id}_seg.nii.gz", np.zeros(SHAPE, dtype=np.uint8))
+    assert check_cases(find_cases(root)) == []
 
 
 def test_damage_in_the_middle_of_an_image_is_found(root):
@@ -152,6 +187,8 @@ def test_mixed_schemes_are_named(root):
 
 
 def test_the_table_counts(root):
+    for id in "CDEFGH":
+        save(root / id / f"{id}_seg.nii.gz", np.resize(np.uint8([0, 1, 2, 4]), SHAPE))
     save(root / "A" / "A_seg.nii.gz", np.zeros(SHAPE, dtype=np.uint8))
     save(root / "B" / "B_seg.nii.gz", np.full(SHAPE, 2, dtype=np.uint8))
     for part in (*MODALITIES, "seg"):
@@ -191,7 +228,7 @@ def test_the_command_reads_a_folder_of_masks(tmp_path, capsys):
     for id in "AB":
         for part in ("image", "pet"):
             save(tmp_path / f"{id}_{part}.nii.gz", rng.uniform(1, 9, SHAPE).astype(np.float32))
-        save(tmp_path / f"{id}_roi.nii.gz", np.resize(np.uint8([0, 255]), SHAPE))
+        save(tmp_path / f"{id}_roi.nii.gz", shuffled(id, 0, 255))
     arguments = [f"root={tmp_path}", "layout=folder", "modalities=[pet, image]"]
     assert main([*arguments, "mask=roi"]) == 0
     assert "lesion         2        60        60        60" in capsys.readouterr().out

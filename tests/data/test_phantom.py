@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from memsave.data import DataError, phantom
-from memsave.data.anatomy import smooth_field, synthesise
+from memsave.data.anatomy import DRAWN
 from memsave.data.brats import find_cases, read_case, regions
 from memsave.data.phantom import ensure_phantoms, write_phantoms
+from memsave.data.synthesis import smooth_field, synthesise
 
 SIZE = (24, 24, 20)
 
 
 def draw(*seed, size=SIZE, enhancing=True):
-    return synthesise(size, rng=np.random.default_rng(seed), enhancing=enhancing)
+    return synthesise(size, anatomy=DRAWN, rng=np.random.default_rng(seed), enhancing=enhancing)
 
 
 def test_phantoms_have_the_layout_of_brats(phantoms):

@@ -303,14 +303,14 @@ def test_probabilities_are_interpolated_before_they_are_cut(thick):
     probability = torch.full((1, *item["image"].shape[1:]), 0.3)
     assert not restore(probability, item).any()
     x, y, z = (slice(first, first + length) for first, length in zip(item["start"], item["cropped"]))
-    whole = restore(probability, item, threshold=0.2)
+    whole = item["orientation"].apply(restore(probability, item, threshold=0.2))
     assert whole[:, x, y, z].all() and whole.sum() == np.prod(item["cropped"])
     logits = regions(item["label"], scheme=SCHEMES["binary"]).float() * 8 - 4
     assert torch.equal(restore(logits, item, threshold=0.0), restore((logits + 4) / 8, item))
     # along x, in the middle of the rest: 0, 0, 1, 1 at 4 mm is cut half-way between voxels at 1 mm
     probability = torch.zeros(1, *item["image"].shape[1:])
     probability[:, probability.shape[1] // 2 :] = 1
-    line = restore(probability, item)[0, x, y, z][:, 0, 0]
+    line = item["orientation"].apply(restore(probability, item))[0, x, y, z][:, 0, 0]
     assert line.int().diff().abs().sum() == 1 and abs(int(line.sum()) - len(line) / 2) <= 2
 
 

@@ -1,5 +1,7 @@
 """Checkpoints: whole, and enough to go on as if nothing had happened."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -58,6 +60,7 @@ def test_killed_while_writing_the_last_one_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         checkpoint.save(state, folder)
     checkpoint.load(make_state(line_model(), trainer()), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]  # what was half written takes no room
 
 
 def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
@@ -95,6 +98,14 @@ def test_what_cannot_be_continued_is_said(tmp_path):
     config = trainer(optimizer=OptimizerConfig(name="sgd"))
     with pytest.raises(checkpoint.CheckpointError, match="is of the optimizer AdamW, not SGD"):
         checkpoint.load(make_state(line_model(), config), folder)
-    (folder / "model.safetensors").write_bytes(b"broken")
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace('"step": 1', '"step": "one"'))
     with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+        checkpoint.load(state, folder)
+    (folder / "state.json").write_text(text)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot be read .*; continue from another"):
+        checkpoint.load(state, folder)
+    shutil.copytree(folder, folder.with_name("checkpoint.previous"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"; continue from .*checkpoint\.previous, the one before"):
         checkpoint.load(state, folder)

@@ -161,7 +161,7 @@ def folder_of(path, values=(0, 1), cases=3):
     for number in range(cases):
         image = numbers.random((24, 24, 8)).astype(np.float32) + 1
         mask = np.zeros((24, 24, 8), dtype=np.uint8)
-        mask[8:14, 8:14, 2:5] = values[1]
+        mask[8:14, 8 : 12 + number, 2:5] = values[1]
         nibabel.save(nibabel.Nifti1Image(image + mask, affine), path / f"p{number}_t1ce.nii.gz")
         nibabel.save(nibabel.Nifti1Image(mask, affine), path / f"p{number}_label.nii.gz")
 

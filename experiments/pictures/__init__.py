@@ -1,0 +1,1 @@
+"""Rounding errors of the rebuilt stream, and what keeps them small."""
