@@ -187,6 +187,10 @@ class MemoryConfig:
     """stored | checkpoint | reversible."""
     anchor_every: int | None = None
     """Reversible: the blocks from one kept input to the next, against drift in deep levels; null keeps none."""
+    engine: str = "auto"
+    """Reversible: fused (blocks recompute themselves in chunks) | hooks (any block, to the bit) | auto (both)."""
+    chunks: int = 4
+    """Of the fused engine: the more, the less memory and, from some number on, the more time."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """An MBConv branch evaluated, and differentiated, over chunks of its expanded channels.
 
-    a = GN(W x)    s = SiLU(a)    d = depthwise(s)    u = GN(d)    t = SiLU(u)    p = sum over chunks of V t    F = GN(p)
+    a = GN(W x)    s = SiLU(a)    d = depthwise(s)    u = GN(d)    t = SiLU(u)    p = sum over chunks V t    F = GN(p)
 
 Only one chunk of a, s, d, u, t exists at a time. A GroupNorm is an affine map u = scale d + shift per channel, whose
 coefficients follow from the first two moments of its input; a chunk of whole groups therefore knows its own. Those of
@@ -16,7 +16,7 @@ for the last one, which is still there.
 Tensors are matrices of voxels by channels here, (B, V, C), which a channels_last_3d tensor is in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ from memsave.models.depthwise import depthwise_gradients, same_depthwise_conv
 
 LAST = torch.channels_last_3d
 BLOCKS = 16  # contractions over voxels are summed over so many blocks, in float64
-ROWS = 2**16  # voxels that a block has at least
 
 
 class Affine(NamedTuple):
@@ -127,9 +126,8 @@ class ChunkedBranch:
             by_expanded, by_filter, second[:, part] = self._filter_gradients(chunk, activated)
             filters.append(by_filter)
             first.weight[:, part], first.shift[:, part] = _inner(by_expanded, self.x), _sum(by_expanded)
-            for sample, (rows, weight) in enumerate(zip(by_expanded, self.weight[:, part], strict=True)):
-                _add_product(by_x[sample], rows, weight)
-            del by_expanded
+            _add_products(by_x, by_expanded, self.weight[:, part])
+            del by_expanded  # before the next chunk grows
         self.buffers.clear()
         by_weight, by_scale, by_shift, by_mean, by_covariance = self.first.gradients(first)
         self.first.add_moments(by_x, self.x, by_mean, by_covariance)
@@ -242,8 +240,7 @@ class FoldedNorm:
         """Add to dL/dx what reaches it through mean and covariance."""
         slope = (by_covariance + by_covariance.transpose(1, 2)) / self.voxels  # (B, C, C)
         shift = by_mean / self.voxels - (self.mean[:, None] @ slope).squeeze(1)  # (B, C)
-        for sample, rows in enumerate(x):
-            _add_product(by_x[sample], rows, slope[sample].to(x.dtype))
+        _add_products(by_x, x, slope.to(x.dtype))
         by_x += shift[:, None].to(by_x.dtype)
 
 
@@ -320,30 +317,41 @@ def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
         total += rows @ weight
 
 
-def _blocks(*rows: Tensor) -> Iterator[list[Tensor]]:
-    """The rows in at most `BLOCKS` blocks, in float32 or wider."""
-    size = max(ROWS, -(-rows[0].shape[1] // BLOCKS))
-    for each in zip(*(tensor.split(size, dim=1) for tensor in rows), strict=True):
-        yield [block.to(_wide(block.dtype)) for block in each]
+def _add_products(total: Tensor, rows: Tensor, weight: Tensor) -> None:
+    """The same for each sample: (B, V, C) += (B, V, K) (B, K, C)."""
+    for each in zip(total, rows, weight, strict=True):
+        _add_product(*each)
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """The contraction of (B, V, P) and (B, V, Q) over voxels: (B, P, Q), in float64."""
-    return torch.stack([(a.transpose(1, 2) @ b).double() for a, b in _blocks(one, other)]).sum(0)
+    """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q), in float64."""
+    return torch.stack([_inner_of_sample(a, b) for a, b in zip(one, other, strict=True)])
+
+
+def _inner_of_sample(one: Tensor, other: Tensor) -> Tensor:
+    size = -(-len(one) // BLOCKS)
+    if _wide(one.dtype) != one.dtype:  # block by block, so that no wide copy of the whole exists
+        pairs = zip(one.split(size), other.split(size), strict=True)
+        return torch.stack([(a.to(torch.float32).t() @ b.to(torch.float32)).double() for a, b in pairs]).sum(0)
+    whole = len(one) // size * size
+    a, b = (each[:whole].unflatten(0, (-1, size)) for each in (one, other))
+    rest = (one[whole:].t() @ other[whole:]).double()
+    return torch.bmm(a.transpose(1, 2), b).double().sum(0) + rest
 
 
 def _sum(rows: Tensor) -> Tensor:
     """(B, V, C) summed over voxels: (B, C), in float64."""
-    return torch.stack([block.sum(1).double() for (block,) in _blocks(rows)]).sum(0)
+    if _wide(rows.dtype) == rows.dtype:
+        return rows.sum(1).double()
+    size = -(-rows.shape[1] // BLOCKS)
+    return torch.stack([block.sum(1, dtype=torch.float32).double() for block in rows.split(size, dim=1)]).sum(0)
 
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
     """(B, C, C) in float64, of (B, V, C) with this mean."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for (block,) in _blocks(x):
-        centred = block - mean[:, None].to(block.dtype)
-        total = total + (centred.transpose(1, 2) @ centred).double()
-    return total / x.shape[1]
+    centre = mean[:, None].to(_wide(x.dtype))
+    blocks = (block - centre for block in x.split(-(-x.shape[1] // BLOCKS), dim=1))
+    return torch.stack([(block.transpose(1, 2) @ block).double() for block in blocks]).sum(0) / x.shape[1]
 
 
 def _like(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:

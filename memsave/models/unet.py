@@ -17,13 +17,15 @@ those of one and the same network.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memsave.models.mbconv import MBConv3d, group_norm
+from memsave.models.mbconv import MBConv3d, group_norm, norm_groups
 from memsave.reversible import AdditiveCoupling, ReversibleSequence, Stream
 
 MEMORY_MODES = ("stored", "checkpoint", "reversible")
@@ -42,7 +44,9 @@ class ReversibleUNet3d(nn.Module):
     given in training, too.
 
     `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
-    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level.
+    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level. `engine` is that of
+    `ReversibleSequence`; where it is the fused one, branches are recomputed in `chunks` (a level whose norms have fewer
+    groups takes as many as divide them).
     """
 
     def __init__(
@@ -59,17 +63,28 @@ class ReversibleUNet3d(nn.Module):
         memory: str = "reversible",
         anchor_every: int | None = None,
         grid: float | None = None,
+        engine: str = "auto",
+        chunks: int = 4,
         deep_supervision: bool = False,
     ):
         super().__init__()
         depths = _check_levels(channels, blocks, skip)
+        if chunks < 1:
+            raise ValueError(f"chunks is {chunks}; give at least 1")
 
         def level(width: int, depth: int) -> ReversibleSequence:
+            inside: dict[str, Any] = {
+                "expansion": expansion,
+                "squeeze_excitation": squeeze_excitation,
+                "dropout": dropout,
+            }
+            fitting = gcd(chunks, norm_groups(width // 2 * expansion))
+
             def branch() -> MBConv3d:
-                return MBConv3d(width // 2, expansion=expansion, squeeze_excitation=squeeze_excitation, dropout=dropout)
+                return MBConv3d(width // 2, chunks=fitting, **inside)
 
             blocks = (AdditiveCoupling(branch(), branch()) for _ in range(depth))
-            return ReversibleSequence(blocks, anchor_every=anchor_every, grid=grid)
+            return ReversibleSequence(blocks, anchor_every=anchor_every, grid=grid, engine=engine)
 
         steps = list(pairwise(channels))  # (finer, coarser) of each change of level
         self.skip = skip

@@ -107,6 +107,7 @@ class PhaseTracker:
 
     def watch_module(self, module: nn.Module, *, name: str, undo: ExitStack) -> None:
         """Hook a module until `undo` closes."""
+
         # Ours run first and last, so that what other hooks allocate counts as the module's own.
         def enter(module: nn.Module, args: tuple) -> None:
             self._push(name, module)
@@ -114,8 +115,8 @@ class PhaseTracker:
         def leave(module: nn.Module, args: tuple, result: object) -> None:
             self._pop(module)
 
-        for hook in (enter, leave):  # whoever replaces a forward for a faster one need not run them
-            hook.observes_only = True  # type: ignore[attr-defined]
+        for hook in (enter, leave):  # whoever takes a forward apart need not run them
+            setattr(hook, "observes_only", True)  # noqa: B010
         undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
         undo.callback(module.register_forward_hook(leave, always_call=True).remove)
 

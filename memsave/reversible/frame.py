@@ -10,11 +10,13 @@ from the output, or from the nearest anchor, again.
 
 Who holds whom. Graph nodes hold handles, handles hold the frame, and the frame holds no tensor that has a grad_fn:
 otherwise node -> handle -> frame -> tensor -> node would be a cycle through C++ that Python's collector cannot see,
-and no activation would ever be freed. Hence the leaves in `steps.py`, and hence output and
-anchors are held by `_Keep`, a graph node of its own that leads nowhere. Since it holds them by autograd's own means,
-whoever redirects saved tensors (a checkpoint around the sequence, offloading to the CPU) redirects these, too. The node
-of the output is a part of the graph: `_Merge` leads to it, so that it is run before all steps; the frame takes the
-output over there, and then autograd lets go of it, unless the graph is retained.
+and no activation would ever be freed. Hence the leaves in `steps.py`, and hence output and anchors are held by `_Keep`,
+a graph node of its own that leads nowhere. Since it holds them by autograd's own means, whoever redirects saved tensors
+(a checkpoint around the sequence, offloading to the CPU) redirects these, too. The node of the output is a part of the
+graph: `_Merge` leads to it, so that it is run before all steps; the frame takes the output over there, and then
+autograd lets go of it, unless the graph is retained.
+
+Steps of the fused engine (`fused.py`) save nothing and have a node of their own, which asks the frame for gradients.
 
 State lives here, in the call, and never on a module: several forwards before one backward do not meet.
 """
@@ -22,7 +24,7 @@ State lives here, in the call, and never on a module: several forwards before on
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -32,7 +34,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from memsave.reversible.coupling import Stream, memory_format
 from memsave.reversible.fused import FusedHalfStep
 from memsave.reversible.replay import Replay
-from memsave.reversible.steps import Rebuild, Step
+from memsave.reversible.steps import HookedStep, Rebuild, Step
 
 Saved = list[tuple[Tensor, int] | None]
 """(tensor, version) of what a rebuilt step saved, None once used."""
@@ -144,10 +146,14 @@ class Frame:
         assert isinstance(record.step, FusedHalfStep)
         undo = not self._has_input(step)
         self._reach(step + 1 if undo else step)
-        held, self.stream = [self.stream], None
+        assert self.stream is not None
+        held = [self.stream]
+        if undo:
+            self.stream = None  # so that the step alone holds it
         with record.replay.again():
-            before, by_source, by_tensors = record.step.gradients(held.pop(), grad, undo=undo)  # type: ignore[arg-type]
-        self.stream, self.stage, self.fresh = self._laid_out(before, step), step, False
+            before, by_source, by_tensors = record.step.gradients(held.pop(), grad, undo=undo)
+        if undo:
+            self.stream, self.stage, self.fresh = self._laid_out(before, step), step, False
         return by_source, by_tensors
 
     def walk_back(self) -> Iterator[tuple[int, Stream]]:
@@ -232,7 +238,7 @@ class Frame:
             wanting=lambda: saved is not None and len(saved) < len(record.saved),
             needs=record.needs,
         )
-        return record.step.rebuild(stream, rebuild, undo=undo)
+        return cast(HookedStep, record.step).rebuild(stream, rebuild, undo=undo)
 
 
 @contextmanager

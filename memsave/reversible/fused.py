@@ -27,8 +27,11 @@ ENGINES = ("auto", "fused", "hooks")
 class RecomputableBranch(Protocol):
     """A branch F that gives value and gradients without a graph; a module whose `forward` is F, too.
 
-    The tensors that the last two methods return, or give to `found`, are new, and the caller's to overwrite.
+    `layout` is the memory format in which it takes x and grad without a copy. The tensors that the last two methods
+    return, or give to `found`, are new, and the caller's to overwrite.
     """
+
+    layout: torch.memory_format
 
     def refusal(self) -> str | None:
         """Why it cannot do so as it is now, after its name; None if it can."""
@@ -118,7 +121,7 @@ def refusal(coupling: nn.Module) -> str | None:
         why = branch.refusal()
         if why is not None:
             return f"cannot recompute {name}: {why}"
-        for inner, module in branch.named_modules():  # type: ignore[attr-defined]
+        for inner, module in branch.named_modules():
             if "forward" in vars(module):
                 return f"has another forward on {'.'.join(filter(None, (name, inner)))}"
             if any(_matters(hook) for each in HOOKS for hook in vars(module)[each].values()):

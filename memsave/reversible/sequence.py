@@ -9,14 +9,14 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from memsave.reversible.coupling import AdditiveCoupling, Stream
 from memsave.reversible.frame import Frame
-from memsave.reversible.fused import ENGINES, refusal
+from memsave.reversible.fused import ENGINES, RecomputableBranch, refusal
 from memsave.reversible.steps import Step, steps_of
 
 
@@ -92,12 +92,13 @@ class ReversibleSequence(nn.Module):
                     f"block {number} is a {type(block).__name__}, which a stream on a grid cannot undo to the bit; "
                     f"make it an AdditiveCoupling, or set grid=None"
                 )
+        self.engines()  # or engine="fused" is refused here
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) through all blocks; ValueError when C is odd."""
         if not self.blocks:
             return x
-        stream = Stream.split(x, grid=self.grid)
+        stream = self.split(x)
         if not (self.recompute and torch.is_grad_enabled()):
             for step in chain.from_iterable(self.steps()):
                 stream = step.forward(stream)
@@ -120,6 +121,13 @@ class ReversibleSequence(nn.Module):
             for step in steps:
                 stream = frame.run(step, stream)
                 yield stream
+
+    def split(self, x: Tensor) -> Stream:
+        """The stream before the first block, laid out in memory as the blocks want it."""
+        engines = self.engines() if self.recompute else []
+        fused = (block for block, engine in zip(self.blocks, engines) if engine == "fused")
+        layouts = {cast(RecomputableBranch, block.f).layout for block in fused}
+        return Stream.split(x, grid=self.grid, layout=layouts.pop() if len(layouts) == 1 else None)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the x with forward(x) = y, up to rounding; with dropout, in evaluation mode alone."""

@@ -113,8 +113,9 @@ def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> 
     from memsave.training.segmentation import channels
 
     options = {key: value for key, value in asdict(model).items() if key != "kind"}
+    options |= {"anchor_every": memory.anchor_every, "engine": memory.engine, "chunks": memory.chunks}
     try:
-        return ReversibleUNet3d(*channels(data), memory=memory.mode, anchor_every=memory.anchor_every, **options)
+        return ReversibleUNet3d(*channels(data), memory=memory.mode, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 

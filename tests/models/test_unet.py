@@ -44,16 +44,22 @@ def step(net, x, mode):
 def test_memory_modes_are_one_function(options):
     net, x = network(**options), volume(8, 9, 7)
     stored = step(net, x, "stored")
-    for mode in ("checkpoint", "reversible"):
-        y, gradients, after = step(net, x, mode)
-        assert torch.equal(y, stored[0])
+    for mode in ("checkpoint", "reversible", "hooks"):
+        for sequence in [*net.encoder, *net.decoder]:
+            sequence.engine = "hooks" if mode == "hooks" else "auto"
+        y, gradients, after = step(net, x, "reversible" if mode == "hooks" else mode)
+        if mode == "reversible":  # in chunks: up to rounding
+            torch.testing.assert_close(y, stored[0], rtol=1e-9, atol=1e-12)
+        else:
+            assert torch.equal(y, stored[0])
         assert torch.equal(after, stored[2])
         for name, gradient in stored[1].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=f"{mode}: {name}")
 
 
 def test_memory_modes_are_one_function_under_autocast():
-    net, x = network(dtype=torch.float32, channels=(8, 16), blocks=4), volume(8, 8, 8, dtype=torch.float32)
+    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, engine="hooks")
+    x = volume(8, 8, 8, dtype=torch.float32)
 
     def under_autocast(mode):
         net.memory = mode
@@ -66,7 +72,7 @@ def test_memory_modes_are_one_function_under_autocast():
 
 
 def test_a_stream_on_a_grid_has_the_stored_gradients_to_the_bit_under_autocast():
-    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14)
+    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14, engine="hooks")
     x = volume(8, 8, 8, dtype=torch.float32)
 
     def gradients(mode):
@@ -99,12 +105,18 @@ def test_side_heads_are_for_training():
     assert torch.equal(plain(volume(8, 8, 8)), net(volume(8, 8, 8)))
 
 
+def test_levels_take_as_many_chunks_as_divide_their_groups():
+    net = network(channels=(4, 8, 32), chunks=8)
+    assert [level.blocks[0].f.chunks for level in net.encoder] == [2, 4, 8]
+    assert all(set(level.engines()) == {"fused"} for level in [*net.encoder, *net.decoder])
+
+
 def test_checkpoints_are_interchangeable():
     nets = [network(seed, memory=mode) for seed, mode in enumerate(MEMORY_MODES)]
     for net in nets[1:]:
         net.load_state_dict(nets[0].state_dict())
         with torch.no_grad():
-            assert torch.equal(net(volume(6, 6, 6)), nets[0](volume(6, 6, 6)))
+            torch.testing.assert_close(net(volume(6, 6, 6)), nets[0](volume(6, 6, 6)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture
@@ -132,6 +144,9 @@ def test_mbconv_keeps_shape_and_layout():
         ({"blocks": (1, 2)}, r"blocks are \[1, 2\] for 3 levels"),
         ({"blocks": 0}, "at least 1"),
         ({"skip": "sum"}, "choose one of add, concat"),
+        ({"chunks": 0}, "chunks is 0; give at least 1"),
+        ({"engine": "fast"}, "choose one of auto, fused, hooks"),
+        ({"engine": "fused", "squeeze_excitation": 0.5}, "squeeze-excitation reads all expanded channels"),
         ({"memory": "free"}, "choose one of stored, checkpoint, reversible"),
     ],
 )
