@@ -284,6 +284,8 @@ class ProfilerConfig:
     """Training steps, from the first on, that the recorder watches; the others run at full speed."""
     compare: list[str] = field(default_factory=list)
     """Memory modes that are measured beside the run's own, on its first batch and its own model."""
+    process: bool = False
+    """Measure the most that the process takes while it trains, malloc returning what is freed at once (Linux)."""
 
 
 @dataclass

@@ -91,8 +91,15 @@ class Segmentation:
 
         With K crops a case, which are one example, (B, K, C, D, H, W) and (B, K, 1, D, H, W).
         """
-        for batch in train_loader(self.crops, batch_size=self.batch_size, workers=self.data.workers, start=start):
-            yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        loader = train_loader(self.crops, batch_size=self.batch_size, workers=self.data.workers, start=start)
+        yield from map(self._placed, loader)  # which holds on to no batch, as a loop's variable would
+
+    def _placed(self, batch: Batch) -> Batch:
+        """On the device, and laid out there as the network wants it: a whole volume has no room for a copy."""
+        placed = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        if placed["image"].dim() == 5:
+            placed["image"] = placed["image"].contiguous(memory_format=torch.channels_last_3d)
+        return placed
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses: each of one case, over all of its crops."""
