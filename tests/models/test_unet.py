@@ -105,10 +105,14 @@ def test_side_heads_are_for_training():
     assert torch.equal(plain(volume(8, 8, 8)), net(volume(8, 8, 8)))
 
 
-def test_levels_take_as_many_chunks_as_divide_their_groups():
-    net = network(channels=(4, 8, 32), chunks=8)
-    assert [level.blocks[0].f.chunks for level in net.encoder] == [2, 4, 8]
-    assert all(set(level.engines()) == {"fused"} for level in [*net.encoder, *net.decoder])
+def test_coarser_levels_take_fewer_chunks():
+    def chunks_of(net):
+        assert all(set(level.engines()) == {"fused"} for level in [*net.encoder, *net.decoder])
+        return [level.blocks[0].f.chunks for level in net.encoder]
+
+    assert chunks_of(network(channels=(16, 32, 64), chunks=8)) == [8, 2, 1]
+    assert chunks_of(network(channels=(16, 32, 64), chunks=3)) == [4, 1, 1]
+    assert chunks_of(network(channels=(4, 8, 256), chunks=8)) == [2, 2, 8]
 
 
 def test_checkpoints_are_interchangeable():
