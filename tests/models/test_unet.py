@@ -5,6 +5,8 @@ import torch
 
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.models.unet import MEMORY_MODES
+from memsave.profiler import MemoryRecorder
+from memsave.training.segmentation import region_losses
 
 SMALL = {"channels": (4, 8, 8), "blocks": 2, "expansion": 2}
 
@@ -138,6 +140,25 @@ def test_mbconv_keeps_shape_and_layout():
     y = MBConv3d(4, expansion=3, squeeze_excitation=0.5)(x)
     assert y.shape == x.shape
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_step_holds_little_besides_one_block_of_the_finest_level():
+    def peak(**options):
+        torch.manual_seed(0)
+        net = ReversibleUNet3d(channels=(16, 32, 64), **options)
+        x = torch.randn(1, 4, 32, 32, 32).contiguous(memory_format=torch.channels_last_3d)
+        target = torch.zeros(1, 3, 32, 32, 32, dtype=torch.bool)
+        with MemoryRecorder(net) as recorder:
+            region_losses(net(x), target).sum().backward()
+        held = recorder.report().timeline.by_category()
+        held = [sizes for name, sizes in held.items() if name not in ("parameter", "gradient")]
+        return max(map(sum, zip(*held))) / (16 * 32**3 * 4)
+
+    # in streams of the finest level: stream, gradient, input's gradient, skip, image and coarse levels; five chunks
+    assert peak(chunks=4) < 5.75 + 5 * 2 / 4
+    assert peak(chunks=8) < 5.75 + 5 * 2 / 8
+    assert peak(engine="hooks") > 16
 
 
 @pytest.mark.parametrize(
