@@ -195,6 +195,10 @@ class MemoryConfig:
     """stored | checkpoint | reversible."""
     anchor_every: int | None = None
     """Reversible: the blocks from one kept input to the next, against drift in deep levels; null keeps none."""
+    engine: str = "auto"
+    """Reversible: fused (blocks recompute themselves in chunks) | hooks (any block, to the bit) | auto (both)."""
+    chunks: int = 4
+    """Of the fused engine: the more, the less memory and, from some number on, the more time."""
 
 
 @dataclass
@@ -288,6 +292,8 @@ class ProfilerConfig:
     """Training steps, from the first on, that the recorder watches; the others run at full speed."""
     compare: list[str] = field(default_factory=list)
     """Memory modes that are measured beside the run's own, on its first batch and its own model."""
+    process: bool = False
+    """Measure the most that the process takes while it trains, malloc returning what is freed at once (Linux)."""
 
 
 @dataclass

@@ -60,6 +60,13 @@ def check(config: Config) -> None:
     _check_variation(config)
     if config.memory.anchor_every is not None and config.memory.mode != "reversible":
         raise ConfigError(f"memory.anchor_every is for memory=reversible; leave it out of memory={config.memory.mode}")
+    if config.memory.engine != "auto" and config.memory.mode != "reversible":
+        raise ConfigError(f"memory.engine is for memory=reversible; leave it out of memory={config.memory.mode}")
+    if isinstance(config.model, UNetModel) and config.model.squeeze_excitation and config.memory.engine == "fused":
+        raise ConfigError(
+            "memory.engine=fused cannot recompute squeeze-excitation in chunks; give memory.engine=auto or "
+            "model.squeeze_excitation=0"
+        )
     if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
         raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
 
@@ -125,6 +132,7 @@ def _choices(config: Config) -> Iterator[Choice]:
     yield "mode", config.mode, ("train", "plan")
     yield "vary", config.vary, (None, *VARIES)
     yield "memory.mode", config.memory.mode, MODES
+    yield "memory.engine", config.memory.engine, ("auto", "fused", "hooks")
     yield "trainer.precision", trainer.precision, ("float32", "bfloat16", "float16")
     yield "trainer.optimizer.name", trainer.optimizer.name, ("adamw", "sgd")
     yield "trainer.optimizer.schedule", trainer.optimizer.schedule, ("cosine", "constant")
@@ -162,6 +170,7 @@ def _numbers(config: Config) -> Iterator[Number]:
         ("trainer.optimizer.weight_decay", optimizer.weight_decay, 0, MOST),
         ("trainer.optimizer.momentum", optimizer.momentum, 0, 0.999999),
         ("trainer.optimizer.warmup_steps", optimizer.warmup_steps, 0, MOST),
+        ("memory.chunks", config.memory.chunks, 1, MOST),
         ("memory.anchor_every", 1 if config.memory.anchor_every is None else config.memory.anchor_every, 1, MOST),
         ("profiler.record_steps", config.profiler.record_steps, 1, MOST),
     )

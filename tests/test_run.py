@@ -35,7 +35,7 @@ def command(folder, *arguments):
 
 
 def test_one_run_leaves_its_result(tmp_path):
-    done = command(tmp_path, *QUICK)
+    done = command(tmp_path, *QUICK, "profiler.process=true")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "brats_rev").iterdir()
     names = {path.name for path in folder.iterdir()}
@@ -59,6 +59,8 @@ def test_one_run_leaves_its_result(tmp_path):
     memory = result["memory"]
     assert memory["peak_bytes"] == sum(memory["peak_by_category"].values()) > 0
     assert memory["allocator_peak_bytes"] > 0
+    assert memory["process_peak_bytes"] > memory["peak_bytes"] or not Path("/proc/self/status").is_file()
+    assert result["metrics"]["seconds_per_step"] > 0
     compared = memory["compared"]
     assert (
         compared["reversible"]["peak_bytes"] < compared["checkpoint"]["peak_bytes"] < compared["stored"]["peak_bytes"]

@@ -64,6 +64,22 @@ def has_fast_backward(x: Tensor, weight: Tensor, *, stride: int, padding: int, d
     )
 
 
+def depthwise_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(dL/dx, dL/dweight) of `depthwise_conv3d(x, weight)` at stride 1 from dL/dy, for those who keep x themselves."""
+    if has_fast_backward(x, weight, stride=1, padding=weight.shape[-1] // 2, dilation=1):
+        return same_depthwise_conv(grad, weight.flip(2, 3, 4)), _weight_gradient(x, grad, weight)
+    pad, one = [weight.shape[-1] // 2] * 3, [1, 1, 1]
+    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, one, pad, one, False, [0, 0, 0], x.shape[1], [True, True, False]
+    )
+    return by_x, by_weight
+
+
+def same_depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution alone, at stride 1, of the volume's size."""
+    return F.conv3d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which a custom Function would have to know of."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -75,20 +91,16 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return _same_conv(x, weight)
+        return same_depthwise_conv(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):  # whoever calls backward inside autocast gets the same gradients
             grad = grad.contiguous(memory_format=LAST)
-            grad_x = _same_conv(grad, weight.flip(2, 3, 4)) if ctx.needs_input_grad[0] else None
+            grad_x = same_depthwise_conv(grad, weight.flip(2, 3, 4)) if ctx.needs_input_grad[0] else None
             grad_weight = _weight_gradient(x, grad, weight) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
-
-
-def _same_conv(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv3d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:

@@ -6,13 +6,18 @@
 
 Sandler et al., "MobileNetV2" (2018); squeeze-excitation as in Howard et al., "MobileNetV3" (2019). The expanded tensors
 are what fills a GPU when they are stored: about 37 times the block's input for a coupling of two branches with e = 6.
+
+A branch also knows how to recompute itself over chunks of its expanded channels (`chunks.py`), which a
+`ReversibleSequence` makes use of: then no more than a chunk of them ever exists.
 """
 
+from collections.abc import Callable
 from math import gcd
 
 import torch
 from torch import Tensor, nn
 
+from memsave.models import chunks as chunked
 from memsave.models.depthwise import depthwise_conv3d
 
 NORM_GROUPS = 8
@@ -50,7 +55,12 @@ class MBConv3d(nn.Module):
     """An inverted bottleneck without a residual of its own: (B, C, D, H, W) to the same shape.
 
     `squeeze_excitation` is the ratio of the gate's hidden channels to C (0: no gate); `dropout` acts on the output.
+    `chunks` is the number of chunks in which the expanded channels are recomputed, where they are; a chunk holds whole
+    groups of their norm, so it divides `norm_groups(expansion * channels)`. It implements
+    `memsave.reversible.RecomputableBranch`.
     """
+
+    layout = torch.channels_last_3d  # in which it works on voxels by channels
 
     def __init__(
         self,
@@ -60,6 +70,7 @@ class MBConv3d(nn.Module):
         kernel_size: int = 3,
         squeeze_excitation: float = 0.0,
         dropout: float = 0.0,
+        chunks: int = 1,
     ):
         super().__init__()
         wide = channels * expansion
@@ -73,6 +84,12 @@ class MBConv3d(nn.Module):
         self.project = nn.Conv3d(wide, channels, 1, bias=False)
         self.project_norm = group_norm(channels)
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
+        self.chunks = chunks
+        if chunks < 1 or self.expand_norm.num_groups % chunks:
+            raise ValueError(
+                f"chunks is {chunks}, but the norm of the {wide} expanded channels has {self.expand_norm.num_groups} "
+                f"groups, which a chunk holds whole; give a divisor of that"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) to the same shape."""
@@ -80,8 +97,57 @@ class MBConv3d(nn.Module):
         x = self.gate(self.act(self.depthwise_norm(self.depthwise(x))))
         return self.dropout(self.project_norm(self.project(x)))  # (B, C, D, H, W)
 
+    def refusal(self) -> str | None:
+        """Why this branch cannot be recomputed in chunks; None if it can."""
+        if type(self).forward is not MBConv3d.forward:
+            return f"{type(self).__name__} has a forward of its own"
+        if isinstance(self.gate, SqueezeExcitation):
+            return "its squeeze-excitation reads all expanded channels before the first of them is scaled"
+        for name, (kinds, parameters, options) in PARTS.items():
+            part = self.get_submodule(name)
+            if type(part) not in kinds:
+                return f"its {name} is a {type(part).__name__}"
+            if {key for key, tensor in part.named_parameters() if tensor is not None} != parameters:
+                return f"its {name} has other parameters than {', '.join(parameters) or 'none'}"
+            if any(getattr(part, option) != value for option, value in options.items()):
+                return f"its {name} is not a {', '.join(f'{key}={value}' for key, value in options.items())} one"
+        if self.depthwise_norm.num_groups % self.chunks:
+            return f"{self.chunks} chunks of {self.depthwise_norm.num_groups} groups are not whole groups"
+        return None
+
+    def tensors(self) -> list[Tensor]:
+        """What `differentiate` gives gradients of, besides x."""
+        return chunked.tensors(self)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """`forward` without a graph, in chunks."""
+        return chunked.evaluate(self, x)
+
+    def differentiate(self, x: Tensor, grad: Tensor, *, found: Callable[[Tensor], None]) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of sum(grad forward(x)) by x and by each of `tensors()`; `found` is given forward(x)."""
+        return chunked.differentiate(self, x, grad, found=found)
+
+
+POINTWISE = {"kernel_size": (1, 1, 1), "stride": (1, 1, 1), "padding": (0, 0, 0), "groups": 1}
+PARTS: dict[str, tuple[tuple[type, ...], set[str], dict[str, object]]] = {
+    "expand": ((nn.Conv3d,), {"weight"}, POINTWISE),
+    "expand_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
+    "depthwise": ((DepthwiseConv3d,), {"weight"}, {}),
+    "depthwise_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
+    "act": ((nn.SiLU,), set(), {}),
+    "gate": ((nn.Identity,), set(), {}),
+    "project": ((nn.Conv3d,), {"weight"}, POINTWISE),
+    "project_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
+    "dropout": ((nn.Identity, nn.Dropout3d), set(), {}),
+}
+"""What `chunks.py` knows how to recompute: by part its kinds, parameters and options."""
+
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm, which needs no batch, with up to 8 groups of at least two channels, so that one voxel is enough."""
-    groups = gcd(NORM_GROUPS, channels // 2) if channels > 1 else 1
-    return nn.GroupNorm(groups, channels)
+    return nn.GroupNorm(norm_groups(channels), channels)
+
+
+def norm_groups(channels: int) -> int:
+    """The groups of `group_norm`."""
+    return gcd(NORM_GROUPS, channels // 2) if channels > 1 else 1

@@ -17,13 +17,14 @@ those of one and the same network.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memsave.models.mbconv import MBConv3d, group_norm
+from memsave.models.mbconv import MBConv3d, group_norm, norm_groups
 from memsave.reversible import AdditiveCoupling, ReversibleSequence, Stream
 
 MEMORY_MODES = ("stored", "checkpoint", "reversible")
@@ -42,7 +43,10 @@ class ReversibleUNet3d(nn.Module):
     given in training, too.
 
     `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
-    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level.
+    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level. `engine` is that of
+    `ReversibleSequence`; where it is the fused one, the finest level's branches are recomputed in `chunks`, and coarser
+    ones, whose expanded tensors are smaller, in as few as make a chunk no larger (more, or fewer, where that number
+    does not divide the groups of a norm).
     """
 
     def __init__(
@@ -59,28 +63,44 @@ class ReversibleUNet3d(nn.Module):
         memory: str = "reversible",
         anchor_every: int | None = None,
         grid: float | None = None,
+        engine: str = "auto",
+        chunks: int = 4,
         deep_supervision: bool = False,
     ):
         super().__init__()
         depths = _check_levels(channels, blocks, skip)
+        if chunks < 1:
+            raise ValueError(f"chunks is {chunks}; give at least 1")
 
-        def level(width: int, depth: int) -> ReversibleSequence:
+        def level(width: int, depth: int, *, scale: int) -> ReversibleSequence:
+            inside: dict[str, Any] = {
+                "expansion": expansion,
+                "squeeze_excitation": squeeze_excitation,
+                "dropout": dropout,
+            }
+            wanted = chunks * width / (channels[0] * 8**scale)
+            fitting = _divisor(norm_groups(width // 2 * expansion), at_least=wanted)
+
             def branch() -> MBConv3d:
-                return MBConv3d(width // 2, expansion=expansion, squeeze_excitation=squeeze_excitation, dropout=dropout)
+                return MBConv3d(width // 2, chunks=fitting, **inside)
 
             blocks = (AdditiveCoupling(branch(), branch()) for _ in range(depth))
-            return ReversibleSequence(blocks, anchor_every=anchor_every, grid=grid)
+            return ReversibleSequence(blocks, anchor_every=anchor_every, grid=grid, engine=engine)
 
         steps = list(pairwise(channels))  # (finer, coarser) of each change of level
         self.skip = skip
         self.stem = nn.Conv3d(in_channels, channels[0], 1)
-        self.encoder = nn.ModuleList(level(width, depth) for width, depth in zip(channels, depths, strict=True))
+        self.encoder = nn.ModuleList(
+            level(width, depth, scale=scale) for scale, (width, depth) in enumerate(zip(channels, depths, strict=True))
+        )
         self.down = nn.ModuleList(_down(fine, coarse) for fine, coarse in steps)
         self.up = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in steps)
         self.join = nn.ModuleList(
             nn.Conv3d(2 * fine, fine, 1) if skip == "concat" else nn.Identity() for fine, _ in steps
         )
-        self.decoder = nn.ModuleList(level(fine, depth) for (fine, _), depth in zip(steps, depths))
+        self.decoder = nn.ModuleList(
+            level(fine, depth, scale=scale) for scale, ((fine, _), depth) in enumerate(zip(steps, depths))
+        )
         self.head = nn.Conv3d(channels[0], out_channels, 1)
         coarse = channels[1:-1] if deep_supervision else ()
         self.side_heads = nn.ModuleList(nn.Conv3d(width, out_channels, 1) for width in coarse)
@@ -149,6 +169,11 @@ def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
 def _down(fine: int, coarse: int) -> nn.Sequential:
     """Halve the volume, rounding up, so that every size has a next level."""
     return nn.Sequential(nn.Conv3d(fine, coarse, 3, stride=2, padding=1, bias=False), group_norm(coarse))
+
+
+def _divisor(number: int, *, at_least: float) -> int:
+    """The smallest divisor that is large enough; the number itself, if none is."""
+    return next((each for each in range(1, number) if number % each == 0 and each >= at_least), number)
 
 
 def _check_levels(channels: Sequence[int], blocks: int | Sequence[int], skip: str) -> list[int]:

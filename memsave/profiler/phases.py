@@ -107,11 +107,18 @@ class PhaseTracker:
 
     def watch_module(self, module: nn.Module, *, name: str, undo: ExitStack) -> None:
         """Hook a module until `undo` closes."""
+
         # Ours run first and last, so that what other hooks allocate counts as the module's own.
-        before = module.register_forward_pre_hook(lambda m, args: self._push(name, m), prepend=True)
-        undo.callback(before.remove)
-        after = module.register_forward_hook(lambda m, args, result: self._pop(m), always_call=True)
-        undo.callback(after.remove)
+        def enter(module: nn.Module, args: tuple) -> None:
+            self._push(name, module)
+
+        def leave(module: nn.Module, args: tuple, result: object) -> None:
+            self._pop(module)
+
+        for hook in (enter, leave):  # whoever takes a forward apart need not run them
+            setattr(hook, "observes_only", True)  # noqa: B010
+        undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+        undo.callback(module.register_forward_hook(leave, always_call=True).remove)
 
     def watch_optimizer(
         self, optimizer: torch.optim.Optimizer, *, on_step: Callable[[], None], undo: ExitStack

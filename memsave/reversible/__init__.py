@@ -1,6 +1,7 @@
 """Backend 1: sequences of blocks that rebuild their activations instead of storing them."""
 
 from memsave.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, Stream
+from memsave.reversible.fused import RecomputableBranch
 from memsave.reversible.residual import ReversibleResidual, from_residual
 from memsave.reversible.sequence import InvertibleBlock, ReversibleSequence
 from memsave.reversible.verify import Verification, verify
@@ -10,6 +11,7 @@ __all__ = [
     "AffineCoupling",
     "Coupling",
     "InvertibleBlock",
+    "RecomputableBranch",
     "ReversibleResidual",
     "ReversibleSequence",
     "Stream",

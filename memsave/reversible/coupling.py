@@ -184,8 +184,18 @@ class Stream:
         self.grid = grid
 
     @classmethod
-    def split(cls, x: Tensor, dtype: torch.dtype | None = None, *, grid: float | None = None) -> "Stream":
-        """Cut x (B, C, ...) into two dense halves (B, C/2, ...) in float32 or wider; `dtype` is x's if not given."""
+    def split(
+        cls,
+        x: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        grid: float | None = None,
+        layout: torch.memory_format | None = None,
+    ) -> "Stream":
+        """Cut x (B, C, ...) into two dense halves (B, C/2, ...) in float32 or wider.
+
+        `dtype`, of the branches, and `layout`, of the halves, are x's if not given.
+        """
         if not (x.is_floating_point() or x.is_complex()):
             raise ValueError(f"a reversible block needs floating-point numbers, but its input is {x.dtype}; convert it")
         if x.dim() < 2 or x.shape[1] % 2:
@@ -194,7 +204,7 @@ class Stream:
                 f"shape {tuple(x.shape)}; change the channels to an even number"
             )
         wide = torch.float32 if x.dtype in LOW_PRECISION else x.dtype
-        layout = memory_format(x)
+        layout = memory_format(x) if layout is None else layout
         x1, x2 = (half.to(wide).contiguous(memory_format=layout) for half in x.chunk(2, dim=1))
         stream = cls(x1, x2, x.dtype if dtype is None else dtype, grid=grid)
         return stream.pair(stream.rounded(x1), stream.rounded(x2)) if grid else stream

@@ -12,23 +12,29 @@ Who holds whom. Graph nodes hold handles, handles hold the frame, and the frame 
 otherwise node -> handle -> frame -> tensor -> node would be a cycle through C++ that Python's collector cannot see,
 and no activation would ever be freed. Hence the leaves in `steps.py`, and hence output and anchors are held by `_Keep`,
 a graph node of its own that leads nowhere. Since it holds them by autograd's own means, whoever redirects saved tensors
-(a checkpoint around the sequence, offloading to the CPU) redirects these, too.
+(a checkpoint around the sequence, offloading to the CPU) redirects these, too. The node of the output is a part of the
+graph: `_Merge` leads to it, so that it is run before all steps; the frame takes the output over there, and then
+autograd lets go of it, unless the graph is retained.
+
+Steps of the fused engine (`fused.py`) save nothing and have a node of their own, which asks the frame for gradients.
 
 State lives here, in the call, and never on a module: several forwards before one backward do not meet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from memsave.reversible.coupling import Stream
+from memsave.reversible.coupling import Stream, memory_format
+from memsave.reversible.fused import FusedHalfStep
 from memsave.reversible.replay import Replay
-from memsave.reversible.steps import Rebuild, Step
+from memsave.reversible.steps import HookedStep, Rebuild, Step
 
 Saved = list[tuple[Tensor, int] | None]
 """(tensor, version) of what a rebuilt step saved, None once used."""
@@ -73,6 +79,10 @@ class Frame:
         number = len(self.records)
         self.records.append(record)
         self.strides[number] = [half.stride() for half in stream.halves()]
+        if isinstance(step, FusedHalfStep):
+            after = step.run(stream, self, number)
+            replay.settle()
+            return after
 
         def pack(tensor: Tensor) -> tuple[Tensor, int] | Handle:
             if isinstance(tensor, nn.Parameter):  # alive anyhow
@@ -85,14 +95,21 @@ class Frame:
         replay.settle()
         return after
 
-    def keep(self, stream: Stream, output: Tensor | None = None) -> None:
-        """Hold the stream as it is now: by the caller's output where that is given and wide enough."""
+    def keep(self, stream: Stream, output: Tensor | None = None) -> Tensor:
+        """Hold the stream as it is now: by the output where that is given and wide enough. Returns what holds it."""
         self.strides[len(self.records)] = [half.stride() for half in stream.halves()]
         nothing = torch.empty(0)
         self.like = stream.pair(nothing, nothing)
         whole = output is not None and output.dtype == stream.target.dtype
         held = [output.detach()] if whole else [half.detach() for half in stream.halves()]  # type: ignore[union-attr]
-        self.kept[len(self.records)] = _Keep.apply(torch.empty(0, requires_grad=True), *held)
+        kept = self.kept[len(self.records)] = _Keep.apply(ref(self), torch.empty(0, requires_grad=True), *held)
+        return kept
+
+    def merge(self, stream: Stream) -> Tensor:
+        """The output: the halves of the last stream joined, in the dtype that came in."""
+        with torch.no_grad():
+            output = stream.merge()
+        return _Merge.apply(output, self.keep(stream, output), *stream.halves())
 
     def open(self, step: int, place: int) -> Tensor:
         """Return the tensor that the step saved at `place`, rebuilding the step when needed."""
@@ -119,6 +136,26 @@ class Frame:
             )
         return tensor
 
+    def differentiate(self, step: int, grad: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The gradients that a fused step passes on, of its source and its branch's tensors, from that of its target.
+
+        The stream goes back past the step.
+        """
+        self.rebuilt, self.opened = [], -1
+        record = self.records[step]
+        assert isinstance(record.step, FusedHalfStep)
+        undo = not self._has_input(step)
+        self._reach(step + 1 if undo else step)
+        assert self.stream is not None
+        held = [self.stream]
+        if undo:
+            self.stream = None  # so that the step alone holds it
+        with record.replay.again():
+            before, by_source, by_tensors = record.step.gradients(held.pop(), grad, undo=undo)
+        if undo:
+            self.stream, self.stage, self.fresh = self._laid_out(before, step), step, False
+        return by_source, by_tensors
+
     def walk_back(self) -> Iterator[tuple[int, Stream]]:
         """(number of a step, the stream before it) for all steps, last to first, rebuilt as in a backward."""
         for step in reversed(range(len(self.records))):
@@ -130,8 +167,8 @@ class Frame:
     def _rebuild(self, step: int) -> None:
         self.rebuilt, self.opened = [], -1  # let go of the last step before this one grows
         saved: Saved = []
-        if step in self.kept or (self.stream is not None and self.stage == step):
-            self._reach(step)  # its input is at hand: an anchor, or rebuilt before and wanted again
+        if self._has_input(step):
+            self._reach(step)
             assert self.stream is not None
             self._evaluate(self.stream, saved=saved, undo=False)
         else:
@@ -139,6 +176,10 @@ class Frame:
             self._step_back(saved=saved)
         _check(self.records[step], saved)
         self.rebuilt, self.opened = saved, step
+
+    def _has_input(self, step: int) -> bool:
+        """Whether the stream before the step is at hand: an anchor, or rebuilt before and wanted again."""
+        return step in self.kept or (self.stream is not None and self.stage == step)
 
     def _reach(self, stage: int) -> None:
         """Have the stream behind the first `stage` steps: from what is at hand, or from what is kept."""
@@ -149,11 +190,15 @@ class Frame:
         while self.stage > stage:
             self._step_back()
 
+    def load(self) -> None:
+        """Take the output over, when backward begins; whoever held it may let go of it."""
+        self.rebuilt, self.opened = [], -1
+        self._load(len(self.records))
+
     def _load(self, stage: int) -> None:
         """Start from what is kept of this stage."""
-        node = self.kept[stage].grad_fn
         try:
-            held = node.saved_tensors  # type: ignore[union-attr]
+            held = self.kept[stage].grad_fn.saved_tensors  # type: ignore[union-attr]
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -184,13 +229,16 @@ class Frame:
     def _evaluate(self, stream: Stream, *, saved: Saved | None, undo: bool) -> Stream:
         """Rebuild step number `stage`; returns the stream before it."""
         record = self.records[self.stage]
+        if isinstance(record.step, FusedHalfStep):
+            with record.replay.again():
+                return record.step.inverse(stream) if undo else stream
         rebuild = Rebuild(
             state=record.replay.again,
             saving=partial(_saving, record.replay, saved),
             wanting=lambda: saved is not None and len(saved) < len(record.saved),
             needs=record.needs,
         )
-        return record.step.rebuild(stream, rebuild, undo=undo)
+        return cast(HookedStep, record.step).rebuild(stream, rebuild, undo=undo)
 
 
 @contextmanager
@@ -205,16 +253,34 @@ def _saving(replay: Replay, saved: Saved | None) -> Iterator[None]:
 
 
 class _Keep(torch.autograd.Function):
-    """Holds tensors as autograd's saved tensors, on a node that no loss depends on."""
+    """Holds tensors as autograd's saved tensors; when it is run, the frame takes them over."""
 
     @staticmethod
-    def forward(ctx, anchor, *tensors):
+    def forward(ctx, frame, anchor, *tensors):
+        ctx.frame = frame  # weakly: the frame holds this node
         ctx.save_for_backward(*tensors)
         return anchor.clone()
 
     @staticmethod
     def backward(ctx, *grads):
-        raise AssertionError("no loss depends on this node")
+        frame = ctx.frame()
+        if frame is not None:  # or no step is left to be rebuilt
+            frame.load()
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Merge(torch.autograd.Function):
+    """Makes the output a function of the halves, and of `kept`, so that its `_Keep` is run next."""
+
+    @staticmethod
+    def forward(ctx, output, kept, target, source):
+        ctx.dtype, ctx.layout = target.dtype, memory_format(target)
+        return output.detach()  # which keeps the count of in-place changes
+
+    @staticmethod
+    def backward(ctx, *grads):
+        halves = grads[0].to(ctx.dtype).chunk(2, dim=1)
+        return None, torch.empty(0), *(half.contiguous(memory_format=ctx.layout) for half in halves)
 
 
 def _strided(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -9,13 +9,14 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from memsave.reversible.coupling import AdditiveCoupling, Stream
 from memsave.reversible.frame import Frame
+from memsave.reversible.fused import ENGINES, RecomputableBranch, refusal
 from memsave.reversible.steps import Step, steps_of
 
 
@@ -52,6 +53,13 @@ class ReversibleSequence(nn.Module):
     and with bfloat16 branches, too. The rounding is part of the function, stored or not; its gradient is taken to be
     one. For `AdditiveCoupling` alone.
 
+    `engine`, which may be changed between steps, too, says how blocks are rebuilt. "hooks" make again what any branch
+    saved. "fused" asks additive couplings of branches that can recompute themselves (`RecomputableBranch`, such as
+    `memsave.models.MBConv3d`) for value and gradients in one call; they need less memory and differ from the stored
+    network by rounding, but their gradients cannot be differentiated again; ValueError in the forward where a block is
+    not of that kind. "auto" is fused for the blocks that can and hooks for the others, among them those with hooks on a
+    branch's modules or another forward put on them; `engines()` says which.
+
     A hook belongs on `f` or `g`: the sequence calls these, and a coupling not as a module. `torch.func` transforms do
     not support saved-tensor hooks; give them `recompute=False`.
     """
@@ -63,10 +71,14 @@ class ReversibleSequence(nn.Module):
         recompute: bool = True,
         anchor_every: int | None = None,
         grid: float | None = None,
+        engine: str = "auto",
     ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.recompute = recompute
+        if engine not in ENGINES:
+            raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
+        self.engine = engine
         self.grid = grid
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; give a number of blocks, or None")
@@ -80,12 +92,13 @@ class ReversibleSequence(nn.Module):
                     f"block {number} is a {type(block).__name__}, which a stream on a grid cannot undo to the bit; "
                     f"make it an AdditiveCoupling, or set grid=None"
                 )
+        self.engines()  # or engine="fused" is refused here
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) through all blocks; ValueError when C is odd."""
         if not self.blocks:
             return x
-        stream = Stream.split(x, grid=self.grid)
+        stream = self.split(x)
         if not (self.recompute and torch.is_grad_enabled()):
             for step in chain.from_iterable(self.steps()):
                 stream = step.forward(stream)
@@ -95,10 +108,10 @@ class ReversibleSequence(nn.Module):
     @torch.compiler.disable  # a compiled branch may save other tensors when it is rebuilt: a graph break instead
     def _recomputed(self, stream: Stream) -> Tensor:
         frame = Frame()
-        (stream,) = deque(self.record(stream, frame), maxlen=1)  # the last one
-        output = stream.merge()
-        frame.keep(stream, output)
-        return output
+        steps = self.record(stream, frame)
+        del stream  # each step lets go of the one before
+        (last,) = deque(steps, maxlen=1)
+        return frame.merge(last)
 
     def record(self, stream: Stream, frame: Frame) -> Iterator[Stream]:
         """The stream behind each step in turn, as the frame runs it, anchors being kept on the way."""
@@ -108,6 +121,13 @@ class ReversibleSequence(nn.Module):
             for step in steps:
                 stream = frame.run(step, stream)
                 yield stream
+
+    def split(self, x: Tensor) -> Stream:
+        """The stream before the first block, laid out in memory as the blocks want it."""
+        engines = self.engines() if self.recompute else []
+        fused = (block for block, engine in zip(self.blocks, engines) if engine == "fused")
+        layouts = {cast(RecomputableBranch, block.f).layout for block in fused}
+        return Stream.split(x, grid=self.grid, layout=layouts.pop() if len(layouts) == 1 else None)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the x with forward(x) = y, up to rounding; with dropout, in evaluation mode alone."""
@@ -120,11 +140,24 @@ class ReversibleSequence(nn.Module):
 
     def steps(self) -> Iterator[list[Step]]:
         """The steps of each block, first to last."""
-        for number, block in enumerate(self.blocks):
-            yield steps_of(block, name=f"blocks.{number}")
+        engines = self.engines() if self.recompute else ["hooks"] * len(self.blocks)
+        for number, (block, engine) in enumerate(zip(self.blocks, engines, strict=True)):
+            yield steps_of(block, name=f"blocks.{number}", fused=engine == "fused")
+
+    def engines(self) -> list[str]:
+        """Which engine rebuilds each block as it is now: "fused" or "hooks"; ValueError if engine="fused" cannot."""
+        reasons = ["" if self.engine == "hooks" else refusal(block) for block in self.blocks]
+        if self.engine == "fused" and any(reasons):
+            number, reason = next((number, reason) for number, reason in enumerate(reasons) if reason)
+            raise ValueError(f"engine is 'fused', but blocks.{number} {reason}; give engine='auto' or engine='hooks'")
+        return ["fused" if reason is None else "hooks" for reason in reasons]
 
     def extra_repr(self) -> str:
         """Show the options in repr()."""
         anchors = "" if self.anchor_every is None else f", anchor_every={self.anchor_every}"
         grid = "" if self.grid is None else f", grid={self.grid}"
-        return f"recompute={self.recompute}{anchors}{grid}"
+        fused = [refusal(block) for block in self.blocks].count(None)
+        engine = f", engine={self.engine}"
+        if self.engine == "auto":
+            engine += f" (fused for {fused} of {len(self.blocks)} blocks, hooks for the others)"
+        return f"recompute={self.recompute}{anchors}{grid}{engine}"

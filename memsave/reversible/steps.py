@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible.coupling import LOW_PRECISION, Coupling, Stream, version_of
+from memsave.reversible.coupling import LOW_PRECISION, AdditiveCoupling, Coupling, Stream, version_of
+from memsave.reversible.fused import FusedHalfStep
 
 
 @dataclass
@@ -44,6 +45,10 @@ class Step(Protocol):
 
     def inverse(self, stream: Stream) -> Stream:
         """The stream before the step, on new random numbers."""
+
+
+class HookedStep(Step, Protocol):
+    """A step whose saved tensors are made again."""
 
     def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
         """The stream before the step, from the one behind it; or, without `undo`, from itself."""
@@ -136,9 +141,12 @@ class WholeStep(NamedTuple):
         return before
 
 
-def steps_of(block: nn.Module, *, name: str) -> list[Step]:
-    """The steps of a block; TypeError for one that cannot be undone."""
+def steps_of(block: nn.Module, *, name: str, fused: bool = False) -> list[Step]:
+    """The steps of a block, for the engine that serves it; TypeError for one that cannot be undone."""
     kind = type(block)
+    if fused:
+        assert isinstance(block, AdditiveCoupling)
+        return [FusedHalfStep(f"{name}.{each}", block, block.get_submodule(each)) for each in ("f", "g")]
     plain = (Coupling.forward, Coupling.forward_stream, Coupling.half_step, Coupling.half_step_back)
     if isinstance(block, Coupling) and all(getattr(kind, each.__name__) is each for each in plain):
         return [HalfStep(f"{name}.{each}", block, block.get_submodule(each)) for each in ("f", "g")]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from memsave.training.log import RunLog
 from memsave.training.loop import State, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
 from memsave.training.private import make_private, write_statement
+from memsave.training.process import process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
 from memsave.training.task import Task
 
@@ -33,6 +35,8 @@ def run_experiment(
 
     With `mode=plan`, plan instead, of the ways to train that are compared (`ways`: of these), and return `plan`.
     """
+    if config.profiler.process and not return_freed_memory():
+        progress.say("malloc is not glibc's: what the process takes will look larger than what it holds")
     device = choose_device(config.trainer.device)
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
@@ -69,6 +73,9 @@ def run_experiment(
         stop.outcome = {**planned, "memory": _write_memory(config, folder, watch.last, measured)}
         raise
     memory = _write_memory(config, folder, watch.worst, measured)
+    if watch.process_peak is not None:
+        memory["process_peak_bytes"] = watch.process_peak
+        progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}")
     task.show(folder)
     with averaged(state):
         task.release(model, folder / "model")
@@ -124,8 +131,9 @@ def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> 
     from memsave.training.segmentation import channels
 
     options = {key: value for key, value in asdict(model).items() if key != "kind"}
+    options |= {"anchor_every": memory.anchor_every, "engine": memory.engine, "chunks": memory.chunks}
     try:
-        return ReversibleUNet3d(*channels(data), memory=memory.mode, anchor_every=memory.anchor_every, **options)
+        return ReversibleUNet3d(*channels(data), memory=memory.mode, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -147,6 +155,7 @@ class Watch:
         self.first: MemoryReport | None = None
         self.last: MemoryReport | None = None
         self.worst: MemoryReport | None = None
+        self.process_peak: int | None = None
 
     def __call__(self, step: int) -> AbstractContextManager:
         """What surrounds step number `step`."""
@@ -200,10 +209,14 @@ def _train(
     """Take the steps, log them, leave checkpoints; returns the last loss and the scores at the end."""
     trainer = config.trainer
     loss: float | None = None  # when nothing was left to train
+    seconds: list[float] = []
+    if config.profiler.process:
+        restart_peak()
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
         for done in run_steps(state, task, trainer, watch=watch):
             loss = done.loss
             log.write(asdict(done))
+            seconds.append(done.seconds)
             bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
             stop, excess, hopeful = stopping(), watch.excess(done.step), True
             if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
@@ -219,12 +232,13 @@ def _train(
                 score, step = state.best or (math.nan, 0)
                 progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
                 break
+    watch.process_peak = process_peak() if config.profiler.process else None
     progress.say("evaluating on what was held out")
     started = time.perf_counter()
     with averaged(state):
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores, "seconds": time.perf_counter() - started})
-    return loss, scores
+    return loss, {"seconds_per_step": median(seconds), **scores} if seconds else scores
 
 
 def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:

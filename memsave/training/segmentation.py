@@ -92,8 +92,13 @@ class Segmentation:
 
         With K crops a case, which are one example, (B, K, C, D, H, W) and (B, K, 1, D, H, W).
         """
-        for batch in train_loader(self.crops, batch_size=self.batch_size, workers=self.data.workers, start=start):
-            yield {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        loader = train_loader(self.crops, batch_size=self.batch_size, workers=self.data.workers, start=start)
+        yield from map(self._placed, loader)  # which holds on to no batch, as a loop's variable would
+
+    def _placed(self, batch: Batch) -> Batch:
+        """On the device."""
+        placed = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return laid_out(placed)
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses: each of one case, over all of its crops."""
@@ -195,7 +200,16 @@ def blank_batch(data: SegmentationData, *, count: int, device: torch.device) -> 
     """A batch of the shapes that training has, with nothing in it."""
     crops = (count,) if data.crops_per_case == 1 else (count, data.crops_per_case)
     image = torch.zeros(*crops, channels(data)[0], *data.crop_size, device=device)
-    return {"image": image, "label": torch.zeros(*crops, 1, *data.crop_size, dtype=torch.uint8, device=device)}
+    return laid_out(
+        {"image": image, "label": torch.zeros(*crops, 1, *data.crop_size, dtype=torch.uint8, device=device)}
+    )
+
+
+def laid_out(batch: Batch) -> Batch:
+    """The batch with its images as the network wants them in memory: a whole volume has no room for a copy."""
+    if batch["image"].dim() == 5:
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last_3d)
+    return batch
 
 
 def region_losses(logits: Tensor, target: Tensor) -> Tensor:

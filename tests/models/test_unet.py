@@ -5,6 +5,8 @@ import torch
 
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.models.unet import MEMORY_MODES
+from memsave.profiler import MemoryRecorder
+from memsave.training.segmentation import region_losses
 
 SMALL = {"channels": (4, 8, 8), "blocks": 2, "expansion": 2}
 
@@ -44,16 +46,22 @@ def step(net, x, mode):
 def test_memory_modes_are_one_function(options):
     net, x = network(**options), volume(8, 9, 7)
     stored = step(net, x, "stored")
-    for mode in ("checkpoint", "reversible"):
-        y, gradients, after = step(net, x, mode)
-        assert torch.equal(y, stored[0])
+    for mode in ("checkpoint", "reversible", "hooks"):
+        for sequence in [*net.encoder, *net.decoder]:
+            sequence.engine = "hooks" if mode == "hooks" else "auto"
+        y, gradients, after = step(net, x, "reversible" if mode == "hooks" else mode)
+        if mode == "reversible":  # in chunks: up to rounding
+            torch.testing.assert_close(y, stored[0], rtol=1e-9, atol=1e-12)
+        else:
+            assert torch.equal(y, stored[0])
         assert torch.equal(after, stored[2])
         for name, gradient in stored[1].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=f"{mode}: {name}")
 
 
 def test_memory_modes_are_one_function_under_autocast():
-    net, x = network(dtype=torch.float32, channels=(8, 16), blocks=4), volume(8, 8, 8, dtype=torch.float32)
+    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, engine="hooks")
+    x = volume(8, 8, 8, dtype=torch.float32)
 
     def under_autocast(mode):
         net.memory = mode
@@ -66,7 +74,7 @@ def test_memory_modes_are_one_function_under_autocast():
 
 
 def test_a_stream_on_a_grid_has_the_stored_gradients_to_the_bit_under_autocast():
-    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14)
+    net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14, engine="hooks")
     x = volume(8, 8, 8, dtype=torch.float32)
 
     def gradients(mode):
@@ -99,12 +107,22 @@ def test_side_heads_are_for_training():
     assert torch.equal(plain(volume(8, 8, 8)), net(volume(8, 8, 8)))
 
 
+def test_coarser_levels_take_fewer_chunks():
+    def chunks_of(net):
+        assert all(set(level.engines()) == {"fused"} for level in [*net.encoder, *net.decoder])
+        return [level.blocks[0].f.chunks for level in net.encoder]
+
+    assert chunks_of(network(channels=(16, 32, 64), chunks=8)) == [8, 2, 1]
+    assert chunks_of(network(channels=(16, 32, 64), chunks=3)) == [4, 1, 1]
+    assert chunks_of(network(channels=(4, 8, 256), chunks=8)) == [2, 2, 8]
+
+
 def test_checkpoints_are_interchangeable():
     nets = [network(seed, memory=mode) for seed, mode in enumerate(MEMORY_MODES)]
     for net in nets[1:]:
         net.load_state_dict(nets[0].state_dict())
         with torch.no_grad():
-            assert torch.equal(net(volume(6, 6, 6)), nets[0](volume(6, 6, 6)))
+            torch.testing.assert_close(net(volume(6, 6, 6)), nets[0](volume(6, 6, 6)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture
@@ -124,6 +142,25 @@ def test_mbconv_keeps_shape_and_layout():
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_a_step_holds_little_besides_one_block_of_the_finest_level():
+    def peak(**options):
+        torch.manual_seed(0)
+        net = ReversibleUNet3d(channels=(16, 32, 64), **options)
+        x = torch.randn(1, 4, 32, 32, 32).contiguous(memory_format=torch.channels_last_3d)
+        target = torch.zeros(1, 3, 32, 32, 32, dtype=torch.bool)
+        with MemoryRecorder(net) as recorder:
+            region_losses(net(x), target).sum().backward()
+        held = recorder.report().timeline.by_category()
+        held = [sizes for name, sizes in held.items() if name not in ("parameter", "gradient")]
+        return max(map(sum, zip(*held))) / (16 * 32**3 * 4)
+
+    # in streams of the finest level: stream, gradient, input's gradient, skip, image and coarse levels; five chunks
+    assert peak(chunks=4) < 5.75 + 5 * 2 / 4
+    assert peak(chunks=8) < 5.75 + 5 * 2 / 8
+    assert peak(engine="hooks") > 16
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -132,6 +169,9 @@ def test_mbconv_keeps_shape_and_layout():
         ({"blocks": (1, 2)}, r"blocks are \[1, 2\] for 3 levels"),
         ({"blocks": 0}, "at least 1"),
         ({"skip": "sum"}, "choose one of add, concat"),
+        ({"chunks": 0}, "chunks is 0; give at least 1"),
+        ({"engine": "fast"}, "choose one of auto, fused, hooks"),
+        ({"engine": "fused", "squeeze_excitation": 0.5}, "squeeze-excitation reads all expanded channels"),
         ({"memory": "free"}, "choose one of stored, checkpoint, reversible"),
     ],
 )

@@ -1,0 +1,358 @@
+"""An MBConv branch evaluated, and differentiated, over chunks of its expanded channels.
+
+    a = GN(W x)    s = SiLU(a)    d = depthwise(s)    u = GN(d)    t = SiLU(u)    p = sum over chunks V t    F = GN(p)
+
+Only one chunk of a, s, d, u, t exists at a time. A GroupNorm is an affine map u = scale d + shift per channel, whose
+coefficients follow from the first two moments of its input; a chunk of whole groups therefore knows its own. Those of
+a follow from the moments of x alone, since W is linear:
+
+    mean(W x) = W mean(x)        var(W x) = diag(W cov(x) W')
+
+so that W and its norm are one affine map of x, and a is written once. Backward is the same in reverse: large tensors
+meet in contractions and affine maps, and the coefficients, which are small, are differentiated by autograd in float64.
+The norm at the end needs the whole p; the chunks are evaluated for it first, and once more for their gradients, except
+for the last one, which is still there.
+
+Tensors are matrices of voxels by channels here, (B, V, C), which a channels_last_3d tensor is in memory.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memsave.models.depthwise import depthwise_gradients, same_depthwise_conv
+
+LAST = torch.channels_last_3d
+BLOCKS = 16  # contractions over voxels are summed over so many blocks, in float64
+
+
+class Affine(NamedTuple):
+    """What a GroupNorm does to its input, by sample and channel: x -> scale x + shift."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def evaluate(block: Any, x: Tensor) -> Tensor:
+    """The value (B, C, D, H, W) of an `MBConv3d` at x, of the same shape."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        branch = ChunkedBranch(block, x, dtype=_compute_dtype(x))
+        projected = branch.projected()
+        value, _, _ = _finish(block, projected, x.shape)
+        return _volume(value, x.shape)
+
+
+def differentiate(
+    block: Any, x: Tensor, grad: Tensor, *, found: Callable[[Tensor], None]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of sum(grad F(x)) by x and by each of `tensors(block)`; `found` is given F(x) on the way."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        branch = ChunkedBranch(block, x, dtype=_compute_dtype(x))
+        projected = branch.projected(keep_last=True)
+        value, norm, mask = _finish(block, projected, x.shape, into=torch.empty_like(projected))
+        found(_volume(value, x.shape))
+        del value
+        upstream = _rows(grad, projected.dtype)
+        upstream = upstream if mask is None else upstream * mask
+        by_projected, by_norm = norm.gradients(upstream, projected, over=projected)
+        del projected, upstream
+        by_x, inner = branch.gradients(by_projected)
+        return _volume(by_x, x.shape).to(x.dtype), _like(tensors(block), [*inner, *by_norm])
+
+
+def tensors(block: Any) -> list[Tensor]:
+    """The parameters of an `MBConv3d`, in the order of their gradients."""
+    return [
+        block.expand.weight,
+        block.expand_norm.weight,
+        block.expand_norm.bias,
+        block.depthwise.weight,
+        block.depthwise_norm.weight,
+        block.depthwise_norm.bias,
+        block.project.weight,
+        block.project_norm.weight,
+        block.project_norm.bias,
+    ]
+
+
+class ChunkedBranch:
+    """One call: x, the coefficients of its chunks, and the buffers that these take turns in."""
+
+    def __init__(self, block: Any, x: Tensor, *, dtype: torch.dtype):
+        self.block, self.dtype, self.shape = block, dtype, x.shape
+        self.x = _rows(x, dtype)  # (B, V, C)
+        self.wide = block.depthwise.out_channels
+        self.width = self.wide // block.chunks
+        self.first = FoldedNorm(block.expand, block.expand_norm, self.x)
+        self.weight = self.first.weight.to(dtype)  # (B, e C, C)
+        self.shift = self.first.shift.to(dtype)  # (B, e C)
+        self.norms: dict[int, Norm] = {}  # of the second norm, by chunk
+        self.buffers: dict[str, Tensor] = {}
+        self.kept = -1  # the chunk whose tensors are in the buffers
+        self.filtered = self.x  # d of that chunk
+
+    def part(self, chunk: int) -> slice:
+        """The expanded channels of a chunk."""
+        return slice(chunk * self.width, (chunk + 1) * self.width)
+
+    def projected(self, *, keep_last: bool = False) -> Tensor:
+        """p (B, V, C), summed in float32 or wider."""
+        total = self.x.new_zeros(self.x.shape, dtype=_wide(self.dtype))
+        for chunk in range(self.block.chunks):
+            last = keep_last and chunk == self.block.chunks - 1
+            weight = self._projection(chunk).t()
+            _add_product(total.flatten(0, 1), self._activated(chunk, keep=last).flatten(0, 1), weight)
+        if not keep_last:
+            self.buffers.clear()
+        return total
+
+    def gradients(self, by_projected: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The gradients by x (B, V, C) and by the parameters up to the projection, from that of p."""
+        chunks = self.block.chunks
+        upstream = by_projected.to(self.dtype)
+        by_x = torch.zeros_like(by_projected)
+        first, second = self.first.zeros(), torch.zeros(2, self.wide, dtype=torch.float64, device=by_x.device)
+        filters, projection = [], []
+        for chunk in reversed(range(chunks)):
+            part = self.part(chunk)
+            if self.kept != chunk:
+                self._activated(chunk, keep=True)
+            activated = self.buffers["activated"]
+            projection.append(_inner(upstream, activated).sum(0))  # (C, width)
+            torch.mm(upstream.flatten(0, 1), self._projection(chunk), out=activated.flatten(0, 1))
+            by_expanded, by_filter, second[:, part] = self._filter_gradients(chunk, activated)
+            filters.append(by_filter)
+            first.weight[:, part], first.shift[:, part] = _inner(by_expanded, self.x), _sum(by_expanded)
+            _add_products(by_x, by_expanded, self.weight[:, part])
+            del by_expanded  # before the next chunk grows
+        self.buffers.clear()
+        by_weight, by_scale, by_shift, by_mean, by_covariance = self.first.gradients(first)
+        self.first.add_moments(by_x, self.x, by_mean, by_covariance)
+        rest = [torch.cat(filters[::-1]), *second, torch.cat(projection[::-1], dim=1)]
+        return by_x, [by_weight, by_scale, by_shift, *rest]
+
+    def _filter_gradients(self, chunk: int, by_activated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From dL/dt, which is overwritten: (dL/da, the depthwise kernel's gradient, the norm's two)."""
+        expanded, squashed, normed = (self.buffers[name] for name in ("expanded", "squashed", "normed"))
+        by_normed = _silu_backward(by_activated, normed)
+        by_filtered, by_norm = self.norms[chunk].gradients(by_normed, self.filtered, over=by_normed)
+        self.kept, self.filtered = -1, self.x
+        by_squashed, by_filter = depthwise_gradients(
+            _volume(squashed, self.shape), self._filter(chunk), _volume(by_filtered, self.shape)
+        )
+        return _silu_backward(_rows(by_squashed, self.dtype), expanded), by_filter, torch.stack(by_norm)
+
+    def _activated(self, chunk: int, *, keep: bool) -> Tensor:
+        """t of a chunk; with `keep`, what its gradient needs stays in the buffers."""
+        part = self.part(chunk)
+        expanded = self._buffer("expanded")
+        for sample, rows in enumerate(self.x):
+            torch.addmm(self.shift[sample, part], rows, self.weight[sample, part].t(), out=expanded[sample])
+        squashed = _silu(expanded, self._buffer("squashed") if keep else expanded)
+        filtered = _rows(same_depthwise_conv(_volume(squashed, self.shape), self._filter(chunk)), self.dtype)
+        if chunk not in self.norms:
+            self.norms[chunk] = Norm(self.block.depthwise_norm, filtered, part)
+        normed = self.norms[chunk].apply(filtered, out=self._buffer("normed") if keep else filtered)
+        if keep:
+            self.kept, self.filtered = chunk, filtered
+        return _silu(normed, self._buffer("activated") if keep else normed)
+
+    def _buffer(self, name: str) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = self.x.new_empty(*self.x.shape[:2], self.width)
+        return self.buffers[name]
+
+    def _filter(self, chunk: int) -> Tensor:
+        return self.block.depthwise.weight[self.part(chunk)].to(self.dtype)  # (width, 1, k, k, k)
+
+    def _projection(self, chunk: int) -> Tensor:
+        return self.block.project.weight[:, self.part(chunk)].flatten(1).to(self.dtype)  # (C, width)
+
+
+class Norm:
+    """A GroupNorm, or a part of whole groups, at a tensor (B, V, C) whose moments it takes."""
+
+    def __init__(self, norm: nn.GroupNorm, x: Tensor, part: slice = slice(None)):
+        self.voxels = x.shape[1]
+        square = _inner(x, x).diagonal(dim1=1, dim2=2) / self.voxels  # (B, C)
+        self.leaves = [each.detach().double() for each in (_sum(x) / self.voxels, square, *_of(norm, part))]
+        self.groups = norm.num_groups * x.shape[2] // norm.num_channels
+        self.eps = norm.eps
+        self.affine = self._affine()
+
+    def _affine(self) -> Affine:
+        return normaliser(*self.leaves, groups=self.groups, eps=self.eps)
+
+    def apply(self, x: Tensor, *, out: Tensor) -> Tensor:
+        """scale x + shift."""
+        scale, shift = (each[:, None].to(x.dtype) for each in self.affine)
+        return torch.addcmul(shift, x, scale, out=out)
+
+    def gradients(self, grad: Tensor, x: Tensor, *, over: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """dL/dx, written over `grad` or over x, and the gradients of weight and bias."""
+        by_scale, by_shift = _inner(grad, x).diagonal(dim1=1, dim2=2), _sum(grad)
+        with torch.enable_grad():
+            for leaf in self.leaves:
+                leaf.requires_grad_()
+            by_mean, by_square, *parameters = torch.autograd.grad(self._affine(), self.leaves, (by_scale, by_shift))
+        of_grad, of_x, shift = (
+            each[:, None].to(over.dtype)
+            for each in (self.affine.scale, 2 * by_square / self.voxels, by_mean / self.voxels)
+        )
+        (factor, other, others) = (of_grad, x, of_x) if over is grad else (of_x, grad, of_grad)
+        return torch.addcmul(shift, over, factor, out=over).addcmul_(other.to(over.dtype), others), parameters
+
+
+class FoldedNorm:
+    """A pointwise convolution and its norm as one affine map of x (B, V, C), by the moments of x."""
+
+    def __init__(self, conv: nn.Conv3d, norm: nn.GroupNorm, x: Tensor):
+        self.voxels, self.groups, self.eps = x.shape[1], norm.num_groups, norm.eps
+        self.mean = _sum(x) / self.voxels  # (B, C)
+        covariance = _covariance(x, self.mean)
+        weight = conv.weight.flatten(1)
+        self.leaves = [each.detach().double() for each in (weight, *_of(norm), self.mean, covariance)]
+        self.weight, self.shift = self._fold()
+
+    def _fold(self) -> Affine:
+        """The weight (B, E, C) and shift (B, E)."""
+        weight, gain, bias, mean, covariance = self.leaves
+        means = mean @ weight.t()  # (B, E)
+        squares = (weight @ covariance * weight).sum(-1) + means.square()
+        scale, shift = normaliser(means, squares, gain, bias, groups=self.groups, eps=self.eps)
+        return Affine(scale[..., None] * weight, shift)
+
+    def zeros(self) -> "FoldedGradients":
+        """Gradients to be filled in chunk by chunk."""
+        return FoldedGradients(torch.zeros_like(self.weight), torch.zeros_like(self.shift))
+
+    def gradients(self, by: "FoldedGradients") -> tuple[Tensor, ...]:
+        """By the convolution's weight (E, C), the norm's weight and bias (E,), and the mean and covariance of x."""
+        with torch.enable_grad():
+            for leaf in self.leaves:
+                leaf.requires_grad_()
+            return torch.autograd.grad(self._fold(), self.leaves, tuple(by))
+
+    def add_moments(self, by_x: Tensor, x: Tensor, by_mean: Tensor, by_covariance: Tensor) -> None:
+        """Add to dL/dx what reaches it through mean and covariance."""
+        slope = (by_covariance + by_covariance.transpose(1, 2)) / self.voxels  # (B, C, C)
+        shift = by_mean / self.voxels - (self.mean[:, None] @ slope).squeeze(1)  # (B, C)
+        _add_products(by_x, x, slope.to(x.dtype))
+        by_x += shift[:, None].to(by_x.dtype)
+
+
+class FoldedGradients(NamedTuple):
+    """Of a `FoldedNorm`'s weight and shift."""
+
+    weight: Tensor
+    shift: Tensor
+
+
+def normaliser(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float) -> Affine:
+    """What GroupNorm does to a tensor whose channels have these means and mean squares, both (B, C)."""
+
+    def over_group(each: Tensor) -> Tensor:
+        means = each.unflatten(1, (groups, -1)).mean(2, keepdim=True)
+        return means.expand(-1, -1, each.shape[1] // groups).flatten(1)
+
+    centre = over_group(mean)
+    variance = (over_group(square) - centre.square()).clamp(min=0)
+    scale = (variance + eps).rsqrt() * weight
+    return Affine(scale, bias - scale * centre)
+
+
+def _finish(
+    block: Any, projected: Tensor, shape: torch.Size, *, into: Tensor | None = None
+) -> tuple[Tensor, Norm, Tensor | None]:
+    """(F, its norm, the dropout's mask (B, 1, C)) from p."""
+    norm = Norm(block.project_norm, projected)
+    value = norm.apply(projected, out=projected if into is None else into)
+    if isinstance(block.dropout, nn.Identity) or not block.dropout.training:
+        return value, norm, None
+    mask = block.dropout(value.new_ones(*shape[:2], 1, 1, 1)).flatten(2).transpose(1, 2)  # it drops whole channels
+    return value.mul_(mask), norm, mask
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """That of convolutions: autocast's, if it is on and casts x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(volume: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, D, H, W) as (B, V, C): a view, if it is in channels_last_3d and of that dtype."""
+    return volume.to(dtype).contiguous(memory_format=LAST).permute(0, 2, 3, 4, 1).flatten(1, 3)
+
+
+def _volume(rows: Tensor, shape: torch.Size) -> Tensor:
+    """(B, V, C) as (B, C, D, H, W) in channels_last_3d."""
+    return rows.unflatten(1, tuple(shape[2:])).permute(0, 4, 1, 2, 3)
+
+
+def _of(norm: nn.GroupNorm, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    return norm.weight[part], norm.bias[part]
+
+
+def _silu(x: Tensor, out: Tensor) -> Tensor:
+    return F.silu(x, inplace=True) if out is x else torch.ops.aten.silu.out(x, out=out)
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Written over `grad`."""
+    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+
+
+def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
+    """total (V, C) += rows (V, K) weight (K, C), where total may be wider than the two."""
+    if total.dtype == rows.dtype:
+        total.addmm_(rows, weight)
+    else:
+        total += rows @ weight
+
+
+def _add_products(total: Tensor, rows: Tensor, weight: Tensor) -> None:
+    """The same for each sample: (B, V, C) += (B, V, K) (B, K, C)."""
+    for each in zip(total, rows, weight, strict=True):
+        _add_product(*each)
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q), in float64."""
+    return torch.stack([_inner_of_sample(a, b) for a, b in zip(one, other, strict=True)])
+
+
+def _inner_of_sample(one: Tensor, other: Tensor) -> Tensor:
+    size = -(-len(one) // BLOCKS)
+    if _wide(one.dtype) != one.dtype:  # block by block, so that no wide copy of the whole exists
+        pairs = zip(one.split(size), other.split(size), strict=True)
+        return torch.stack([(a.to(torch.float32).t() @ b.to(torch.float32)).double() for a, b in pairs]).sum(0)
+    whole = len(one) // size * size
+    a, b = (each[:whole].unflatten(0, (-1, size)) for each in (one, other))
+    rest = (one[whole:].t() @ other[whole:]).double()
+    return torch.bmm(a.transpose(1, 2), b).double().sum(0) + rest
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """(B, V, C) summed over voxels: (B, C), in float64."""
+    if _wide(rows.dtype) == rows.dtype:
+        return rows.sum(1).double()
+    size = -(-rows.shape[1] // BLOCKS)
+    return torch.stack([block.sum(1, dtype=torch.float32).double() for block in rows.split(size, dim=1)]).sum(0)
+
+
+def _covariance(x: Tensor, mean: Tensor) -> Tensor:
+    """(B, C, C) in float64, of (B, V, C) with this mean."""
+    centre = mean[:, None].to(_wide(x.dtype))
+    blocks = (block - centre for block in x.split(-(-x.shape[1] // BLOCKS), dim=1))
+    return torch.stack([(block.transpose(1, 2) @ block).double() for block in blocks]).sum(0) / x.shape[1]
+
+
+def _like(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    return [each.to(p.dtype).view_as(p) for p, each in zip(parameters, gradients, strict=True)]
