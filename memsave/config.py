@@ -192,7 +192,9 @@ class MemoryConfig:
     """What is kept between forward and backward; it changes neither the function nor its random numbers."""
 
     mode: str = MISSING
-    """stored | checkpoint | reversible."""
+    """stored | checkpoint | reversible | auto: the fastest that fits into the budget, level by level."""
+    levels: list[str] | None = None
+    """What `auto` finds, and takes as it is when it is given: a mode for each level of a U-Net, finest first."""
     anchor_every: int | None = None
     """Reversible: the blocks from one kept input to the next, against drift in deep levels; null keeps none."""
     engine: str = "auto"

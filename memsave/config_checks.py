@@ -58,10 +58,7 @@ def check(config: Config) -> None:
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     _check_variation(config)
-    if config.memory.anchor_every is not None and config.memory.mode != "reversible":
-        raise ConfigError(f"memory.anchor_every is for memory=reversible; leave it out of memory={config.memory.mode}")
-    if config.memory.engine != "auto" and config.memory.mode != "reversible":
-        raise ConfigError(f"memory.engine is for memory=reversible; leave it out of memory={config.memory.mode}")
+    _check_memory(config)
     if isinstance(config.model, UNetModel) and config.model.squeeze_excitation and config.memory.engine == "fused":
         raise ConfigError(
             "memory.engine=fused cannot recompute squeeze-excitation in chunks; give memory.engine=auto or "
@@ -69,6 +66,23 @@ def check(config: Config) -> None:
         )
     if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
         raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
+
+
+def _check_memory(config: Config) -> None:
+    memory = config.memory
+    rebuilds = memory.mode in ("reversible", "auto")
+    if memory.anchor_every is not None and not rebuilds:
+        raise ConfigError(f"memory.anchor_every is for memory=reversible; leave it out of memory={memory.mode}")
+    if memory.engine != "auto" and not rebuilds:
+        raise ConfigError(f"memory.engine is for memory=reversible; leave it out of memory={memory.mode}")
+    if memory.levels is not None and memory.mode != "auto":
+        raise ConfigError(f"memory.levels is for memory=auto; leave it out of memory={memory.mode}")
+    if memory.levels is not None and len(memory.levels) != len(getattr(config.model, "channels", ())):
+        raise ConfigError(f"memory.levels is {memory.levels}; give a mode for each level of a U-Net, finest first")
+    if memory.mode == "auto" and memory.levels is None and config.budget is None:
+        raise ConfigError("memory=auto needs a budget, as in budget=8GiB or budget=auto")
+    if memory.mode == "auto" and config.vary is not None:
+        raise ConfigError(f"memory=auto is for one size; leave vary={config.vary} out, or give another memory=")
 
 
 def _check_together(config: Config) -> None:
@@ -131,7 +145,9 @@ def _choices(config: Config) -> Iterator[Choice]:
     yield "task", config.task, tuple(TASKS)
     yield "mode", config.mode, ("train", "plan")
     yield "vary", config.vary, (None, *VARIES)
-    yield "memory.mode", config.memory.mode, MODES
+    yield "memory.mode", config.memory.mode, (*MODES, "auto")
+    for mode in config.memory.levels or ():
+        yield "memory.levels", mode, MODES
     yield "memory.engine", config.memory.engine, ("auto", "fused", "hooks")
     yield "trainer.precision", trainer.precision, ("float32", "bfloat16", "float16")
     yield "trainer.optimizer.name", trainer.optimizer.name, ("adamw", "sgd")

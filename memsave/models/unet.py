@@ -43,7 +43,8 @@ class ReversibleUNet3d(nn.Module):
     given in training, too.
 
     `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
-    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level. `engine` is that of
+    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level; or one of these for
+    each level, finest first. `engine` is that of
     `ReversibleSequence`; where it is the fused one, the finest level's branches are recomputed in `chunks`, and coarser
     ones, whose expanded tensors are smaller, in as few as make a chunk no larger (more, or fewer, where that number
     does not divide the groups of a norm).
@@ -60,7 +61,7 @@ class ReversibleUNet3d(nn.Module):
         skip: str = "add",
         squeeze_excitation: float = 0.0,
         dropout: float = 0.0,
-        memory: str = "reversible",
+        memory: str | Sequence[str] = "reversible",
         anchor_every: int | None = None,
         grid: float | None = None,
         engine: str = "auto",
@@ -107,18 +108,24 @@ class ReversibleUNet3d(nn.Module):
         self.memory = memory
 
     @property
-    def memory(self) -> str:
-        """What is kept between forward and backward: one of `MEMORY_MODES`."""
+    def memory(self) -> str | tuple[str, ...]:
+        """What is kept between forward and backward: one of `MEMORY_MODES`, or one for each level."""
         return self._memory
 
     @memory.setter
-    def memory(self, mode: str) -> None:
-        if mode not in MEMORY_MODES:
-            raise ValueError(f"memory is {mode!r}; choose one of {', '.join(MEMORY_MODES)}")
-        self._memory = mode
-        for module in self.modules():
-            if isinstance(module, ReversibleSequence):
-                module.recompute = mode == "reversible"
+    def memory(self, mode: str | Sequence[str]) -> None:
+        levels = [mode] * len(self.encoder) if isinstance(mode, str) else list(mode)
+        for each in levels:
+            if each not in MEMORY_MODES:
+                raise ValueError(f"memory is {each!r}; choose one of {', '.join(MEMORY_MODES)}")
+        if len(levels) != len(self.encoder):
+            raise ValueError(f"memory has {len(levels)} entries for {len(self.encoder)} levels; give one a level")
+        self._memory: str | tuple[str, ...] = mode if isinstance(mode, str) else tuple(mode)
+        self._levels = levels
+        for way in (self.encoder, self.decoder):
+            for each, blocks in zip(levels, way):
+                assert isinstance(blocks, ReversibleSequence)
+                blocks.recompute = each == "reversible"
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, D, H, W) to logits (B, out_channels, D, H, W); in training, with side heads, to a list.
@@ -130,13 +137,13 @@ class ReversibleUNet3d(nn.Module):
         skips: list[Tensor] = []
         coarse: list[Tensor] = []
         for level, blocks in enumerate(self.encoder):
-            x = self._run(blocks, x)
+            x = self._run(level, blocks, x)
             if level < len(self.down):
                 skips.append(x)
                 x = self.down[level](x)
         for level in reversed(range(len(self.decoder))):
             x = self._rise(level, x, skips.pop())
-            x = self._run(self.decoder[level], x)
+            x = self._run(level, self.decoder[level], x)
             if self.training and 0 < level <= len(self.side_heads):
                 coarse.insert(0, self.side_heads[level - 1](x))
         return [self.head(x), *coarse] if coarse else self.head(x)
@@ -146,8 +153,8 @@ class ReversibleUNet3d(nn.Module):
         x = F.interpolate(self.up[level](x), size=skip.shape[2:], mode="trilinear", align_corners=False)
         return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
 
-    def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        if self.memory != "checkpoint" or not torch.is_grad_enabled():
+    def _run(self, level: int, blocks: nn.Module, x: Tensor) -> Tensor:
+        if self._levels[level] != "checkpoint" or not torch.is_grad_enabled():
             return blocks(x)
         assert isinstance(blocks, ReversibleSequence)
         stream = Stream.split(x, grid=blocks.grid)

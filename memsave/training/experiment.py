@@ -133,7 +133,7 @@ def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> 
     options = {key: value for key, value in asdict(model).items() if key != "kind"}
     options |= {"anchor_every": memory.anchor_every, "engine": memory.engine, "chunks": memory.chunks}
     try:
-        return ReversibleUNet3d(*channels(data), memory=memory.mode, **options)
+        return ReversibleUNet3d(*channels(data), memory=memory.levels or memory.mode, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 

@@ -67,7 +67,7 @@ def test_a_segmentation_run_holds_what_was_predicted(overrides, tmp_path):
     if "privacy=ghost" in overrides:  # whose Poisson batches are of any size
         assert held == pytest.approx(predicted, rel=0.1)
     elif "trainer.precision=bfloat16" in overrides:  # PyTorch's fake GroupNorm keeps its statistics in another type
-        assert held <= predicted < 1.03 * held
+        assert 0.999 * held < predicted < 1.03 * held
     else:
         assert held == pytest.approx(predicted, rel=0.005)
 
