@@ -156,6 +156,7 @@ def execute(
         "status": status,
         "experiment": experiment,
         "seconds": round(time.perf_counter() - started, 2),
+        "seconds_per_step": None,
         "metrics": {},
         "memory": {},
         "privacy": None,

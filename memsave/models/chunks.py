@@ -238,7 +238,7 @@ class FoldedNorm:
 
     def add_moments(self, by_x: Tensor, x: Tensor, by_mean: Tensor, by_covariance: Tensor) -> None:
         """Add to dL/dx what reaches it through mean and covariance."""
-        slope = (by_covariance + by_covariance.transpose(1, 2)) / self.voxels  # (B, C, C)
+        slope = 2 * by_covariance / self.voxels  # (B, C, C), symmetric as the covariance is
         shift = by_mean / self.voxels - (self.mean[:, None] @ slope).squeeze(1)  # (B, C)
         _add_products(by_x, x, slope.to(x.dtype))
         by_x += shift[:, None].to(by_x.dtype)

@@ -31,7 +31,7 @@ from memsave.training.task import Task
 def run_experiment(
     config: Config, folder: Path, *, ways: list[str] | None = None, progress: Progress
 ) -> dict[str, Any]:
-    """Train, evaluate, measure and draw into `folder`; returns `metrics`, `memory` and `privacy` of `result.json`.
+    """Train, evaluate, measure and draw into `folder`; returns what stands in `result.json` of it.
 
     With `mode=plan`, plan instead, of the ways to train that are compared (`ways`: of these), and return `plan`.
     """
@@ -82,7 +82,13 @@ def run_experiment(
     for line in _last_lines(config, task, scores, measured):
         progress.say(line)
     spent = write_statement(config, state, task, folder, progress=progress)
-    return {"metrics": {"loss": loss, **scores, **first}, "memory": memory, "privacy": spent, **planned}
+    return {
+        "metrics": {"loss": loss, **scores, **first},
+        "seconds_per_step": median(watch.seconds) if watch.seconds else None,
+        "memory": memory,
+        "privacy": spent,
+        **planned,
+    }
 
 
 def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
@@ -156,6 +162,7 @@ class Watch:
         self.last: MemoryReport | None = None
         self.worst: MemoryReport | None = None
         self.process_peak: int | None = None
+        self.seconds: list[float] = []  # of each step
 
     def __call__(self, step: int) -> AbstractContextManager:
         """What surrounds step number `step`."""
@@ -209,14 +216,13 @@ def _train(
     """Take the steps, log them, leave checkpoints; returns the last loss and the scores at the end."""
     trainer = config.trainer
     loss: float | None = None  # when nothing was left to train
-    seconds: list[float] = []
     if config.profiler.process:
         restart_peak()
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
         for done in run_steps(state, task, trainer, watch=watch):
             loss = done.loss
             log.write(asdict(done))
-            seconds.append(done.seconds)
+            watch.seconds.append(done.seconds)
             bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
             stop, excess, hopeful = stopping(), watch.excess(done.step), True
             if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
@@ -238,7 +244,7 @@ def _train(
     with averaged(state):
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores, "seconds": time.perf_counter() - started})
-    return loss, {"seconds_per_step": median(seconds), **scores} if seconds else scores
+    return loss, scores
 
 
 def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:

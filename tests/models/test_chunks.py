@@ -56,7 +56,7 @@ def assert_equal_to_plain(block, x, **tolerance):
     batch=st.integers(1, 3),
     size=st.tuples(SIZES, SIZES, SIZES),
     kernel=st.sampled_from([1, 3, 5]),
-    shape=st.sampled_from([(2, 2, 1), (2, 2, 2), (3, 4, 2), (4, 4, 8), (8, 6, 4), (8, 6, 8), (1, 4, 2)]),
+    shape=st.sampled_from([(2, 2, 1), (2, 2, 2), (3, 4, 2), (4, 4, 8), (8, 6, 4), (8, 6, 8)]),
     dropout=st.sampled_from([0.0, 0.4]),
     last=st.booleans(),
 )

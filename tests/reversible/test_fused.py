@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from memsave.models import MBConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, RecomputableBranch, ReversibleSequence, verify
+from memsave.reversible.frame import Frame
 from tests.reversible.blocks import assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 from tests.reversible.test_memory import live_peak
 from tests.reversible.test_sequence import distance
@@ -217,6 +218,13 @@ def test_double_backward_is_refused_in_a_sentence():
     slope.square().sum().backward()
 
 
+def test_a_block_behind_an_anchor_starts_from_it(monkeypatch):
+    loads, load = [], Frame._load
+    monkeypatch.setattr(Frame, "_load", lambda frame, stage: loads.append(stage) or load(frame, stage))
+    sequence(4, anchor_every=1)(volume()).sum().backward()
+    assert loads == [8, 6, 4, 2]
+
+
 def test_a_parameter_changed_before_backward_is_an_error():
     net = sequence()
     loss = net(volume()).square().mean()
@@ -339,7 +347,7 @@ def channels_last(*shape):
 def test_live_bytes_are_flat_in_depth_and_fall_with_the_chunks():
     x = volume(16, 16, 16, batch=1, channels=16, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
     stream = x.numel() * x.element_size()
-    for chunks, limit in {2: 14, 4: 9.5, 8: 7}.items():
+    for chunks, limit in {2: 12.5, 4: 8.5, 8: 6.5}.items():
         peaks = {live_peak(stack(depth, chunks), x) for depth in (4, 64 if chunks == 2 else 8)}
         assert len(peaks) == 1
         assert peaks.pop() <= limit * stream
