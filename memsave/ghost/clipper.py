@@ -24,7 +24,7 @@ from memsave.ghost.refusals import (
     refuse_updated_buffers,
     refuse_wrapped,
 )
-from memsave.ghost.tap import Call, Phase
+from memsave.ghost.tap import Call, Phase, hold, release
 
 log = logging.getLogger("memsave.ghost")
 
@@ -124,6 +124,7 @@ class GhostClipper:
             handle.remove()
         for layer in self._layers:
             layer.detach()
+        release(self)
         self._handles, self._layers, self._call = [], [], None
 
     def _attach(self) -> None:
@@ -155,6 +156,7 @@ class GhostClipper:
             self._layers.append(layer)
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+        hold(self, self.parameters)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or in_backward():
@@ -179,11 +181,14 @@ class GhostClipper:
         if not in_backward():
             self._running = False
 
-    def call_of(self, name: str) -> Call | None:
-        """The record that a layer's use belongs to; None where nothing is to be recorded."""
+    def call_of(self, name: str, *, after: bool = False) -> Call | None:
+        """The record that a layer's use belongs to; None where nothing is to be recorded.
+
+        `after`: the use may come after the model's forward, of its output.
+        """
         if not torch.is_grad_enabled():
             return None
-        if self._call is None or not (self._running or in_backward()):
+        if self._call is None or not (self._running or in_backward() or after):
             raise RuntimeError(
                 f"{name} was called outside the model's own forward, so its batch is not known; call the model that "
                 f"the GhostClipper was given"
@@ -232,9 +237,19 @@ class GhostClipper:
             self._call = None
         return norms
 
+    def passes_of(self, call: Call) -> str | int:
+        """What `passes` comes to for this forward."""
+        if self.passes == "auto":
+            return 2 if call.rematerialised else 1
+        return self.passes
+
+    def takes(self, count: int, *, what: str) -> bool:
+        """Whether so many bytes more may be kept."""
+        return False
+
     def _choose_passes(self, call: Call) -> None:
         if self.passes == "auto":
-            chosen = 2 if call.rematerialised else 1
+            chosen = self.passes_of(call)
             if chosen != self.chosen_passes:
                 why = "activations are made again in the backward" if chosen == 2 else "activations are stored"
                 log.info("passes='auto' takes %d: %s", chosen, why)
@@ -302,7 +317,7 @@ def _add_sums(call: Call, weights: Tensor) -> None:
         while gradients:
             gradient = gradients.pop(0)
             gradient = gradient if call.kept is None else gradient.keep(call.kept)
-            total = gradient.weighted_sum(weights, into=total)
+            total = gradient.weighted_sum(weights, into=total, spare=True)
         if not in_place:
             assert total is not None
             _accumulate(parameter, total.to(parameter.dtype))

@@ -12,13 +12,15 @@ whatever the control flow, checkpoints or replays in between: they are all graph
 call's own record, which every tap of that forward holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from memsave.ghost.gradients import Gradient, Outer, cheapest, inner, magnitude
 
@@ -26,6 +28,28 @@ PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
 """(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
 
 ROUNDING = 4  # of Gram entries, each a product of two sums, in units of the last digit
+
+
+_holders = WeakIdKeyDictionary()  # parameter to a weak reference to the clipper that holds it
+
+
+def hold(clipper: Any, parameters: Iterable[Tensor]) -> None:
+    """Note that the gradients of these parameters are that clipper's."""
+    reference = ref(clipper)
+    for parameter in parameters:
+        _holders[parameter] = reference
+
+
+def release(clipper: Any) -> None:
+    """Note that the clipper holds none any more."""
+    for parameter in [p for p, holder in _holders.items() if holder() in (None, clipper)]:
+        del _holders[parameter]
+
+
+def clipper_of(parameter: Tensor) -> Any:
+    """The clipper that holds the parameter, or None."""
+    holder: ReferenceType | None = _holders.get(parameter)
+    return None if holder is None else holder()
 
 
 class Phase(Enum):
