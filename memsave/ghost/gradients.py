@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 TRIANGLE = 128  # places of a tile of a Gram matrix that is symmetric
 TILE = 2**24  # elements of the largest Gram tile: 64 MiB in float32
 PIECE = 2**20  # elements multiplied and summed at a time: 4 MiB in float32, which stay in the cache
+SMALL = 1.25  # time of a multiply-add in Gram matrices, over one in the large products of weight gradients
 WRITE = 90  # multiply-adds in whose time one element of an instantiated gradient is written and read, on a CPU
 
 
@@ -171,12 +172,12 @@ def magnitude(gradient: Gradient) -> Tensor:
     return (sizes * torch.linalg.vector_norm(wide(left), dim=-1)).sum(1)
 
 
-def cheapest(gradient: Gradient, *, summed: bool) -> Gradient:
-    """The form in which an example's norm takes the least time, among those that take no more memory than (u, v).
+def cheapest(gradient: Gradient, *, summed: bool, room: int = 0) -> Gradient:
+    """The form in which an example's norm takes the least time, of those that take at most `room` bytes over (u, v).
 
-    The Gram form takes T^2 (p + d) multiply-adds, the gradient T p d and its writing. `summed`: the clipped sum will be
-    formed from what is returned; the gradient then replaces that product, T p d more, and one of the B that are held is
-    the sum's own.
+    The Gram form takes T^2 (p + d) multiply-adds, or half of that for its tiles on and below the diagonal; the gradient
+    T p d and its writing. `summed`: the clipped sum will be formed from what is returned; the gradient then replaces
+    that product, T p d more, and one of the B that are held is the sum's own.
     """
     if isinstance(gradient, Dense) or gradient.one_hot:
         return gradient
@@ -184,11 +185,17 @@ def cheapest(gradient: Gradient, *, summed: bool) -> Gradient:
         return gradient.dense() if gradient.left.products is None else gradient
     batch, places, d = gradient.right.shape
     p = gradient.rows
-    gram, formed = places**2 * (p + d), (places + WRITE) * p * d
+    gram, formed = SMALL * places * (places + min(places, TRIANGLE)) / 2 * (p + d), (places + WRITE) * p * d
     if summed:
         gram += places * p * d
-    fits = (batch - summed) * p * d <= batch * places * (p + d)
-    return gradient.dense() if fits and formed < gram else gradient
+    whole = (batch - summed) * p * d * wide(gradient.right[:0]).element_size()
+    return gradient.dense() if whole <= held_bytes(gradient) + room and formed < gram else gradient
+
+
+def held_bytes(gradient: Gradient) -> int:
+    """What its own tensors take."""
+    tensors = (gradient.values,) if isinstance(gradient, Dense) else (gradient.left, gradient.right)
+    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))
 
 
 def wide(tensor: Tensor) -> Tensor:

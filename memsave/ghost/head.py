@@ -50,7 +50,7 @@ def linear_cross_entropy(
     clipper = next((found for found in map(clipper_of, owned.values()) if found is not None), None)
     call = None if clipper is None else clipper.call_of(NAME, after=True)
     if clipper is None or call is None:
-        losses, *_ = _Head.apply(rows, weight, bias, labels, places, False, False)
+        losses, *_ = _Head.apply(rows, weight, bias, labels, places, False, 0)
         return places.spread(losses)
     if len(targets) != call.batch_size:
         raise ValueError(
@@ -60,9 +60,10 @@ def linear_cross_entropy(
     note_uses(call, NAME, [p for p in owned.values() if isinstance(p, nn.Parameter)])
     fixed = None if bias is None else bias.detach()
     products = "weight" in owned and not (call.batch_size == 1 and clipper.passes_of(call) == 1)
-    keep = clipper.takes(places.count * len(weight) * wide(rows.detach()[:0]).element_size(), what=f"logits of {NAME}")
+    keep = min(len(weight), call.room // max(1, places.count * wide(rows.detach()[:0]).element_size()))
     losses, *found = _Head.apply(rows, weight.detach(), fixed, labels, places, products, keep)
     left = _left(rows.detach(), weight.detach(), fixed, labels, places, found)
+    call.room -= 0 if left.kept is None else left.kept.numel() * left.kept.element_size()
     saved, restored = _packed(left)
 
     def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
@@ -84,7 +85,7 @@ class _Head(torch.autograd.Function):
         labels: Tensor,
         places: Places,
         products: bool,
-        keep: bool,
+        keep: int,
     ) -> tuple[Tensor | None, ...]:
         nothing = wide(hidden.new_empty(0))
         left = _left(hidden, weight, bias, labels, places, (nothing, nothing, nothing))

@@ -83,7 +83,7 @@ class LogitGradients:
     products: Tensor | None = None
     """(B, width, width): <q_t, q_s>."""
     kept: Tensor | None = None
-    """(N, V): the logits, where there is room for them."""
+    """(N, K): the first K logits of each, where there is room for them."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,10 +93,10 @@ class LogitGradients:
     def blocks(self, *, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(columns, q in them (N, columns)) over the vocabulary, in blocks as of so many rows."""
         for columns in parts(len(self.labels) if rows is None else rows, len(self.weight)):
-            if self.kept is None:
-                logits = logits_of(self.hidden, self.weight, self.bias, columns).sub_(self.top[:, None])
-            else:
+            if self.kept is not None and columns.stop <= self.kept.shape[1]:
                 logits = self.kept[:, columns] - self.top[:, None]
+            else:
+                logits = logits_of(self.hidden, self.weight, self.bias, columns).sub_(self.top[:, None])
             q = logits.exp_().mul_(self.scale[:, None])
             _put(q, self.labels, columns, -self.others)
             yield columns, q
@@ -168,18 +168,19 @@ class Scan:
     """(N, d): W' q_t."""
 
 
-def scan(left: LogitGradients, *, pull: bool, products: bool, keep: bool) -> Scan:
-    """Fill in what `left` does not have yet: top, scale, others and, where they are wanted, products and logits."""
+def scan(left: LogitGradients, *, pull: bool, products: bool, keep: int) -> Scan:
+    """Fill in what `left` does not have yet: top, scale, others, and what is wanted: products, the first logits."""
     hidden, weight, labels, places = left.hidden, left.weight, left.labels, left.places
     count, numbers = len(labels), dict[str, Any](dtype=left.top.dtype, device=hidden.device)
     most = torch.full((count,), torch.finfo(left.top.dtype).min, **numbers)  # but for the target
     total, target = torch.zeros(count, **numbers), torch.zeros(count, **numbers)
     pulled = torch.zeros(hidden.shape, **numbers) if pull else None
     gram = torch.zeros(places.batch, places.width, places.width, **numbers) if products else None
-    kept = torch.empty(count, len(weight), **numbers) if keep else None
+    keep = max((each.stop for each in parts(count, len(weight)) if each.stop <= keep), default=0)
+    kept = torch.empty(count, keep, **numbers) if keep else None
     for columns in parts(count, len(weight)):
         logits = logits_of(hidden, weight, left.bias, columns)
-        if kept is not None:
+        if kept is not None and columns.stop <= keep:
             kept[:, columns] = logits
         target = _put(logits, labels, columns, torch.full_like(target, -torch.inf), otherwise=target)
         before, most = most, torch.maximum(most, logits.amax(1))

@@ -119,7 +119,7 @@ class PrivateGradients:
 
     @property
     def clipped(self) -> int:
-        """Examples whose gradient was longer than C, so far. Not private, like every norm."""
+        """Examples of whose gradient something was clipped, so far. Not private, like every norm."""
         return int(self._clipped)
 
     @property
@@ -138,7 +138,8 @@ class PrivateGradients:
         self._refuse_other_parameters()
         norms = self.clipper.backward(losses)
         self.examples += len(norms)
-        self._clipped = self._clipped + (norms > self.mechanism.max_grad_norm).sum()
+        assert self.clipper.clipped is not None
+        self._clipped = self._clipped + self.clipper.clipped.sum()
         self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
 
     def finish(self) -> None:
