@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from memsave.ghost.gradients import Dense, Gradient, Outer, has_values, wide
 from memsave.ghost.layer import note_uses
@@ -95,12 +94,14 @@ class _Head(torch.autograd.Function):
         ctx.save_for_backward(found.pulled, *saved)
         ctx.dtype = hidden.dtype
         outputs = (left.top, left.scale, left.others, left.products, left.kept)
+        ctx.set_materialize_grads(False)  # zeros as large as the logits that are kept
         ctx.mark_non_differentiable(*(each for each in outputs if each is not None))
         return found.losses, *outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{NAME} has no double backward; take the logits, and a cross-entropy of them")
         pulled, *saved = ctx.saved_tensors
         grad, of_weight, of_bias = wide(grad), None, None
         of_hidden = None if pulled is None else (grad[:, None] * pulled).to(ctx.dtype)
