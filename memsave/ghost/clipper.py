@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Dense, has_values
-from memsave.ghost.groups import Groups, groups_of
+from memsave.ghost.groups import Groups, clip_factors, layers_of
 from memsave.ghost.layer import Layer, RelativeBias, in_backward
 from memsave.ghost.refusals import (
     reentrant_checkpoints_refused,
@@ -33,7 +33,6 @@ FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an ex
 CLIPPINGS = ("flat", "automatic", "per_layer")
 PASSES = ("auto", 1, 2, "direct")
 LEAF_ELEMENTS = 2**20  # a module with parameters and children is one generic leaf up to this size, refused above
-AUTOMATIC_GAMMA = 0.01  # Bu et al., "Automatic Clipping" (2022)
 
 
 class GhostClipper:
@@ -140,10 +139,7 @@ class GhostClipper:
         self._handles, self._layers, self._call = [], [], None
 
     def _attach(self) -> None:
-        if self.clipping == "per_layer":
-            trainable = set(self.parameters)
-            layers = ([p for p in each.parameters(recurse=False) if p in trainable] for each in self.model.modules())
-            self._groups = groups_of(layers)
+        self._groups = layers_of(self.model) if self.clipping == "per_layer" else None
         if self.passes == "direct":
             return
         folding = [name for name, module in self.model.named_modules() if type(module).__qualname__ in FOLDING]
@@ -298,9 +294,9 @@ class GhostClipper:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
         found = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}
-        groups = [tuple(gradients)] if self._groups is None else self._groups.members
+        groups = self._groups or Groups.whole(gradients)
         squares, lowest = losses.detach() * 0, torch.ones_like(losses)
-        for group in groups:
+        for group in groups.members:
             members = [p for p in group if p in gradients]
             wides = (gradients[p].to(torch.promote_types(p.dtype, torch.float32)) for p in members)
             squared = sum((each.square().sum()[None] for each in wides), losses.detach() * 0)
@@ -313,13 +309,9 @@ class GhostClipper:
         return root(squares)
 
     def _factors(self, norms: Tensor) -> Tensor:
-        """c for each example; zero where the norm is not finite."""
-        if self.clipping == "automatic":
-            factors = self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
-        else:  # a zero norm gives infinity, and so 1
-            share = self.max_grad_norm if self._groups is None else self._groups.share(self.max_grad_norm)
-            factors = (share / norms).clamp(max=1.0)
-        return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
+        """c for each example, of the norms of its gradient or of a group's."""
+        bound = self.max_grad_norm if self._groups is None else self._groups.share(self.max_grad_norm)
+        return clip_factors(norms, bound, clipping=self.clipping)
 
     def _note(self, norms: Tensor, factors: Tensor) -> None:
         self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()

@@ -8,10 +8,13 @@ A group's sum needs no other group's norm: it is formed as soon as the backward 
 is kept. A group is the trainable parameters of one layer; layers that share a parameter are one group.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+AUTOMATIC_GAMMA = 0.01  # Bu et al., "Automatic Clipping" (2022)
 
 
 @dataclass(frozen=True)
@@ -22,22 +25,39 @@ class Groups:
     number: dict[nn.Parameter, int]
     """The group of each parameter."""
 
+    @classmethod
+    def of(cls, members: Iterable[Iterable[nn.Parameter]]) -> "Groups":
+        """These groups."""
+        groups = tuple(tuple(group) for group in members)
+        return cls(groups, {p: number for number, group in enumerate(groups) for p in group})
+
+    @classmethod
+    def whole(cls, parameters: Iterable[nn.Parameter]) -> "Groups":
+        """All of them as one group."""
+        return cls.of([parameters])
+
     def share(self, bound: float) -> float:
         """C / sqrt(K)."""
         return bound / max(1, len(self.members)) ** 0.5
 
 
-def groups_of(layers: Iterable[Sequence[nn.Parameter]]) -> Groups:
-    """The parameters of each layer; those of layers that share one are together."""
+def layers_of(model: nn.Module) -> Groups:
+    """The trainable parameters of each module that owns some; modules that share a parameter are one group."""
     found: list[dict[nn.Parameter, None]] = []
-    for parameters in layers:
-        joined = dict.fromkeys(parameters)
-        apart = []
+    for module in model.modules():
+        joined = dict.fromkeys(p for p in module.parameters(recurse=False) if p.requires_grad)
+        apart = [group for group in found if not joined.keys() & group.keys()]
         for group in found:
             if joined.keys() & group.keys():
                 joined = group | joined
-            else:
-                apart.append(group)
-        found = [*apart, joined]
-    members = tuple(tuple(group) for group in found if group)
-    return Groups(members, {p: number for number, group in enumerate(members) for p in group})
+        found = [*apart, joined] if joined else found
+    return Groups.of(found)
+
+
+def clip_factors(norms: Tensor, bound: float, *, clipping: str) -> Tensor:
+    """min(1, C / norm), or C / (norm + 0.01) where `clipping` is "automatic"; zero for what is not finite."""
+    if clipping == "automatic":
+        factors = bound / (norms + AUTOMATIC_GAMMA)
+    else:  # a zero norm gives infinity, and so 1
+        factors = (bound / norms).clamp(max=1.0)
+    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))

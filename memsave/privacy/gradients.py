@@ -81,7 +81,7 @@ class PrivateGradients:
     Args:
         model: its trainable parameters are float32 or wider, on one device.
         mechanism: sizes, noise and bound.
-        clipping, passes: as of `GhostClipper`.
+        clipping, passes, memory_budget: as of `GhostClipper`.
         secure_noise: as of `GaussianNoise`.
         seed: for tests; None draws the seeds from the operating system's entropy, and anything else is not private.
     """
@@ -93,6 +93,7 @@ class PrivateGradients:
         *,
         clipping: str = "flat",
         passes: str | int = "auto",
+        memory_budget: int = 0,
         secure_noise: bool = False,
         seed: int | None = None,
     ):
@@ -110,7 +111,8 @@ class PrivateGradients:
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
         noise = _generator(self._device, None if seed is None else 2 * seed + 1)
         self._noise = GaussianNoise(parameters, generator=noise, secure=secure_noise)
-        self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, clipping=clipping, passes=passes)
+        options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
+        self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, **options)
 
     @property
     def epsilon(self) -> float:
