@@ -39,17 +39,16 @@ def causal_lm_losses(
     """
     if head not in HEADS:
         raise ValueError(f"head is {head!r}; choose one of {', '.join(HEADS)}")
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # shifted instead of the logits, which are not copied so
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, labels[:, 1:]
     if head == "chunked":
         linear, hidden = _hidden(model, inputs)
-        each = linear_cross_entropy(hidden, linear.weight, targets, bias=linear.bias, ignore_index=IGNORED)
+        each = linear_cross_entropy(hidden[:, :-1], linear.weight, targets, bias=linear.bias, ignore_index=IGNORED)
     else:
         logits = model(**inputs, use_cache=False).logits  # (B, T, V)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
-        each = each.view_as(targets)
+        shifted = F.pad(targets, (0, 1), value=IGNORED).flatten()  # instead of the logits, which are not copied so
+        each = F.cross_entropy(logits.flatten(0, 1), shifted, reduction="none", ignore_index=IGNORED).view_as(labels)
     return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
 
 
