@@ -61,15 +61,17 @@ class Dense:
     """The gradients themselves, (B, *shape of the parameter)."""
 
     values: Tensor
+    fresh: bool = False
+    """Whether nothing else has the values, as a rule's may be another parameter's or those of an activation."""
 
     def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None, spare: bool = False) -> Tensor:
         """sum_b weights[b] g_b, in the parameter's shape; added to `into` where that is given.
 
-        `spare`: the gradients are not needed any more, and the sum may take their place.
+        `spare`: the gradients are not needed any more; the sum takes their place if it can.
         """
         values = wide(self.values)
         weights = weights.to(values.dtype)
-        if len(values) == 1 and into is None and spare:
+        if len(values) == 1 and into is None and spare and self.fresh:
             return values[0].mul_(weights[0])
         if len(values) == 1 and into is not None:
             return into.addcmul_(values[0], weights[0])
@@ -104,14 +106,14 @@ class Outer:
         """Form the gradients."""
         right = wide(self.right)
         if not isinstance(self.left, Tensor):
-            return Dense(self.left.formed(right))
+            return Dense(self.left.formed(right), fresh=True)
         if self.one_hot:
             values = right.new_zeros(len(right), self.rows, right.shape[-1])
             index = self.left.clamp(min=0).unsqueeze(-1).expand_as(right)
             values.scatter_add_(1, index, _rows(right, self.left >= 0))
-            return Dense(values.transpose(1, 2) if self.transposed else values)
+            return Dense(values.transpose(1, 2) if self.transposed else values, fresh=True)
         left = wide(self.left)
-        return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right)
+        return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right, fresh=True)
 
     def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None, spare: bool = False) -> Tensor:
         """sum_b weights[b] g_b, without the g_b; added to `into` where that is given."""

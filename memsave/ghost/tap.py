@@ -106,6 +106,7 @@ class Call:
         """The smallest factor of any group, (B,)."""
         self._squares: dict[int, Tensor] = {}
         self._passed: dict[int, int] = {}
+        self._clipped: set[int] = set()
         self.buffers: list[tuple[str, Tensor, int]] = []
         """(name, buffer, version) before the forward."""
 
@@ -144,12 +145,15 @@ class Call:
     def _pass(self, groups: Groups, parameter: nn.Parameter, squared: Tensor) -> None:
         """Clip the parameter's group and form its sum, if this was the last use of any of its members."""
         group = groups.number[parameter]
+        if group in self._clipped:
+            raise RuntimeError("a layer was used more often in the backward than in the forward; clip with \"flat\"")
         self._squares[group] = self._squares.get(group, 0.0) + squared
         self._passed[group] = self._passed.get(group, 0) + 1
         if self._passed[group] == sum(self.uses.get(member, 0) for member in groups.members[group]):
             self._clip(groups, group)
 
     def _clip(self, groups: Groups, group: int) -> None:
+        self._clipped.add(group)
         squared = self._squares.pop(group)
         factors = self.factors(root(squared))
         self.lowest = torch.minimum(self.lowest, factors)

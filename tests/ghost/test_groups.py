@@ -123,6 +123,32 @@ def test_a_layer_whose_output_is_not_used_leaves_its_group_to_the_end():
         torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("options", [{"clipping": "per_layer"}, {"passes": 1}, {"passes": "direct"}], ids=str)
+def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
+    """Of a layer without a rule: both parameters' gradients are that of its output, which goes on to the first layer."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return x + self.one + self.two
+
+    if options.get("passes") == "direct" and batch > 1:
+        return
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Shift()).double(), draw(batch, 4)
+    groups = [["0.weight", "0.bias"], ["1.one", "1.two"]]
+    groups = groups if "clipping" in options else [sum(groups, [])]
+    norms, sums = by_groups(model, x, losses_of, groups, bound=0.1)
+    clipper = GhostClipper(model, max_grad_norm=0.1, **options)
+    torch.testing.assert_close(clipper.backward(losses_of(model, x)), norms)
+    for name, total in sums.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
+
+
 def test_two_passes_do_not_go_with_it():
     with pytest.raises(ValueError, match=r'clipping="per_layer" forms its sums in one pass; give passes="auto"'):
         GhostClipper(small(), max_grad_norm=1.0, clipping="per_layer", passes=2)
