@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Dense, has_values
+from memsave.ghost.gradients import Dense, InputTiles, has_values
 from memsave.ghost.groups import Groups, clip_factors, layers_of
 from memsave.ghost.layer import Layer, RelativeBias, in_backward
 from memsave.ghost.refusals import (
@@ -238,7 +238,7 @@ class GhostClipper:
             if self.chosen_passes == 2:
                 kept = weights != 0
                 call.kept = None if not has_values(kept) or bool(kept.all()) else kept
-                call.phase, call.weights = Phase.SUM, weights
+                call.phase, call.weights, call.tiles = Phase.SUM, weights, InputTiles()
                 call.ledger.clear()
                 used = [p for p in parameters if p in call.uses]
                 torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
@@ -246,6 +246,7 @@ class GhostClipper:
             call.phase, call.kept = Phase.IDLE, None
             call.ledger.clear()
             call.magnitudes.clear()
+            call.tiles = InputTiles()
             self._call, self.plan = None, call.plan
         return norms
 

@@ -12,8 +12,9 @@ products and weighted sums follow from u and v without the gradients themselves:
 `Outer` holds (u, v), `Dense` the gradients. All arithmetic is float32 or wider.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -148,9 +149,42 @@ class Outer:
 Gradient = Dense | Outer
 
 
-def inner(one: Gradient, other: Gradient) -> Tensor:
-    """<g_b, g'_b> for each example: (B,)."""
+class InputTiles:
+    """v v' of the last v that was seen: layers with the same input, as q, k and v of attention, form it once.
+
+    Tiles on and below the diagonal; held only where they take less than v itself.
+    """
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None  # held, or its memory might be another's
+        self._version = 0
+        self._tiles: list[Tensor] = []
+
+    def of(self, right: Tensor) -> Iterable[Tensor]:
+        """(B, t, S) for each tile, in their order."""
+        if right.shape[1] > right.shape[2]:
+            return _tiles(right)
+        if self._of is None or self._version != right._version or _place(self._of) != _place(right):
+            self._of, self._version, self._tiles = right, right._version, list(_tiles(right))
+        return self._tiles
+
+
+def _tiles(right: Tensor) -> Iterator[Tensor]:
+    for first in range(0, right.shape[1], TRIANGLE):
+        last = first + TRIANGLE
+        yield wide(right[:, first:last]) @ wide(right[:, :last]).transpose(1, 2)
+
+
+def _place(values: Tensor) -> tuple[Any, ...]:
+    """Where it lies in memory, and how."""
+    return values.untyped_storage()._cdata, values.storage_offset(), values.shape, values.stride(), values.dtype
+
+
+def inner(one: Gradient, other: Gradient, *, tiles: InputTiles | None = None) -> Tensor:
+    """<g_b, g'_b> for each example: (B,). `tiles`: of products that are to be shared between layers."""
     if isinstance(one, Outer) and isinstance(other, Outer):
+        if one is other and isinstance(one.left, Tensor) and not one.one_hot:
+            return _own_gram(one.left, one.right, tiles or InputTiles())
         return _gram(one, other) if one.transposed == other.transposed else _against(one.dense(), other)
     if isinstance(other, Outer):
         one, other = other, one
@@ -240,29 +274,30 @@ def _against(dense: Dense, outer: Outer) -> Tensor:
     return (rows * right).sum((1, 2))
 
 
-def _gram(one: Outer, other: Outer) -> Tensor:
-    """Rows of the two Gram matrices, tile by tile: sum_t sum_s (u_t . u'_s) (v_t . v'_s).
+def _own_gram(left: Tensor, right: Tensor, tiles: InputTiles) -> Tensor:
+    """sum_ts <u_t, u_s> <v_t, v_s>: what is above the diagonal is what is below it."""
+    total = right.new_zeros(len(right), dtype=wide(right).dtype)
+    for number, rights in enumerate(tiles.of(right)):
+        first, last = number * TRIANGLE, (number + 1) * TRIANGLE
+        entries = _lefts(left[:, first:last], left[:, :last]).mul_(rights)  # (B, t, S)
+        entries[:, :, :first] *= 2
+        total = total + entries.sum((1, 2))
+    return total
 
-    Of one with itself, the tiles above the diagonal are those below it.
-    """
+
+def _gram(one: Outer, other: Outer) -> Tensor:
+    """Rows of the two Gram matrices, tile by tile: sum_t sum_s (u_t . u'_s) (v_t . v'_s)."""
     if not isinstance(one.left, Tensor):
         return _gram_of_rows(one.left, one.right, other)
     if not isinstance(other.left, Tensor):
         return _gram_of_rows(other.left, other.right, one)
     batch, places = one.right.shape[:2]
     step = max(1, TILE // max(1, batch * other.right.shape[1]))
-    symmetric = one is other
-    if symmetric:
-        step = min(step, TRIANGLE)
     total = one.right.new_zeros(batch, dtype=wide(one.right).dtype)
     for first in range(0, places, step):
-        last = first + step
-        end = last if symmetric else None
-        rights = wide(one.right[:, first:last]) @ wide(other.right[:, :end]).transpose(1, 2)  # (B, t, S)
-        entries = rights.mul_(_lefts(one.left[:, first:last], other.left[:, :end]))
-        if symmetric:
-            entries[:, :, :first] *= 2
-        total = total + entries.sum((1, 2))
+        part = slice(first, first + step)
+        rights = wide(one.right[:, part]) @ wide(other.right).transpose(1, 2)  # (B, t, S)
+        total = total + (_lefts(one.left[:, part], other.left) * rights).sum((1, 2))
     return total
 
 

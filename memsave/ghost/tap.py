@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memsave.ghost.gradients import Dense, Gradient, Outer, cheapest, has_values, held_bytes, inner, magnitude
+from memsave.ghost.gradients import (
+    Dense,
+    Gradient,
+    InputTiles,
+    Outer,
+    cheapest,
+    has_values,
+    held_bytes,
+    inner,
+    magnitude,
+)
 from memsave.ghost.groups import Groups
 
 PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
@@ -94,6 +104,8 @@ class Call:
         """The examples of CHECK or SUM, (B,); None for all of them."""
         self.weights: Tensor = probe
         """In SUM, the clip factors, (B,)."""
+        self.tiles = InputTiles()
+        """Products of the last input, for the next layer that sees the same."""
         self.room = 0
         """Bytes that may still be kept to save time."""
         self.plan: dict[str, tuple[str, int]] = {}
@@ -117,7 +129,7 @@ class Call:
     def add(self, parameter: nn.Parameter, gradient: Gradient, name: str) -> Tensor:
         """Enter a use; returns what it adds to the squared norms, (B,)."""
         gradient = self._in_its_form(gradient, name)
-        squared = inner(gradient, gradient)
+        squared = inner(gradient, gradient, tiles=self.tiles)
         for earlier in self.ledger.get(parameter, ()):
             squared = squared + 2 * inner(gradient, earlier)
         several = self.uses.get(parameter, 0) > 1
@@ -146,7 +158,7 @@ class Call:
         """Clip the parameter's group and form its sum, if this was the last use of any of its members."""
         group = groups.number[parameter]
         if group in self._clipped:
-            raise RuntimeError("a layer was used more often in the backward than in the forward; clip with \"flat\"")
+            raise RuntimeError('a layer was used more often in the backward than in the forward; clip with "flat"')
         self._squares[group] = self._squares.get(group, 0.0) + squared
         self._passed[group] = self._passed.get(group, 0) + 1
         if self._passed[group] == sum(self.uses.get(member, 0) for member in groups.members[group]):

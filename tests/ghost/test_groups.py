@@ -126,7 +126,7 @@ def test_a_layer_whose_output_is_not_used_leaves_its_group_to_the_end():
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("options", [{"clipping": "per_layer"}, {"passes": 1}, {"passes": "direct"}], ids=str)
 def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
-    """Of a layer without a rule: both parameters' gradients are that of its output, which goes on to the first layer."""
+    """Of a layer without a rule: both parameters' gradients are its output's, which goes on to the first layer."""
 
     class Shift(nn.Module):
         def __init__(self):
@@ -141,7 +141,7 @@ def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 4), Shift()).double(), draw(batch, 4)
     groups = [["0.weight", "0.bias"], ["1.one", "1.two"]]
-    groups = groups if "clipping" in options else [sum(groups, [])]
+    groups = groups if "clipping" in options else [[*groups[0], *groups[1]]]
     norms, sums = by_groups(model, x, losses_of, groups, bound=0.1)
     clipper = GhostClipper(model, max_grad_norm=0.1, **options)
     torch.testing.assert_close(clipper.backward(losses_of(model, x)), norms)
