@@ -61,13 +61,14 @@ README = ("short", "long")  # of which the project's own README has the ways bel
 SHOWN = ("plain", "plain, lean", "memsave, one pass", "Opacus ghost (untied)", "Opacus hooks (untied)")
 
 
-def network(shape: Shape, *, tied: bool) -> nn.Module:
+def network(shape: Shape, way: str) -> nn.Module:
+    """Of any shape, "plain" is without checkpoints: it is what all others are compared with."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_layer": shape.layers, "tie_word_embeddings": tied, "loss_type": "ForCausalLM"}
+    sizes = {"n_layer": shape.layers, "tie_word_embeddings": not way.startswith("Opacus"), "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
-    if shape.checkpoints:
+    if shape.checkpoints and way != "plain":
         set_checkpointing(model, on=True)
     return model
 
@@ -134,6 +135,7 @@ def opacus_ghost(model: nn.Module) -> Step:
 
 WAYS: dict[str, Callable[[nn.Module], Step]] = {
     "plain": plain,
+    "plain, checkpoints": plain,
     "plain, lean": lean,
     "memsave, one pass": partial(memsave, passes=1),
     "memsave, one pass, logits kept": partial(memsave, passes=1, memory_budget=2**30),
@@ -148,13 +150,14 @@ WAYS: dict[str, Callable[[nn.Module], Step]] = {
 def ways_for(shape: Shape, wanted: list[str] | None) -> list[str]:
     """Opacus's ways do not run under checkpoints that are not reentrant."""
     names = [way for way in WAYS if not (shape.checkpoints and way.startswith("Opacus"))]
+    names = [way for way in names if shape.checkpoints or way != "plain, checkpoints"]
     return [way for way in names if wanted is None or way == "plain" or way in wanted]
 
 
 def prepared(shape: Shape, ways: list[str]) -> tuple[dict[str, nn.Module], dict[str, Step], Tensor]:
     """(models, their steps, token ids (B, T))."""
     ids = torch.randint(50257, (shape.batch, shape.places), generator=torch.Generator().manual_seed(1))
-    models = {way: network(shape, tied=not way.startswith("Opacus")) for way in ways}
+    models = {way: network(shape, way) for way in ways}
     return models, {way: WAYS[way](models[way]) for way in ways}, ids
 
 
