@@ -131,7 +131,7 @@ def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
     class Shift(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.two = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+            self.one, self.two = (nn.Parameter(torch.zeros(1, 4)) for _ in range(2))  # nothing is summed
 
         def forward(self, x):
             return x + self.one + self.two
