@@ -133,6 +133,8 @@ class LanguageModel:
     kind: str = "language"
     name: str = MISSING
     """A name on the model hub, or a folder."""
+    head: str = "chunked"
+    """chunked (never holds the logits of all targets) | logits (takes the model's own)."""
 
 
 @dataclass
@@ -224,9 +226,11 @@ class GhostPrivacy(PrivacyConfig):
     max_grad_norm: float = 0.1
     """C."""
     clipping: str = "flat"
-    """flat | automatic."""
+    """flat | automatic | per_layer (each layer to its share of C, its sum formed on the way)."""
     passes: Any = "auto"
     """auto | 1 | 2 | direct (one example per micro-batch, any layers)."""
+    memory_budget: str = "0B"
+    """What may be kept to save time, such as 256MiB: logits of a chunked head, gradients in place of Gram matrices."""
     accountant: str = "prv"
     """prv | rdp."""
     secure_noise: bool = False

@@ -51,10 +51,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} is {number}; it must be at least {least:g}{above}")
     _check_data(config.data)
     _check_together(config)
-    for key in ("budget", "reserve"):
-        value = getattr(config, key)
+    for key, value in (
+        ("budget", "0" if config.budget == "auto" else config.budget),
+        ("reserve", config.reserve),
+        ("privacy.memory_budget", getattr(config.privacy, "memory_budget", None)),
+    ):
         try:
-            parse_bytes("0" if value is None or (key, value) == ("budget", "auto") else value)
+            parse_bytes("0" if value is None else value)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
     _check_variation(config)
@@ -101,6 +104,9 @@ def _check_together(config: Config) -> None:
             f"data.crops_per_case is {crops}, and a patient's crops are clipped as one, by their own gradient; give "
             f"privacy.passes=direct trainer.micro_batch_size=1"
         )
+    privacy: Any = config.privacy
+    if private and privacy.clipping == "per_layer" and privacy.passes == 2:
+        raise ConfigError("privacy.clipping=per_layer forms its sums in one pass; give privacy.passes=auto")
     if trainer.precision == "float16" and private:
         raise ConfigError("trainer.precision=float16 scales losses, which clipping would undo; give bfloat16")
 
@@ -162,10 +168,12 @@ def _choices(config: Config) -> Iterator[Choice]:
         yield "data.check", config.data.check, ("labels", "all", "none")
         yield "data.layout", config.data.layout, tuple(LAYOUTS)
         yield "data.scheme", config.data.scheme, (None, *SCHEMES)
+    if isinstance(config.model, LanguageModel):
+        yield "model.head", config.model.head, ("chunked", "logits")
     if isinstance(config.model, UNetModel):
         yield "model.skip", config.model.skip, ("add", "concat")
     if isinstance(privacy, GhostPrivacy):
-        yield "privacy.clipping", privacy.clipping, ("flat", "automatic")
+        yield "privacy.clipping", privacy.clipping, ("flat", "automatic", "per_layer")
         yield "privacy.passes", privacy.passes, ("auto", 1, 2, "direct")
         yield "privacy.accountant", privacy.accountant, ("prv", "rdp")
 

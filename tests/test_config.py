@@ -45,6 +45,13 @@ def test_memory_is_chosen_by_one_word(memory):
         (["task=foo"], "choose one of segmentation, table_to_text"),
         (["task=table_to_text"], "does not go with data=phantom; give data=visits or e2e, and model="),
         (["model=small_gpt2"], "does not go with model=small_gpt2; give data=phantom, mni_phantom or brats"),
+        (["privacy=ghost", "privacy.clipping=layers"], r"privacy\.clipping is 'layers'.*flat, automatic, per_layer"),
+        (
+            ["privacy=ghost", "privacy.clipping=per_layer", "privacy.passes=2"],
+            r"privacy\.clipping=per_layer forms its sums in one pass; give privacy\.passes=auto",
+        ),
+        (["privacy=ghost", "privacy.memory_budget=much"], r"privacy\.memory_budget: 'much' is no size"),
+        (["experiment=gpt2_dp", "model.head=fused"], r"model\.head is 'fused'; choose one of chunked, logits"),
         (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),

@@ -15,7 +15,7 @@ ALLOWED = {  # imports run downwards
     "reversible": {"reversible"},
     "ghost": {"ghost"},
     "profiler": {"profiler"},
-    "models": {"models", "reversible"},
+    "models": {"models", "reversible", "ghost"},
     "data": {"data"},
     "privacy": {"privacy", "ghost"},
     "training": {"training", "models", "data", "privacy", *MECHANISMS, "config"},

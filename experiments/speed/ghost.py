@@ -1,17 +1,25 @@
 """One micro-step of private training against plain training, measured in turn in one run.
 
-    python -m experiments.speed.ghost
+    python -m experiments.speed.ghost                            # all shapes; each by itself with --shape NAME
+    python -m experiments.speed.ghost --shape short --repeats 7
+    python -m experiments.speed.ghost --shape short --profile    # where the time goes; nothing is written
 
-GPT-2 with 4 layers and its full vocabulary, random weights, float32, no noise and no optimizer: forward, backward, and
-for the private ones the clipped sum. memsave runs the tied model as it is; Opacus, which refuses tied weights, an
-untied one with position ids given for each example.
+GPT-2 with its full vocabulary, random weights, float32, no noise and no optimizer: forward, backward, and for the
+private ones the clipped sum. "plain" is Hugging Face's own step, with its own loss; "plain, lean" has our chunked head
+and PyTorch's tanh GELU in the place of Hugging Face's, like the private steps that are not marked otherwise. Opacus,
+which refuses tied weights, has an untied model with position ids given for each example.
 """
 
 import argparse
+import datetime
 import gc
+import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,48 +27,82 @@ from torch.nn import functional as F
 
 from experiments.record import insert, keep, machine, median
 from memsave.ghost import GhostClipper
+from memsave.models.language import causal_lm_losses, fuse_gelu, set_checkpointing
 from memsave.profiler import MemoryRecorder, format_bytes
+from memsave.training.result import hardware
 
 HERE = Path(__file__).parent
-SHAPES = [(8, 100), (2, 512)]
+RESULTS = HERE / "ghost.json"
 BOUND = 0.1
+Step = Callable[[Tensor], object]
 
 
-def network(*, tied: bool) -> nn.Module:
+@dataclass(frozen=True)
+class Shape:
+    """What a step is of."""
+
+    layers: int
+    batch: int
+    places: int
+    checkpoints: bool = False
+
+    def __str__(self) -> str:
+        kept = ", checkpoints" if self.checkpoints else ""
+        return f"{self.layers} layers, B={self.batch}, T={self.places}{kept}"
+
+
+SHAPES = {
+    "short": Shape(4, 8, 100),
+    "long": Shape(4, 2, 512),
+    "deep": Shape(12, 1, 1024),
+    "checkpoints": Shape(12, 1, 1024, checkpoints=True),
+}
+README = ("short", "long")  # of which the project's own README has the ways below
+SHOWN = ("plain", "plain, lean", "memsave, one pass", "Opacus ghost (untied)", "Opacus hooks (untied)")
+
+
+def network(shape: Shape, way: str) -> nn.Module:
+    """Of any shape, "plain" is without checkpoints: it is what all others are compared with."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=tied)
-    return GPT2LMHeadModel(config).train()
+    sizes = {"n_layer": shape.layers, "tie_word_embeddings": not way.startswith("Opacus"), "loss_type": "ForCausalLM"}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
+    if shape.checkpoints and way != "plain":
+        set_checkpointing(model, on=True)
+    return model
 
 
-def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Each example's mean next-token loss, (B,)."""
+def plain(model: nn.Module) -> Step:
+    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def lean(model: nn.Module) -> Step:
+    fuse_gelu(model)
+    return lambda ids: causal_lm_losses(model, ids, ids).sum().backward()
+
+
+def memsave(model: nn.Module, *, head: str = "chunked", **options: Any) -> Step:
+    fuse_gelu(model)
+    clipper = GhostClipper(model, max_grad_norm=BOUND, **options)
+    return lambda ids: clipper.backward(causal_lm_losses(model, ids, ids, head=head))
+
+
+def with_positions(model: nn.Module, ids: Tensor) -> Tensor:
+    """Each example's mean next-token loss, (B,), as Opacus can clip it."""
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
-def plain(model: nn.Module) -> Callable[[Tensor], object]:
-    return lambda ids: losses_of(model, ids).sum().backward()
-
-
-def memsave(passes: int) -> Callable[[nn.Module], Callable[[Tensor], object]]:
-    def prepare(model: nn.Module) -> Callable[[Tensor], object]:
-        clipper = GhostClipper(model, max_grad_norm=BOUND, passes=passes)
-        return lambda ids: clipper.backward(losses_of(model, ids))
-
-    return prepare
-
-
-def opacus_hooks(model: nn.Module) -> Callable[[Tensor], object]:
+def opacus_hooks(model: nn.Module) -> Step:
     """Per-example gradients by hooks, then their clipped sum as Opacus's optimizer forms it."""
     from opacus.grad_sample import GradSampleModule
 
     wrapped = GradSampleModule(model, loss_reduction="sum")
 
     def step(ids: Tensor) -> None:
-        losses_of(wrapped, ids).sum().backward()
+        with_positions(wrapped, ids).sum().backward()
         samples = [p.grad_sample for p in wrapped.parameters() if p.grad_sample is not None]
         norms = torch.stack([s.flatten(1).norm(dim=1) for s in samples], 1).norm(dim=1)
         factors = (BOUND / (norms + 1e-6)).clamp(max=1.0)
@@ -71,7 +113,7 @@ def opacus_hooks(model: nn.Module) -> Callable[[Tensor], object]:
     return step
 
 
-def opacus_ghost(model: nn.Module) -> Callable[[Tensor], object]:
+def opacus_ghost(model: nn.Module) -> Step:
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     wrapped = GradSampleModuleFastGradientClipping(
@@ -80,7 +122,7 @@ def opacus_ghost(model: nn.Module) -> Callable[[Tensor], object]:
 
     def step(ids: Tensor) -> None:
         wrapped.enable_hooks()
-        losses = losses_of(wrapped, ids)
+        losses = with_positions(wrapped, ids)
         losses.sum().backward(retain_graph=True)
         factors = wrapped.get_clipping_coef()
         for p in wrapped.parameters():
@@ -91,69 +133,134 @@ def opacus_ghost(model: nn.Module) -> Callable[[Tensor], object]:
     return step
 
 
-WAYS: dict[str, tuple[Callable[[nn.Module], Callable[[Tensor], object]], bool]] = {
-    "plain": (plain, True),
-    "memsave, one pass": (memsave(1), True),
-    "memsave, two passes": (memsave(2), True),
-    "Opacus ghost (untied)": (opacus_ghost, False),
-    "Opacus hooks (untied)": (opacus_hooks, False),
+WAYS: dict[str, Callable[[nn.Module], Step]] = {
+    "plain": plain,
+    "plain, checkpoints": plain,
+    "plain, lean": lean,
+    "memsave, one pass": partial(memsave, passes=1),
+    "memsave, one pass, logits kept": partial(memsave, passes=1, memory_budget=2**30),
+    "memsave, one pass, the model's logits": partial(memsave, passes=1, head="logits"),
+    "memsave, two passes": partial(memsave, passes=2),
+    "memsave, per layer": partial(memsave, clipping="per_layer"),
+    "Opacus ghost (untied)": opacus_ghost,
+    "Opacus hooks (untied)": opacus_hooks,
 }
 
 
-def measure(batch: int, places: int, *, repeats: int) -> dict:
-    ids = torch.randint(50257, (batch, places), generator=torch.Generator().manual_seed(1))
-    models = {way: network(tied=tied) for way, (_, tied) in WAYS.items()}
-    steps = {way: prepare(models[way]) for way, (prepare, _) in WAYS.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for repeat in range(repeats + 1):  # the first round warms up
+def ways_for(shape: Shape, wanted: list[str] | None) -> list[str]:
+    """Opacus's ways do not run under checkpoints that are not reentrant."""
+    names = [way for way in WAYS if not (shape.checkpoints and way.startswith("Opacus"))]
+    names = [way for way in names if shape.checkpoints or way != "plain, checkpoints"]
+    return [way for way in names if wanted is None or way == "plain" or way in wanted]
+
+
+def prepared(shape: Shape, ways: list[str]) -> tuple[dict[str, nn.Module], dict[str, Step], Tensor]:
+    """(models, their steps, token ids (B, T))."""
+    ids = torch.randint(50257, (shape.batch, shape.places), generator=torch.Generator().manual_seed(1))
+    models = {way: network(shape, way) for way in ways}
+    return models, {way: WAYS[way](models[way]) for way in ways}, ids
+
+
+def drop_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+    gc.collect()
+
+
+def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
+    models, steps, ids = prepared(shape, ways)
+    rows: dict[str, dict] = {}
+    for way, step in steps.items():  # which warms up, too
+        step(ids)
+        drop_gradients(models[way])
+        with MemoryRecorder(models[way]) as recorder:
+            step(ids)
+        drop_gradients(models[way])
+        peaks = recorder.report().peak_by_category
+        above = sum(peaks.values()) - peaks["parameter"]
+        rows[way] = {"peak_above_parameters": above, "peak_by_category": peaks}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats):
         for way, step in steps.items():
             started = time.perf_counter()
             step(ids)
-            if repeat:
-                seconds[way].append(time.perf_counter() - started)
-            for p in models[way].parameters():
-                p.grad = None
-            gc.collect()
-    rows = {}
-    for way, step in steps.items():
-        with MemoryRecorder(models[way]) as recorder:
-            step(ids)
-        for p in models[way].parameters():
-            p.grad = None
-        report = recorder.report()
-        rows[way] = {
-            "seconds": median(seconds[way]),
-            "time_over_plain": median([a / b for a, b in zip(seconds[way], seconds["plain"], strict=True)]),
-            "peak_bytes": report.peak_bytes,
-            "peak_above_parameters": report.peak_bytes - report.peak_by_category["parameter"],
-        }
-    for row in rows.values():
-        row["memory_over_plain"] = row["peak_above_parameters"] / rows["plain"]["peak_above_parameters"]
+            seconds[way].append(time.perf_counter() - started)
+            drop_gradients(models[way])
+    first = rows["plain"]["peak_above_parameters"]
+    for way, row in rows.items():
+        row["memory_over_plain"] = row["peak_above_parameters"] / first
+        row["rounds"] = seconds[way]
+        if repeats:
+            row["seconds"] = median(seconds[way])
+            row["time_over_plain"] = median([a / b for a, b in zip(seconds[way], seconds["plain"], strict=True)])
     return rows
 
 
-def table(results: dict[str, dict]) -> str:
+def profile(shape: Shape, ways: list[str]) -> None:
+    """Print the operators of a step of each way that take the most time."""
+    models, steps, ids = prepared(shape, ways)
+    for way, step in steps.items():
+        step(ids)
+        drop_gradients(models[way])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step(ids)
+        drop_gradients(models[way])
+        print(f"{shape}, {way}")
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+
+
+def table(results: dict[str, dict], *, shown: tuple[str, ...] | None = None) -> str:
     rows = [f"{machine()}:\n"]
-    for shape, each in results.items():
-        rows += [f"| {shape} | time | over plain | peak above parameters | over plain |", "|---|---|---|---|---|"]
-        for way, row in each.items():
-            rows.append(
-                f"| {way} | {row['seconds']:.2f} s | {row['time_over_plain']:.2f}x | "
-                f"{format_bytes(row['peak_above_parameters'])} | {row['memory_over_plain']:.2f}x |"
-            )
+    for each in results.values():
+        rows += [
+            f"| {each['shape']} | time | over plain | peak above parameters | over plain |",
+            "|---|---|---|---|---|",
+        ]
+        for way, row in each["ways"].items():
+            if shown is None or way in shown:
+                rows.append(
+                    f"| {way} | {row['seconds']:.2f} s | {row['time_over_plain']:.2f}x | "
+                    f"{format_bytes(row['peak_above_parameters'])} | {row['memory_over_plain']:.2f}x |"
+                )
         rows.append("")
     return "\n".join(rows).rstrip()
 
 
+def earlier() -> dict[str, dict]:
+    """Shapes that were measured on this machine before."""
+    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    here = content.get("hardware") == hardware()
+    return {name: each for name, each in content.get("results", {}).items() if here and name in SHAPES}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
-    results = {f"B={b}, T={t}": measure(b, t, repeats=repeats) for b, t in SHAPES}
-    print(table(results))
-    for document in (HERE / "README.md", HERE.parents[1] / "README.md"):
-        insert(document, name="ghost", text=table(results))
-    keep(HERE / "ghost.json", command="python -m experiments.speed.ghost", results=results)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="may be given several times; all by default")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="all by default; with these, nothing is written")
+    parser.add_argument("--repeats", type=int, default=7, help="0 measures memory alone, and nothing is written")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes; nothing is written")
+    options = parser.parse_args()
+    results = earlier()
+    for name in options.shape or SHAPES:
+        shape = SHAPES[name]
+        ways = ways_for(shape, options.ways)
+        if options.profile:
+            profile(shape, ways)
+            continue
+        rows = measure(shape, ways, repeats=options.repeats)
+        results[name] = {"shape": str(shape), "date": datetime.date.today().isoformat(), "ways": rows}
+        for way, row in rows.items():
+            timed = f"{row['seconds']:.2f} s, {row['time_over_plain']:.2f}x; " if options.repeats else ""
+            print(
+                f"{shape}: {way}: {timed}{format_bytes(row['peak_above_parameters'])}, {row['memory_over_plain']:.2f}x"
+            )
+    if options.profile or options.ways or not options.repeats:
+        return
+    results = {name: results[name] for name in SHAPES if name in results}
+    insert(HERE / "README.md", name="ghost", text=table(results))
+    if set(README) <= results.keys():
+        insert(HERE.parents[1] / "README.md", name="ghost", text=table({n: results[n] for n in README}, shown=SHOWN))
+    keep(RESULTS, command="python -m experiments.speed.ghost", results=results)
 
 
 if __name__ == "__main__":

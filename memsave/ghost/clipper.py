@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Outer, has_values
+from memsave.ghost.gradients import Dense, InputTiles, has_values
+from memsave.ghost.groups import Groups, clip_factors, layers_of
 from memsave.ghost.layer import Layer, RelativeBias, in_backward
 from memsave.ghost.refusals import (
     reentrant_checkpoints_refused,
@@ -24,15 +25,14 @@ from memsave.ghost.refusals import (
     refuse_updated_buffers,
     refuse_wrapped,
 )
-from memsave.ghost.tap import Call, Phase
+from memsave.ghost.tap import Call, Phase, add_sum, hold, release, root
 
 log = logging.getLogger("memsave.ghost")
 
 FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
-CLIPPINGS = ("flat", "automatic")
+CLIPPINGS = ("flat", "automatic", "per_layer")
 PASSES = ("auto", 1, 2, "direct")
 LEAF_ELEMENTS = 2**20  # a module with parameters and children is one generic leaf up to this size, refused above
-AUTOMATIC_GAMMA = 0.01  # Bu et al., "Automatic Clipping" (2022)
 
 
 class GhostClipper:
@@ -46,13 +46,16 @@ class GhostClipper:
     Args:
         model: any module that keeps the examples in dimension 0 of its trainable layers' outputs.
         max_grad_norm: the bound C.
-        clipping: "flat", c = min(1, C / norm), or "automatic", c = C / (norm + 0.01).
+        clipping: "flat", c = min(1, C / norm), or "automatic", c = C / (norm + 0.01), of the whole gradient;
+            "per_layer" clips each of K layers' to C / sqrt(K) and forms its sum on the way (see `groups.py`).
         passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs the backward again, in which
             each layer weighs its examples, and keeps nothing, for models under checkpoints or reversible sequences;
             "auto" takes 2 where activations are not stored, else 1, and says so in `chosen_passes`; "direct" is for
-            single examples, whatever the layers.
+            single examples, whatever the layers. "per_layer" takes one pass that keeps nothing.
         batch_size: the number of examples of every call; None reads it from dimension 0 of the model's first tensor
             argument, in mappings and sequences, too.
+        memory_budget: bytes that may be kept beyond (A, G) of each layer to save time: the logits of
+            `linear_cross_entropy`, and gradients formed where Gram matrices take longer. `plan` says what was.
 
     Raises ValueError, by name, for what cannot be clipped exactly.
     """
@@ -65,18 +68,26 @@ class GhostClipper:
         clipping: str = "flat",
         passes: str | int = "auto",
         batch_size: int | None = None,
+        memory_budget: int = 0,
     ) -> None:
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; give a positive bound, such as 0.1")
         if clipping not in CLIPPINGS or passes not in PASSES:
             raise ValueError(f"clipping={clipping!r}, passes={passes!r}; choose from {CLIPPINGS} and {PASSES}")
         self.model, self.max_grad_norm, self.clipping, self.passes = model, max_grad_norm, clipping, passes
-        self.batch_size = batch_size
+        if clipping == "per_layer" and passes == 2:
+            raise ValueError('clipping="per_layer" forms its sums in one pass; give passes="auto"')
+        self.batch_size, self.memory_budget = batch_size, memory_budget
+        self.plan: dict[str, tuple[str, int]] = {}
+        """By use of a parameter in the last backward: how its norm was found, and the bytes kept for its sum."""
+        self.clipped: Tensor | None = None
+        """(B,) of the last backward: whether any of the example's gradient was clipped."""
         self.chosen_passes: str | int | None = None if passes == "auto" else passes
         """What `passes` came to in the last backward; None before the first where it is "auto"."""
         self._nonfinite: int | Tensor = 0
         self._checked: set[str] = set()
         self._call: Call | None = None
+        self._groups: Groups | None = None
         self._running = False
         self._handles: list[Any] = []
         self._layers: list[Layer | RelativeBias] = []
@@ -102,7 +113,7 @@ class GhostClipper:
                 f"example, shape (B,), with its graph"
             )
         if not len(losses):  # an empty Poisson batch: a step of noise alone
-            norms, self._call = losses.detach(), None
+            norms, self._call, self.clipped = losses.detach(), None, losses.detach() < 0
         else:
             norms = self._direct(losses) if self.passes == "direct" else self._ghost(losses)
         for parameter in self.parameters:
@@ -124,9 +135,11 @@ class GhostClipper:
             handle.remove()
         for layer in self._layers:
             layer.detach()
+        release(self)
         self._handles, self._layers, self._call = [], [], None
 
     def _attach(self) -> None:
+        self._groups = layers_of(self.model) if self.clipping == "per_layer" else None
         if self.passes == "direct":
             return
         folding = [name for name, module in self.model.named_modules() if type(module).__qualname__ in FOLDING]
@@ -155,6 +168,7 @@ class GhostClipper:
             self._layers.append(layer)
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+        hold(self, self.parameters)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or in_backward():
@@ -173,17 +187,21 @@ class GhostClipper:
         device = None if holder is None else holder.device
         probe = torch.zeros(size or 0, dtype=wide, device=device, requires_grad=True)
         self._call, self._running = Call(batch_size=len(probe), probe=probe), True
+        self._call.room, self._call.groups, self._call.factors = self.memory_budget, self._groups, self._factors
         self._call.buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
 
     def _end(self, *_: Any) -> None:
         if not in_backward():
             self._running = False
 
-    def call_of(self, name: str) -> Call | None:
-        """The record that a layer's use belongs to; None where nothing is to be recorded."""
+    def call_of(self, name: str, *, after: bool = False) -> Call | None:
+        """The record that a layer's use belongs to; None where nothing is to be recorded.
+
+        `after`: the use may come after the model's forward, of its output.
+        """
         if not torch.is_grad_enabled():
             return None
-        if self._call is None or not (self._running or in_backward()):
+        if self._call is None or not (self._running or in_backward() or after):
             raise RuntimeError(
                 f"{name} was called outside the model's own forward, so its batch is not known; call the model that "
                 f"the GhostClipper was given"
@@ -210,18 +228,17 @@ class GhostClipper:
                     allow_unused=True,
                 )
             refuse_escaped(self.model, parameters, escaped)
-            with torch.no_grad():
-                squared = torch.zeros_like(call.probe) if squared is None else squared
-                norms = torch.where(squared < 0, 0.0, squared).sqrt()  # rounding; NaN stays
-                weights = self._factors(norms)
+            with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
+                call.clip_the_rest()
+                norms = root(torch.zeros_like(call.probe) if squared is None else squared)
+                weights = self._factors(norms) if self._groups is None else call.lowest
+                self._note(norms, weights)
+                if self._groups is None and self.chosen_passes == 1:
+                    call.add_sums(list(call.ledger), weights)
+            if self.chosen_passes == 2:
                 kept = weights != 0
-                whole = not has_values(kept) or bool(kept.all())
-                call.kept = None if whole else kept
-            if self.chosen_passes == 1:
-                with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
-                    _add_sums(call, weights)
-            else:
-                call.phase, call.weights = Phase.SUM, weights
+                call.kept = None if not has_values(kept) or bool(kept.all()) else kept
+                call.phase, call.weights, call.tiles = Phase.SUM, weights, InputTiles()
                 call.ledger.clear()
                 used = [p for p in parameters if p in call.uses]
                 torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
@@ -229,14 +246,29 @@ class GhostClipper:
             call.phase, call.kept = Phase.IDLE, None
             call.ledger.clear()
             call.magnitudes.clear()
-            self._call = None
+            call.tiles = InputTiles()
+            self._call, self.plan = None, call.plan
         return norms
+
+    def passes_of(self, call: Call) -> str | int:
+        """What `passes` comes to for this forward."""
+        return self._passes_and_why(call)[0] if self.passes == "auto" else self.passes
+
+    def _passes_and_why(self, call: Call) -> tuple[int, str]:
+        if self._groups is not None:
+            return 1, "each layer's sum is formed on the way"
+        if not call.rematerialised:
+            return 1, "activations are stored"
+        # of one example no more is kept than its gradient, in whose place the sum is formed where there is none yet
+        held = sum(p.grad.numel() * p.grad.element_size() for p in self.parameters if p.grad is not None)
+        if call.batch_size == 1 and held <= self.memory_budget:
+            return 1, "one example's gradient takes no more than the sum"
+        return 2, "activations are made again in the backward"
 
     def _choose_passes(self, call: Call) -> None:
         if self.passes == "auto":
-            chosen = 2 if call.rematerialised else 1
+            chosen, why = self._passes_and_why(call)
             if chosen != self.chosen_passes:
-                why = "activations are made again in the backward" if chosen == 2 else "activations are stored"
                 log.info("passes='auto' takes %d: %s", chosen, why)
             self.chosen_passes = chosen
 
@@ -263,25 +295,28 @@ class GhostClipper:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
         found = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}
-        wides = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients.values())
-        squares = [each.square().sum() for each in wides]
-        norms = torch.stack(squares).sum().sqrt()[None] if squares else losses.detach() * 0
-        (weight,) = self._factors(norms)
-        if has_values(weight) and not weight:  # not finite
-            return norms
-        for parameter, gradient in gradients.items():
-            _accumulate(parameter, gradient * weight.to(gradient.dtype))
-        return norms
+        groups = self._groups or Groups.whole(gradients)
+        squares, lowest = losses.detach() * 0, torch.ones_like(losses)
+        for group in groups.members:
+            members = [p for p in group if p in gradients]
+            wides = (gradients[p].to(torch.promote_types(p.dtype, torch.float32)) for p in members)
+            squared = sum((each.square().sum()[None] for each in wides), losses.detach() * 0)
+            factors = self._factors(root(squared))
+            squares, lowest = squares + squared, torch.minimum(lowest, factors)
+            if not has_values(factors) or bool(factors.all()):  # finite
+                for p in members:
+                    add_sum(p, Dense(gradients[p][None]), factors)
+        self._note(root(squares), lowest)
+        return root(squares)
 
     def _factors(self, norms: Tensor) -> Tensor:
-        """c for each example; zero, and counted, where the norm is not finite."""
-        finite = norms.isfinite()
-        self._nonfinite = self._nonfinite + (~finite).sum()
-        if self.clipping == "automatic":
-            factors = self.max_grad_norm / (norms + AUTOMATIC_GAMMA)
-        else:
-            factors = (self.max_grad_norm / norms).clamp(max=1.0)  # a zero norm gives infinity, and so 1
-        return torch.where(finite, factors, torch.zeros_like(factors))
+        """c for each example, of the norms of its gradient or of a group's."""
+        bound = self.max_grad_norm if self._groups is None else self._groups.share(self.max_grad_norm)
+        return clip_factors(norms, bound, clipping=self.clipping)
+
+    def _note(self, norms: Tensor, factors: Tensor) -> None:
+        self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
+        self.clipped = factors < 1
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -291,25 +326,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (Mapping, list, tuple)):
             yield from _tensors(value)
-
-
-def _add_sums(call: Call, weights: Tensor) -> None:
-    """The clipped sums into `.grad`, the smallest parameter first, each freeing what its sum was formed from."""
-    for parameter in sorted(call.ledger, key=Tensor.numel):
-        gradients = sorted(call.ledger.pop(parameter), key=lambda each: isinstance(each, Outer) and each.one_hot)
-        in_place = parameter.grad is not None and parameter.grad.dtype not in (torch.float16, torch.bfloat16)
-        total = parameter.grad if in_place else None
-        while gradients:
-            gradient = gradients.pop(0)
-            gradient = gradient if call.kept is None else gradient.keep(call.kept)
-            total = gradient.weighted_sum(weights, into=total)
-        if not in_place:
-            assert total is not None
-            _accumulate(parameter, total.to(parameter.dtype))
-
-
-def _accumulate(parameter: nn.Parameter, value: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = value.detach().contiguous()
-    else:
-        parameter.grad += value.detach()

@@ -12,15 +12,49 @@ products and weighted sums follow from u and v without the gradients themselves:
 `Outer` holds (u, v), `Dense` the gradients. All arithmetic is float32 or wider.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+TRIANGLE = 128  # places of a tile of a Gram matrix that is symmetric
 TILE = 2**24  # elements of the largest Gram tile: 64 MiB in float32
 PIECE = 2**20  # elements multiplied and summed at a time: 4 MiB in float32, which stay in the cache
+SMALL = 1.25  # time of a multiply-add in Gram matrices, over one in the large products of weight gradients
 WRITE = 90  # multiply-adds in whose time one element of an instantiated gradient is written and read, on a CPU
+
+
+class Rows(Protocol):
+    """Rows u_bt, (B, T, p), that are not held but made again where they are needed."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, T, p)."""
+
+    @property
+    def products(self) -> Tensor | None:
+        """<u_bt, u_bs>, (B, T, T), where that is held."""
+
+    def against(self, other: "Tensor | Rows") -> Tensor:
+        """<u_bt, u'_bs>, (B, T, S), with rows (B, S, p)."""
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """u_bt at the row numbers (B, S): (B, T, S), zero for a negative number."""
+
+    def formed(self, right: Tensor) -> Tensor:
+        """sum_t u_bt (x) v_bt, (B, p, d), for v (B, T, d)."""
+
+    def pull(self, values: Tensor) -> Tensor:
+        """u_bt' D_b, (B, T, d), for D (B, p, d)."""
+
+    def add_sum(self, total: Tensor, right: Tensor) -> None:
+        """Add sum_bt u_bt (x) v_bt to a total (p, d)."""
+
+    def keep(self, kept: Tensor) -> "Rows":
+        """With rows of zeros for the examples that `kept` (B,) does not name."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +62,21 @@ class Dense:
     """The gradients themselves, (B, *shape of the parameter)."""
 
     values: Tensor
+    fresh: bool = False
+    """Whether nothing else has the values, as a rule's may be another parameter's or those of an activation."""
 
-    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None) -> Tensor:
-        """sum_b weights[b] g_b, in the parameter's shape; added to `into` where that is given."""
+    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None, spare: bool = False) -> Tensor:
+        """sum_b weights[b] g_b, in the parameter's shape; added to `into` where that is given.
+
+        `spare`: the gradients are not needed any more; the sum takes their place if it can.
+        """
         values = wide(self.values)
-        total = (values.reshape(len(values), -1).T @ weights.to(values.dtype)).view(values.shape[1:])
+        weights = weights.to(values.dtype)
+        if len(values) == 1 and into is None and spare and self.fresh:
+            return values[0].mul_(weights[0])
+        if len(values) == 1 and into is not None:
+            return into.addcmul_(values[0], weights[0])
+        total = (values.reshape(len(values), -1).T @ weights).view(values.shape[1:])
         return total if into is None else into.add_(total)
 
     def keep(self, kept: Tensor) -> "Dense":
@@ -44,10 +88,11 @@ class Dense:
 class Outer:
     """Sums of outer products: left (B, T, p), or row numbers (B, T) of one-hot rows, and right (B, T, d).
 
-    The gradient is (p, d), or (d, p) when `transposed`, as in a layer that stores its weight that way.
+    The gradient is (p, d), or (d, p) when `transposed`, as in a layer that stores its weight that way. A left that is
+    no tensor makes its rows again where they are needed.
     """
 
-    left: Tensor
+    left: Tensor | Rows
     right: Tensor
     rows: int
     """p, the number of rows."""
@@ -56,23 +101,30 @@ class Outer:
     @property
     def one_hot(self) -> bool:
         """Whether `left` holds row numbers; a negative number is a row of zeros."""
-        return not self.left.is_floating_point()
+        return isinstance(self.left, Tensor) and not self.left.is_floating_point()
 
     def dense(self) -> Dense:
         """Form the gradients."""
         right = wide(self.right)
+        if not isinstance(self.left, Tensor):
+            return Dense(self.left.formed(right), fresh=True)
         if self.one_hot:
             values = right.new_zeros(len(right), self.rows, right.shape[-1])
             index = self.left.clamp(min=0).unsqueeze(-1).expand_as(right)
             values.scatter_add_(1, index, _rows(right, self.left >= 0))
-            return Dense(values.transpose(1, 2) if self.transposed else values)
+            return Dense(values.transpose(1, 2) if self.transposed else values, fresh=True)
         left = wide(self.left)
-        return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right)
+        return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right, fresh=True)
 
-    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None) -> Tensor:
+    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None, spare: bool = False) -> Tensor:
         """sum_b weights[b] g_b, without the g_b; added to `into` where that is given."""
-        left, right = wide(self.left), wide(self.right)
+        right = wide(self.right)
         weights = weights.to(right.dtype)[:, None, None]
+        if not isinstance(self.left, Tensor):
+            total = right.new_zeros(self.rows, right.shape[-1]) if into is None else into
+            self.left.add_sum(total, right * weights)
+            return total
+        left = wide(self.left)
         if self.one_hot or right.shape[-1] <= left.shape[-1]:  # the smaller one: it is copied for that
             right = right * weights
         else:
@@ -87,16 +139,52 @@ class Outer:
 
     def keep(self, kept: Tensor) -> "Outer":
         """Without the examples that `kept` (B,) does not name: their rows are zero, even where they were NaN."""
-        left = self.left if self.one_hot else _rows(self.left, kept)
+        if isinstance(self.left, Tensor):
+            left: Tensor | Rows = self.left if self.one_hot else _rows(self.left, kept)
+        else:
+            left = self.left.keep(kept)
         return Outer(left, _rows(self.right, kept), rows=self.rows, transposed=self.transposed)
 
 
 Gradient = Dense | Outer
 
 
-def inner(one: Gradient, other: Gradient) -> Tensor:
-    """<g_b, g'_b> for each example: (B,)."""
+class InputTiles:
+    """v v' of the last v that was seen: layers with the same input, as q, k and v of attention, form it once.
+
+    Tiles on and below the diagonal; held only where they take less than v itself.
+    """
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None  # held, or its memory might be another's
+        self._version = 0
+        self._tiles: list[Tensor] = []
+
+    def of(self, right: Tensor) -> Iterable[Tensor]:
+        """(B, t, S) for each tile, in their order."""
+        if right.shape[1] > right.shape[2]:
+            return _tiles(right)
+        if self._of is None or self._version != right._version or _place(self._of) != _place(right):
+            self._of, self._version, self._tiles = right, right._version, list(_tiles(right))
+        return self._tiles
+
+
+def _tiles(right: Tensor) -> Iterator[Tensor]:
+    for first in range(0, right.shape[1], TRIANGLE):
+        last = first + TRIANGLE
+        yield wide(right[:, first:last]) @ wide(right[:, :last]).transpose(1, 2)
+
+
+def _place(values: Tensor) -> tuple[Any, ...]:
+    """Where it lies in memory, and how."""
+    return values.untyped_storage()._cdata, values.storage_offset(), values.shape, values.stride(), values.dtype
+
+
+def inner(one: Gradient, other: Gradient, *, tiles: InputTiles | None = None) -> Tensor:
+    """<g_b, g'_b> for each example: (B,). `tiles`: of products that are to be shared between layers."""
     if isinstance(one, Outer) and isinstance(other, Outer):
+        if one is other and isinstance(one.left, Tensor) and not one.one_hot:
+            return _own_gram(one.left, one.right, tiles or InputTiles())
         return _gram(one, other) if one.transposed == other.transposed else _against(one.dense(), other)
     if isinstance(other, Outer):
         one, other = other, one
@@ -111,27 +199,39 @@ def magnitude(gradient: Gradient) -> Tensor:
     if isinstance(gradient, Dense):
         return inner(gradient, gradient).sqrt()
     sizes = torch.linalg.vector_norm(wide(gradient.right), dim=-1)  # (B, T)
+    left = gradient.left
+    if not isinstance(left, Tensor):
+        squares = (left.against(left) if left.products is None else left.products).diagonal(dim1=1, dim2=2)
+        return (sizes * squares.clamp(min=0).sqrt()).sum(1)
     if gradient.one_hot:
-        return (sizes * (gradient.left >= 0)).sum(1)
-    return (sizes * torch.linalg.vector_norm(wide(gradient.left), dim=-1)).sum(1)
+        return (sizes * (left >= 0)).sum(1)
+    return (sizes * torch.linalg.vector_norm(wide(left), dim=-1)).sum(1)
 
 
-def cheapest(gradient: Gradient, *, summed: bool) -> Gradient:
-    """The form in which an example's norm takes the least time, among those that take no more memory than (u, v).
+def cheapest(gradient: Gradient, *, summed: bool, room: int = 0) -> Gradient:
+    """The form in which an example's norm takes the least time, of those that take at most `room` bytes over (u, v).
 
-    The Gram form takes T^2 (p + d) multiply-adds, the gradient T p d and its writing. `summed`: the clipped sum will be
-    formed from what is returned; the gradient then replaces that product, T p d more, and one of the B that are held is
-    the sum's own.
+    The Gram form takes T^2 (p + d) multiply-adds, or half of that for its tiles on and below the diagonal; the gradient
+    T p d and its writing. `summed`: the clipped sum will be formed from what is returned; the gradient then replaces
+    that product, T p d more, and one of the B that are held is the sum's own.
     """
     if isinstance(gradient, Dense) or gradient.one_hot:
         return gradient
+    if not isinstance(gradient.left, Tensor):
+        return gradient.dense() if gradient.left.products is None else gradient
     batch, places, d = gradient.right.shape
     p = gradient.rows
-    gram, formed = places**2 * (p + d), (places + WRITE) * p * d
+    gram, formed = SMALL * places * (places + min(places, TRIANGLE)) / 2 * (p + d), (places + WRITE) * p * d
     if summed:
         gram += places * p * d
-    fits = (batch - summed) * p * d <= batch * places * (p + d)
-    return gradient.dense() if fits and formed < gram else gradient
+    whole = (batch - summed) * p * d * wide(gradient.right[:0]).element_size()
+    return gradient.dense() if whole <= held_bytes(gradient) + room and formed < gram else gradient
+
+
+def held_bytes(gradient: Gradient) -> int:
+    """What its own tensors take."""
+    tensors = (gradient.values,) if isinstance(gradient, Dense) else (gradient.left, gradient.right)
+    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -164,17 +264,33 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 def _against(dense: Dense, outer: Outer) -> Tensor:
     """sum_t u_t' D v_t, (B,), without the other gradient."""
     values = wide(dense.values).transpose(1, 2) if outer.transposed else wide(dense.values)  # (B, p, d)
-    right = wide(outer.right)
-    if outer.one_hot:
-        index = outer.left.clamp(min=0).unsqueeze(-1).expand_as(right)
-        rows = values.gather(1, index) * (outer.left >= 0).unsqueeze(-1)  # (B, T, d)
+    left, right = outer.left, wide(outer.right)
+    if not isinstance(left, Tensor):
+        rows = left.pull(values)  # (B, T, d)
+    elif outer.one_hot:
+        rows = values.gather(1, left.clamp(min=0).unsqueeze(-1).expand_as(right)) * (left >= 0).unsqueeze(-1)
     else:
-        rows = wide(outer.left) @ values
+        rows = wide(left) @ values
     return (rows * right).sum((1, 2))
+
+
+def _own_gram(left: Tensor, right: Tensor, tiles: InputTiles) -> Tensor:
+    """sum_ts <u_t, u_s> <v_t, v_s>: what is above the diagonal is what is below it."""
+    total = right.new_zeros(len(right), dtype=wide(right).dtype)
+    for number, rights in enumerate(tiles.of(right)):
+        first, last = number * TRIANGLE, (number + 1) * TRIANGLE
+        entries = _lefts(left[:, first:last], left[:, :last]).mul_(rights)  # (B, t, S)
+        entries[:, :, :first] *= 2
+        total = total + entries.sum((1, 2))
+    return total
 
 
 def _gram(one: Outer, other: Outer) -> Tensor:
     """Rows of the two Gram matrices, tile by tile: sum_t sum_s (u_t . u'_s) (v_t . v'_s)."""
+    if not isinstance(one.left, Tensor):
+        return _gram_of_rows(one.left, one.right, other)
+    if not isinstance(other.left, Tensor):
+        return _gram_of_rows(other.left, other.right, one)
     batch, places = one.right.shape[:2]
     step = max(1, TILE // max(1, batch * other.right.shape[1]))
     total = one.right.new_zeros(batch, dtype=wide(one.right).dtype)
@@ -183,6 +299,17 @@ def _gram(one: Outer, other: Outer) -> Tensor:
         rights = wide(one.right[:, part]) @ wide(other.right).transpose(1, 2)  # (B, t, S)
         total = total + (_lefts(one.left[:, part], other.left) * rights).sum((1, 2))
     return total
+
+
+def _gram_of_rows(left: Rows, right: Tensor, other: Outer) -> Tensor:
+    if left is other.left and left.products is not None:
+        lefts = left.products
+    elif other.one_hot:
+        assert isinstance(other.left, Tensor)
+        lefts = left.columns(other.left)
+    else:
+        lefts = left.against(other.left)
+    return (wide(right) @ wide(other.right).transpose(1, 2)).mul_(lefts).sum((1, 2))
 
 
 def _lefts(one: Tensor, other: Tensor) -> Tensor:

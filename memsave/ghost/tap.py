@@ -12,20 +12,55 @@ whatever the control flow, checkpoints or replays in between: they are all graph
 call's own record, which every tap of that forward holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from memsave.ghost.gradients import Gradient, Outer, cheapest, inner, magnitude
+from memsave.ghost.gradients import (
+    Dense,
+    Gradient,
+    InputTiles,
+    Outer,
+    cheapest,
+    has_values,
+    held_bytes,
+    inner,
+    magnitude,
+)
+from memsave.ghost.groups import Groups
 
 PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
 """(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
 
 ROUNDING = 4  # of Gram entries, each a product of two sums, in units of the last digit
+
+
+_holders = WeakIdKeyDictionary()  # parameter to a weak reference to the clipper that holds it
+
+
+def hold(clipper: Any, parameters: Iterable[Tensor]) -> None:
+    """Note that the gradients of these parameters are that clipper's."""
+    reference = ref(clipper)
+    for parameter in parameters:
+        _holders[parameter] = reference
+
+
+def release(clipper: Any) -> None:
+    """Note that the clipper holds none any more."""
+    for parameter in [p for p, holder in _holders.items() if holder() in (None, clipper)]:
+        del _holders[parameter]
+
+
+def clipper_of(parameter: Tensor) -> Any:
+    """The clipper that holds the parameter, or None."""
+    holder: ReferenceType | None = _holders.get(parameter)
+    return None if holder is None else holder()
 
 
 class Phase(Enum):
@@ -69,6 +104,21 @@ class Call:
         """The examples of CHECK or SUM, (B,); None for all of them."""
         self.weights: Tensor = probe
         """In SUM, the clip factors, (B,)."""
+        self.tiles = InputTiles()
+        """Products of the last input, for the next layer that sees the same."""
+        self.room = 0
+        """Bytes that may still be kept to save time."""
+        self.plan: dict[str, tuple[str, int]] = {}
+        """By use of a parameter, how its norm was found, and the bytes that its sum is formed from."""
+        self.groups: Groups | None = None
+        """In NORM, whose sums are formed on the way, each with factors of its own; None for one factor an example."""
+        self.factors: Callable[[Tensor], Tensor] = torch.ones_like
+        """From a group's norms (B,)."""
+        self.lowest: Tensor = torch.ones_like(probe)
+        """The smallest factor of any group, (B,)."""
+        self._squares: dict[int, Tensor] = {}
+        self._passed: dict[int, int] = {}
+        self._clipped: set[int] = set()
         self.buffers: list[tuple[str, Tensor, int]] = []
         """(name, buffer, version) before the forward."""
 
@@ -76,10 +126,10 @@ class Call:
         """Note a use in the forward."""
         self.uses[parameter] = self.uses.get(parameter, 0) + 1
 
-    def add(self, parameter: nn.Parameter, gradient: Gradient) -> Tensor:
+    def add(self, parameter: nn.Parameter, gradient: Gradient, name: str) -> Tensor:
         """Enter a use; returns what it adds to the squared norms, (B,)."""
-        gradient = cheapest(gradient, summed=self.keep_all)
-        squared = inner(gradient, gradient)
+        gradient = self._in_its_form(gradient, name)
+        squared = inner(gradient, gradient, tiles=self.tiles)
         for earlier in self.ledger.get(parameter, ()):
             squared = squared + 2 * inner(gradient, earlier)
         several = self.uses.get(parameter, 0) > 1
@@ -89,7 +139,68 @@ class Call:
             squared = squared + ROUNDING * torch.finfo(squared.dtype).eps * (after**2 - before**2)
         if self.keep_all or several:
             self.ledger.setdefault(parameter, []).append(gradient)
+        if self.groups is not None:
+            self._pass(self.groups, parameter, squared)
         return squared
+
+    def _in_its_form(self, gradient: Gradient, name: str) -> Gradient:
+        chosen = cheapest(gradient, summed=self.keep_all, room=self.room)
+        if not isinstance(gradient, Outer):
+            return chosen
+        kept = held_bytes(chosen) if self.keep_all else 0
+        if self.keep_all and isinstance(chosen, Dense):  # one of those that are kept becomes the sum
+            self.room -= max(0, kept - kept // len(chosen.values) - held_bytes(gradient))
+        form = "gradients formed" if isinstance(chosen, Dense) else "Gram matrices"
+        self.plan[name] = (form, kept)
+        return chosen
+
+    def _pass(self, groups: Groups, parameter: nn.Parameter, squared: Tensor) -> None:
+        """Clip the parameter's group and form its sum, if this was the last use of any of its members."""
+        group = groups.number[parameter]
+        if group in self._clipped:
+            raise RuntimeError('a layer was used more often in the backward than in the forward; clip with "flat"')
+        self._squares[group] = self._squares.get(group, 0.0) + squared
+        self._passed[group] = self._passed.get(group, 0) + 1
+        if self._passed[group] == sum(self.uses.get(member, 0) for member in groups.members[group]):
+            self._clip(groups, group)
+
+    def _clip(self, groups: Groups, group: int) -> None:
+        self._clipped.add(group)
+        squared = self._squares.pop(group)
+        factors = self.factors(root(squared))
+        self.lowest = torch.minimum(self.lowest, factors)
+        self.add_sums(groups.members[group], factors)
+
+    def clip_the_rest(self) -> None:
+        """The groups of which some use has no part in the losses."""
+        if self.groups is not None:
+            for group in list(self._squares):
+                self._clip(self.groups, group)
+
+    def add_sums(self, parameters: Iterable[nn.Parameter], weights: Tensor) -> None:
+        """The clipped sums into `.grad`, the smallest parameter first, each freeing what its sum was formed from."""
+        kept = weights != 0
+        whole = not has_values(kept) or bool(kept.all())
+        for parameter in sorted((p for p in parameters if p in self.ledger), key=Tensor.numel):
+            gradients = sorted(self.ledger.pop(parameter), key=lambda each: isinstance(each, Outer) and each.one_hot)
+            while gradients:
+                gradient = gradients.pop(0)
+                add_sum(parameter, gradient if whole else gradient.keep(kept), weights)
+
+
+def root(squared: Tensor) -> Tensor:
+    """Norms from their squares, which rounding may have made negative; NaN stays."""
+    return torch.where(squared < 0, 0.0, squared).sqrt()
+
+
+def add_sum(parameter: nn.Parameter, gradient: Gradient, weights: Tensor) -> None:
+    """Add sum_b weights[b] g_b to `.grad`, in place where that is float32 or wider."""
+    before = parameter.grad
+    in_place = before is not None and before.dtype not in (torch.float16, torch.bfloat16)
+    total = gradient.weighted_sum(weights, into=before if in_place else None, spare=True)
+    if not in_place:
+        total = total.to(parameter.dtype)
+        parameter.grad = total.contiguous() if before is None else before.add_(total)
 
 
 class Tap(torch.autograd.Function):
@@ -107,7 +218,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """The output's gradient as it came, and by phase: the probe's, or the parameters'."""
+        """The output's gradient as it came, and in NORM the probe's; SUM adds to the parameters'."""
         (grad,) = grads
         call, nothing = ctx.call, [None] * (3 + ctx.count + len(ctx.parameters))
         if call.phase is Phase.IDLE:
@@ -123,17 +234,15 @@ class Tap(torch.autograd.Function):
                 return grad, None, *nothing
             saved = tuple(each.detach() for each in ctx.saved_tensors)  # or what is kept would keep the graph
             gradients = ctx.layer.per_example(saved, grad)
-            named = [(p, gradients[name]) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
+            named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
             if call.phase is Phase.NORM:
                 squared = torch.zeros_like(call.probe)
-                for parameter, gradient in named:
-                    squared += call.add(parameter, gradient)
+                for parameter, name, gradient in named:
+                    squared += call.add(parameter, gradient, f"{ctx.layer.name}.{name}")
                 return grad, squared, *nothing
-            sums = []
-            for parameter, gradient in named:
-                gradient = gradient if call.kept is None else gradient.keep(call.kept)
-                sums.append(gradient.weighted_sum(call.weights).to(parameter.dtype))
-            return grad, None, *nothing[: 3 + ctx.count], *sums
+            for parameter, _, gradient in named:  # into .grad, and not to autograd, which would hold it beside that
+                add_sum(parameter, gradient if call.kept is None else gradient.keep(call.kept), call.weights)
+            return grad, None, *nothing
 
 
 @dataclass(frozen=True)

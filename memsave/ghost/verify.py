@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost.clipper import GhostClipper
+from memsave.ghost.groups import Groups, clip_factors, layers_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -34,7 +35,14 @@ class Verification:
         return "\n".join(self.findings)
 
 
-def verify(model: nn.Module, batch: Any, per_example_losses: Losses, *, passes: str | int = "auto") -> Verification:
+def verify(
+    model: nn.Module,
+    batch: Any,
+    per_example_losses: Losses,
+    *,
+    passes: str | int = "auto",
+    clipping: str = "flat",
+) -> Verification:
     """Compare the clipper with each `losses[i]` differentiated alone, on the same batch and random numbers.
 
     Also checks that example 0's gradient stays when its batch-mates are exchanged for copies of it, and, in eval mode,
@@ -51,13 +59,13 @@ def verify(model: nn.Module, batch: Any, per_example_losses: Losses, *, passes: 
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = torch.seed()
-        norms, sums, bound = _each_alone(model, batch, per_example_losses, seed=seed)
+        norms, sums, bound = _each_alone(model, batch, per_example_losses, clipping=clipping, seed=seed)
         if not norms.isfinite().all():
             report.findings.append("a plain gradient is not finite on this batch: give verify finite examples")
             return report
         torch.manual_seed(seed)
         model.zero_grad()
-        clipper = GhostClipper(model, max_grad_norm=bound, passes=passes)
+        clipper = GhostClipper(model, max_grad_norm=bound, passes=passes, clipping=clipping)
         try:
             ours = clipper.backward(per_example_losses(model, batch))
             _compare(report, model, sums, norms, ours, bound=bound)
@@ -70,19 +78,22 @@ def verify(model: nn.Module, batch: Any, per_example_losses: Losses, *, passes: 
 
 
 def _each_alone(
-    model: nn.Module, batch: Any, per_example_losses: Losses, *, seed: int
+    model: nn.Module, batch: Any, per_example_losses: Losses, *, clipping: str, seed: int
 ) -> tuple[Tensor, list[Tensor], float]:
     """The norms (B,), the clipped sum of each parameter, and the bound: example 0's norm, so that some are clipped."""
     torch.manual_seed(seed)
-    norms, sums, bound = [], [torch.zeros_like(p, dtype=torch.float64) for p in _trainable(model)], 1.0
+    parameters = _trainable(model)
+    norms, sums, bound = [], [torch.zeros_like(p, dtype=torch.float64) for p in parameters], 1.0
+    groups = layers_of(model) if clipping == "per_layer" else Groups.whole(parameters)
     for example, loss in enumerate(per_example_losses(model, batch)):
-        gradient = _gradient(model, loss)
-        norm = _norm(gradient)
-        norms.append(norm)
+        gradient = dict(zip(parameters, _gradient(model, loss), strict=True))
+        norms.append(_norm(list(gradient.values())))
         if example == 0:
-            bound = norm.item() or 1.0
-        for total, each in zip(sums, gradient, strict=True):
-            total += (bound / norm).clamp(max=1.0) * each
+            bound = norms[0].item() or 1.0
+        of_group = [_norm([gradient[p] for p in members]) for members in groups.members]
+        factors = [clip_factors(norm, groups.share(bound), clipping=clipping) for norm in of_group]
+        for total, p in zip(sums, parameters, strict=True):
+            total += factors[groups.number[p]] * gradient[p]
     return torch.stack(norms), sums, bound
 
 

@@ -81,7 +81,7 @@ class PrivateGradients:
     Args:
         model: its trainable parameters are float32 or wider, on one device.
         mechanism: sizes, noise and bound.
-        clipping, passes: as of `GhostClipper`.
+        clipping, passes, memory_budget: as of `GhostClipper`.
         secure_noise: as of `GaussianNoise`.
         seed: for tests; None draws the seeds from the operating system's entropy, and anything else is not private.
     """
@@ -93,6 +93,7 @@ class PrivateGradients:
         *,
         clipping: str = "flat",
         passes: str | int = "auto",
+        memory_budget: int = 0,
         secure_noise: bool = False,
         seed: int | None = None,
     ):
@@ -110,7 +111,8 @@ class PrivateGradients:
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
         noise = _generator(self._device, None if seed is None else 2 * seed + 1)
         self._noise = GaussianNoise(parameters, generator=noise, secure=secure_noise)
-        self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, clipping=clipping, passes=passes)
+        options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
+        self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, **options)
 
     @property
     def epsilon(self) -> float:
@@ -119,7 +121,7 @@ class PrivateGradients:
 
     @property
     def clipped(self) -> int:
-        """Examples whose gradient was longer than C, so far. Not private, like every norm."""
+        """Examples of whose gradient something was clipped, so far. Not private, like every norm."""
         return int(self._clipped)
 
     @property
@@ -138,7 +140,8 @@ class PrivateGradients:
         self._refuse_other_parameters()
         norms = self.clipper.backward(losses)
         self.examples += len(norms)
-        self._clipped = self._clipped + (norms > self.mechanism.max_grad_norm).sum()
+        assert self.clipper.clipped is not None
+        self._clipped = self._clipped + self.clipper.clipped.sum()
         self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
 
     def finish(self) -> None:

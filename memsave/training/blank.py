@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memsave.config import Config, GhostPrivacy
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
-from memsave.profiler import TrainingStep
+from memsave.profiler import TrainingStep, parse_bytes
 from memsave.training.loop import accumulate, make_state, update
 from memsave.training.measure import set_memory
 from memsave.training.task import Batch
@@ -89,7 +89,8 @@ def blank_task(config: Config, *, device: torch.device) -> BlankTask:
         return BlankTask(losses, segmentation.blank_batch(config.data, count=count, device=device))
     from memsave.training import table_to_text
 
-    return BlankTask(table_to_text.text_losses, table_to_text.blank_batch(config.data, count=count, device=device))
+    losses = partial(table_to_text.text_losses, head=config.model.head)
+    return BlankTask(losses, table_to_text.blank_batch(config.data, count=count, device=device))
 
 
 def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
@@ -99,7 +100,8 @@ def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
     size = EXPECTED_BATCHES * batch_size
     mechanism = Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, delta=default_delta(size))
     known: dict[str, Any] = {"passes": privacy.passes, "secure_noise": privacy.secure_noise}
-    return PrivateGradients(model, mechanism, clipping=privacy.clipping, seed=0, **known)
+    known |= {"clipping": privacy.clipping, "memory_budget": parse_bytes(privacy.memory_budget)}
+    return PrivateGradients(model, mechanism, seed=0, **known)
 
 
 class HeldGradients:

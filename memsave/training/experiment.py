@@ -129,7 +129,8 @@ def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Ta
     from memsave.training.table_to_text import TableToText, records_of
 
     train, held_out = records_of(config.data)
-    return TableToText(train, held_out, tokenizer, data=config.data, trainer=config.trainer, device=device)
+    options: dict[str, Any] = {"data": config.data, "trainer": config.trainer, "head": config.model.head}
+    return TableToText(train, held_out, tokenizer, device=device, **options)
 
 
 def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import nn
 from memsave.config import ConfigError, LanguageModel, OptimizerConfig, SmallGPT2, SmolLM2, TrainerConfig, VisitsData
 from memsave.data.cache import cached_folder
 from memsave.data.tables import public_records
+from memsave.models.language import fuse_gelu
 from memsave.training.loop import make_state, run_steps
 from memsave.training.progress import Progress
 
@@ -43,7 +44,9 @@ def blank_language_model(config: LanguageModel, *, architecture: Mapping[str, An
     found = language_config(config)
     for name, value in (architecture or {}).items():
         setattr(found, name, value)
-    return AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+    fuse_gelu(model)
+    return model
 
 
 def language_config(config: LanguageModel) -> Any:
@@ -79,6 +82,7 @@ def _load(name: str) -> tuple[nn.Module, Any]:
         raise ConfigError(f"the tokenizer of {name} has no end-of-text token; give a model whose tokenizer has one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    fuse_gelu(model)
     return model, tokenizer
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from memsave.config import Config, ConfigError, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
+from memsave.profiler import parse_bytes
 from memsave.training.loop import State, TrainingError
 from memsave.training.progress import Progress
 from memsave.training.task import Batch, Task
@@ -49,23 +50,25 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
     if privacy.verify and privacy.passes != "direct":
-        _verify(model, task, passes=privacy.passes, progress=progress)
+        _verify(model, task, privacy, progress=progress)
     return PrivateGradients(
         model,
         mechanism,
         clipping=privacy.clipping,
         passes=privacy.passes,
+        memory_budget=parse_bytes(privacy.memory_budget),
         secure_noise=privacy.secure_noise,
         seed=privacy.seed,
     )
 
 
-def _verify(model: nn.Module, task: Task, *, passes: str | int, progress: Progress) -> None:
+def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Progress) -> None:
     """Stop a run whose clipping is not exact on its first examples."""
     progress.say("comparing clipped gradients with one backward per example")
     batch: Batch = task.gather(range(min(VERIFIED, task.size)), step=0)
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    report = verify(model, tensors, task.per_example_losses, passes=passes)
+    options: dict[str, Any] = {"passes": privacy.passes, "clipping": privacy.clipping}
+    report = verify(model, tensors, task.per_example_losses, **options)
     if not report.ok:
         raise TrainingError(f"clipping would not be exact: {'; '.join(report.findings)}")
 

@@ -49,7 +49,9 @@ class TableToText:
         data: TextData,
         trainer: TrainerConfig,
         device: torch.device,
+        head: str = "chunked",
     ):
+        self.head = head
         self.tokenizer, self.data, self.device = tokenizer, data, device
         self.batch_size, self.seed, self.precision = trainer.batch_size, trainer.seed, trainer.precision
         self.held_out = list(held_out)
@@ -88,7 +90,7 @@ class TableToText:
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,): each the mean cross-entropy over its own target tokens."""
-        return text_losses(model, batch)
+        return text_losses(model, batch, head=self.head)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Perplexity per held-out target token, BLEU (0 to 100) and ROUGE-L (0 to 1) over the first tables."""
@@ -168,9 +170,10 @@ class TableToText:
         return f"On held-out records: {', '.join(each)}"
 
 
-def text_losses(model: nn.Module, batch: Batch) -> Tensor:
+def text_losses(model: nn.Module, batch: Batch, *, head: str = "chunked") -> Tensor:
     """(B,) losses of input_ids, attention_mask and labels, (B, T) each."""
-    return causal_lm_losses(model, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"])
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    return causal_lm_losses(model, ids, labels, attention_mask=mask, head=head)
 
 
 def blank_batch(data: TextData, *, count: int, device: torch.device) -> Batch:

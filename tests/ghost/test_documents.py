@@ -59,7 +59,7 @@ def assert_same(steps, expected):
 
 def test_the_code_on_the_page_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     torch.manual_seed(0)
     names = {"__name__": "page"}
     for number, block in enumerate(blocks):

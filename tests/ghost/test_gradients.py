@@ -66,6 +66,40 @@ def test_the_cheaper_form_is_chosen_by_shape(batch, places, p, d, summed, formed
     assert isinstance(cheapest(gradient, summed=summed), Dense) == formed
 
 
+def test_layers_with_the_same_input_form_its_products_once(monkeypatch):
+    monkeypatch.setattr(gradients, "TRIANGLE", 3)
+    formed, tiles_of = [], gradients._tiles
+    monkeypatch.setattr(gradients, "_tiles", lambda right: (formed.append(right), tiles_of(right))[1])
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
+
+        def forward(self, x):  # (B, T, 8)
+            y = self.o(x).tanh()
+            return self.q(y) * torch.cat([self.k(y), self.v(y)], -1)
+
+    torch.manual_seed(0)
+    model, x = Attention().double(), draw(3, 7, 8)
+    assert_exact(model, x, losses_of)
+    formed.clear()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, x))
+    assert len(formed) == 2  # of y, and of x
+
+
+def test_products_are_not_taken_for_those_of_an_input_that_changed():
+    left, right = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    tiles = gradients.InputTiles()
+    for change in (0.0, 1.0):
+        right += change
+        gradient = Outer(left, right, rows=4)
+        torch.testing.assert_close(inner(gradient, gradient, tiles=tiles), inner(gradient.dense(), gradient.dense()))
+    gradient = Outer(left, right.flip(1), rows=4)
+    torch.testing.assert_close(inner(gradient, gradient, tiles=tiles), inner(gradient.dense(), gradient.dense()))
+
+
 def test_inner_products_of_many_elements_keep_their_digits():
     values = torch.rand(2, 6_000_000)
     exact = values.double().square().sum(1)

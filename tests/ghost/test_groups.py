@@ -1,0 +1,238 @@
+"""Clipping layer by layer, against the loop, and what a budget does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memsave.ghost import GhostClipper, gradients, verify
+from memsave.ghost.gradients import Dense, Outer, cheapest
+from memsave.ghost.groups import layers_of
+from memsave.profiler import MemoryRecorder
+from tests.ghost.test_clipper import Checkpointed, small
+from tests.ghost.test_head import Both, Speaker, chunked
+from tests.ghost.test_head import draw as text
+from tests.ghost.test_layers import draw, losses_of
+
+SMALL = [["0.weight", "0.bias"], ["3.weight", "3.bias"]]
+CHECKPOINTED = [[f"{name}.weight", f"{name}.bias"] for name in ("first", "body.0", "body.3", "last")]
+TIED = [["look.weight", "head.bias"], ["mix.weight", "mix.bias"]]
+UNTIED = [["look.weight"], ["head.weight", "head.bias"], ["mix.weight", "mix.bias"]]
+
+
+def by_groups(model, batch, losses, groups, *, bound):
+    """Clipped sums by name, and the norms, of one backward per example."""
+    torch.manual_seed(0)
+    named = dict(model.named_parameters())
+    assert sorted(named) == sorted(name for group in groups for name in group)
+    sums, norms = {name: torch.zeros_like(p) for name, p in named.items()}, []
+    for loss in losses(model, batch):
+        found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        gradients = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+        for group in groups:
+            norm = torch.stack([gradients[name].square().sum() for name in group]).sum().sqrt()
+            for name in group:
+                sums[name] += (bound / len(groups) ** 0.5 / norm).clamp(max=1.0) * gradients[name]
+        norms.append(torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt())
+    return torch.stack(norms), sums
+
+
+CASES = {
+    "small": (small, SMALL, draw(4, 4), losses_of),
+    "checkpoints": (Checkpointed, CHECKPOINTED, draw(4, 4), losses_of),
+    "tied head": (lambda: Speaker(bias=True), TIED, text(), chunked),
+    "head": (lambda: Speaker(bias=True, tied=False), UNTIED, text(), chunked),
+    "one example": (lambda: Speaker(bias=True), TIED, text(1), chunked),
+    "a head used twice": (lambda: Both(bias=True), TIED, text(), chunked),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_layer_is_clipped_to_its_share(name):
+    make, groups, batch, losses = CASES[name]
+    torch.manual_seed(0)
+    model = make().double()
+    free, _ = by_groups(model, batch, losses, groups, bound=1.0)
+    for bound in (free.max().item(), free.max().item() / 4):
+        norms, sums = by_groups(model, batch, losses, groups, bound=bound)
+        clipper = GhostClipper(model, max_grad_norm=bound, clipping="per_layer")
+        for _ in range(2):  # the second adds to the first
+            torch.manual_seed(0)
+            torch.testing.assert_close(clipper.backward(losses(model, batch)), norms, rtol=1e-9, atol=1e-12)
+        assert clipper.chosen_passes == 1
+        clipper.close()
+        for key, total in sums.items():
+            found = model.get_parameter(key).grad
+            assert (found - 2 * total).norm() <= 1e-9 * total.norm() + 1e-12 * bound, key
+        model.zero_grad()
+
+
+def test_direct_clips_layer_by_layer_too():
+    model, x = small().eval(), draw(1, 4)
+    norms, sums = by_groups(model, x, losses_of, SMALL, bound=0.1)
+    clipper = GhostClipper(model, max_grad_norm=0.1, clipping="per_layer", passes="direct")
+    torch.testing.assert_close(clipper.backward(losses_of(model, x)), norms)
+    for name, total in sums.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
+
+
+def test_the_whole_is_within_the_bound_and_who_was_clipped_is_told():
+    model = small().float()
+    clipper = GhostClipper(model, max_grad_norm=0.1, clipping="per_layer")
+    clipper.backward(losses_of(model, draw(1, 4).float()))
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm() <= 0.1 * (1 + 1e-5)
+    assert clipper.clipped.tolist() == [True]
+    clipper.max_grad_norm = 1e6
+    clipper.backward(losses_of(model, draw(3, 4).float()))
+    assert clipper.clipped.tolist() == [False] * 3
+    clipper.backward(torch.zeros(0, requires_grad=True))
+    assert clipper.clipped.tolist() == []
+
+
+def test_a_group_whose_norm_is_not_finite_adds_nothing():
+    model, x = small().eval(), draw(3, 4)
+    x[1] = float("nan")
+    clipper = GhostClipper(model, max_grad_norm=0.1, clipping="per_layer")
+    clipper.backward(losses_of(model, x))
+    ours = [p.grad.clone() for p in model.parameters()]
+    clipper.close()
+    _, sums = by_groups(model, x[::2], losses_of, SMALL, bound=0.1)
+    assert clipper.nonfinite == 1
+    for one, other in zip(ours, sums.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+
+
+def test_a_layer_whose_output_is_not_used_leaves_its_group_to_the_end():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            self.two(x)
+            return self.one(x)
+
+    torch.manual_seed(0)
+    model, x = Spare().double(), draw(3, 4)
+    groups = [["one.weight", "one.bias", "two.bias"]]
+    norms, sums = by_groups(model, x, losses_of, groups, bound=0.3)
+    clipper = GhostClipper(model, max_grad_norm=0.3, clipping="per_layer")
+    torch.testing.assert_close(clipper.backward(losses_of(model, x)), norms)
+    for name, total in sums.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("options", [{"clipping": "per_layer"}, {"passes": 1}, {"passes": "direct"}], ids=str)
+def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
+    """Of a layer without a rule: both parameters' gradients are its output's, which goes on to the first layer."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.Parameter(torch.zeros(1, 4)) for _ in range(2))  # nothing is summed
+
+        def forward(self, x):
+            return x + self.one + self.two
+
+    if options.get("passes") == "direct" and batch > 1:
+        return
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Shift()).double(), draw(batch, 4)
+    groups = [["0.weight", "0.bias"], ["1.one", "1.two"]]
+    groups = groups if "clipping" in options else [[*groups[0], *groups[1]]]
+    norms, sums = by_groups(model, x, losses_of, groups, bound=0.1)
+    clipper = GhostClipper(model, max_grad_norm=0.1, **options)
+    torch.testing.assert_close(clipper.backward(losses_of(model, x)), norms)
+    for name, total in sums.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
+
+
+def test_two_passes_do_not_go_with_it():
+    with pytest.raises(ValueError, match=r'clipping="per_layer" forms its sums in one pass; give passes="auto"'):
+        GhostClipper(small(), max_grad_norm=1.0, clipping="per_layer", passes=2)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
+def test_verify_knows_every_clipping(clipping, monkeypatch):
+    batch = {"ids": text()["ids"], "targets": text()["targets"]}
+    assert verify(Speaker().double(), batch, chunked, clipping=clipping).ok
+    monkeypatch.setattr(GhostClipper, "_factors", lambda clipper, norms: torch.ones_like(norms) / 2)
+    assert not verify(Speaker().double(), batch, chunked, clipping=clipping).ok
+
+
+def test_groups_do_not_depend_on_the_order_of_sharing():
+    one, two, three = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    two.bias, two.weight = one.bias, three.weight
+    groups = layers_of(nn.ModuleList([one, three, two, nn.Linear(2, 2)]))
+    assert sorted(len(group) for group in groups.members) == [2, 4]
+    assert groups.share(1.0) == pytest.approx(2**-0.5)
+
+
+def test_nothing_is_kept_until_the_end():
+    """Of wide layers under many examples: the sums of one pass in less than what flat clipping keeps."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(16)])
+    peaks = {}
+    for clipping in ("flat", "per_layer"):
+        clipper = GhostClipper(model, max_grad_norm=1.0, clipping=clipping, passes=1)
+        x = torch.randn(64, 8, 16)
+        with MemoryRecorder(model) as recorder:
+            clipper.backward(model(x).sum((1, 2)))
+        peaks[clipping] = recorder.report().peak_bytes
+        clipper.close()
+        model.zero_grad()
+    assert peaks["per_layer"] < 0.75 * peaks["flat"]
+
+
+def test_a_budget_lets_gradients_be_formed_where_that_is_faster():
+    with torch.device("meta"):
+        gradient = Outer(torch.empty(64, 512, 768), torch.empty(64, 512, 3072), rows=768)
+    more = 4 * (63 * 768 * 3072 - 64 * 512 * (768 + 3072))
+    assert isinstance(cheapest(gradient, summed=True, room=more - 4), Outer)
+    assert isinstance(cheapest(gradient, summed=True, room=more), Dense)
+
+
+def test_the_plan_says_what_was_kept_and_the_budget_bounds_it(monkeypatch):
+    monkeypatch.setattr(gradients, "WRITE", 0)
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
+    factors, formed = 64 * 15 * (32 + 32) * 4, 64 * 32 * 32 * 4
+    more = formed - formed // 64 - factors  # one of those that are kept becomes the sum
+    for budget, count in ((0, 0), (2 * more, 2), (3 * more - 1, 2), (100 * more, 4)):
+        clipper = GhostClipper(model, max_grad_norm=1.0, memory_budget=budget, passes=1)
+        clipper.backward(model(torch.randn(64, 15, 32)).sum((1, 2)))
+        plan = [("gradients formed", formed)] * count + [("Gram matrices", factors)] * (4 - count)
+        assert clipper.plan == {f"{3 - number}.weight": each for number, each in enumerate(plan)}
+        clipper.close()
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_one_example_under_checkpoints_takes_one_pass_where_its_gradient_has_room(grads):
+    model = Checkpointed().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    if grads:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    clipper.backward(losses_of(model, draw(1, 4)))
+    assert clipper.chosen_passes == (2 if grads else 1)
+    clipper.memory_budget = 10**6
+    clipper.backward(losses_of(model, draw(1, 4)))
+    assert clipper.chosen_passes == 1
+
+
+def test_two_passes_add_to_the_gradient_as_they_go():
+    layer = nn.Linear(64, 64)
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return checkpoint(lambda y: self.layer(self.layer(self.layer(y))), x, use_reentrant=False)
+
+    model = Shared()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=2)
+    with MemoryRecorder(model) as recorder:
+        clipper.backward(model(torch.randn(2, 64)).sum(1))
+    assert recorder.report().peak_bytes < 2.5 * recorder.report().peak_by_category["parameter"]
