@@ -6,8 +6,7 @@
 2. Runs at the largest size that a plan names for a small budget: live bytes, allocator, and the process itself.
 3. `experiment=brats_budget` and `experiment=gpt2_budget`: predicted, in pictures.
 
-The process is started anew with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536: what malloc keeps of
-freed blocks would otherwise count as the step's.
+malloc is told to give freed blocks back (`memsave.training.process`), which would otherwise count as the step's.
 """
 
 import os
@@ -27,13 +26,13 @@ from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, forma
 from memsave.training.blank import blank_step
 from memsave.training.plan import calibration_of, make_plan, own_way
 from memsave.training.plan_report import draw
+from memsave.training.process import process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
 from memsave.training.variation import variation
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CPU = torch.device("cpu")
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 BRATS = ["experiment=brats_rev", "trainer.batch_size=1"]
 GPT2 = ["experiment=gpt2_dp", "model=gpt2", "trainer.batch_size=8", "trainer.micro_batch_size=8"]
 STEPS = [  # none is a calibrating step: crops of 40, one block a level; texts of 64 tokens, two layers
@@ -65,8 +64,7 @@ BUDGETS = [
 
 
 def main() -> None:
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execvpe(sys.executable, [sys.executable, "-m", "experiments.planning"], {**os.environ, **MALLOC})
+    return_freed_memory()
     steps = [compare(overrides) for overrides in STEPS]
     budgets = [stay_inside(name, overrides) for name, overrides in BUDGETS]
     texts = {"planned steps": step_table(steps), "planned budgets": budget_table(budgets)}
@@ -127,10 +125,11 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
     varied = variation(config)
     made = step_of(varied.at(answer.size))
     made.run()
-    Path("/proc/self/clear_refs").write_text("5")  # the process's peak starts anew
-    before = status("VmRSS")
+    restart_peak()
+    before = process_peak()
     made.run()
-    grown = status("VmHWM") - before
+    after = process_peak()
+    assert before is not None and after is not None
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
     live = recorder.report()
@@ -145,16 +144,10 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
         "calibrated_bytes": answer.need.calibrated,
         "measured_live_bytes": live.peak_bytes,
         "measured_allocator_bytes": live.start_bytes + taken,
-        "measured_process_bytes": live.start_bytes + grown,
+        "measured_process_bytes": live.start_bytes + after - before,
     }
     print(name, row["size"], flush=True)
     return row
-
-
-def status(key: str) -> int:
-    """Bytes from the process's own status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
 
 
 def volumes() -> Any:

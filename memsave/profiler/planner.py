@@ -41,9 +41,10 @@ GROWTH = 8  # at most so many times the size is tried next: what parameters take
 
 
 def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
-    """What a training step would hold: the larger of the first step and the second, which has the optimizer's state.
+    """What a training step would hold, with the optimizer's state from its start on, as every step but the first has it.
 
-    `step` makes model, optimizer and inputs; it is called under fake tensors, as is what it returns.
+    `step` makes model, optimizer and inputs; it is called under fake tensors, as is what it returns. The state is made by
+    a step of the optimizer alone; of one that cannot take it, and without one, the larger of two whole steps counts.
 
     Raises ValueError where the step looks at values, which fake tensors have none of.
     """
@@ -52,7 +53,7 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
         with FakeTensorMode():
             made = step()
             reports = []
-            for _ in range(2):
+            for _ in range(1 if _has_state(made.optimizer) else 2):
                 with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
                     made.run()
                 reports.append(recorder.report())
@@ -63,8 +64,22 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
         ) from error
     finally:
         torch.set_rng_state(state)
-    first, second = reports
-    return first if first.peak_bytes > second.peak_bytes else second
+    return max(reversed(reports), key=lambda report: report.peak_bytes)
+
+
+def _has_state(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Have the optimizer make its state, from gradients that are all there; False where that takes more."""
+    if optimizer is None:
+        return False
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+        parameter.grad = torch.empty_like(parameter)
+    try:
+        optimizer.step()
+    except TypeError:  # it wants a closure
+        return False
+    finally:
+        optimizer.zero_grad()
+    return True
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ def largest(
         return known[size]
 
     first = round(math.sqrt(low * high)) if start is None else start
-    found = _search(sizes, lambda size: need(size).total, limit=limit, start=first)
+    found = search(sizes, lambda size: need(size).total, limit=limit, start=first)
     totals = [known[size].total for size in sorted(known)]
     monotone = totals == sorted(totals)
     if not monotone:
@@ -180,7 +195,7 @@ def largest(
     )
 
 
-def _search(sizes: range, total: Callable[[int], int], *, limit: int, start: int) -> int | None:
+def search(sizes: range, total: Callable[[int], int], *, limit: int, start: int) -> int | None:
     """The largest of the sizes with total(size) <= limit, if totals grow with sizes; None for none.
 
     Totals grow about as a power of the size, so the next one to try follows from the last two. A guess that is off by

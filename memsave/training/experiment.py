@@ -16,6 +16,7 @@ from torch import nn
 from memsave.config import Config, ConfigError, MemoryConfig, SegmentationData, TrainerConfig, UNetModel
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
 from memsave.training import checkpoint
+from memsave.training.auto import resolved
 from memsave.training.budget import OverBudget, free_bytes, over_budget
 from memsave.training.fit import fitted, plan_experiment
 from memsave.training.interrupt import asked_to_stop
@@ -42,6 +43,7 @@ def run_experiment(
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
     if config.budget == "auto":
         config.budget = str(free_bytes(device))
+    config = resolved(config, folder, device, progress=progress)
     if config.mode == "plan":
         return plan_experiment(config, folder, device, ways=ways, progress=progress)
     config, planned = fitted(config, folder, device, progress=progress)

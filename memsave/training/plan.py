@@ -123,7 +123,7 @@ def own_way(config: Config) -> str:
 def _row(
     config: Config, way: str, varied: Variation | None, *, budget: int | None, device: torch.device, progress: Progress
 ) -> Row:
-    config = _in_way(config, way)
+    config = in_way(config, way)
     reserve = parse_bytes(config.reserve)
     calibration = calibration_of(config, way, device, progress=progress)
     started = time.perf_counter()
@@ -131,9 +131,9 @@ def _row(
         report = peak_on_fake(partial(_step, config, way, device))
         need = Need(report, calibration.allocator_bytes(report), reserve)
         fits = None if budget is None else need.total <= budget
-        return Row(way, need, fits, seconds=(time.perf_counter() - started) / 2)
+        return Row(way, need, fits, seconds=time.perf_counter() - started)
     answer = largest(
-        lambda size: _step(_in_way(varied.at(size), way), way, device, architecture=varied.architecture(size)),
+        lambda size: _step(in_way(varied.at(size), way), way, device, architecture=varied.architecture(size)),
         budget=budget,
         reserve=reserve,
         calibration=calibration,
@@ -142,17 +142,18 @@ def _row(
         multiple=varied.multiple,
         start=varied.start,
     )
-    seconds = (time.perf_counter() - started) / 2 / len(answer.tried)
+    seconds = (time.perf_counter() - started) / len(answer.tried)
     size = None if answer.size is None else varied.describe(answer.size)
     above = None if answer.size is None or answer.above is None else varied.describe(answer.size + varied.multiple)
     return Row(way, answer.need, answer.size is not None, seconds, answer, size, above)
 
 
-def _in_way(config: Config, way: str) -> Config:
+def in_way(config: Config, way: str) -> Config:
     """The config in one of the ways of `ways_of`."""
     config = deepcopy(config)
     if config.task == "segmentation":
-        config.memory.mode = way
+        if way != config.memory.mode:
+            config.memory.mode, config.memory.levels = way, None
     elif way != "ghost":
         config.privacy = PrivacyConfig()
     elif not isinstance(config.privacy, GhostPrivacy):

@@ -39,6 +39,16 @@ def test_the_fake_step_is_the_second_one_with_the_optimizers_state():
     assert report.peak_by_category["optimizer"] > 0
 
 
+def test_an_optimizer_that_wants_more_is_given_two_whole_steps():
+    def step():
+        made = line_step(100)
+        optimizer = torch.optim.LBFGS(made.model.parameters())
+        return TrainingStep(made.model, lambda: made.model(torch.zeros(100, 64)).sum().backward(), optimizer)
+
+    twice = peak_on_fake(step)
+    assert twice.peak_by_category["gradient"] == twice.peak_by_category["parameter"]  # the first step's
+
+
 def test_planning_leaves_the_random_numbers_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
