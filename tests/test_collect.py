@@ -111,6 +111,7 @@ def test_another_jobs_folder_is_left_alone(tmp_path):
 def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["-m", *TINY, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
+    arguments += ["memory.engine=hooks"]
     arguments += ["hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     first = command(tmp_path, *arguments)
     assert first.returncode == 1

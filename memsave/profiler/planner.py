@@ -41,10 +41,10 @@ GROWTH = 8  # at most so many times the size is tried next: what parameters take
 
 
 def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
-    """What a training step would hold, with the optimizer's state from its start on, as every step but the first has it.
+    """What a training step would hold, with the optimizer's state there from its start, as in every step but the first.
 
-    `step` makes model, optimizer and inputs; it is called under fake tensors, as is what it returns. The state is made by
-    a step of the optimizer alone; of one that cannot take it, and without one, the larger of two whole steps counts.
+    `step` makes model, optimizer and inputs; it is called under fake tensors, as is what it returns. The state is made
+    by a step of the optimizer alone; of one that cannot take it, and without one, the larger of two whole steps counts.
 
     Raises ValueError where the step looks at values, which fake tensors have none of.
     """

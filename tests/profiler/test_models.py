@@ -14,10 +14,10 @@ from memsave.profiler import MemoryRecorder
 MODES = ("stored", "checkpoint", "reversible")
 
 
-def unet_step(memory):
+def unet_step(memory, *, blocks=1, engine="auto"):
     """(model, optimizer, inputs, step): one warm training step of a small U-Net."""
     torch.manual_seed(0)
-    model = ReversibleUNet3d(channels=(8, 16), blocks=2, memory=memory)
+    model = ReversibleUNet3d(channels=(8, 16), blocks=blocks, memory=memory, engine=engine)
     volume = torch.randn(1, 4, 16, 16, 16).contiguous(memory_format=torch.channels_last_3d)
     return train(model, [volume], lambda: model(volume).square().mean())
 
@@ -70,7 +70,9 @@ def test_a_gpt2_on_fake_tensors_takes_nearly_the_same_bytes(checkpointing):
 
 
 @pytest.mark.parametrize(
-    "make", [*(lambda memory=memory: unet_step(memory) for memory in MODES), gpt2_step], ids=[*MODES, "gpt2"]
+    "make",
+    [*(lambda memory=memory: unet_step(memory, blocks=2, engine="hooks") for memory in MODES), gpt2_step],
+    ids=[*MODES, "gpt2"],
 )
 def test_totals_are_those_of_mem_tracker(make):
     ours = report_of(make, fake=True)

@@ -19,7 +19,7 @@ from tests.training.test_private import TINY as TINY_TEXT
 from tests.training.test_segmentation import TINY
 
 CPU = torch.device("cpu")
-BRATS = [*TINY, "memory=auto", "data.crop_size=[32,32,32]", "profiler.compare=[]"]
+BRATS = [*TINY, "memory=auto", "memory.engine=hooks", "data.crop_size=[32,32,32]", "profiler.compare=[]"]
 TEXT = ["experiment=gpt2_dp", *TINY_TEXT, "memory=auto"]
 
 
@@ -79,7 +79,7 @@ def test_levels_can_be_passed_back_in_and_change_no_loss(tmp_path):
     for name, overrides in {
         "auto": ["budget=30MiB"],
         "given": ["memory.levels=[reversible,stored]"],
-        "stored": ["memory=stored"],
+        "stored": ["memory=stored", "memory.engine=auto"],
     }.items():
         (tmp_path / name).mkdir()
         config = config_of("trainer.steps=2", *overrides)
@@ -119,7 +119,10 @@ def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
         (["budget=1GiB", "vary=volume"], "memory=auto is for one size; leave vary=volume out"),
         (["memory.levels=[stored]", "budget=1GiB"], "give a mode for each level of a U-Net, finest first"),
         (["memory.levels=[stored,kept]", "budget=1GiB"], "choose one of stored, checkpoint, reversible"),
-        (["memory=stored", "memory.levels=[stored,stored]"], r"memory\.levels is for memory=auto; leave it out"),
+        (
+            ["memory=stored", "memory.engine=auto", "memory.levels=[stored,stored]"],
+            r"memory\.levels is for memory=auto; leave it out",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(overrides, words):
