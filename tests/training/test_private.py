@@ -103,6 +103,23 @@ def test_without_privacy_it_runs_the_same(tmp_path, cache):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("privacy", ["none", "ghost"])
+def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, cache):
+    overrides = ["model=rev_gpt2", "memory=reversible", f"privacy={privacy}", "profiler.compare=[stored,reversible]"]
+    noise = ["privacy.noise_multiplier=1.0"] if privacy == "ghost" else []
+    result = run([*overrides, *noise], tmp_path / "run", cache)
+    compared = result["memory"]["compared"]
+    assert compared["reversible"]["loss"] == pytest.approx(compared["stored"]["loss"], rel=1e-6)
+    assert {"perplexity", "bleu"} <= set(result["metrics"])
+    assert (tmp_path / "run" / "samples.md").is_file()
+    released = ["model=gpt2", f"model.name={tmp_path / 'run' / 'model'}", "trainer.steps=1"]
+    tiny = [each for each in DP if not each.startswith("model.")]
+    (tmp_path / "again").mkdir()
+    config = to_objects(compose([*tiny, *released, "privacy=none"]))
+    again = run_experiment(config, tmp_path / "again", progress=Progress())
+    assert again["metrics"]["perplexity_before"] == pytest.approx(result["metrics"]["perplexity"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "words"),
     [
