@@ -105,7 +105,14 @@ def test_of_language_models_one_has_a_reversible_mode():
 
 @pytest.mark.parametrize(
     "overrides",
-    [["experiment=brats_rev", "model.blocks=[2,1,1]"], ["experiment=gpt2_dp"], ["experiment=gpt2_dp", "privacy=none"]],
+    [
+        ["experiment=brats_rev", "model.blocks=[2,1,1]"],
+        ["experiment=brats_rev_dp"],
+        ["experiment=brats_rev_dp", "privacy=none"],
+        ["experiment=gpt2_dp"],
+        ["experiment=gpt2_dp", "privacy=none"],
+        ["experiment=gpt2_dp", "model=rev_gpt2", "memory=reversible"],
+    ],
 )
 def test_what_a_run_leaves_is_read_again(tmp_path, overrides):
     config = compose(overrides)
