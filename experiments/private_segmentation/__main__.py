@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.record import insert, keep, machine
+from memsave.compose import compose, to_objects
 from memsave.privacy import default_delta, noise_multiplier_for
 from memsave.profiler import format_bytes
+from memsave.training.experiment import make_model
 from memsave.training.measure import PLAIN
 from memsave.training.private import up
 
 HELD_OUT = 80
 PATIENTS = (50, 300, 1000)
 EPSILONS = (1, 3, 8)
-STEPS, RATE = 40, 0.09  # of the noise table: those of the experiment
-PARAMETERS = 6507  # of its network
 
 
 def of(patients: int, batch_size: int) -> list[str]:
@@ -80,27 +80,33 @@ def run(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def noise() -> dict[str, dict[str, float]]:
-    """By patients and epsilon: the noise multiplier of STEPS steps at RATE."""
-    known = {"sample_rate": RATE, "steps": STEPS, "accountant": "prv"}
-    return {
+def noise() -> dict[str, Any]:
+    """The noise multipliers of the experiment's steps, at its share of patients in a step, by patients and epsilon."""
+    config = to_objects(compose(["experiment=brats_rev_dp"]))
+    rate = config.trainer.batch_size / RUNS["720-8"][0]
+    known = {"sample_rate": rate, "steps": config.trainer.steps, "accountant": "prv"}
+    multipliers = {
         str(size): {
             str(epsilon): noise_multiplier_for(target_epsilon=epsilon, delta=default_delta(size), **known)
             for epsilon in EPSILONS
         }
         for size in PATIENTS
     }
+    parameters = sum(p.numel() for p in make_model(config)[0].parameters())
+    return {**known, "parameters": parameters, "multipliers": multipliers}
 
 
-def noise_table(found: dict[str, dict[str, float]]) -> str:
+def noise_table(found: dict[str, Any]) -> str:
     """Noise multipliers, and the length of the noise beside the longest that a mean of clipped gradients can be."""
     lines = [
         "| patients | " + " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS) + " |",
         "|---" * (len(EPSILONS) + 1) + "|",
     ]
-    for size, row in found.items():
-        cells = (f"{sigma:.2f}, {sigma / (RATE * int(size)) * PARAMETERS**0.5:.1f} to 1" for sigma in row.values())
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    for size, row in found["multipliers"].items():
+        over = found["parameters"] ** 0.5 / (found["sample_rate"] * int(size))
+        lines.append(
+            f"| {size} | " + " | ".join(f"{sigma:.2f}, {sigma * over:.1f} to 1" for sigma in row.values()) + " |"
+        )
     return "\n".join(lines)
 
 
