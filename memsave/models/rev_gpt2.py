@@ -165,10 +165,13 @@ class RevGPT2(PreTrainedModel, GenerationMixin):
             use_cache: make such a cache and return it.
             logits_to_keep: 0 keeps all.
         """
-        training = torch.is_grad_enabled()
-        if use_cache and not training and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        cache = None if training else past_key_values
+        cache, training = past_key_values, torch.is_grad_enabled()
+        if training and cache is not None:
+            raise ValueError(
+                "past_key_values were given where gradients are taken; give whole texts, or torch.no_grad()"
+            )
+        if use_cache and not training and cache is None:
+            cache = DynamicCache(config=self.config)
         before = 0 if cache is None else cache.get_seq_length()
         positions, bias = self._places(input_ids, attention_mask, before=int(before))
         x = self.wte(input_ids) + self.wpe(positions)  # (B, T, d)
