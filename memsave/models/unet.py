@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from memsave.models.mbconv import MBConv3d, group_norm, norm_groups
-from memsave.reversible import AdditiveCoupling, ReversibleSequence, Stream
+from memsave.models.memory import check_memory, run_blocks
+from memsave.reversible import AdditiveCoupling, ReversibleSequence
 
-MEMORY_MODES = ("stored", "checkpoint", "reversible")
 SKIPS = ("add", "concat")
 
 
@@ -109,19 +108,16 @@ class ReversibleUNet3d(nn.Module):
 
     @property
     def memory(self) -> str | tuple[str, ...]:
-        """What is kept between forward and backward: one of `MEMORY_MODES`, or one for each level."""
+        """What is kept between forward and backward: one of `memory.MEMORY_MODES`, or one for each level."""
         return self._memory
 
     @memory.setter
     def memory(self, mode: str | Sequence[str]) -> None:
         levels = [mode] * len(self.encoder) if isinstance(mode, str) else list(mode)
-        for each in levels:
-            if each not in MEMORY_MODES:
-                raise ValueError(f"memory is {each!r}; choose one of {', '.join(MEMORY_MODES)}")
         if len(levels) != len(self.encoder):
             raise ValueError(f"memory has {len(levels)} entries for {len(self.encoder)} levels; give one a level")
+        self._levels = [check_memory(each) for each in levels]
         self._memory: str | tuple[str, ...] = mode if isinstance(mode, str) else tuple(mode)
-        self._levels = levels
         for way in (self.encoder, self.decoder):
             for each, blocks in zip(levels, way):
                 assert isinstance(blocks, ReversibleSequence)
@@ -137,13 +133,13 @@ class ReversibleUNet3d(nn.Module):
         skips: list[Tensor] = []
         coarse: list[Tensor] = []
         for level, blocks in enumerate(self.encoder):
-            x = self._run(level, blocks, x)
+            x = run_blocks(blocks, x, memory=self._levels[level])
             if level < len(self.down):
                 skips.append(x)
                 x = self.down[level](x)
         for level in reversed(range(len(self.decoder))):
             x = self._rise(level, x, skips.pop())
-            x = self._run(level, self.decoder[level], x)
+            x = run_blocks(self.decoder[level], x, memory=self._levels[level])
             if self.training and 0 < level <= len(self.side_heads):
                 coarse.insert(0, self.side_heads[level - 1](x))
         return [self.head(x), *coarse] if coarse else self.head(x)
@@ -152,25 +148,6 @@ class ReversibleUNet3d(nn.Module):
         """From the level below to this one: (B, 2C, D/2, ...) and the skip (B, C, D, ...) to (B, C, D, ...)."""
         x = F.interpolate(self.up[level](x), size=skip.shape[2:], mode="trilinear", align_corners=False)
         return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
-
-    def _run(self, level: int, blocks: nn.Module, x: Tensor) -> Tensor:
-        if self._levels[level] != "checkpoint" or not torch.is_grad_enabled():
-            return blocks(x)
-        assert isinstance(blocks, ReversibleSequence)
-        stream = Stream.split(x, grid=blocks.grid)
-        for block in blocks.blocks:
-            assert isinstance(block, AdditiveCoupling)
-            stream = _checkpointed(block, stream)
-        return stream.merge()
-
-
-def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
-    """One block under a checkpoint: on the pair, since a join between blocks would round it under autocast."""
-
-    def run(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        return block.forward_stream(stream.pair(target, source)).halves()
-
-    return stream.pair(*checkpoint(run, *stream.halves(), use_reentrant=False))
 
 
 def _down(fine: int, coarse: int) -> nn.Sequential:

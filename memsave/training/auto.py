@@ -128,8 +128,10 @@ def texts_in_order(config: Config, device: torch.device) -> list[Config]:
         model(torch.zeros(1, config.data.max_length, dtype=torch.long))
     vocabulary, width = model.get_output_embeddings().weight.shape
     head = 2 * config.data.max_length * vocabulary * width
-    added = {"stored": 0, "checkpoint": flops.total - head, "logits": 0, "chunked": head}
-    ways = product(("stored", "checkpoint"), ("logits", "chunked"))
+    again = flops.total - head
+    added = {"stored": 0, "checkpoint": again, "reversible": again, "logits": 0, "chunked": head}
+    modes = ("stored", "checkpoint", "reversible") if hasattr(model, "memory") else ("stored", "checkpoint")
+    ways = product(modes, ("logits", "chunked"))
     choices = sorted(ways, key=lambda way: sum(added[each] for each in way))
     return [_text_choice(config, mode, head) for mode, head in choices]
 

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import ConfigError, LanguageModel, OptimizerConfig, SmallGPT2, SmolLM2, TrainerConfig, VisitsData
+from memsave.config import (
+    ConfigError,
+    LanguageModel,
+    OptimizerConfig,
+    RevGPT2,
+    SmallGPT2,
+    SmolLM2,
+    TrainerConfig,
+    VisitsData,
+)
 from memsave.data.cache import cached_folder
 from memsave.data.tables import public_records
 from memsave.models.language import fuse_gelu
@@ -68,6 +77,8 @@ def _load(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    import memsave.models.rev_gpt2  # noqa: F401, which makes itself known to AutoModelForCausalLM
+
     logging.disable_progress_bar()
     folder = _reachable(name)
     try:
@@ -123,7 +134,7 @@ def _first_line(error: Exception) -> str:
 
 
 def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
-    """The folder of a small GPT-2 that was trained on generated public text; trained now if it is not in the cache."""
+    """The folder of such a model that was trained on generated public text; trained now if it is not in the cache."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name")}
 
     def make(folder: Path) -> None:
@@ -134,35 +145,36 @@ def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return cached_folder(config.cache, name="small-gpt2", settings={"version": VERSION, **settings}, make=make)
+    return cached_folder(
+        config.cache, name=config.kind.replace("_", "-"), settings={"version": VERSION, **settings}, make=make
+    )
 
 
 def small_gpt2(config: SmallGPT2, tokenizer: Any) -> Any:
     """The model with random weights, without dropout: the noise of private training is regularisation enough."""
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         ends = {"end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-        return GPT2LMHeadModel(_small_gpt2_config(config, vocabulary=len(tokenizer), **ends))
+        return AutoModelForCausalLM.from_config(_small_gpt2_config(config, vocabulary=len(tokenizer), **ends))
 
 
 def _small_gpt2_config(config: SmallGPT2, *, vocabulary: int, end: int, pad: int) -> Any:
     from transformers import GPT2Config
 
-    return GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=config.positions,
-        n_embd=config.width,
-        n_layer=config.layers,
-        n_head=config.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
+    from memsave.models.rev_gpt2 import RevGPT2Config
+
+    known: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
+    sizes: dict[str, Any] = {
+        "max_position_embeddings": config.positions,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+    }
+    if isinstance(config, RevGPT2):
+        return RevGPT2Config(**known, **sizes)
+    return GPT2Config(**known, **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 def train_tokenizer(texts: list[str], *, size: int) -> Any:
@@ -190,7 +202,7 @@ def _pretrain(model: nn.Module, tokenizer: Any, records: list, config: SmallGPT2
     trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
     data = VisitsData(max_length=config.positions)
     task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
-    progress.say(f"pretraining a small GPT-2 on {len(records)} generated public records, once; it is then cached")
+    progress.say(f"pretraining model={config.kind} on {len(records)} generated public records, once; it is then cached")
     state = make_state(model, trainer)
     for group in state.optimizer.param_groups:
         group["betas"] = (0.9, 0.99)  # few steps: a shorter memory of squares

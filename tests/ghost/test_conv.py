@@ -11,7 +11,7 @@ from memsave.ghost.rules import conv, rule_for
 from memsave.ghost.rules.generic import generic
 from memsave.models import ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
-from memsave.models.unet import MEMORY_MODES
+from memsave.models.memory import MEMORY_MODES
 from tests.ghost.reference import assert_exact
 from tests.ghost.test_layers import Head, draw, losses_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memsave.models import MBConv3d, ReversibleUNet3d
-from memsave.models.unet import MEMORY_MODES
+from memsave.models.memory import MEMORY_MODES
 from memsave.profiler import MemoryRecorder
 from memsave.training.segmentation import region_losses
 

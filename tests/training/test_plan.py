@@ -75,7 +75,17 @@ def test_a_segmentation_run_holds_what_was_predicted(overrides, tmp_path):
         assert held == pytest.approx(predicted, rel=0.005)
 
 
-@pytest.mark.parametrize("overrides", [(), ("privacy=none",), ("memory=checkpoint",)], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("privacy=none",),
+        ("memory=checkpoint",),
+        ("model=rev_gpt2", "memory=reversible"),
+        ("model=rev_gpt2", "memory=stored", "privacy=none"),
+    ],
+    ids=str,
+)
 def test_a_text_step_holds_what_was_predicted(overrides):
     config = config_of(*overrides, "model.width=64", "model.vocabulary=4000", base=TEXT)
     predicted = peak_on_fake(lambda: blank_step(config, device=CPU))
@@ -133,8 +143,9 @@ def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
     ("vary", "sizes", "words"),
     [("depth", (2, 4), "4 layers"), ("channels", (16, 32), "width 32"), ("length", (32, 64), "64 tokens")],
 )
-def test_what_a_language_model_can_vary(vary, sizes, words):
-    varied = variation(config_of(f"vary={vary}", "budget=1GiB", "mode=plan", base=TEXT))
+@pytest.mark.parametrize("model", ["small_gpt2", "rev_gpt2"])
+def test_what_a_language_model_can_vary(model, vary, sizes, words):
+    varied = variation(config_of(f"vary={vary}", "budget=1GiB", "mode=plan", f"model={model}", base=TEXT))
     less, more = (
         peak_on_fake(lambda size=size: blank_step(varied.at(size), device=CPU, architecture=varied.architecture(size)))
         for size in sizes

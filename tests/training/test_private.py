@@ -103,6 +103,23 @@ def test_without_privacy_it_runs_the_same(tmp_path, cache):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("privacy", ["none", "ghost"])
+def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, cache):
+    overrides = ["model=rev_gpt2", "memory=reversible", f"privacy={privacy}", "profiler.compare=[stored,reversible]"]
+    noise = ["privacy.noise_multiplier=1.0"] if privacy == "ghost" else []
+    result = run([*overrides, *noise], tmp_path / "run", cache)
+    compared = result["memory"]["compared"]
+    assert compared["reversible"]["loss"] == pytest.approx(compared["stored"]["loss"], rel=1e-6)
+    assert {"perplexity", "bleu"} <= set(result["metrics"])
+    assert (tmp_path / "run" / "samples.md").is_file()
+    released = ["model=gpt2", f"model.name={tmp_path / 'run' / 'model'}", "trainer.steps=1"]
+    tiny = [each for each in DP if not each.startswith("model.")]
+    (tmp_path / "again").mkdir()
+    config = to_objects(compose([*tiny, *released, "privacy=none"]))
+    again = run_experiment(config, tmp_path / "again", progress=Progress())
+    assert again["metrics"]["perplexity_before"] == pytest.approx(result["metrics"]["perplexity"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "words"),
     [
@@ -241,16 +258,9 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits_and_counts_no_step_twice(
 
 def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
     pytest.importorskip("monai")
-    small = ["data.cases=8", "data.size=[48,48,32]", "data.crop_size=[16,16,16]", "model.channels=[8,16]"]
-    config = to_objects(
-        compose(
-            [
-                *("experiment=brats_rev", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"),
-                *(*small, f"data.root={tmp_path}", "model.blocks=[1,1]", "trainer.steps=3", "profiler.compare=[]"),
-                *("privacy.noise_multiplier=1.0", "trainer.batch_size=2"),
-            ]
-        )
-    )
+    small = ["data.cases=8", "data.size=[48,48,32]", "data.crop_size=[16,16,16]", f"data.root={tmp_path}"]
+    short = ["trainer.steps=3", "trainer.batch_size=2", "privacy.noise_multiplier=1.0", "profiler.compare=[]"]
+    config = to_objects(compose(["experiment=brats_rev_dp", *small, *short]))
     folder = tmp_path / "run"
     folder.mkdir()
     spent = run_experiment(config, folder, progress=Progress())["privacy"]

@@ -1,0 +1,1 @@
+"""Stored, checkpoint and reversible, side by side."""
