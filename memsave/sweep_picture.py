@@ -35,14 +35,28 @@ def draw(rows: Rows, path: Path) -> None:
 def _lines(axes: Any, rows: Rows) -> None:
     """The largest size by budget, one line a way to train, each point with its size in words."""
     what = next(key for key in rows[0] if key.startswith("largest "))
+    near = 0.05 * max(row["size"] for row in rows)
+    written: dict[int, list[int]] = {}  # by budget, the sizes that have their words
+    named: list[int] = []
     for number, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
         points = sorted((parse_bytes(row["budget"]), row["size"], row[what]) for row in rows if row["way"] == way)
         colour = LINES[number % len(LINES)]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", color=colour, linewidth=1.8)
         for budget, size, words in points:
-            axes.annotate(words, (budget, size), xytext=(-5, 6), textcoords="offset points", ha="right", fontsize=8,
-                          color=colour)  # fmt: skip
-        axes.annotate(way, points[-1][:2], xytext=(10, -3), textcoords="offset points", fontsize=10, color=colour)
+            below = any(abs(size - other) < near for other in written.setdefault(budget, []))
+            written[budget].append(size)
+            axes.annotate(words, (budget, size), xytext=(5, -13) if below else (-5, 6), textcoords="offset points",
+                          ha="left" if below else "right", fontsize=8, color=colour)  # fmt: skip
+        lower = any(abs(points[-1][1] - other) < near for other in named)
+        named.append(points[-1][1])
+        axes.annotate(
+            way,
+            points[-1][:2],
+            xytext=(10, -25) if lower else (10, 1),
+            textcoords="offset points",
+            fontsize=10,
+            color=colour,
+        )
     budgets = sorted({parse_bytes(row["budget"]) for row in rows})
     axes.set_xscale("log")
     axes.set_xticks(budgets, [format_bytes(each).replace(".00", "") for each in budgets])

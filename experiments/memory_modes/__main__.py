@@ -27,7 +27,7 @@ ROOT = HERE.parent.parent
 
 
 def main() -> None:
-    config = to_objects(compose(["experiment=brats_rev", f"trainer.steps={STEPS}"]))
+    config = to_objects(compose(["experiment=brats_rev", "memory.engine=hooks", f"trainer.steps={STEPS}"]))
     task = make_task(config, torch.device("cpu"))
     runs, recorders, losses, seconds = {}, {}, {m: [] for m in MODES}, {m: [] for m in MODES}
     for mode in MODES:
@@ -77,7 +77,7 @@ def measure_depths() -> dict[str, dict[str, int]]:
     volume = torch.randn(1, 4, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     peaks: dict[str, dict[str, int]] = {}
     for blocks in DEPTHS:
-        model = ReversibleUNet3d(channels=(16, 32, 64), blocks=blocks)
+        model = ReversibleUNet3d(channels=(16, 32, 64), blocks=blocks, engine="hooks")
         peaks[str(blocks)] = {}
         for mode in MODES:
             model.memory = mode

@@ -3,10 +3,8 @@
     python -m experiments.planning
 
 1. Steps that were not calibrated on: exact and calibrated bytes against what PyTorch's allocator held.
-2. Runs at the largest size that a plan names for a small budget: live bytes, allocator, and the process itself.
+2. Steps at the largest size that a plan names for a small budget: live bytes, and the allocator's.
 3. `experiment=brats_budget` and `experiment=gpt2_budget`: predicted, in pictures.
-
-malloc is told to give freed blocks back (`memsave.training.process`), which would otherwise count as the step's.
 """
 
 import os
@@ -26,7 +24,6 @@ from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, forma
 from memsave.training.blank import blank_step
 from memsave.training.plan import calibration_of, make_plan, own_way
 from memsave.training.plan_report import draw
-from memsave.training.process import process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
 from memsave.training.variation import variation
 
@@ -64,7 +61,6 @@ BUDGETS = [
 
 
 def main() -> None:
-    return_freed_memory()
     steps = [compare(overrides) for overrides in STEPS]
     budgets = [stay_inside(name, overrides) for name, overrides in BUDGETS]
     texts = {"planned steps": step_table(steps), "planned budgets": budget_table(budgets)}
@@ -125,11 +121,6 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
     varied = variation(config)
     made = step_of(varied.at(answer.size))
     made.run()
-    restart_peak()
-    before = process_peak()
-    made.run()
-    after = process_peak()
-    assert before is not None and after is not None
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
     live = recorder.report()
@@ -144,7 +135,6 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
         "calibrated_bytes": answer.need.calibrated,
         "measured_live_bytes": live.peak_bytes,
         "measured_allocator_bytes": live.start_bytes + taken,
-        "measured_process_bytes": live.start_bytes + after - before,
     }
     print(name, row["size"], flush=True)
     return row
@@ -188,11 +178,11 @@ def step_table(rows: list[dict]) -> str:
 def budget_table(rows: list[dict]) -> str:
     lines = [
         f"{machine()}:\n",
-        "| what | budget | largest that fits | predicted | live, measured | allocator, measured | process, measured |",
-        "|---|---|---|---|---|---|---|",
+        "| what | budget | largest that fits | predicted | live, measured | allocator, measured |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        sizes = ("calibrated_bytes", "measured_live_bytes", "measured_allocator_bytes", "measured_process_bytes")
+        sizes = ("calibrated_bytes", "measured_live_bytes", "measured_allocator_bytes")
         cells = [row["name"], format_bytes(row["budget_bytes"]), row["size"]]
         lines.append("| " + " | ".join([*cells, *(format_bytes(row[key]) for key in sizes)]) + " |")
     return "\n".join(lines)
