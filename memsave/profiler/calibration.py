@@ -47,11 +47,12 @@ class Calibration:
 def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = "cpu") -> Calibration | None:
     """Take a small real step and compare what the allocator took with what the recorder counted.
 
-    The step runs three times: to make the optimizer's state, under the recorder, and under the allocator's measurement.
+    The step runs under the recorder and under the allocator's measurement, once the optimizer has its state.
     None where no allocator answers (see `allocator_peak`).
     """
     made = step()
-    made.run()
+    if not has_state(made.optimizer):
+        made.run()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
     report = recorder.report()
@@ -60,6 +61,21 @@ def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = 
         return None
     excess = report.start_bytes + taken - report.peak_bytes
     return Calibration(workspace_ratio=max(0.0, excess / max(1, report.largest_block_bytes)))
+
+
+def has_state(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Have the optimizer make its state, from gradients that are all there; False where that takes more."""
+    if optimizer is None:
+        return False
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except TypeError:  # it wants a closure
+        return False
+    finally:
+        optimizer.zero_grad()
+    return True
 
 
 def read_calibrations(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from memsave.profiler.calibration import Calibration, TrainingStep
+from memsave.profiler.calibration import Calibration, TrainingStep, has_state
 from memsave.profiler.recorder import MemoryRecorder
 from memsave.profiler.report import MemoryReport, format_bytes, parse_bytes
 
@@ -53,7 +53,7 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
         with FakeTensorMode():
             made = step()
             reports = []
-            for _ in range(1 if _has_state(made.optimizer) else 2):
+            for _ in range(1 if has_state(made.optimizer) else 2):
                 with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
                     made.run()
                 reports.append(recorder.report())
@@ -65,21 +65,6 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
     finally:
         torch.set_rng_state(state)
     return max(reversed(reports), key=lambda report: report.peak_bytes)
-
-
-def _has_state(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Have the optimizer make its state, from gradients that are all there; False where that takes more."""
-    if optimizer is None:
-        return False
-    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
-        parameter.grad = torch.empty_like(parameter)
-    try:
-        optimizer.step()
-    except TypeError:  # it wants a closure
-        return False
-    finally:
-        optimizer.zero_grad()
-    return True
 
 
 @dataclass(frozen=True)
@@ -149,6 +134,7 @@ def largest(
     reserve: str | int = 0,
     calibration: Calibration | None = None,
     start: int | None = None,
+    power: float = 1.0,
 ) -> Answer:
     """The largest size of `low` to `high`, in steps of `multiple`, whose training step fits into the budget.
 
@@ -162,6 +148,7 @@ def largest(
         low, high, multiple: the sizes; the lowest is `low`, and they end at `high`.
         calibration: what the allocator takes over the exact bytes; None: nothing.
         start: the size that is tried first; None: the middle, as powers go.
+        power: of the size that bytes are about proportional to, such as 3 for the side of a volume: for the second try.
 
     Raises ValueError where there is no size, or the budget cannot be read.
     """
@@ -180,7 +167,7 @@ def largest(
         return known[size]
 
     first = round(math.sqrt(low * high)) if start is None else start
-    found = search(sizes, lambda size: need(size).total, limit=limit, start=first)
+    found = search(sizes, lambda size: need(size).total, limit=limit, start=first, power=power)
     totals = [known[size].total for size in sorted(known)]
     monotone = totals == sorted(totals)
     if not monotone:
@@ -195,7 +182,7 @@ def largest(
     )
 
 
-def search(sizes: range, total: Callable[[int], int], *, limit: int, start: int) -> int | None:
+def search(sizes: range, total: Callable[[int], int], *, limit: int, start: int, power: float = 1.0) -> int | None:
     """The largest of the sizes with total(size) <= limit, if totals grow with sizes; None for none.
 
     Totals grow about as a power of the size, so the next one to try follows from the last two. A guess that is off by
@@ -207,7 +194,7 @@ def search(sizes: range, total: Callable[[int], int], *, limit: int, start: int)
         if not points:
             wanted = start
         elif len(points) == 1:
-            wanted = 2 * start if fits >= 0 else start // 2
+            wanted = int(points[0][0] * min(GROWTH, (limit / max(1, points[0][1])) ** (1 / power)))
         elif len(points) % 5 == 0:
             wanted = sizes.start + (fits + fails) // 2 * sizes.step
         else:

@@ -141,6 +141,7 @@ def _row(
         high=varied.high,
         multiple=varied.multiple,
         start=varied.start,
+        power=varied.power,
     )
     seconds = (time.perf_counter() - started) / len(answer.tried)
     size = None if answer.size is None else varied.describe(answer.size)

@@ -32,6 +32,8 @@ class Variation:
     """The config with another size."""
     describe: Callable[[int], str]
     """The size for people."""
+    power: float = 1.0
+    """Of the size that memory is about proportional to."""
     architecture: Callable[[int], Mapping[str, Any]] = lambda size: {}
     """What changes in a language model's architecture, by the names of transformers."""
 
@@ -59,7 +61,7 @@ def _volume(config: Config) -> Variation:
     def at(size: int) -> Config:
         return _changed(config, lambda changed: setattr(changed.data, "crop_size", crop(size)))
 
-    return Variation(VOXELS, MOST_VOXELS, VOXELS, longest, at, lambda size: "x".join(map(str, crop(size))))
+    return Variation(VOXELS, MOST_VOXELS, VOXELS, longest, at, lambda size: "x".join(map(str, crop(size))), 3.0)
 
 
 def _depth(config: Config) -> Variation:
