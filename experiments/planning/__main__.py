@@ -86,11 +86,8 @@ def step_of(config: Config) -> TrainingStep:
     return blank_step(config, device=CPU)
 
 
-def compare(overrides: list[str]) -> dict[str, Any]:
-    """Predicted and measured bytes of one configuration."""
-    config = config_of(overrides)
-    calibration = calibration_of(config, own_way(config), CPU, progress=Progress())
-    predicted = peak_on_fake(lambda: step_of(config))
+def measured(config: Config) -> dict[str, int]:
+    """What a real step, the second, holds in live tensors and takes from the allocator, in bytes."""
     made = step_of(config)
     made.run()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
@@ -98,15 +95,21 @@ def compare(overrides: list[str]) -> dict[str, Any]:
     live = recorder.report()
     taken = allocator_peak(made.run)
     assert taken is not None
-    heap = live.start_bytes + taken
+    return {"measured_live_bytes": live.peak_bytes, "measured_allocator_bytes": live.start_bytes + taken}
+
+
+def compare(overrides: list[str]) -> dict[str, Any]:
+    """Predicted and measured bytes of one configuration."""
+    config = config_of(overrides)
+    calibration = calibration_of(config, own_way(config), CPU, progress=Progress())
+    predicted = peak_on_fake(lambda: step_of(config))
     row = {
         "overrides": overrides,
         "exact_bytes": predicted.peak_bytes,
         "calibrated_bytes": calibration.allocator_bytes(predicted),
-        "measured_live_bytes": live.peak_bytes,
-        "measured_allocator_bytes": heap,
+        **measured(config),
     }
-    row["error"] = row["calibrated_bytes"] / heap - 1
+    row["error"] = row["calibrated_bytes"] / row["measured_allocator_bytes"] - 1
     print(overrides, f"{row['error']:+.2%}", flush=True)
     return row
 
@@ -119,13 +122,6 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
     answer = make_plan(config, CPU, ways=[way], progress=Progress()).own.answer
     assert answer is not None and answer.size is not None
     varied = variation(config)
-    made = step_of(varied.at(answer.size))
-    made.run()
-    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
-        made.run()
-    live = recorder.report()
-    taken = allocator_peak(made.run)
-    assert taken is not None
     row = {
         "name": name,
         "overrides": overrides,
@@ -133,8 +129,7 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
         "size": varied.describe(answer.size),
         "exact_bytes": answer.need.exact,
         "calibrated_bytes": answer.need.calibrated,
-        "measured_live_bytes": live.peak_bytes,
-        "measured_allocator_bytes": live.start_bytes + taken,
+        **measured(varied.at(answer.size)),
     }
     print(name, row["size"], flush=True)
     return row

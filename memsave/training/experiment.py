@@ -24,7 +24,7 @@ from memsave.training.log import RunLog
 from memsave.training.loop import State, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
 from memsave.training.private import make_private, write_statement
-from memsave.training.process import process_peak, restart_peak, return_freed_memory
+from memsave.training.process import process_bytes, process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
 from memsave.training.task import Task
 
@@ -47,6 +47,38 @@ def run_experiment(
     if config.mode == "plan":
         return plan_experiment(config, folder, device, ways=ways, progress=progress)
     config, planned = fitted(config, folder, device, progress=progress)
+    state, task = _prepared(config, device, progress=progress)
+    log = RunLog(folder, tensorboard=config.trainer.tensorboard)
+    first = _evaluate_first(config, state, task, log, progress=progress)
+    measured = _compare(config, state, task, progress=progress)
+    watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
+    try:
+        loss, scores = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
+    except OverBudget as stop:
+        stop.outcome = {**planned, "memory": _write_memory(config, folder, watch.last, measured)}
+        raise
+    memory = _write_memory(config, folder, watch.worst, measured)
+    if watch.process_peak is not None:
+        memory |= {"process_peak_bytes": watch.process_peak, "process_start_bytes": watch.process_start}
+        start = format_bytes(watch.process_start or 0)
+        progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}, {start} before")
+    task.show(folder)
+    with averaged(state):
+        task.release(state.model, folder / "model")
+    for line in _last_lines(config, task, scores, measured):
+        progress.say(line)
+    spent = write_statement(config, state, task, folder, progress=progress)
+    return {
+        "metrics": {"loss": loss, **scores, **first},
+        "seconds_per_step": median(watch.seconds) if watch.seconds else None,
+        "memory": memory,
+        "privacy": spent,
+        **planned,
+    }
+
+
+def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[State, Task]:
+    """Model, optimizer and clipping as they are before the first step, or where `trainer.resume` left them; the task."""
     torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
@@ -64,33 +96,7 @@ def run_experiment(
         if state.step > config.trainer.steps:
             raise ConfigError(f"trainer.steps is {config.trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {config.trainer.steps}")
-
-    log = RunLog(folder, tensorboard=config.trainer.tensorboard)
-    first = _evaluate_first(config, state, task, log, progress=progress)
-    measured = _compare(config, state, task, progress=progress)
-    watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
-    try:
-        loss, scores = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
-    except OverBudget as stop:
-        stop.outcome = {**planned, "memory": _write_memory(config, folder, watch.last, measured)}
-        raise
-    memory = _write_memory(config, folder, watch.worst, measured)
-    if watch.process_peak is not None:
-        memory["process_peak_bytes"] = watch.process_peak
-        progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}")
-    task.show(folder)
-    with averaged(state):
-        task.release(model, folder / "model")
-    for line in _last_lines(config, task, scores, measured):
-        progress.say(line)
-    spent = write_statement(config, state, task, folder, progress=progress)
-    return {
-        "metrics": {"loss": loss, **scores, **first},
-        "seconds_per_step": median(watch.seconds) if watch.seconds else None,
-        "memory": memory,
-        "privacy": spent,
-        **planned,
-    }
+    return state, task
 
 
 def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
@@ -164,6 +170,7 @@ class Watch:
         self.first: MemoryReport | None = None
         self.last: MemoryReport | None = None
         self.worst: MemoryReport | None = None
+        self.process_start: int | None = None
         self.process_peak: int | None = None
         self.seconds: list[float] = []  # of each step
 
@@ -221,6 +228,7 @@ def _train(
     loss: float | None = None  # when nothing was left to train
     if config.profiler.process:
         restart_peak()
+        watch.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
         for done in run_steps(state, task, trainer, watch=watch):
             loss = done.loss

@@ -174,7 +174,9 @@ def calibration_of(config: Config, way: str, device: torch.device, *, progress: 
     path = cache_root() / "calibration.json"
     here = hardware()
     machine = here["gpu"] if device.type == "cuda" else f"{here['cpu']} ({here['threads']} threads)"
-    name = f"{machine}, {device.type}, {config.trainer.precision}, {config.model.kind}, {way}"
+    memory = config.memory  # of which a U-Net's mode is the way already
+    kept = dict.fromkeys([config.trainer.precision, config.model.kind, way, memory.mode, f"engine {memory.engine}"])
+    name = ", ".join([machine, device.type, *kept])
     found = read_calibrations(path).get(name)
     if found is not None and found.get("torch") == torch.__version__:
         return Calibration(workspace_ratio=found["workspace_ratio"])

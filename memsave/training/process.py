@@ -32,9 +32,18 @@ def restart_peak() -> None:
 
 def process_peak() -> int | None:
     """The most resident bytes of this process since it began, or since `restart_peak`; None where nobody counts."""
+    return _status("VmHWM")
+
+
+def process_bytes() -> int | None:
+    """The resident bytes of this process now; None where nobody counts."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
     if not STATUS.is_file():
         return None
     for line in STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return None

@@ -51,6 +51,17 @@ def assert_same_as_stored(net, x, **options):
     assert_same(gradients(net, x, **options), gradients(twin, x, **options))
 
 
+class Twice(nn.Module):
+    """One network used twice in a graph."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(self.net(x).tanh())
+
+
 class Counting(nn.Module):
     """Counts how often it is evaluated."""
 

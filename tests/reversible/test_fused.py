@@ -18,7 +18,7 @@ from memsave.models import MBConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, RecomputableBranch, ReversibleSequence, verify
 from memsave.reversible.frame import Frame
-from tests.reversible.blocks import assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
+from tests.reversible.blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 from tests.reversible.test_memory import live_peak
 from tests.reversible.test_sequence import distance
 
@@ -73,15 +73,7 @@ def grads(model):
 
 
 def test_one_sequence_used_twice_in_a_graph():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = sequence(dropout=0.3)
-
-        def forward(self, x):
-            return self.net(self.net(x).tanh())
-
-    assert_same_as_stored(Twice(), volume())
+    assert_same_as_stored(Twice(sequence(dropout=0.3)), volume())
 
 
 def test_parameters_shared_between_blocks_and_within_a_branch():

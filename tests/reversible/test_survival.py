@@ -11,20 +11,20 @@ from torch.utils.checkpoint import checkpoint
 
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, ReversibleSequence, verify
-from tests.reversible.blocks import assert_same, assert_same_as_stored, conv_branch, gradients, sequence, twin_of
+from tests.reversible.blocks import (
+    Twice,
+    assert_same,
+    assert_same_as_stored,
+    conv_branch,
+    gradients,
+    sequence,
+    twin_of,
+)
 from tests.reversible.test_sequence import distance, image
 
 
 def test_one_sequence_used_twice_in_a_graph():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = sequence(dropout=0.3)
-
-        def forward(self, x):
-            return self.net(self.net(x).tanh())
-
-    assert_same_as_stored(Twice(), image())
+    assert_same_as_stored(Twice(sequence(dropout=0.3)), image())
 
 
 def test_parameters_shared_between_blocks():

@@ -1,0 +1,179 @@
+"""The largest volume, depth and width that train in a budget, by how activations are kept.
+
+    python -m experiments.memory_budget
+
+Live bytes of the whole training step of the U-Net of `experiment=brats_full` (five levels, 16 to 256 channels, float32,
+AdamW, one volume), predicted on fake tensors; at the end real steps at the sizes that the smallest budget allows, with
+what they held. Pendse et al. (2020) state up to 3 times the volume, 25% more depth or twice the channels of the
+corresponding non-reversible network.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.record import insert, keep, machine
+from memsave.compose import compose, to_objects
+from memsave.config import Config
+from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
+from memsave.profiler.planner import search
+from memsave.training.blank import blank_step
+from memsave.training.variation import variation
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CPU = torch.device("cpu")
+BUDGETS = ("8GiB", "11GiB", "16GiB", "24GiB", "32GiB", "80GiB")
+MEASURED = "1GiB"
+WAYS = {
+    "stored": ["memory=stored"],
+    "checkpoint": ["memory=checkpoint"],
+    "reversible, hooks": ["memory=reversible", "memory.engine=hooks"],
+    "reversible, fused": ["memory=reversible", "memory.engine=fused"],
+}
+CROP = "data.crop_size=[128,128,128]"
+VARIES = {  # overrides, and where the search ends
+    "volume": (["data.crop_size=[240,240,160]"], 640),
+    "depth": ([CROP], 12),
+    "channels": ([CROP], 160),
+}
+
+
+def config_of(way: str, vary: str) -> Config:
+    overrides, _ = VARIES[vary]
+    base = ["experiment=brats_full", "mode=plan", f"vary={vary}", "budget=8GiB"]
+    return to_objects(compose([*base, *WAYS[way], *overrides]))
+
+
+@cache
+def predicted(way: str, vary: str, size: int) -> int:
+    """Live bytes at the peak of a step."""
+    config = variation(config_of(way, vary)).at(size)
+    found = peak_on_fake(lambda: blank_step(config, device=CPU)).peak_bytes
+    print(f"{way}, {vary} {size}: {format_bytes(found)}", flush=True)
+    return found
+
+
+def largest_in(way: str, vary: str, budget: str) -> int | None:
+    varied = variation(config_of(way, vary))
+    sizes = range(varied.low, VARIES[vary][1] + 1, varied.multiple)
+    start = min(varied.start, sizes[-1])
+    return search(sizes, lambda size: predicted(way, vary, size), limit=parse_bytes(budget), start=start)
+
+
+def row_of(way: str, vary: str, budget: str) -> dict[str, Any]:
+    size = largest_in(way, vary, budget)
+    words = "none" if size is None else variation(config_of(way, vary)).describe(size)
+    voxels = [] if size is None else variation(config_of(way, vary)).at(size).data.crop_size
+    return {
+        "way": way,
+        "vary": vary,
+        "budget_bytes": parse_bytes(budget),
+        "size": size,
+        "described": words,
+        "voxels": None if size is None else voxels[0] * voxels[1] * voxels[2],
+        "predicted_bytes": None if size is None else predicted(way, vary, size),
+        "at_the_end_of_the_search": size == VARIES[vary][1],
+    }
+
+
+def measured(row: dict[str, Any]) -> dict[str, Any]:
+    """A real step at the size of a row."""
+    made = blank_step(variation(config_of(row["way"], row["vary"])).at(row["size"]), device=CPU)
+    made.run()
+    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
+        made.run()
+    return {**row, "measured_bytes": recorder.report().peak_bytes}
+
+
+def gain(rows: list[dict], row: dict[str, Any]) -> str:
+    """How many times as large as stored in the same budget."""
+    base = next(r for r in rows if r["way"] == "stored" and r["budget_bytes"] == row["budget_bytes"])
+    if row["size"] is None or base["size"] is None or row is base:
+        return ""
+    key = "voxels" if row["vary"] == "volume" else "size"
+    return f" ({row[key] / base[key]:.1f}x)"
+
+
+def table(rows: list[dict], vary: str) -> str:
+    heads = {
+        "volume": "the largest volume",
+        "depth": "the most blocks a level, at 128^3",
+        "channels": "channels, at 128^3",
+    }
+    lines = [f"| {heads[vary]} | " + " | ".join(BUDGETS) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
+    mine = [row for row in rows if row["vary"] == vary]
+    for way in WAYS:
+        cells = [
+            row["described"].removesuffix(" blocks a level")
+            + (" or more" if row["at_the_end_of_the_search"] else "")
+            + gain(mine, row)
+            for row in mine
+            if row["way"] == way
+        ]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measured_table(rows: list[dict]) -> str:
+    lines = [
+        f"{machine()}, budget {MEASURED}:\n",
+        "| way | what | size | predicted | measured |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = [format_bytes(row[key]) for key in ("predicted_bytes", "measured_bytes")]
+        lines.append("| " + " | ".join([row["way"], row["vary"], row["described"], *sizes]) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Voxels over the budget, one line a way to keep activations."""
+    from matplotlib.figure import Figure
+
+    from memsave.sweep_picture import LINES
+
+    figure = Figure(figsize=(8.6, 4.4), dpi=160, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    for way, colour in zip(WAYS, LINES):
+        mine = [row for row in rows if row["vary"] == "volume" and row["way"] == way and row["size"]]
+        points = [(row["budget_bytes"], row["voxels"] / 1e6) for row in mine]
+        axes.plot(*zip(*points), marker="o", color=colour, linewidth=1.8)
+        axes.annotate(way, points[-1], xytext=(8, -3), textcoords="offset points", fontsize=10, color=colour)
+    whole = 240 * 240 * 160 / 1e6
+    axes.axhline(whole, color="#8a9096", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate("a whole BraTS volume", (parse_bytes(BUDGETS[0]), whole), xytext=(0, 4), textcoords="offset points",
+                  fontsize=9, color="#8a9096")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([parse_bytes(each) for each in BUDGETS], [each.replace("GiB", " GiB") for each in BUDGETS])
+    axes.minorticks_off()
+    axes.margins(x=0.2)
+    axes.set_ylabel("million voxels", fontsize=10, color="#8a9096")
+    for spine in ("top", "right"):
+        axes.spines[spine].set_visible(False)
+    axes.set_title("The largest volume that trains in a budget, predicted", loc="left", fontsize=12)
+    figure.savefig(path)
+
+
+def main() -> None:
+    rows = [row_of(way, vary, budget) for vary in VARIES for way in WAYS for budget in BUDGETS]
+    small = [row_of(way, vary, MEASURED) for vary in ("volume",) for way in WAYS]
+    real = [measured(row) for row in small if row["size"] is not None]
+    texts = {f"budget {vary}": table(rows, vary) for vary in VARIES} | {"budget measured": measured_table(real)}
+    for name, text in texts.items():
+        print(text)
+        insert(HERE / "README.md", name=name, text=text)
+    insert(ROOT / "README.md", name="budget volume", text=texts["budget volume"])
+    draw(rows, HERE / "volumes.png")
+    keep(
+        HERE / "results.json",
+        command="python -m experiments.memory_budget",
+        results={"predicted": rows, "measured": real},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A step of the whole volume of BraTS: seconds, live bytes and the whole process, beside what was planned.
+
+    python -m experiments.whole_volume            # some ten minutes on two cores
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from experiments.record import insert, keep, machine
+from memsave.profiler import format_bytes
+
+HERE = Path(__file__).parent
+DOCUMENTS = (HERE / "README.md", HERE.parents[1] / "docs" / "brats.md")
+COMMAND = ["-m", "memsave.run", "experiment=brats_full", "budget=8GiB"]
+LARGEST = 8
+
+
+def main() -> None:
+    found = run()
+    text = table(found)
+    print(text)
+    for document in DOCUMENTS:
+        insert(document, name="whole volume", text=text)
+    insert(HERE / "README.md", name="whole volume peak", text=peak_table(found["largest_blocks"]))
+    keep(HERE / "results.json", command="python -m experiments.whole_volume", results=found)
+
+
+def run() -> dict[str, Any]:
+    """What is kept of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, *COMMAND, f"hydra.run.dir={folder}"], check=True)
+        result = json.loads((Path(folder) / "result.json").read_text())
+        report = json.loads((Path(folder) / "memory.json").read_text())["step"]
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    planned = next(row for row in result["plan"]["rows"] if row["way"] == result["plan"]["way"])
+    memory = result["memory"]
+    steps = [{"loss": line["loss"], "seconds": line["seconds"]} for line in lines if "loss" in line]
+    above = planned["calibrated_bytes"] - memory["peak_by_category"]["parameter"]
+    return {
+        "run": " ".join(["python", *COMMAND]),
+        "steps": steps,
+        "predicted": {
+            "live_bytes": planned["exact_bytes"],
+            "calibrated_bytes": planned["calibrated_bytes"],
+            "process_bytes": memory["process_start_bytes"] + above,
+        },
+        "measured": {
+            "live_bytes": memory["peak_bytes"],
+            "process_bytes": memory["process_peak_bytes"],
+            "process_start_bytes": memory["process_start_bytes"],
+        },
+        "peak_by_category": memory["peak_by_category"],
+        "largest_blocks": report["blocks"][:LARGEST],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    predicted, measured = found["predicted"], found["measured"]
+    seconds = ", ".join(f"{step['seconds']:.0f} s" for step in found["steps"])
+    losses = ", ".join(f"{step['loss']:.3f}" for step in found["steps"])
+    lines = [f"{machine()}; steps: {seconds}; losses: {losses}:\n", "| | predicted | measured | off by |", "|---|---|---|---|"]
+    for name, key in (("live tensors", "live_bytes"), ("the whole process", "process_bytes")):
+        off = predicted[key] / measured[key] - 1
+        lines.append(f"| {name} | {format_bytes(predicted[key])} | {format_bytes(measured[key])} | {off:+.1%} |")
+    lines.append(f"| the process before the first step | | {format_bytes(measured['process_start_bytes'])} | |")
+    return "\n".join(lines)
+
+
+def peak_table(blocks: list[dict[str, Any]]) -> str:
+    lines = ["| bytes | shape | module | category |", "|---|---|---|---|"]
+    for block in blocks:
+        shape = "x".join(map(str, block["shape"]))
+        lines.append(f"| {format_bytes(block['bytes'])} | {shape} | {block['module'] or ''} | {block['category']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
