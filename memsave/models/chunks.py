@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from memsave.models.depthwise import depthwise_gradients, same_depthwise_conv
 
 LAST = torch.channels_last_3d
-BLOCKS = 16  # contractions over voxels are summed over so many blocks, in float64
+BLOCKS = 16  # contractions over voxels are summed over at most so many blocks, in float64
 
 
 class Affine(NamedTuple):
@@ -253,15 +253,12 @@ class FoldedGradients(NamedTuple):
 
 def normaliser(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float) -> Affine:
     """What GroupNorm does to a tensor whose channels have these means and mean squares, both (B, C)."""
-
-    def over_group(each: Tensor) -> Tensor:
-        means = each.unflatten(1, (groups, -1)).mean(2, keepdim=True)
-        return means.expand(-1, -1, each.shape[1] // groups).flatten(1)
-
-    centre = over_group(mean)
-    variance = (over_group(square) - centre.square()).clamp(min=0)
-    scale = (variance + eps).rsqrt() * weight
-    return Affine(scale, bias - scale * centre)
+    means, squares = (each.unflatten(1, (groups, -1)) for each in (mean, square))
+    weights, biases = (each.unflatten(0, (groups, -1)) for each in (weight, bias))
+    centre = means.mean(2, keepdim=True)  # (B, G, 1)
+    variance = (squares.mean(2, keepdim=True) - centre.square()).clamp(min=0)
+    scale = (variance + eps).rsqrt() * weights
+    return Affine(scale.flatten(1), (biases - scale * centre).flatten(1))
 
 
 def _finish(
@@ -283,7 +280,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _rows(volume: Tensor, dtype: torch.dtype) -> Tensor:
@@ -325,33 +322,31 @@ def _add_products(total: Tensor, rows: Tensor, weight: Tensor) -> None:
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
     """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q), in float64."""
-    return torch.stack([_inner_of_sample(a, b) for a, b in zip(one, other, strict=True)])
-
-
-def _inner_of_sample(one: Tensor, other: Tensor) -> Tensor:
-    size = -(-len(one) // BLOCKS)
+    count = _blocks(one.shape[1])
     if _wide(one.dtype) != one.dtype:  # block by block, so that no wide copy of the whole exists
-        pairs = zip(one.split(size), other.split(size), strict=True)
-        return torch.stack([(a.to(torch.float32).t() @ b.to(torch.float32)).double() for a, b in pairs]).sum(0)
-    whole = len(one) // size * size
-    a, b = (each[:whole].unflatten(0, (-1, size)) for each in (one, other))
-    rest = (one[whole:].t() @ other[whole:]).double()
-    return torch.bmm(a.transpose(1, 2), b).double().sum(0) + rest
+        pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
+        return torch.stack([(a.float().transpose(1, 2) @ b.float()).double() for a, b in pairs]).sum(0)
+    a, b = (each.unflatten(1, (count, -1)).flatten(0, 1) for each in (one, other))
+    return torch.bmm(a.transpose(1, 2), b).double().unflatten(0, (-1, count)).sum(1)
+
+
+def _blocks(voxels: int) -> int:
+    """Into how many equal blocks of voxels a sum is cut."""
+    return next(count for count in range(BLOCKS, 0, -1) if voxels % count == 0)
 
 
 def _sum(rows: Tensor) -> Tensor:
     """(B, V, C) summed over voxels: (B, C), in float64."""
     if _wide(rows.dtype) == rows.dtype:
         return rows.sum(1).double()
-    size = -(-rows.shape[1] // BLOCKS)
-    return torch.stack([block.sum(1, dtype=torch.float32).double() for block in rows.split(size, dim=1)]).sum(0)
+    blocks = rows.chunk(_blocks(rows.shape[1]), dim=1)
+    return torch.stack([block.sum(1, dtype=torch.float32).double() for block in blocks]).sum(0)
 
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
     """(B, C, C) in float64, of (B, V, C) with this mean."""
-    centre = mean[:, None].to(_wide(x.dtype))
-    blocks = (block - centre for block in x.split(-(-x.shape[1] // BLOCKS), dim=1))
-    return torch.stack([(block.transpose(1, 2) @ block).double() for block in blocks]).sum(0) / x.shape[1]
+    centred = x - mean[:, None].to(_wide(x.dtype))
+    return _inner(centred, centred) / x.shape[1]
 
 
 def _like(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
