@@ -1,6 +1,6 @@
 """The largest volume, depth and width that train in a budget, by how activations are kept.
 
-    python -m experiments.memory_budget
+    python -m experiments.memory_budget            # some twenty minutes on two cores
 
 Live bytes of the whole training step of the U-Net of `experiment=brats_full` (five levels, 16 to 256 channels, float32,
 AdamW, one volume), predicted on fake tensors; at the end real steps at the sizes that the smallest budget allows, with
@@ -8,7 +8,7 @@ what they held. Pendse et al. (2020) state up to 3 times the volume, 25% more de
 corresponding non-reversible network.
 """
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,9 @@ def predicted(way: str, vary: str, size: int) -> int:
 def largest_in(way: str, vary: str, budget: str) -> int | None:
     varied = variation(config_of(way, vary))
     sizes = range(varied.low, VARIES[vary][1] + 1, varied.multiple)
-    start = min(varied.start, sizes[-1])
-    return search(sizes, lambda size: predicted(way, vary, size), limit=parse_bytes(budget), start=start)
+    start = sizes[-1] if vary == "depth" else min(varied.start, sizes[-1])  # of fused, all depths fit or none does
+    total = partial(predicted, way, vary)
+    return search(sizes, total, limit=parse_bytes(budget), start=start, power=varied.power)
 
 
 def row_of(way: str, vary: str, budget: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from experiments.record import insert, keep, machine
 from memsave.profiler import format_bytes
 
 HERE = Path(__file__).parent
-DOCUMENTS = (HERE / "README.md", HERE.parents[1] / "docs" / "brats.md")
+ROOT = HERE.parents[1]
+DOCUMENTS = (HERE / "README.md", ROOT / "README.md", ROOT / "docs" / "brats.md")
 COMMAND = ["-m", "memsave.run", "experiment=brats_full", "budget=8GiB"]
 LARGEST = 8
 

@@ -8,18 +8,27 @@ two thresholds are environment variables read when a process starts (MALLOC_MMAP
 import ctypes
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
 THRESHOLD = 65536
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def return_freed_memory() -> bool:
     """Have malloc give blocks of 64 KiB and more back as soon as they are freed; False where it is not glibc's."""
+    return _mallopt({M_MMAP_THRESHOLD: THRESHOLD, M_TRIM_THRESHOLD: THRESHOLD})
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep all that is freed, so that no page is touched for the first time twice; False as above."""
+    return _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def _mallopt(options: dict[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return all(mallopt(option, THRESHOLD) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    return all(mallopt(option, value) == 1 for option, value in options.items())
 
 
 def restart_peak() -> None:
