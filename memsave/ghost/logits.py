@@ -17,6 +17,7 @@ from torch import Tensor
 from memsave.ghost.gradients import TRIANGLE, Rows, wide
 
 BLOCK = 2**22  # logits at a time: 16 MiB in float32
+LEAST = 512  # columns of a block: of very many rows it is larger than BLOCK, and still smaller than their hidden states
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,8 @@ def _with_targets(left: LogitGradients, gram: Tensor, factor: Tensor) -> Tensor:
 
 
 def parts(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Parts of the vocabulary of which so many rows have at most BLOCK logits."""
-    size = max(1, BLOCK // max(1, rows))
+    """Parts of the vocabulary of which so many rows have at most BLOCK logits, and no fewer than LEAST columns."""
+    size = max(LEAST, BLOCK // max(1, rows))
     return (slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size))
 
 

@@ -23,6 +23,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 def small_blocks(monkeypatch):
     """So that few of them divide the vocabulary."""
     monkeypatch.setattr(logits, "BLOCK", 50)
+    monkeypatch.setattr(logits, "LEAST", 1)
     monkeypatch.setattr(logits, "TRIANGLE", 3)
 
 
@@ -283,6 +284,7 @@ def test_fake_tensors_take_the_bytes_of_real_ones(passes):
 def test_no_logits_are_held(monkeypatch):
     """Neither by the plain head nor by the private one; ignored places cost nothing."""
     monkeypatch.setattr(logits, "BLOCK", 1000)
+    monkeypatch.setattr(logits, "LEAST", 1)
     torch.manual_seed(0)
     model, whole = Speaker(vocabulary=3000, width=4), draw(4, 50, vocabulary=3000, ignored=0.0)
     whole["targets"] = whole["ids"]
