@@ -95,6 +95,9 @@ SUBJECTS = {
     "GPT-2, BiTFiT": Subject(with_bitfit, text_losses, ("stored", "checkpoint")),
     "rev_gpt2, 12 layers": Subject(partial(rev_gpt2, 12), text_losses),
     "rev_unet": Subject(lambda: ReversibleUNet3d(channels=(16, 32, 64)), volume_losses),
+    "rev_unet, engine=hooks": Subject(
+        lambda: ReversibleUNet3d(channels=(16, 32, 64), engine="hooks"), volume_losses, ("reversible",)
+    ),
 }
 
 

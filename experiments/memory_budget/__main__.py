@@ -95,7 +95,8 @@ def gain(rows: list[dict], row: dict[str, Any]) -> str:
     if row["size"] is None or base["size"] is None or row is base:
         return ""
     key = "voxels" if row["vary"] == "volume" else "size"
-    return f" ({row[key] / base[key]:.1f}x)"
+    least = "at least " if row["at_the_end_of_the_search"] else ""
+    return f" ({least}{row[key] / base[key]:.1f}x)"
 
 
 def table(rows: list[dict], vary: str) -> str:
@@ -145,8 +146,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.annotate(way, points[-1], xytext=(8, -3), textcoords="offset points", fontsize=10, color=colour)
     whole = 240 * 240 * 160 / 1e6
     axes.axhline(whole, color="#8a9096", linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.annotate("a whole BraTS volume", (parse_bytes(BUDGETS[0]), whole), xytext=(0, 4), textcoords="offset points",
-                  fontsize=9, color="#8a9096")  # fmt: skip
+    axes.annotate("a whole BraTS volume", (1, whole), xycoords=("axes fraction", "data"), xytext=(0, -12),
+                  textcoords="offset points", ha="right", fontsize=9, color="#8a9096")  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([parse_bytes(each) for each in BUDGETS], [each.replace("GiB", " GiB") for each in BUDGETS])
