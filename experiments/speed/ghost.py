@@ -218,7 +218,8 @@ def table(results: dict[str, dict], *, shown: tuple[str, ...] | None = None) -> 
     rows = [f"{machine()}:\n"]
     for each in results.values():
         rows += [
-            f"| {each['shape']} | time | over plain | over plain, freed memory kept | peak above parameters | over plain |",
+            f"| {each['shape']} | time | over plain | over plain, freed memory kept | peak above parameters "
+            "| over plain |",
             "|---|---|---|---|---|---|",
         ]
         for way, row in each["ways"].items():

@@ -1,6 +1,6 @@
 """A step of the whole volume of BraTS: seconds, live bytes and the whole process, beside what was planned.
 
-    python -m experiments.whole_volume            # some ten minutes on two cores
+python -m experiments.whole_volume            # some ten minutes on two cores
 """
 
 import json
@@ -63,7 +63,8 @@ def table(found: dict[str, Any]) -> str:
     predicted, measured = found["predicted"], found["measured"]
     seconds = ", ".join(f"{step['seconds']:.0f} s" for step in found["steps"])
     losses = ", ".join(f"{step['loss']:.3f}" for step in found["steps"])
-    lines = [f"{machine()}; steps: {seconds}; losses: {losses}:\n", "| | predicted | measured | off by |", "|---|---|---|---|"]
+    lines = [f"{machine()}; steps: {seconds}; losses: {losses}:\n"]
+    lines += ["| | predicted | measured | off by |", "|---|---|---|---|"]
     for name, key in (("live tensors", "live_bytes"), ("the whole process", "process_bytes")):
         off = predicted[key] / measured[key] - 1
         lines.append(f"| {name} | {format_bytes(predicted[key])} | {format_bytes(measured[key])} | {off:+.1%} |")

@@ -78,7 +78,7 @@ def run_experiment(
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[State, Task]:
-    """Model, optimizer and clipping as they are before the first step, or where `trainer.resume` left them; the task."""
+    """(model, optimizer and clipping before the first step, or where `trainer.resume` left them; the task)."""
     torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
