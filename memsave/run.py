@@ -50,7 +50,9 @@ def main() -> None:
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config.py; --cfg job prints the config that the overrides select."
         )
         sys.exit(0)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), _interrupt)
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
@@ -201,6 +203,9 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
 
+    saved = folder / "checkpoint"
+    if isinstance(error, DataError) and saved.exists():
+        return "failed", 2, f"{error} Then continue with trainer.resume={saved}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
         return "failed", 2, str(error)
     if isinstance(error, TrainingError):
@@ -240,7 +245,7 @@ def _no_disk(folder: Path, error: BaseException) -> str:
 def _less_memory(config: DictConfig) -> str:
     images = config.task == "segmentation"
     less = "memory=reversible" if images else "memory=checkpoint"
-    tries = [] if less.endswith(config.memory.mode) else [less]
+    tries = [] if config.memory.mode in ("auto", less.partition("=")[2]) else [less]
     return ", ".join([*tries, "trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"])
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from memsave.compose import compose
-from memsave.data import mni
+from memsave.data import DataError, mni
 from memsave.ghost import GhostClipper
 from memsave.run import execute
 from tests.training.test_segmentation import TINY
@@ -125,7 +125,7 @@ def run(tmp_path, monkeypatch):
 
     def call(*overrides, name="run"):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         code = execute(compose([*QUICK, "profiler.compare=[]", *overrides]), folder, experiment="brats_rev")
         return code, json.loads((folder / "result.json").read_text()), folder
 
@@ -249,6 +249,43 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
     assert execute(compose(QUICK), tmp_path / "file" / "run", experiment="brats_rev") == 1
     told = capsys.readouterr().err
     assert "file/run cannot be written (Not a directory)" in told and told.count("\n") == 1
+
+
+def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch):
+    from memsave.data.segmentation import TrainingCrops
+
+    _, whole, _ = run("trainer.steps=3", "data.workers=0", name="whole")
+    original, calls = TrainingCrops.example, []
+
+    def broken(self, *args, **options):
+        calls.append(1)
+        if len(calls) > 4:  # two steps of two
+            raise DataError("case 3 holds NaN: export it again.")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(TrainingCrops, "example", broken)
+    code, failed, folder = run("trainer.steps=3", "data.workers=0", name="broken")
+    resume = f"trainer.resume={folder / 'checkpoint'}"
+    assert code == 2 and failed["error"] == f"case 3 holds NaN: export it again. Then continue with {resume}"
+    monkeypatch.undo()
+    monkeypatch.setenv("MEMSAVE_CACHE", str(folder.parent / "cache"))
+    _, resumed, _ = run("trainer.steps=3", "data.workers=0", resume, name="resumed")
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_a_run_in_the_folder_of_another_has_a_log_of_its_own(run):
+    run()
+    _, _, folder = run()
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
+    told = "from memsave.training.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", told], stdout=subprocess.PIPE, stderr=writing, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):

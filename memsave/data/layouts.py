@@ -8,7 +8,7 @@ Both are chosen by name, never guessed: a scheme that does not fit gives empty o
     brats2024         the same names; after treatment                      as 2023, and 4 resection cavity
     msd               {imagesTr,labelsTr}/ID.nii[.gz], four channels:      1 edema, 2 necrosis, 3 enhancing
                       FLAIR, T1w, T1gd, T2w
-    folder            ID_{MODALITY,MASK}.nii[.gz], in one folder or many   one lesion, any nonzero value
+    folder            ID_{MODALITY,MASK}.nii[.gz], in one folder or many   one lesion, one nonzero value
 
 `msd` is Task01_BrainTumour of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022); its
 `imagesTs` have no labels. Whatever a file calls them, the modalities of a challenge come as t1, t1ce, t2, flair. Scores
@@ -107,6 +107,11 @@ class Case:
     scheme: LabelScheme = BRATS_2021
     channels: tuple[int, ...] | None = None  # where in the 4D file the modalities are
     patient: str | None = None  # where ids number the scans of a patient
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Images and mask."""
+        return self.images if self.label is None else (*self.images, self.label)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from memsave.config import Config, ConfigError, MemoryConfig, SegmentationData, TrainerConfig, UNetModel
+from memsave.data import DataError
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
 from memsave.training import checkpoint
 from memsave.training.auto import resolved
@@ -21,7 +22,7 @@ from memsave.training.budget import OverBudget, free_bytes, over_budget
 from memsave.training.fit import fitted, plan_experiment
 from memsave.training.interrupt import asked_to_stop
 from memsave.training.log import RunLog
-from memsave.training.loop import State, averaged, make_state, run_steps
+from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
 from memsave.training.private import make_private, write_statement
 from memsave.training.process import process_bytes, process_peak, restart_peak, return_freed_memory
@@ -48,7 +49,7 @@ def run_experiment(
         return plan_experiment(config, folder, device, ways=ways, progress=progress)
     config, planned = fitted(config, folder, device, progress=progress)
     state, task = _prepared(config, device, progress=progress)
-    log = RunLog(folder, tensorboard=config.trainer.tensorboard)
+    log = RunLog(folder, tensorboard=config.trainer.tensorboard, anew=state.step == 0)
     first = _evaluate_first(config, state, task, log, progress=progress)
     measured = _compare(config, state, task, progress=progress)
     watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
@@ -82,7 +83,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
-    task, model = make_task(config, device, tokenizer), model.to(device)
+    task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
     config.trainer.steps = steps_of(config.trainer, task)
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, config.trainer, private=private)
@@ -128,12 +129,12 @@ def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.
     return model.train(), tokenizer
 
 
-def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Task:
+def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, progress: Progress | None = None) -> Task:
     """The task that the config names."""
     if config.task == "segmentation":
         from memsave.training.segmentation import Segmentation
 
-        return Segmentation(config.data, trainer=config.trainer, device=device)
+        return Segmentation(config.data, trainer=config.trainer, device=device, progress=progress)
     from memsave.training.table_to_text import TableToText, records_of
 
     train, held_out = records_of(config.data)
@@ -230,7 +231,7 @@ def _train(
         restart_peak()
         watch.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
-        for done in run_steps(state, task, trainer, watch=watch):
+        for done in _kept_on_fault(run_steps(state, task, trainer, watch=watch), state, folder):
             loss = done.loss
             log.write(asdict(done))
             watch.seconds.append(done.seconds)
@@ -256,6 +257,17 @@ def _train(
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores, "seconds": time.perf_counter() - started})
     return loss, scores
+
+
+def _kept_on_fault(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
+    """The steps; data that cannot be read, which is found between two of them, costs none of those that were taken."""
+    began = state.step
+    try:
+        yield from steps
+    except DataError:
+        if state.step > began and state.private is None:  # a sampler has drawn what was not used
+            checkpoint.save(state, folder / "checkpoint")
+        raise
 
 
 def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:

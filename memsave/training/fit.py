@@ -48,7 +48,7 @@ def fitted(config: Config, folder: Path, device: torch.device, *, progress: Prog
     if plan.vary is None:
         assert plan.budget is not None
         if plan.own.need.exact > plan.budget:
-            raise OverBudget(nothing_fits(plan), **entry)
+            raise OverBudget(nothing_fits(plan, needed=plan.own.need.exact), **entry)  # as the steps are held to
         return config, entry
     if plan.own.answer is None or plan.own.answer.size is None:
         raise OverBudget(nothing_fits(plan), **entry)
@@ -59,9 +59,9 @@ def fitted(config: Config, folder: Path, device: torch.device, *, progress: Prog
     return config, entry
 
 
-def nothing_fits(plan: Plan) -> str:
-    """What does not fit, the smallest budget that would do, and the ways that fit."""
-    budget, need = format_bytes(plan.budget or 0), format_bytes(plan.own.need.total)
+def nothing_fits(plan: Plan, *, needed: int | None = None) -> str:
+    """What does not fit, the smallest budget that would do (`needed`; None: as planned), and the ways that fit."""
+    budget, need = format_bytes(plan.budget or 0), format_bytes(plan.own.need.total if needed is None else needed)
     what = "a step" if plan.vary is None else f"the smallest {plan.vary}"
     others = [row.way for row in plan.rows if row.fits]
     hint = f"; what fits: {', '.join(others)}" if others else ""

@@ -6,27 +6,30 @@ never was: a checkpoint of that would silently continue as another run.
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SECONDS = 1.0  # a launcher, and the terminal itself, may pass the same Ctrl-C on twice
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within, the yielded function tells of a first SIGINT or SIGTERM; a second one interrupts at once."""
-    asked: list[int] = []
+    """Within, the yielded function tells of a first signal to stop; one more than SECONDS later interrupts at once."""
+    asked: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked:
+        if asked and time.monotonic() - asked[0] > SECONDS:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(time.monotonic())
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread alone
         yield lambda: False
         return
-    before = [(number, signal.signal(number, note)) for number in SIGNALS]
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup has SIGHUP ignored
+    before = [(number, signal.signal(number, note)) for number in heard]
     try:
         yield lambda: bool(asked)
     finally:

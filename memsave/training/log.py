@@ -10,8 +10,10 @@ from memsave.training.result import append_line
 class RunLog:
     """Writes what is measured by the step that it was measured at."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False):
+    def __init__(self, folder: Path, *, tensorboard: bool = False, anew: bool = False):
         self.path = folder / "metrics.jsonl"
+        if anew:  # another run may have been there
+            self.path.unlink(missing_ok=True)
         self.events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

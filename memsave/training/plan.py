@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from memsave.config import Config, GhostPrivacy, PrivacyConfig
+from memsave.config import Config, GhostPrivacy, PrivacyConfig, UNetModel
 from memsave.data.cache import cache_root
 from memsave.profiler import Answer, Calibration, Need, calibrate, largest, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import TrainingStep, read_calibrations, write_calibration
@@ -174,8 +174,9 @@ def calibration_of(config: Config, way: str, device: torch.device, *, progress: 
     path = cache_root() / "calibration.json"
     here = hardware()
     machine = here["gpu"] if device.type == "cuda" else f"{here['cpu']} ({here['threads']} threads)"
-    memory = config.memory  # of which a U-Net's mode is the way already
-    kept = dict.fromkeys([config.trainer.precision, config.model.kind, way, memory.mode, f"engine {memory.engine}"])
+    memory, model = config.memory, config.model
+    family = f"{model.kind} {'-'.join(map(str, model.channels))}" if isinstance(model, UNetModel) else model.kind
+    kept = dict.fromkeys([config.trainer.precision, family, way, memory.mode, f"engine {memory.engine}"])
     name = ", ".join([machine, device.type, *kept])
     found = read_calibrations(path).get(name)
     if found is not None and found.get("torch") == torch.__version__:
@@ -196,7 +197,7 @@ def _small(config: Config) -> tuple[Config, dict[str, Any]]:
     if config.task == "segmentation":
         config.trainer.batch_size, config.trainer.micro_batch_size = 1, None
         config.data.crops_per_case = 1
-        config.data.crop_size = [min(side, SMALL_CROP) for side in config.data.crop_size]
+        config.data.crop_size = [SMALL_CROP] * len(config.data.crop_size)  # of any config: kernels differ with the size
         config.model.blocks = [1] * len(config.model.blocks)
         return config, {}
     from memsave.training.language_models import language_config

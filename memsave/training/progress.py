@@ -1,12 +1,14 @@
 """Progress for people: a bar on a terminal, a line now and then anywhere else."""
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -19,11 +21,18 @@ class Bar(Protocol):
         """One step more, with a note such as its loss."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read has gone (`| head`, a closed terminal); the run goes on, and tells nobody."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class Progress:
     """Writes to standard error, so that standard output stays free."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or _Console(stderr=True, highlight=False)
 
     def say(self, line: str) -> None:
         """One line of text, as it is."""
@@ -33,30 +42,33 @@ class Progress:
     def bar(self, total: int, *, done: int = 0) -> Iterator[Bar]:
         """A bar over `total` steps of which `done` are behind."""
         if not self.console.is_terminal:
-            yield _Lines(self, total, done)
+            yield self.lines(total, done=done, unit="step")
             return
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with RichProgress(*columns, TimeRemainingColumn(), console=self.console) as rich:
-            yield _Rich(rich, total, done)
+            yield _Rich(rich, rich.add_task("training", total=total, completed=done, note=""))
+
+    def lines(self, total: int, *, done: int = 0, unit: str) -> Bar:
+        """The same by a line now and then, which can be within a bar."""
+        return _Lines(self, total, done, unit)
 
 
 class _Rich:
-    def __init__(self, rich: RichProgress, total: int, done: int):
-        self.rich = rich
-        self.task = rich.add_task("training", total=total, completed=done, note="")
+    def __init__(self, rich: RichProgress, task: TaskID):
+        self.rich, self.task = rich, task
 
     def advance(self, note: str) -> None:
         self.rich.update(self.task, advance=1, note=note)
 
 
 class _Lines:
-    def __init__(self, progress: Progress, total: int, done: int):
-        self.progress, self.total, self.done = progress, total, done
+    def __init__(self, progress: Progress, total: int, done: int, unit: str):
+        self.progress, self.total, self.done, self.unit = progress, total, done, unit
         self.last = time.monotonic()
 
     def advance(self, note: str) -> None:
         self.done += 1
         now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES or self.done == self.total:
+        if now - self.last >= SECONDS_BETWEEN_LINES or (self.unit == "step" and self.done == self.total):
             self.last = now
-            self.progress.say(f"  step {self.done} of {self.total}, {note}")
+            self.progress.say(f"  {self.unit} {self.done} of {self.total}, {note}")

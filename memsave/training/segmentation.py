@@ -37,12 +37,21 @@ TABLE = "scores.csv"
 PICTURES = 3  # cases on the overlay
 SMOOTH = 1.0  # voxels: an empty region that is found empty has Dice 1, and its gradient is bounded
 RESAMPLES = 2000  # of the bootstrap
+PIECE = 4096  # bytes
 
 
 class Segmentation:
     """Crops to train on, whole volumes to evaluate on; implements `memsave.training.task.Task`."""
 
-    def __init__(self, data: SegmentationData, *, trainer: TrainerConfig, device: torch.device):
+    def __init__(
+        self,
+        data: SegmentationData,
+        *,
+        trainer: TrainerConfig,
+        device: torch.device,
+        progress: Progress | None = None,
+    ):
+        self.progress = progress or Progress()
         self.data, self.device = data, device
         self.batch_size, self.precision = trainer.batch_size, trainer.precision
         train, held_out = split(cases(data), data)
@@ -72,8 +81,11 @@ class Segmentation:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the training cases' names and files' sizes, and of how crops are drawn."""
-        cases = [(case.id, [path.stat().st_size for path in case.images]) for case in self.crops.volumes.cases]
+        """A digest of the training cases' names and files, masks included, and of how crops are drawn.
+
+        A file counts by its size and by pieces of it, its end among them, where gzip has the checksum of the whole.
+        """
+        cases = [(case.id, [_pieces(path) for path in case.files]) for case in self.crops.volumes.cases]
         data = self.data
         drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing)
         return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
@@ -107,21 +119,27 @@ class Segmentation:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The mean over the held-out cases of Dice and HD95 (mm) of each region, and of Dice over the regions."""
         self.scores, self.pictures = {}, []
+        lines = self.progress.lines(len(self.held_out), unit="held-out case")
         for number in range(len(self.held_out)):
-            volume = self.held_out[number]
-            with autocast(model, self.precision):
-                prediction = self.predict(model, volume)
-            truth = regions(self.held_out.truth(number), scheme=self.scheme)
-            known = {"spacing": volume["spacing"], "regions": self.scheme.names}
-            scores = region_scores(prediction, truth, **known)
-            if self.data.lesion_wise:
-                scores |= lesion_region_scores(prediction, truth, **known)
-            self.scores[volume["id"]] = scores
-            if len(self.pictures) < PICTURES:
-                self.pictures.append(picture(volume, truth, prediction, scores, self.held_out.modalities))
+            self._score(model, number)
+            lines.advance(self.held_out.cases[number].id)
         names = next(iter(self.scores.values()))
         mean = {key: sum(score[key] for score in self.scores.values()) / len(self.scores) for key in names}
         return {"dice": sum(mean[f"dice_{name}"] for name in self.scheme.names) / len(self.scheme.names), **mean}
+
+    def _score(self, model: nn.Module, number: int) -> None:
+        """Segment a held-out case and note its scores."""
+        volume = self.held_out[number]
+        with autocast(model, self.precision):
+            prediction = self.predict(model, volume)
+        truth = regions(self.held_out.truth(number), scheme=self.scheme)
+        known = {"spacing": volume["spacing"], "regions": self.scheme.names}
+        scores = region_scores(prediction, truth, **known)
+        if self.data.lesion_wise:
+            scores |= lesion_region_scores(prediction, truth, **known)
+        self.scores[volume["id"]] = scores
+        if len(self.pictures) < PICTURES:
+            self.pictures.append(picture(volume, truth, prediction, scores, self.held_out.modalities))
 
     def predict(self, model: nn.Module, volume: Item) -> Tensor:
         """Regions (R, X, Y, Z), boolean, of a volume of `Volumes`, on the case's own grid: those of its label file."""
@@ -299,3 +317,13 @@ def scheme_of(data: SegmentationData) -> LabelScheme:
     if not isinstance(data, BratsData):
         return BRATS_2021
     return LAYOUTS[data.layout].scheme if data.scheme is None else SCHEMES[data.scheme]
+
+
+def _pieces(path: Path) -> tuple[int, str]:
+    """The size of a file, and a digest of a piece of its beginning, its middle and its end."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for place in (0, size // 2, max(0, size - PIECE)):
+            file.seek(place)
+            digest.update(file.read(PIECE))
+    return size, digest.hexdigest()

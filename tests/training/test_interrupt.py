@@ -6,13 +6,31 @@ import signal
 import pytest
 import torch
 
-from memsave.training import checkpoint
+from memsave.training import checkpoint, interrupt
 from memsave.training.interrupt import asked_to_stop
 from memsave.training.loop import make_state, run_steps
 from tests.training.toy import Lines, line_model, trainer
 
 
-def test_a_second_signal_interrupts_at_once_and_handlers_are_put_back():
+def test_signals_that_are_passed_on_twice_count_once():
+    with asked_to_stop() as stopping:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert stopping()
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with asked_to_stop() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_later_signal_interrupts_at_once_and_handlers_are_put_back(monkeypatch):
+    monkeypatch.setattr(interrupt, "SECONDS", -1.0)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with asked_to_stop() as stopping:
         assert not stopping()

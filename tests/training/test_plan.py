@@ -234,9 +234,14 @@ def test_a_budget_changes_no_number_of_the_training(tmp_path):
 
 
 def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr("memsave.training.experiment.make_task", lambda *args: pytest.fail("training began"))
-    with pytest.raises(OverBudget, match=r"a step does not fit into 2\.00 MiB as stored: it needs a budget of"):
+    monkeypatch.setattr("memsave.training.experiment.make_task", lambda *args, **options: 1 / 0)
+    with pytest.raises(OverBudget, match=r"a step does not fit into 2\.00 MiB as stored: it needs") as told:
         run_experiment(config_of("memory=stored", "budget=2MiB"), tmp_path, progress=Progress())
+    (row,) = told.value.outcome["plan"]["rows"]
+    enough = row["exact_bytes"]  # to which steps are held
+    assert f"it needs a budget of {format_bytes(enough)}" in str(told.value)
+    with pytest.raises(ZeroDivisionError):
+        run_experiment(config_of("memory=stored", f"budget={enough}"), tmp_path, progress=Progress())
 
 
 @pytest.mark.parametrize(

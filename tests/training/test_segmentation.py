@@ -52,6 +52,18 @@ def test_an_example_has_no_gradient_from_its_batch_mates():
     assert gradient[[0, 2]].abs().max() == 0
 
 
+def test_the_fingerprint_is_of_what_is_in_the_files(tiny):
+    task = make_task(tiny(), torch.device("cpu"))
+    before, case = task.fingerprint, task.crops.volumes.cases[0]
+    assert task.fingerprint == before
+    for path in (case.label, case.images[0]):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+        assert task.fingerprint != before
+        path.write_bytes(content)
+    assert task.fingerprint == before
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
