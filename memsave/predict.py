@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from memsave.compose import load
 from memsave.config import BratsData, Config, ConfigError, SegmentationData
 from memsave.data import DataError
+from memsave.data.cache import NO_PLACE
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
@@ -150,6 +151,8 @@ def _output(given: str) -> Path:
 def _reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return "it does not fit into memory; give a smaller window"
+    if isinstance(error, OSError) and error.errno in NO_PLACE and error.filename is None:
+        return f"its file cannot be written ({error.strerror}); free space or give another output="
     return str(error) if isinstance(error, (ConfigError, DataError, OSError)) else f"{type(error).__name__}: {error}"
 
 

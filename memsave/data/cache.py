@@ -3,6 +3,7 @@
 A folder appears complete or not at all, also when several processes make it at the same time.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from memsave.data.errors import DataError
+
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def cache_root(root: str | Path | None = None) -> Path:
@@ -21,7 +26,10 @@ def cache_root(root: str | Path | None = None) -> Path:
 def cached_folder(
     root: str | Path | None, *, name: str, settings: Mapping[str, Any], make: Callable[[Path], object]
 ) -> Path:
-    """The folder of these settings in `root` ($MEMSAVE_CACHE or ~/.cache/memsave); `make(path)` makes it if need be."""
+    """The folder of these settings in `root` ($MEMSAVE_CACHE or ~/.cache/memsave); `make(path)` makes it if need be.
+
+    Raises DataError where there is no room for it.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = cache_root(root) / f"{name}-{digest}"
     if not folder.is_dir():
@@ -29,6 +37,13 @@ def cached_folder(
         try:
             make(unfinished)
             _publish(unfinished, folder=folder)
+        except OSError as error:
+            if error.errno not in NO_PLACE:
+                raise
+            raise DataError(
+                f"{folder.parent} cannot keep what is generated ({error.strerror}); free space there, or set "
+                f"MEMSAVE_CACHE to another folder."
+            ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder

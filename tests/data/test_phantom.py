@@ -1,3 +1,4 @@
+import errno
 import itertools
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from memsave.data import DataError, phantom
 from memsave.data.anatomy import DRAWN
 from memsave.data.brats import find_cases, read_case, regions
+from memsave.data.cache import cached_folder
 from memsave.data.phantom import ensure_phantoms, write_phantoms
 from memsave.data.synthesis import smooth_field, synthesise
 
@@ -198,3 +200,13 @@ def test_cached_files_are_readable_by_others(tmp_path):
 def test_bad_settings_are_named(tmp_path, settings, message):
     with pytest.raises(DataError, match=message):
         write_phantoms(tmp_path, **settings)
+
+
+def test_a_cache_without_room_is_named_with_its_remedy(tmp_path):
+    def full(folder):
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=rf"{tmp_path} cannot keep .* \(No space left on device\); .* MEMSAVE_CACHE"):
+        cached_folder(tmp_path, name="thing", settings={}, make=full)
+    assert list(tmp_path.iterdir()) == []
