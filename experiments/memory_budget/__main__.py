@@ -1,16 +1,18 @@
 """The largest volume, depth and width that train in a budget, by how activations are kept.
 
-    python -m experiments.memory_budget            # some twenty minutes on two cores
+    python -m experiments.memory_budget            # about an hour on two cores with 24 GiB
+    python -m experiments.memory_budget predicted  # without the real steps: ten minutes
     python -m experiments.memory_budget measured   # the real steps alone, beside what was predicted before
 
 Live bytes of the whole training step of the U-Net of `experiment=brats_full` (five levels, 16 to 256 channels, float32,
-AdamW, one volume), predicted on fake tensors; at the end real steps at the sizes that the smallest budget allows, with
-what they held. Pendse et al. (2020) state up to 3 times the volume, 25% more depth or twice the channels of the
+AdamW, one volume), predicted on fake tensors; then real steps at the sizes that were found for the budgets of MEASURED,
+with what they held. Pendse et al. (2020) state up to 3 times the volume, 25% more depth or twice the channels of the
 corresponding non-reversible network.
 """
 
+import argparse
+import gc
 import json
-import sys
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -22,8 +24,11 @@ from experiments.record import insert, keep, machine
 from memsave.compose import compose, to_objects
 from memsave.config import Config
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
+from memsave.profiler.calibration import has_state
 from memsave.profiler.planner import search
 from memsave.training.blank import blank_step
+from memsave.training.budget import free_bytes
+from memsave.training.process import process_peak, restart_peak, return_freed_memory
 from memsave.training.variation import variation
 
 HERE = Path(__file__).parent
@@ -31,7 +36,6 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 CPU = torch.device("cpu")
 BUDGETS = ("8GiB", "11GiB", "16GiB", "24GiB", "32GiB", "80GiB")
-MEASURED = "8GiB"
 WAYS = {
     "stored": ["memory=stored"],
     "checkpoint": ["memory=checkpoint"],
@@ -44,6 +48,8 @@ VARIES = {  # overrides, and where the search ends
     "depth": ([CROP], 12),
     "channels": ([CROP], 160),
 }
+MEASURED = {"volume": ("8GiB", "11GiB", "16GiB"), "depth": ("8GiB",), "channels": ("8GiB",)}  # more take hours
+ALLOCATOR = 1.2  # no step of this network takes so many times its live bytes from the system
 
 
 def config_of(way: str, vary: str) -> Config:
@@ -85,15 +91,31 @@ def row_of(way: str, vary: str, budget: str) -> dict[str, Any]:
     }
 
 
-def measured(row: dict[str, Any]) -> dict[str, Any]:
-    """A real step at the size of a row."""
+def measured(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A real step at the size of a row; None where this machine has no room for it."""
+    if row["predicted_bytes"] * ALLOCATOR > free_bytes(CPU):
+        print(f"no room for {row['way']}, {row['vary']} {row['described']}", flush=True)
+        return None
     made = blank_step(variation(config_of(row["way"], row["vary"])).at(row["size"]), device=CPU)
-    made.run()
+    assert has_state(made.optimizer)
+    gc.collect()
+    restart_peak()
     started = time.perf_counter()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
-    print(row["way"], row["described"], flush=True)
-    return {**row, "measured_bytes": recorder.report().peak_bytes, "seconds": time.perf_counter() - started}
+    found = {"measured_bytes": recorder.report().peak_bytes, "seconds": time.perf_counter() - started}
+    print(row["way"], row["described"], format_bytes(found["measured_bytes"]), f"{found['seconds']:.0f} s", flush=True)
+    return {**row, **found, "process_bytes": process_peak()}
+
+
+def measured_rows(rows: list[dict]) -> list[dict]:
+    """Real steps at the sizes of MEASURED, each once."""
+    chosen = {
+        (row["way"], row["vary"], row["size"]): row
+        for row in rows
+        if row["size"] is not None and row["budget_bytes"] in map(parse_bytes, MEASURED[row["vary"]])
+    }
+    return [found for found in map(measured, chosen.values()) if found is not None]
 
 
 def gain(rows: list[dict], row: dict[str, Any]) -> str:
@@ -128,13 +150,15 @@ def table(rows: list[dict], vary: str) -> str:
 
 def measured_table(rows: list[dict]) -> str:
     lines = [
-        f"{machine()}, budget {MEASURED}:\n",
-        "| way | what | size | predicted | measured |",
-        "|---|---|---|---|---|",
+        f"{machine()}:\n",
+        "| budget | way | what | size | predicted | measured | the process |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         sizes = [format_bytes(row[key]) for key in ("predicted_bytes", "measured_bytes")]
-        lines.append("| " + " | ".join([row["way"], row["vary"], row["described"], *sizes]) + " |")
+        process = "" if row["process_bytes"] is None else format_bytes(row["process_bytes"])
+        cells = [format_bytes(row["budget_bytes"]), row["way"], row["vary"], row["described"], *sizes, process]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -168,23 +192,24 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["measured"]:
-        rows = json.loads(RESULTS.read_text())["results"]["predicted"]
-    else:
-        rows = [row_of(way, vary, budget) for vary in VARIES for way in WAYS for budget in BUDGETS]
-    chosen = [row for row in rows if row["vary"] == "volume" and row["budget_bytes"] == parse_bytes(MEASURED)]
-    real = [measured(row) for row in chosen if row["size"] is not None]
-    texts = {f"budget {vary}": table(rows, vary) for vary in VARIES} | {"budget measured": measured_table(real)}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=("predicted", "measured"))
+    part = parser.parse_args().part
+    return_freed_memory()
+    kept = json.loads(RESULTS.read_text())["results"]
+    if part != "measured":
+        kept["predicted"] = [row_of(way, vary, budget) for vary in VARIES for way in WAYS for budget in BUDGETS]
+    if part != "predicted":
+        kept["measured"] = measured_rows(kept["predicted"])
+    texts = {f"budget {vary}": table(kept["predicted"], vary) for vary in VARIES}
+    if part != "predicted":
+        texts["budget measured"] = measured_table(kept["measured"])
     for name, text in texts.items():
         print(text)
         insert(HERE / "README.md", name=name, text=text)
     insert(ROOT / "README.md", name="budget volume", text=texts["budget volume"])
-    draw(rows, HERE / "volumes.png")
-    keep(
-        RESULTS,
-        command="python -m experiments.memory_budget",
-        results={"predicted": rows, "measured": real},
-    )
+    draw(kept["predicted"], HERE / "volumes.png")
+    keep(RESULTS, command="python -m experiments.memory_budget", results=kept)
 
 
 if __name__ == "__main__":
