@@ -19,7 +19,8 @@ from memsave.config import (
     TextData,
     UNetModel,
 )
-from memsave.data.layouts import LAYOUTS, SCHEMES
+from memsave.data.layouts import LAYOUTS
+from memsave.data.schemes import SCHEMES
 from memsave.profiler import parse_bytes
 
 MODES = ("stored", "checkpoint", "reversible")

@@ -265,7 +265,8 @@ def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
 
     Another layout brings its own labels along where they make up the regions that the model knows.
     """
-    from memsave.data.layouts import LAYOUTS, SCHEMES
+    from memsave.data.layouts import LAYOUTS
+    from memsave.data.schemes import SCHEMES
 
     own: dict[str, Any] = {"layout": "brats2021"}
     if isinstance(data, BratsData):

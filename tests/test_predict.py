@@ -14,7 +14,9 @@ pytest.importorskip("monai")
 import nibabel
 
 from memsave.compose import compose
-from memsave.data.brats import SCHEMES, Case, find_cases, read_label, regions
+from memsave.data.brats import read_label, regions
+from memsave.data.layouts import Case, find_cases
+from memsave.data.schemes import SCHEMES
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Volumes
 from memsave.predict import main, write_labels

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from memsave.data.brats import MODALITIES, Case, read_case
+from memsave.data.brats import read_case
+from memsave.data.layouts import MODALITIES, Case
 from memsave.data.phantom import write_phantoms
 from memsave.data.segmentation import TrainingCrops
 from memsave.training.overlay import COLOURS

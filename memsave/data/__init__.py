@@ -1,7 +1,9 @@
 """Brain tumours as training data: BraTS folders, phantoms in the same layout, crops, whole volumes and scores.
 
-    layouts        how data sets name their files and number their labels; finding cases
-    brats          reading and checking a case; regions and labels; splits
+    layouts        how data sets name their files; finding cases
+    schemes        how their labels are numbered, and the regions that are scored
+    brats          reading and checking a case; regions and labels
+    splits         which cases train and which are held out
     check          every fault of a data set, on the command line
     phantom        synthetic cases in that layout, generated once and cached; `synthesis` puts a tumour into a head,
                    `anatomy` draws one, `mni` samples that of the MNI152 template

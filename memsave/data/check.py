@@ -29,7 +29,8 @@ import numpy as np
 
 from memsave.data.brats import inspect_case
 from memsave.data.errors import DataError
-from memsave.data.layouts import BRATS_2021, SCHEMES, Case, LabelScheme, duplicates, fitting, scan
+from memsave.data.layouts import Case, duplicates, scan
+from memsave.data.schemes import BRATS_2021, SCHEMES, LabelScheme, fitting
 
 SECONDS_BETWEEN_LINES = 5.0
 KEYS = ("root", "layout", "scheme", "modalities", "mask", "labelled", "workers")

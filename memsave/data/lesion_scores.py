@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from memsave.data.brats import REGIONS
+from memsave.data.schemes import REGIONS
 from memsave.data.scores import _bounding_box, _check_masks, dice, hd95
 
 WORST_LESION_HD95 = 374.0

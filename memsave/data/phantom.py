@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from memsave.data.brats import MODALITIES, Case, find_cases
 from memsave.data.cache import cached_folder
 from memsave.data.errors import DataError
+from memsave.data.layouts import MODALITIES, Case, find_cases
 
 VERSION = 1  # raise it with every change of what is drawn: the cache then generates anew
 ANATOMIES = ("drawn", "mni152")

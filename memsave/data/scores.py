@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from memsave.data.brats import REGIONS
+from memsave.data.schemes import REGIONS
 
 WORST_HD95 = math.sqrt(240**2 + 240**2 + 155**2)  # 373.13
 

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from memsave.data.brats import BRATS_2021, MODALITIES, Case, LabelScheme, read_case, read_label
+from memsave.data.brats import read_case, read_label
 from memsave.data.errors import DataError
+from memsave.data.layouts import MODALITIES, Case
 from memsave.data.orientation import Orientation
+from memsave.data.schemes import BRATS_2021, LabelScheme
 from memsave.data.transforms import AUGMENTATIONS, KEYS, START, augment, grid_size, preprocess, resample
 
 Item = dict[str, Any]

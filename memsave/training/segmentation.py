@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.config import BratsData, ConfigError, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
-from memsave.data.brats import Case, find_cases, fold, labels_of, masks_of, regions, split_cases, split_from_file
+from memsave.data.brats import labels_of, masks_of, regions
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
-from memsave.data.layouts import BRATS_2021, LAYOUTS, MODALITIES, REGIONS, SCHEMES, LabelScheme
+from memsave.data.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
+from memsave.data.schemes import BRATS_2021, REGIONS, SCHEMES, LabelScheme
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, train_loader
+from memsave.data.splits import fold, split_cases, split_from_file
 from memsave.data.transforms import resample
 from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay

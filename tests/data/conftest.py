@@ -2,7 +2,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from memsave.data.brats import MODALITIES, find_cases
+from memsave.data.layouts import MODALITIES, find_cases
 from memsave.data.phantom import write_phantoms
 
 SIZE = (24, 24, 20)

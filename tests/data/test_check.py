@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from memsave.data import check
-from memsave.data.brats import MODALITIES, SCHEMES, find_cases
 from memsave.data.check import check_cases, examine, main
+from memsave.data.layouts import MODALITIES, find_cases
+from memsave.data.schemes import SCHEMES
 
 SHAPE = (6, 5, 4)
 

@@ -6,7 +6,8 @@ import pytest
 
 from memsave.data import DataError
 from memsave.data.brats import read_case
-from memsave.data.layouts import LAYOUTS, MODALITIES, SCHEMES, find_cases, scan
+from memsave.data.layouts import LAYOUTS, MODALITIES, find_cases, scan
+from memsave.data.schemes import SCHEMES
 
 SHAPE = (5, 4, 3)
 REAL = Path(__file__).parents[3] / "shared" / "data" / "brain-mri"

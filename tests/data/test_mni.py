@@ -5,7 +5,8 @@ import torch
 pytest.importorskip("nilearn", reason="needs the extra mni")
 
 from memsave.data import mni
-from memsave.data.brats import find_cases, read_case, regions
+from memsave.data.brats import read_case, regions
+from memsave.data.layouts import find_cases
 from memsave.data.mni import MNI152
 from memsave.data.phantom import ensure_phantoms, write_phantoms
 from memsave.data.synthesis import CODE, _acquire, synthesise

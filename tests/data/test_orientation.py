@@ -6,7 +6,8 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from memsave.data.brats import find_cases, regions
+from memsave.data.brats import regions
+from memsave.data.layouts import find_cases
 from memsave.data.orientation import Orientation
 from memsave.data.segmentation import Volumes, restore
 from memsave.predict import write_labels

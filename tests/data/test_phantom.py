@@ -11,8 +11,9 @@ import torch
 
 from memsave.data import DataError, phantom
 from memsave.data.anatomy import DRAWN
-from memsave.data.brats import find_cases, read_case, regions
+from memsave.data.brats import read_case, regions
 from memsave.data.cache import cached_folder
+from memsave.data.layouts import find_cases
 from memsave.data.phantom import ensure_phantoms, write_phantoms
 from memsave.data.synthesis import smooth_field, synthesise
 

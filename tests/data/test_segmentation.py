@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from memsave.data import DataError
-from memsave.data.brats import MODALITIES, SCHEMES, find_cases, labels_of, read_case, regions
+from memsave.data.brats import labels_of, read_case, regions
+from memsave.data.layouts import MODALITIES, find_cases
+from memsave.data.schemes import SCHEMES
 from memsave.data.scores import dice
 from memsave.data.segmentation import TrainingCrops, Volumes, _item_seed, restore, train_loader, uncrop
 from memsave.data.transforms import augment
