@@ -1,9 +1,12 @@
 """How a measurement is kept: JSON with the command, the machine and the day."""
 
+import argparse
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
+from memsave.training.process import keep_freed_memory
 from memsave.training.result import hardware, versions, write_json
 
 
@@ -14,6 +17,20 @@ def keep(path: Path, *, command: str, results: dict[str, Any]) -> None:
         path, {"command": command, "date": today, "hardware": hardware(), "versions": versions(), "results": results}
     )
     print(f"written to {path}")
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """The results that this machine wrote there before; empty where it wrote none."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    return content["results"] if content.get("hardware") == hardware() else {}
+
+
+def have_freed_memory_kept(parser: argparse.ArgumentParser, *, missing: set[str]) -> None:
+    """For `--keep-freed`, which adds to rows that are there; without them, or without glibc, the program ends."""
+    if missing:
+        parser.error(f"--keep-freed adds a column to what was measured here before; first measure {sorted(missing)}")
+    if not keep_freed_memory():
+        parser.error("--keep-freed is for glibc, and this malloc is another")
 
 
 def insert(document: Path, *, name: str, text: str) -> None:

@@ -35,6 +35,7 @@ from memsave.config import BratsData, Config, ConfigError, SegmentationData
 from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
+from memsave.training.interrupt import interrupt_at_signals
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.progress import Progress
@@ -279,4 +280,5 @@ def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    interrupt_at_signals()
     sys.exit(main())

@@ -13,7 +13,6 @@ goes on past a job that fails, and exits with 1 when any did; run again with its
 import errno
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -35,6 +34,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError, conf_dir, register
+from memsave.training.interrupt import interrupt_at_signals
 
 _exit_code = 0
 
@@ -50,9 +50,7 @@ def main() -> None:
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config.py; --cfg job prints the config that the overrides select."
         )
         sys.exit(0)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _interrupt)
+    interrupt_at_signals()
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
@@ -271,10 +269,6 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     for number, choices in enumerate(options):
         for choice in choices[1:]:
             compose([*first[:number], choice, *first[number + 1 :]])
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _complain(error: object, *, code: int) -> int:

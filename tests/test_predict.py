@@ -165,7 +165,8 @@ def test_what_cannot_be_written_whole_is_not_written(trained, tmp_path, monkeypa
 
     monkeypatch.setattr(nibabel, "save", full)
     assert predict(trained, tmp_path) == 1
-    assert "No space left on device" in capfd.readouterr().err
+    told = "failed: its file cannot be written (No space left on device); free space or give another output="
+    assert told in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,6 @@ being large. `--keep-freed` takes that out of the comparison, which flatters tho
 import argparse
 import datetime
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.record import insert, keep, machine, median
+from experiments.record import earlier, have_freed_memory_kept, insert, keep, machine, median
 from memsave.ghost import GhostClipper
 from memsave.models.language import causal_lm_losses, fuse_gelu, set_checkpointing
 from memsave.profiler import MemoryRecorder, format_bytes
-from memsave.training.process import keep_freed_memory
-from memsave.training.result import hardware
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "ghost.json"
@@ -234,13 +231,6 @@ def table(results: dict[str, dict], *, shown: tuple[str, ...] | None = None) -> 
     return "\n".join(rows).rstrip()
 
 
-def earlier() -> dict[str, dict]:
-    """Shapes that were measured on this machine before."""
-    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    here = content.get("hardware") == hardware()
-    return {name: each for name, each in content.get("results", {}).items() if here and name in SHAPES}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, action="append", help="may be given several times; all by default")
@@ -249,19 +239,20 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes; nothing is written")
     parser.add_argument("--keep-freed", action="store_true", help="time, without Opacus, where malloc keeps memory")
     options = parser.parse_args()
+    results, names = earlier(RESULTS), options.shape or list(SHAPES)
+    chosen = options.ways
     if options.keep_freed:
-        options.ways = [way for way in WAYS if not way.startswith("Opacus")]
-        assert keep_freed_memory(), "malloc is not glibc's"
-    results = earlier()
-    for name in options.shape or SHAPES:
+        have_freed_memory_kept(parser, missing=set(names) - results.keys())
+        chosen = chosen or [way for way in WAYS if not way.startswith("Opacus")]
+    for name in names:
         shape = SHAPES[name]
-        ways = ways_for(shape, options.ways)
+        ways = ways_for(shape, chosen)
         if options.profile:
             profile(shape, ways)
             continue
         rows = measure(shape, ways, repeats=options.repeats)
         if options.keep_freed:
-            results.setdefault(name, {})["kept"] = rows
+            results[name]["kept"] = rows
         else:
             found = {"shape": str(shape), "date": datetime.date.today().isoformat(), "ways": rows}
             results[name] = {**results.get(name, {}), **found}
@@ -270,13 +261,13 @@ def main() -> None:
             print(
                 f"{shape}: {way}: {timed}{format_bytes(row['peak_above_parameters'])}, {row['memory_over_plain']:.2f}x"
             )
-    if options.profile or not options.repeats or (options.ways and not options.keep_freed):
+    if options.profile or not options.repeats or options.ways:
         return
     results = {name: results[name] for name in SHAPES if name in results}
     insert(HERE / "README.md", name="ghost", text=table(results))
     if set(README) <= results.keys():
         insert(HERE.parents[1] / "README.md", name="ghost", text=table({n: results[n] for n in README}, shown=SHOWN))
-    keep(RESULTS, command="python -m experiments.speed.ghost", results=results)
+    keep(RESULTS, command="python -m experiments.speed.ghost, and again with --keep-freed", results=results)
 
 
 if __name__ == "__main__":

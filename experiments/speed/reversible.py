@@ -14,7 +14,6 @@ stored costs time for being large. `--keep-freed` takes that out of the comparis
 import argparse
 import gc
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,12 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from experiments.record import insert, keep, machine, median
+from experiments.record import earlier, have_freed_memory_kept, insert, keep, machine, median
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
 from memsave.profiler import MemoryRecorder, format_bytes
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
-from memsave.training.process import keep_freed_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "reversible.json"
@@ -233,21 +231,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="voxels of an edge of the volume")
     parser.add_argument("--keep-freed", action="store_true", help="add times where malloc keeps what is freed")
     given = parser.parse_args()
+    subjects = {f"{subject}, 1x{channels}x{given.size}^3": subject for subject, (_, channels) in SUBJECTS.items()}
+    before = earlier(RESULTS)
     if given.keep_freed:
-        assert keep_freed_memory(), "malloc is not glibc's"
-    results = {
-        f"{subject}, 1x{channels}x{given.size}^3": measure(subject, given.size, repeats=given.repeats)
-        for subject, (_, channels) in SUBJECTS.items()
-    }
-    if given.keep_freed:
-        kept, results = results, json.loads(RESULTS.read_text())["results"]
-        for subject, rows in kept.items():
-            for way in rows.keys() & results[subject].keys():
-                results[subject][way]["kept"] = rows[way]
+        have_freed_memory_kept(parser, missing=subjects.keys() - before.keys())
+    results = {}
+    for name, subject in subjects.items():
+        rows, old = measure(subject, given.size, repeats=given.repeats), before.get(name, {})
+        kept = rows if given.keep_freed else {way: row["kept"] for way, row in old.items() if "kept" in row}
+        shown = old if given.keep_freed else rows
+        results[name] = {way: {**row, "kept": kept[way]} if way in kept else row for way, row in shown.items()}
     text = table(results)
     print(text)
     insert(HERE / "README.md", name="reversible", text=text)
-    keep(RESULTS, command="python -m experiments.speed.reversible", results=results)
+    keep(RESULTS, command="python -m experiments.speed.reversible, and again with --keep-freed", results=results)
 
 
 if __name__ == "__main__":

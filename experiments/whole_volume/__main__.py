@@ -1,6 +1,6 @@
 """A step of the whole volume of BraTS: seconds, live bytes and the whole process, beside what was planned.
 
-python -m experiments.whole_volume            # some ten minutes on two cores
+python -m experiments.whole_volume            # some five minutes on two cores
 """
 
 import json

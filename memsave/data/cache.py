@@ -38,7 +38,8 @@ def cached_folder(
             make(unfinished)
             _publish(unfinished, folder=folder)
         except OSError as error:
-            if error.errno not in NO_PLACE:
+            elsewhere = error.filename is not None and not Path(error.filename).is_relative_to(folder.parent)
+            if error.errno not in NO_PLACE or elsewhere:  # a source may be what cannot be read
                 raise
             raise DataError(
                 f"{folder.parent} cannot keep what is generated ({error.strerror}); free space there, or set "

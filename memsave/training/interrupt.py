@@ -15,6 +15,21 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 SECONDS = 1.0  # a launcher, and the terminal itself, may pass the same Ctrl-C on twice
 
 
+def interrupt_at_signals() -> None:
+    """Have every signal to stop interrupt this process as Ctrl-C does."""
+    for number in _heard():
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _heard() -> list[int]:
+    """Those of SIGNALS that this process does not ignore, as nohup has it ignore SIGHUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Within, the yielded function tells of a first signal to stop; one more than SECONDS later interrupts at once."""
@@ -28,8 +43,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread alone
         yield lambda: False
         return
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup has SIGHUP ignored
-    before = [(number, signal.signal(number, note)) for number in heard]
+    before = [(number, signal.signal(number, note)) for number in _heard()]
     try:
         yield lambda: bool(asked)
     finally:

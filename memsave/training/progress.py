@@ -69,6 +69,6 @@ class _Lines:
     def advance(self, note: str) -> None:
         self.done += 1
         now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES or (self.unit == "step" and self.done == self.total):
+        if now - self.last >= SECONDS_BETWEEN_LINES or self.done == self.total:
             self.last = now
             self.progress.say(f"  {self.unit} {self.done} of {self.total}, {note}")

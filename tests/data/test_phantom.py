@@ -211,3 +211,11 @@ def test_a_cache_without_room_is_named_with_its_remedy(tmp_path):
     with pytest.raises(DataError, match=rf"{tmp_path} cannot keep .* \(No space left on device\); .* MEMSAVE_CACHE"):
         cached_folder(tmp_path, name="thing", settings={}, make=full)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path):
+    def denied(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.gguf")
+
+    with pytest.raises(PermissionError, match=r"/elsewhere/model\.gguf"):
+        cached_folder(tmp_path, name="thing", settings={}, make=denied)

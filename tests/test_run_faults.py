@@ -1,0 +1,212 @@
+"""What goes wrong in a run: one sentence, an exit code, and nothing lost."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from memsave.compose import compose
+from memsave.data import DataError, mni
+from memsave.run import execute
+from tests.training.test_segmentation import TINY
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys):
+    from memsave.training.segmentation import Segmentation
+
+    _, whole, folder = run("trainer.steps=3", "model.dropout=0.2", name="whole")
+    curve = [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    original, calls = Segmentation.per_example_losses, []
+
+    def signalled(self, model, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, model, batch)
+
+    monkeypatch.setattr(Segmentation, "per_example_losses", signalled)
+    code, result, folder = run("trainer.steps=3", "model.dropout=0.2", name="stopped")
+    assert (code, result["status"]) == (130, "interrupted")
+    assert f"trainer.resume={folder / 'checkpoint'}" in capsys.readouterr().err
+    monkeypatch.undo()
+    resume = f"trainer.resume={folder / 'checkpoint'}"
+    _, resumed, folder = run("trainer.steps=3", "model.dropout=0.2", resume, name="resumed")
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] == curve[2]
+    assert resumed["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "overrides"),
+    [("nilearn", "mni", ["data=mni_phantom"]), ("nibabel", "brats", [])],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(run, monkeypatch, package, extra, overrides):
+    mni._template.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, result, _ = run(*overrides)
+    assert code == 2
+    assert result["error"] == f"the package {package} is not installed; install it with: pip install 'memsave[{extra}]'"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
+    from memsave.training import checkpoint
+
+    original, calls = checkpoint.save, []
+
+    def save(state, folder):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        original(state, folder)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    code, result, folder = run("trainer.steps=3", "trainer.checkpoint_every=1")
+    assert (code, result["status"]) == (1, "failed")
+    assert "cannot be written" in result["error"] and f"trainer.resume={folder / 'checkpoint'}" in result["error"]
+    assert not (folder / "error.txt").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert execute(compose(TINY), tmp_path / "file" / "run", experiment="brats_rev") == 1
+    told = capsys.readouterr().err
+    assert "file/run cannot be written (Not a directory)" in told and told.count("\n") == 1
+
+
+def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch):
+    from memsave.data.segmentation import TrainingCrops
+
+    _, whole, _ = run("trainer.steps=3", "data.workers=0", name="whole")
+    original, calls = TrainingCrops.example, []
+
+    def broken(self, *args, **options):
+        calls.append(1)
+        if len(calls) > 4:  # two steps of two
+            raise DataError("case 3 holds NaN: export it again.")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(TrainingCrops, "example", broken)
+    code, failed, folder = run("trainer.steps=3", "data.workers=0", name="broken")
+    resume = f"trainer.resume={folder / 'checkpoint'}"
+    assert code == 2 and failed["error"] == f"case 3 holds NaN: export it again. Then continue with {resume}"
+    monkeypatch.undo()
+    monkeypatch.setenv("MEMSAVE_CACHE", str(folder.parent / "cache"))
+    _, resumed, _ = run("trainer.steps=3", "data.workers=0", resume, name="resumed")
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
+    told = "from memsave.training.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", told], stdout=subprocess.PIPE, stderr=writing, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_float16_is_for_cuda(run):
+    code, result, _ = run("trainer.precision=float16", "trainer.device=cpu")
+    assert (code, result["error"]) == (
+        2,
+        "trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU",
+    )
+
+
+def test_a_file_that_may_not_be_read_is_not_called_a_full_disk(run, monkeypatch):
+    from memsave.training import experiment
+
+    denied = PermissionError(errno.EACCES, "Permission denied", "/somewhere/else.csv")
+    monkeypatch.setattr(experiment, "make_task", lambda *args, **options: (_ for _ in ()).throw(denied))
+    _, result, _ = run()
+    assert "cannot be written" not in result["error"] and "/somewhere/else.csv" in result["error"]
+
+
+def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
+    from memsave.training import experiment
+
+    monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, result, _ = run()
+    assert (code, result["status"]) == (130, "interrupted")
+
+
+def test_a_mode_that_does_not_fit_does_not_stop_the_run(run, monkeypatch):
+    from memsave.models import ReversibleUNet3d
+
+    original = ReversibleUNet3d.forward
+
+    def tight(self, x):
+        if self.memory == "stored":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, x)
+
+    monkeypatch.setattr(ReversibleUNet3d, "forward", tight)
+    code, result, _ = run("profiler.compare=[stored,reversible]")
+    assert code == 0
+    assert list(result["memory"]["compared"]) == ["reversible"]
+
+
+def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
+    from memsave.training import experiment
+
+    def fail(error):
+        monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(error))
+
+    fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    code, result, _ = run(name="full")
+    assert (code, result["status"]) == (3, "oom")
+    fail(RuntimeError("something else"))
+    code, result, folder = run(name="broken")
+    assert (code, result["status"]) == (1, "failed")
+    assert "something else" in result["error"]
+    assert "Traceback" in (folder / "error.txt").read_text()
+
+
+def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch):
+    monkeypatch.setattr("memsave.training.experiment.fitted", lambda config, *args, **known: (config, {}))
+    code, result, folder = run("budget=1MiB", "trainer.steps=3")
+    assert (code, result["status"]) == (3, "over_budget")
+    assert re.search(
+        r"step 1 held [0-9.]+ MiB .* budget of 1.00 MiB: \w+ takes the most, [0-9.]+ .iB in [a-z]+", result["error"]
+    )
+    assert result["memory"]["peak_bytes"] > 2**20
+    assert (folder / "memory.png").is_file() and (folder / "checkpoint").is_dir()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_grows_over_its_budget_names_what_grew(run, monkeypatch):
+    from memsave.training.segmentation import Segmentation
+
+    code, result, _ = run("budget=1GiB", "trainer.steps=3", name="within")
+    assert code == 0
+    original, calls = Segmentation.per_example_losses, []
+
+    def leak(self, model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            model.register_buffer("leak", torch.zeros(2**20))
+        return original(self, model, batch)
+
+    monkeypatch.setattr(Segmentation, "per_example_losses", leak)
+    peak = result["memory"]["peak_bytes"]
+    code, result, _ = run(f"budget={peak + 2**20}", "trainer.steps=3", name="grown")
+    assert (code, result["status"]) == (3, "over_budget")
+    assert result["error"].startswith("step 3 held")
+    assert "buffer grew, by 4.00 MiB in the model itself" in result["error"]
+
+
+def test_a_model_that_cannot_be_built_is_bad_input(run):
+    code, result, _ = run("model.channels=[7]", "model.blocks=[1]")
+    assert code == 2
+    assert "even number" in result["error"]
