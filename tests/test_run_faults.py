@@ -173,6 +173,20 @@ def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
     assert "Traceback" in (folder / "error.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("memory", "remedy"),
+    [("stored", "memory=reversible, trainer"), ("reversible", "trainer"), ("auto", "trainer")],
+)
+def test_the_remedy_for_full_memory_is_one_that_is_not_taken_yet(run, monkeypatch, memory, remedy):
+    from memsave.training import experiment
+
+    full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(experiment, "make_task", lambda *args, **options: (_ for _ in ()).throw(full))
+    code, result, _ = run(f"memory={memory}", "budget=1GiB")
+    assert code == 3
+    assert f"try {remedy}.micro_batch_size=1, smaller crops" in result["error"]
+
+
 def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch):
     monkeypatch.setattr("memsave.training.experiment.fitted", lambda config, *args, **known: (config, {}))
     code, result, folder = run("budget=1MiB", "trainer.steps=3")

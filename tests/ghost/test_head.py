@@ -332,3 +332,12 @@ def test_a_loss_that_mixes_examples_is_refused():
     with pytest.raises(ValueError, match="examples are not apart at linear_cross_entropy"):
         losses = chunked(model, batch)
         clipper.backward(losses / losses.sum())
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 1000), (1, 1000), (20, 50), (21, 47), (100, 10), (5000, 10)])
+def test_blocks_of_the_vocabulary_stay_wide_however_many_rows(monkeypatch, rows, width):
+    monkeypatch.setattr(logits, "BLOCK", 1000)
+    monkeypatch.setattr(logits, "LEAST", 10)
+    found = list(logits.parts(rows, 107))
+    assert [place for part in found for place in range(part.start, part.stop)] == list(range(107))
+    assert {part.stop - part.start for part in found[:-1]} <= {width}

@@ -189,8 +189,28 @@ def test_calibrations_are_measured_once_and_kept(monkeypatch, tmp_path):
     plan_of("mode=plan", "profiler.compare=[]")
     monkeypatch.setattr(planning, "calibrate", lambda *args, **known: pytest.fail("it was kept"))
     plan_of("mode=plan", "profiler.compare=[]")
-    with pytest.raises(pytest.fail.Exception):
-        plan_of("mode=plan", "memory=stored", "profiler.compare=[]")
+    plan_of("mode=plan", "profiler.compare=[]", "data.crop_size=[32,32,32]", "model.blocks=[2,1]")
+    for other in ("memory=stored", "model.channels=[4,8]", "trainer.precision=bfloat16"):
+        with pytest.raises(pytest.fail.Exception):
+            plan_of("mode=plan", other, "profiler.compare=[]")
+
+
+def test_a_calibrating_step_is_of_one_size_whatever_the_crop(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
+    sizes = []
+
+    def calibrate(step, *, device):
+        made, shapes = step(), []
+        hook = made.model.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))
+        made.run()
+        hook.remove()
+        sizes.extend(shapes)
+        return None  # as where no allocator answers
+
+    monkeypatch.setattr(planning, "calibrate", calibrate)
+    for size in (16, 48):
+        plan_of("mode=plan", "profiler.compare=[]", f"data.crop_size=[{size},{size},{size}]", "data.crops_per_case=2")
+    assert sizes == [(1, 4, 16, 16, 16)] * 2  # SMALL_CROP, here 16
 
 
 def test_a_plan_is_written_for_people_and_programs(tmp_path):

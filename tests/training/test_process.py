@@ -11,18 +11,29 @@ pytestmark = pytest.mark.skipif(process_peak() is None, reason="no /proc/self/st
 
 PROGRAM = """
 import torch
-from memsave.training.process import process_peak, restart_peak, return_freed_memory
+from memsave.training import process
 MIB = 2**20
-assert return_freed_memory()
-blocks = [torch.ones(MIB // 4) for _ in range(300)]  # 1 MiB each, with a small one behind it, so that no heap shrinks
-held = [bytearray(100) for _ in range(300)]
-full = process_peak()
+assert process.{setting}()
+blocks = [torch.ones({size} * MIB // 4) for _ in range(300 // {size})]
+held = [bytearray(100) for _ in range(300)]  # small ones behind them, so that no heap shrinks
+full = process.process_bytes()
+assert full <= process.process_peak()
 del blocks
-restart_peak()
-print((full - process_peak()) // MIB)
+process.restart_peak()
+print((full - process.process_peak()) // MIB, (full - process.process_bytes()) // MIB)
 """
 
 
+def given_back(setting, size):
+    """MiB of 300, in blocks of so many, that the process no longer has: since its peak was restarted, and now."""
+    program = PROGRAM.format(setting=setting, size=size)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return [int(each) for each in done.stdout.split()]
+
+
 def test_freed_blocks_go_back_and_the_peak_starts_anew():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 250  # of 300 MiB
+    assert min(given_back("return_freed_memory", 1)) > 250
+
+
+def test_freed_blocks_are_kept():
+    assert max(given_back("keep_freed_memory", 100)) < 50  # which malloc by itself returns
