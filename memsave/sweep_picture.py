@@ -34,6 +34,9 @@ def draw(rows: Rows, path: Path) -> None:
 
 def _lines(axes: Any, rows: Rows) -> None:
     """The largest size by budget, one line a way to train, each point with its size in words."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="white")]  # words that meet a line stay readable
     what = next(key for key in rows[0] if key.startswith("largest "))
     near = 0.05 * max(row["size"] for row in rows)
     written: dict[int, list[int]] = {}  # by budget, the sizes that have their words
@@ -46,7 +49,7 @@ def _lines(axes: Any, rows: Rows) -> None:
             below = any(abs(size - other) < near for other in written.setdefault(budget, []))
             written[budget].append(size)
             axes.annotate(words, (budget, size), xytext=(5, -13) if below else (-5, 6), textcoords="offset points",
-                          ha="left" if below else "right", fontsize=8, color=colour)  # fmt: skip
+                          ha="left" if below else "right", fontsize=8, color=colour, path_effects=halo)  # fmt: skip
         lower = any(abs(points[-1][1] - other) < near for other in named)
         named.append(points[-1][1])
         axes.annotate(
