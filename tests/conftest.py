@@ -1,4 +1,4 @@
-"""One thread a process, set before torch is loaded: tensors are small here, and the tests run side by side."""
+"""One thread a process, set before torch is loaded: tensors are small, and tests run side by side. And a tiny run."""
 
 import json
 import os

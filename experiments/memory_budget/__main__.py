@@ -11,8 +11,8 @@ corresponding non-reversible network.
 """
 
 import argparse
+import datetime
 import gc
-import json
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from experiments.record import insert, keep, machine
+from experiments.record import earlier, insert, keep, machine
 from memsave.compose import compose, to_objects
 from memsave.config import Config
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
@@ -49,7 +49,7 @@ VARIES = {  # overrides, and where the search ends
     "channels": ([CROP], 160),
 }
 MEASURED = {"volume": ("8GiB", "11GiB", "16GiB"), "depth": ("8GiB",), "channels": ("8GiB",)}  # more take hours
-ALLOCATOR = 1.2  # no step of this network takes so many times its live bytes from the system
+ALLOCATOR = 1.2  # no step of this network takes so many times its live bytes beyond what the process has before it
 
 
 def config_of(way: str, vary: str) -> Config:
@@ -97,7 +97,8 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
         print(f"no room for {row['way']}, {row['vary']} {row['described']}", flush=True)
         return None
     made = blank_step(variation(config_of(row["way"], row["vary"])).at(row["size"]), device=CPU)
-    assert has_state(made.optimizer)
+    if not has_state(made.optimizer):
+        raise RuntimeError("the optimizer could not make its state, and a first step holds less than the others")
     gc.collect()
     restart_peak()
     started = time.perf_counter()
@@ -105,7 +106,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
         made.run()
     found = {"measured_bytes": recorder.report().peak_bytes, "seconds": time.perf_counter() - started}
     print(row["way"], row["described"], format_bytes(found["measured_bytes"]), f"{found['seconds']:.0f} s", flush=True)
-    return {**row, **found, "process_bytes": process_peak()}
+    return {**row, **found, "process_bytes": process_peak(), "date": datetime.date.today().isoformat()}
 
 
 def measured_rows(rows: list[dict]) -> list[dict]:
@@ -196,7 +197,9 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=("predicted", "measured"))
     part = parser.parse_args().part
     return_freed_memory()
-    kept = json.loads(RESULTS.read_text())["results"]
+    kept = earlier(RESULTS)
+    if part == "measured" and "predicted" not in kept:
+        parser.error("nothing was predicted on this machine yet; run it without an argument")
     if part != "measured":
         kept["predicted"] = [row_of(way, vary, budget) for vary in VARIES for way in WAYS for budget in BUDGETS]
     if part != "predicted":

@@ -254,8 +254,7 @@ def main() -> None:
         if options.keep_freed:
             results[name]["kept"] = rows
         else:
-            found = {"shape": str(shape), "date": datetime.date.today().isoformat(), "ways": rows}
-            results[name] = {**results.get(name, {}), **found}
+            results[name] = {"shape": str(shape), "date": datetime.date.today().isoformat(), "ways": rows}
         for way, row in rows.items():
             timed = f"{row['seconds']:.2f} s, {row['time_over_plain']:.2f}x; " if options.repeats else ""
             print(

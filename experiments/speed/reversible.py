@@ -237,10 +237,10 @@ def main() -> None:
         have_freed_memory_kept(parser, missing=subjects.keys() - before.keys())
     results = {}
     for name, subject in subjects.items():
-        rows, old = measure(subject, given.size, repeats=given.repeats), before.get(name, {})
-        kept = rows if given.keep_freed else {way: row["kept"] for way, row in old.items() if "kept" in row}
-        shown = old if given.keep_freed else rows
-        results[name] = {way: {**row, "kept": kept[way]} if way in kept else row for way, row in shown.items()}
+        results[name] = rows = measure(subject, given.size, repeats=given.repeats)
+        if given.keep_freed:
+            timed = {way: {"kept": row} for way, row in rows.items() if "error" not in row}
+            results[name] = {way: {**row, **timed.get(way, {})} for way, row in before[name].items()}
     text = table(results)
     print(text)
     insert(HERE / "README.md", name="reversible", text=text)

@@ -38,8 +38,7 @@ def cached_folder(
             make(unfinished)
             _publish(unfinished, folder=folder)
         except OSError as error:
-            elsewhere = error.filename is not None and not Path(error.filename).is_relative_to(folder.parent)
-            if error.errno not in NO_PLACE or elsewhere:  # a source may be what cannot be read
+            if error.errno not in NO_PLACE or _is_elsewhere(error, folder.parent):  # a source that cannot be read
                 raise
             raise DataError(
                 f"{folder.parent} cannot keep what is generated ({error.strerror}); free space there, or set "
@@ -48,6 +47,14 @@ def cached_folder(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _is_elsewhere(error: OSError, root: Path) -> bool:
+    """Whether the error names a path that is neither in `root` nor above it."""
+    if not isinstance(error.filename, str):
+        return False
+    path, root = Path(error.filename).absolute(), root.absolute()
+    return not (path.is_relative_to(root) or root.is_relative_to(path))
 
 
 def _publish(unfinished: Path, *, folder: Path) -> None:

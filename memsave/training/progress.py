@@ -42,15 +42,15 @@ class Progress:
     def bar(self, total: int, *, done: int = 0) -> Iterator[Bar]:
         """A bar over `total` steps of which `done` are behind."""
         if not self.console.is_terminal:
-            yield self.lines(total, done=done, unit="step")
+            yield _Lines(self, total, unit="step", done=done, last_too=True)
             return
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with RichProgress(*columns, TimeRemainingColumn(), console=self.console) as rich:
             yield _Rich(rich, rich.add_task("training", total=total, completed=done, note=""))
 
-    def lines(self, total: int, *, done: int = 0, unit: str) -> Bar:
-        """The same by a line now and then, which can be within a bar."""
-        return _Lines(self, total, done, unit)
+    def lines(self, total: int, *, unit: str) -> Bar:
+        """The same by a line now and then, which can be within a bar; what is over sooner has none."""
+        return _Lines(self, total, unit=unit)
 
 
 class _Rich:
@@ -62,13 +62,13 @@ class _Rich:
 
 
 class _Lines:
-    def __init__(self, progress: Progress, total: int, done: int, unit: str):
-        self.progress, self.total, self.done, self.unit = progress, total, done, unit
+    def __init__(self, progress: Progress, total: int, *, unit: str, done: int = 0, last_too: bool = False):
+        self.progress, self.total, self.unit, self.done, self.last_too = progress, total, unit, done, last_too
         self.last = time.monotonic()
 
     def advance(self, note: str) -> None:
         self.done += 1
         now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES or self.done == self.total:
+        if now - self.last >= SECONDS_BETWEEN_LINES or (self.last_too and self.done == self.total):
             self.last = now
             self.progress.say(f"  {self.unit} {self.done} of {self.total}, {note}")

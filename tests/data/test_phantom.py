@@ -219,3 +219,14 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path):
 
     with pytest.raises(PermissionError, match=r"/elsewhere/model\.gguf"):
         cached_folder(tmp_path, name="thing", settings={}, make=denied)
+
+
+@pytest.mark.parametrize("root", ["cache", "above/cache"])
+def test_a_cache_that_cannot_be_made_is_named_even_by_what_is_above_it(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+
+    def denied(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / root.partition("/")[0]))
+
+    with pytest.raises(DataError, match=r"cache cannot keep .* MEMSAVE_CACHE"):
+        cached_folder(root, name="thing", settings={}, make=denied)

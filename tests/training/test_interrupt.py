@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -39,6 +41,14 @@ def test_a_later_signal_interrupts_at_once_and_handlers_are_put_back(monkeypatch
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_process_that_is_told_to_end_is_interrupted():
+    program = (
+        "import os, signal; from memsave.training.interrupt import interrupt_at_signals; interrupt_at_signals()\n"
+        "try: os.kill(os.getpid(), signal.SIGTERM)\nexcept KeyboardInterrupt: print('interrupted')"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "interrupted\n"
 
 
 @pytest.mark.parametrize("where", ["forward", "optimizer"])

@@ -14,8 +14,11 @@ import torch
 from memsave.training import process
 MIB = 2**20
 assert process.{setting}()
-blocks = [torch.ones({size} * MIB // 4) for _ in range(300 // {size})]
-held = [bytearray(100) for _ in range(300)]  # small ones behind them, so that no heap shrinks
+torch.ones(8 * MIB // 4)  # once it is freed, malloc by itself puts blocks up to this size on its heap
+blocks, held = [], []
+for _ in range(300 // {size}):
+    blocks.append(torch.ones({size} * MIB // 4))
+    held.append(bytearray(1000))  # a small one behind each, so that no heap shrinks
 full = process.process_bytes()
 assert full <= process.process_peak()
 del blocks
