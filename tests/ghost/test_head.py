@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +17,7 @@ from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from tests.ghost.reference import assert_exact, by_clipper, by_loop
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
+ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference of numbers of order 1 to 30
 
 
 @pytest.fixture(autouse=True)
@@ -77,15 +78,15 @@ def assert_as_with_logits(model, batch, **options):
         torch.autograd.grad(losses(model, batch).square().sum(), parameters) for losses in (chunked, with_logits)
     )
     for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item() + ROUNDING)
     free, _ = by_loop(model, batch, with_logits, max_grad_norm=1.0)
     bound = free.median().item() or 1.0
     norms, sums = by_loop(model, batch, with_logits, max_grad_norm=bound)
     for passes in (1, 2, "auto"):
         ours, our_sums = by_clipper(model, batch, chunked, max_grad_norm=bound, passes=passes, **options)
-        torch.testing.assert_close(ours, norms, rtol=1e-9, atol=1e-12 * bound)
+        torch.testing.assert_close(ours, norms, rtol=1e-9, atol=1e-12 * bound + ROUNDING)
         for name, total in sums.items():
-            assert (our_sums[name] - total).norm() <= 1e-9 * total.norm() + 1e-12 * bound, (name, passes)
+            assert (our_sums[name] - total).norm() <= 1e-9 * total.norm() + 1e-12 * bound + ROUNDING, (name, passes)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -107,6 +108,7 @@ def test_the_head_is_that_of_the_logits(bias, tied, batch, budget):
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     loud=st.sampled_from([1.0, 30.0]),
 )
+@example(batch=1, places=1, vocabulary=2, width=1, tied=True, ignored=0.0, loud=30.0)
 def test_any_shape(batch, places, vocabulary, width, tied, ignored, loud):
     torch.manual_seed(0)
     model = Speaker(vocabulary=vocabulary, width=width, tied=tied, loud=loud).double()
