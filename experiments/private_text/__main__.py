@@ -85,19 +85,21 @@ def table(rows: dict[str, dict]) -> str:
         "| over plain |",
         "|" + "---|" * 8,
     ]
+    machines = list(dict.fromkeys(row["machine"] for row in rows.values()))
     for name, row in rows.items():
+        of = f" ({machines.index(row['machine']) + 1})" if len(machines) > 1 else ""
         scores, privacy, memory = row["metrics"], row["privacy"], row["memory"]
         spent = f"{up(privacy['epsilon'], '.2f')}, {up(privacy['delta'], '.2e')}" if privacy else "not private"
         peak = memory["stored"]["peak_bytes"]
         over = f"{peak / memory[PLAIN]['peak_bytes']:.2f}x" if PLAIN in memory else ""
         lines.append(
-            f"| {RUNS[name][0]} | {spent} | {len(row['losses'])} of {row['batch_size']} "
+            f"| {RUNS[name][0]}{of} | {spent} | {len(row['losses'])} of {row['batch_size']} "
             f"| {scores['perplexity_before']:.1f} to {scores['perplexity']:.2f} "
             f"| {scores['bleu_before']:.1f} to {scores['bleu']:.1f} "
             f"| {row['step_seconds']:.1f} s | {format_bytes(peak)} | {over} |"
         )
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows.values()))
-    return f"{machines}:\n\n" + "\n".join(lines)
+    told = machines if len(machines) == 1 else [f"({number}) {each}" for number, each in enumerate(machines, 1)]
+    return f"{'; '.join(told)}:\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

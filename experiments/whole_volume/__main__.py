@@ -1,6 +1,8 @@
 """A step of the whole volume of BraTS: seconds, live bytes and the whole process, beside what was planned.
 
-python -m experiments.whole_volume            # some five minutes on two cores
+    python -m experiments.whole_volume            # some five minutes on two cores
+
+It writes the tables of three documents from one run of `experiment=brats_full`.
 """
 
 import json
