@@ -107,7 +107,7 @@ def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch)
     assert resumed["metrics"] == whole["metrics"]
 
 
-def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
+def test_a_reader_that_has_gone_does_not_end_a_run():
     told = "from memsave.training.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
     reading, writing = os.pipe()
     os.close(reading)
