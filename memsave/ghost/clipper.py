@@ -9,30 +9,27 @@ The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind o
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memsave.ghost import refusals
+from memsave.ghost.attach import attach_layers, find_refusals
 from memsave.ghost.gradients import Dense, InputTiles, has_values
+from memsave.ghost.graph import side_outputs, tapped_layers
 from memsave.ghost.groups import Groups, clip_factors, layers_of
 from memsave.ghost.layer import Layer, RelativeBias, in_backward
-from memsave.ghost.refusals import (
-    reentrant_checkpoints_refused,
-    refuse_escaped,
-    refuse_mixed,
-    refuse_statistics,
-    refuse_updated_buffers,
-    refuse_wrapped,
-)
+from memsave.ghost.refusals import Refusal, raise_refusals
+from memsave.ghost.separation import Look, Separation
 from memsave.ghost.tap import Call, Phase, add_sum, hold, release, root
+from memsave.ghost.unchanged import Snapshot
 
 log = logging.getLogger("memsave.ghost")
 
-FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
 CLIPPINGS = ("flat", "automatic", "per_layer")
 PASSES = ("auto", 1, 2, "direct")
-LEAF_ELEMENTS = 2**20  # a module with parameters and children is one generic leaf up to this size, refused above
 
 
 class GhostClipper:
@@ -85,14 +82,16 @@ class GhostClipper:
         self.chosen_passes: str | int | None = None if passes == "auto" else passes
         """What `passes` came to in the last backward; None before the first where it is "auto"."""
         self._nonfinite: int | Tensor = 0
-        self._checked: set[str] = set()
+        self._separation = Separation()
+        self._snapshot: Snapshot | None = None
         self._call: Call | None = None
         self._groups: Groups | None = None
         self._running = False
         self._handles: list[Any] = []
         self._layers: list[Layer | RelativeBias] = []
-        refuse_wrapped(model)
-        refuse_statistics(model)
+        self._trainable: dict[str, nn.Parameter] = {}
+        self._held: set[Tensor] = set()
+        self._unfinished = False
         self.attach()
 
     @property
@@ -101,17 +100,31 @@ class GhostClipper:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
+    def unfinished(self) -> bool:
+        """Whether a backward failed while it added to `.grad`, which holds a part of its sum since then."""
+        if self._unfinished:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self._unfinished = any(bool(grad.any()) for grad in grads)
+        return self._unfinished
+
+    @property
     def nonfinite(self) -> int:
         """Examples so far whose norm was not finite; they contributed zero."""
         return int(self._nonfinite)
 
     def backward(self, losses: Tensor) -> Tensor:
         """Add the clipped sum to `.grad`; returns the norms (B,) before clipping. `losses` (B,): the last forward's."""
-        if losses.dim() != 1 or not losses.requires_grad:
+        if losses.dim() != 1 or not (losses.requires_grad or not len(losses)):
             raise ValueError(
                 f"losses have shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}; give one loss per "
                 f"example, shape (B,), with its graph"
             )
+        if self.unfinished:
+            raise ValueError(
+                "the last backward failed while it added to .grad, so that a part of its examples would count twice; "
+                "clear the gradients (optimizer.zero_grad()) and begin the logical batch again"
+            )
+        self._drop_frozen()
         if not len(losses):  # an empty Poisson batch: a step of noise alone
             norms, self._call, self.clipped = losses.detach(), None, losses.detach() < 0
         else:
@@ -123,132 +136,210 @@ class GhostClipper:
 
     def attach(self) -> None:
         """Take the model's layers, as the constructor does; for a clipper that was closed."""
+        self._separation.forget()
+        problems = list(find_refusals(self.model))
         try:
-            self._attach()
+            raise_refusals([*problems, *self._attach_layers()])
         except ValueError:
             self.close()
             raise
+        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
 
     def close(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
+        self._detach_layers()
+        self._handles, self._call, self._running = [], None, False
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether it was a trainable parameter of the model when its layers were taken."""
+        return parameter in self._held
+
+    def _attach_layers(self) -> list[Refusal]:
+        """Taps for all trainable parameters; returns what cannot have one."""
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._held = set(self._trainable.values())
+        self._groups = layers_of(self.model) if self.clipping == "per_layer" else None
+        refused: list[Refusal] = []
+        if self.passes != "direct":
+            self._layers, refused = attach_layers(self, self.model)
+            hold(self, self._trainable.values())
+        return refused
+
+    def _detach_layers(self) -> None:
         for layer in self._layers:
             layer.detach()
         release(self)
-        self._handles, self._layers, self._call = [], [], None
+        self._layers = []
 
-    def _attach(self) -> None:
-        self._groups = layers_of(self.model) if self.clipping == "per_layer" else None
-        if self.passes == "direct":
+    def _follow(self, model: nn.Module) -> None:
+        """Take the layers anew where other parameters are trainable than before: adapters, layers that were frozen."""
+        now = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if now.keys() == self._trainable.keys() and all(p is self._trainable[name] for name, p in now.items()):
             return
-        folding = [name for name, module in self.model.named_modules() if type(module).__qualname__ in FOLDING]
-        for name, module in self.model.named_modules():
-            if "forward" in vars(module):
-                raise ValueError(
-                    f"the forward of {name or 'the model'} is replaced already; close what replaced it first"
-                )
-            if any(module is inner for layer in self._layers for inner in layer.module.modules()):
-                continue  # part of a leaf
-            if RelativeBias.applies(module):
-                self._layers.append(RelativeBias(self, module, name=name or "the model"))
-                continue
-            own = [key for key, p in module._parameters.items() if p is not None and p.requires_grad]
-            if not own:
-                continue
-            whole = {key: p for key, p in module.named_parameters() if p.requires_grad}
-            heavy = sum(p.numel() for p in whole.values()) > LEAF_ELEMENTS or isinstance(module, nn.MultiheadAttention)
-            if len(whole) > len(own) and heavy:
-                raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) owns {own[0]} and has children with parameters: "
-                    f"no rule is exact for it; freeze {own[0]}, or move it into a module of its own"
-                )
-            layer = Layer(self, module, name=name or "the model", names=tuple(whole))
-            layer.folded = any(parent and name.startswith(f"{parent}.") for parent in folding)
-            self._layers.append(layer)
-        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
-        hold(self, self.parameters)
+        self._drop_frozen()
+        self._detach_layers()
+        self._separation.forget()
+        try:
+            raise_refusals([*find_refusals(model), *self._attach_layers()])
+        except ValueError:
+            self._trainable = {}
+            raise
+
+    def _drop_frozen(self) -> None:
+        """A parameter that was frozen since it got a sum must not move by it: no noise would be added."""
+        for name, parameter in self._trainable.items():
+            if not parameter.requires_grad and parameter.grad is not None:
+                log.warning("%s was frozen since it got a clipped sum, which is dropped", name)
+                parameter.grad = None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or in_backward():
             return
-        refuse_statistics(model)
+        self._follow(model)
+        raise_refusals([*refusals.statistics(model), *refusals.parameter_hooks(model)])
         first = next(_tensors([*args, *kwargs.values()]), None)
-        if self.batch_size is None and (first is None or not first.dim()):
+        if self.batch_size is None and self.passes != "direct" and (first is None or not first.dim()):
             raise ValueError(
                 "the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors, or give the "
                 "GhostClipper a batch_size"
             )
-        size = len(first) if self.batch_size is None and first is not None else self.batch_size
+        size = len(first) if self.batch_size is None and first is not None and first.dim() else self.batch_size
         parameters = self.parameters
-        wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        wide = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in parameters) else torch.float32
         holder = parameters[0] if parameters else first
         device = None if holder is None else holder.device
         probe = torch.zeros(size or 0, dtype=wide, device=device, requires_grad=True)
         self._call, self._running = Call(batch_size=len(probe), probe=probe), True
         self._call.room, self._call.groups, self._call.factors = self.memory_budget, self._groups, self._factors
-        self._call.buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
+        self._separation.begin(model)
+        self._snapshot = Snapshot(model)
 
-    def _end(self, *_: Any) -> None:
-        if not in_backward():
-            self._running = False
+    def _end(self, _: nn.Module, __: tuple[Any, ...], result: Any) -> None:
+        if in_backward():
+            return
+        self._running = False
+        if self._call is not None and self._call.refusals and result is not None:
+            refused, self._call = self._call.refusals, None
+            raise_refusals(refused)
 
     def call_of(self, name: str, *, after: bool = False) -> Call | None:
         """The record that a layer's use belongs to; None where nothing is to be recorded.
 
         `after`: the use may come after the model's forward, of its output.
         """
+        call = self._call
         if not torch.is_grad_enabled():
+            if call is not None and self._running and not in_backward():
+                call.without_grad.add(name)
             return None
-        if self._call is None or not (self._running or in_backward() or after):
+        if call is None or not (self._running or in_backward() or after):
             raise RuntimeError(
                 f"{name} was called outside the model's own forward, so its batch is not known; call the model that "
                 f"the GhostClipper was given"
             )
-        return self._call
+        if in_backward() and name in call.without_grad - call.layers:
+            raise ValueError(
+                f"{name} ran without grad in the forward and with it in the backward, so it would be differentiated "
+                f"by a backward inside the backward (reentrant checkpoints and some reversible layers do that); freeze "
+                f"it, or use memsave.reversible or checkpoints with use_reentrant=False"
+            )
+        return call
 
     def _ghost(self, losses: Tensor) -> Tensor:
-        call = self._call
-        if call is None or len(losses) != call.batch_size:
-            seen = "no forward" if call is None else f"a batch of {call.batch_size}"
-            raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
-        refuse_updated_buffers(self.model, call.buffers)
+        call = self._checked_call(losses)
         self._choose_passes(call)
         parameters = self.parameters
+        summing = done = False
         try:
-            with reentrant_checkpoints_refused():
-                self._check_examples_apart(call, losses)
+            with refusals.reentrant_checkpoints_refused(), self._grads_left_alone():
+                self._look(call, losses)
                 call.phase, call.keep_all = Phase.NORM, self.chosen_passes == 1
-                (squared, *escaped) = torch.autograd.grad(
-                    losses,
-                    [call.probe, *parameters],
-                    grad_outputs=torch.ones_like(losses),
-                    retain_graph=self.chosen_passes == 2,
-                    allow_unused=True,
-                )
-            refuse_escaped(self.model, parameters, escaped)
+                with call.one_backward(losses):
+                    (squared, *escaped) = torch.autograd.grad(
+                        losses,
+                        [call.probe, *parameters],
+                        grad_outputs=torch.ones_like(losses),
+                        retain_graph=self.chosen_passes == 2,
+                        allow_unused=True,
+                    )
+            refusals.refuse_escaped(self.model, parameters, escaped)
             with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
                 call.clip_the_rest()
                 norms = root(torch.zeros_like(call.probe) if squared is None else squared)
                 weights = self._factors(norms) if self._groups is None else call.lowest
                 self._note(norms, weights)
+                summing = True
                 if self._groups is None and self.chosen_passes == 1:
                     call.add_sums(list(call.ledger), weights)
             if self.chosen_passes == 2:
-                kept = weights != 0
-                call.kept = None if not has_values(kept) or bool(kept.all()) else kept
-                call.phase, call.weights, call.tiles = Phase.SUM, weights, InputTiles()
-                call.ledger.clear()
-                used = [p for p in parameters if p in call.uses]
-                torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
+                self._add_sums_again(call, losses, weights, parameters)
+            done = True
         finally:
-            call.phase, call.kept = Phase.IDLE, None
+            self._unfinished |= not done and (summing or bool(call.summed))
+            call.phase, call.kept, call.look = Phase.IDLE, None, None
             call.ledger.clear()
             call.magnitudes.clear()
             call.tiles = InputTiles()
-            self._call, self.plan = None, call.plan
+            self._call, self._snapshot, self.plan = None, None, call.plan
         return norms
+
+    def _add_sums_again(self, call: Call, losses: Tensor, weights: Tensor, parameters: list[nn.Parameter]) -> None:
+        """The second backward, in which each layer weighs its examples."""
+        kept = weights != 0
+        call.kept = None if not has_values(kept) or bool(kept.all()) else kept
+        call.phase, call.weights, call.tiles = Phase.SUM, weights, InputTiles()
+        call.ledger.clear()
+        used = [p for p in parameters if p in call.uses]
+        with call.one_backward(losses):
+            torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
+        call.refuse_unlike_passes()
+
+    def _checked_call(self, losses: Tensor) -> Call:
+        """The record of the last forward, if these are its losses and nothing speaks against clipping them."""
+        call = self._call
+        if call is None or (len(losses) != call.batch_size and self.passes != "direct"):
+            seen = "no forward" if call is None else f"a batch of {call.batch_size}"
+            raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
+        names = {p: name for name, p in self._trainable.items()}
+        frozen = [
+            Refusal(
+                names.get(p, "a parameter"), "", "was frozen between its forward and this backward", "freeze before"
+            )
+            for p in call.uses
+            if not p.requires_grad
+        ]
+        changed = [] if self._snapshot is None else self._snapshot.changes(self.model)
+        side = [
+            Refusal(
+                name,
+                "",
+                "gives the losses something beside its output (a tensor kept as an attribute, or a hook on a module "
+                "inside it), whose gradient would be lost",
+                "return it as a part of the output, detach it, or freeze the layer",
+            )
+            for name in sorted(side_outputs(losses) if call.traced else ())
+        ]
+        raise_refusals([*call.refusals, *frozen, *changed, *side])
+        return call
+
+    @contextmanager
+    def _grads_left_alone(self) -> Iterator[None]:
+        """Within, nothing but this clipper writes `.grad`, as a backward inside the backward would."""
+        before = {name: (p.grad, p.grad._version) for name, p in self._trainable.items() if p.grad is not None}
+        yield
+        if self._groups is not None:
+            return  # the sums are added on the way
+        for name, parameter in self._trainable.items():
+            grad, version = before.get(name, (None, 0))
+            if parameter.grad is not grad or (grad is not None and grad._version != version):
+                self._unfinished = True
+                raise ValueError(
+                    f"the backward wrote the gradient of {name} by itself, unclipped (a backward inside the backward "
+                    f"does that); freeze it, or use memsave.reversible or checkpoints with use_reentrant=False"
+                )
 
     def passes_of(self, call: Call) -> str | int:
         """What `passes` comes to for this forward."""
@@ -272,40 +363,55 @@ class GhostClipper:
                 log.info("passes='auto' takes %d: %s", chosen, why)
             self.chosen_passes = chosen
 
-    def _check_examples_apart(self, call: Call, losses: Tensor) -> None:
-        """Some losses alone must leave the other examples' rows at zero; looked at once for each layer.
-
-        It finds layers and losses that mix examples, and layers whose dimension 0 is another one of the same length.
-        """
-        if call.batch_size < 2 or call.layers <= self._checked or not has_values(losses):
+    def _look(self, call: Call, losses: Tensor) -> None:
+        """Some losses alone must leave the other examples' rows at zero (see `separation.py`)."""
+        if call.batch_size < 2 or not has_values(losses):
+            return
+        unseen = call.layers - self._separation.seen
+        kind = self._separation.kind_of_look(bool(unseen) and bool(unseen & tapped_layers(losses)))
+        if not kind:
             return
         call.phase = Phase.CHECK
-        number = torch.arange(len(losses), device=losses.device)
-        for bit in range((len(losses) - 1).bit_length()):  # any two examples differ in one
-            for side in (0, 1):
-                call.kept = (number >> bit) % 2 == side
-                chosen = call.kept.to(losses.dtype)
-                torch.autograd.grad(losses, call.probe, grad_outputs=chosen, retain_graph=True, allow_unused=True)
-        call.kept = None
-        refuse_mixed(call.mixed)
-        self._checked |= call.layers
+        for kept in self._separation.sides(kind, len(losses), losses.device):
+            call.look = Look(kept) if call.look is None else call.look
+            call.look.kept = kept
+            with call.one_backward(losses):
+                torch.autograd.grad(
+                    losses, call.probe, grad_outputs=kept.to(losses.dtype), retain_graph=True, allow_unused=True
+                )
+        assert call.look is not None
+        self._separation.conclude(call.look)
 
     def _direct(self, losses: Tensor) -> Tensor:
         if len(losses) != 1:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
+        if self._call is None:  # parts of the model may be called by themselves
+            raise_refusals([*refusals.statistics(self.model), *refusals.parameter_hooks(self.model)])
+        else:
+            self._checked_call(losses)
         found = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
-        gradients = {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}
+        gradients = {
+            p: torch.view_as_real(g) if g.is_complex() else g
+            for p, g in zip(self.parameters, found, strict=True)
+            if g is not None
+        }
         groups = self._groups or Groups.whole(gradients)
         squares, lowest = losses.detach() * 0, torch.ones_like(losses)
-        for group in groups.members:
-            members = [p for p in group if p in gradients]
-            wides = (gradients[p].to(torch.promote_types(p.dtype, torch.float32)) for p in members)
-            squared = sum((each.square().sum()[None] for each in wides), losses.detach() * 0)
-            factors = self._factors(root(squared))
-            squares, lowest = squares + squared, torch.minimum(lowest, factors)
-            if not has_values(factors) or bool(factors.all()):  # finite
-                for p in members:
-                    add_sum(p, Dense(gradients[p][None]), factors)
+        done = False
+        try:
+            for group in groups.members:
+                members = [p for p in group if p in gradients]
+                wides = (gradients[p].to(torch.promote_types(gradients[p].dtype, torch.float32)) for p in members)
+                squared = sum((each.square().sum()[None] for each in wides), losses.detach() * 0)
+                factors = self._factors(root(squared))
+                squares, lowest = squares + squared, torch.minimum(lowest, factors)
+                if not has_values(factors) or bool(factors.all()):  # finite
+                    for p in members:
+                        add_sum(p, Dense(gradients[p][None]), factors)
+            done = True
+        finally:
+            self._unfinished |= not done
+            self._call, self._snapshot = None, None
         self._note(root(squares), lowest)
         return root(squares)
 

@@ -1,55 +1,107 @@
 """A module of the model as the clipper sees it: its forward, with a tap at the end."""
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Gradient, Outer
-from memsave.ghost.rules import Given, rule_for
-from memsave.ghost.rules.generic import generic, replaced
-from memsave.ghost.tap import Call, Tap, Tapped
+from memsave.ghost.graph import trace
+from memsave.ghost.refusals import Refusal, Refused
+from memsave.ghost.rules import Given, Use, rule_for
+from memsave.ghost.rules.generic import generic, inside_a_layer, replaced
+from memsave.ghost.tap import Call, Tap, Tapped, graph_task
+
+KEEP_THE_BATCH = (
+    "keep the batch in dimension 0 of its output (expand to the batch what is the same for all examples), or freeze it"
+)
+ONE_TENSOR = (
+    "let its forward return one tensor with the batch in dimension 0, as a subclass can (for an LSTM with "
+    "batch_first=True: return super().forward(x)[0]), or freeze it"
+)
 
 
 class Layer:
-    """A module whose forward ends in a tap."""
+    """A module whose forward ends in a tap.
+
+    Which of its parameters are trainable is read at each forward.
+    """
 
     def __init__(self, clipper: Any, module: nn.Module, *, name: str, names: tuple[str, ...]):
         self.clipper, self.module, self.name, self.names = clipper, module, name, names
         self.folded = False
         self.notes: dict[Any, Any] = {}
-        self.rule = generic if any("." in each for each in names) else rule_for(module)
+        self._before: Any = vars(module).get("forward")
+        """The forward that the instance had of its own, for instance accelerate's."""
+        self.original = self._before or partial(type(module).forward, module)
+        plain = self._before is None and not any("." in each for each in names)
+        plain = plain and not any(p.is_complex() for p in module.parameters())
+        self.rule = rule_for(module) if plain else generic
         module.forward = self.forward
 
     def detach(self) -> None:
         """Give the module its own forward back."""
         del self.module.__dict__["forward"]
+        if self._before is not None:
+            self.module.forward = self._before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's function; under grad, with the tap at its end."""
-        call = self.clipper.call_of(self.name)
-        original = type(self.module).forward
-        if call is None:
-            return original(self.module, *args, **kwargs)
-        use = self.rule(self.module, Given(args, kwargs, call.batch_size, self.names, self.notes))
-        parameters = [self.module.get_parameter(name) for name in self.names]
-        note_uses(call, self.name, parameters)
-        with replaced(self.module, {name: p.detach() for name, p in zip(self.names, parameters, strict=True)}):
-            output = original(self.module, *use.args, **use.kwargs)
+        if inside_a_layer():  # which differentiates this one, too
+            return self.original(*args, **kwargs)
+        trainable = {name: p for name in self.names if (p := _parameter(self.module, name)).requires_grad}
+        call = self.clipper.call_of(self.name) if trainable else None
+        if call is None or not call.batch_size:
+            return self.original(*args, **kwargs)
+        foreign = [name for name, p in trainable.items() if not self.clipper.holds(p)]
+        if foreign:
+            self._refuse(
+                call,
+                f"has another tensor in the place of its {foreign[0]} (torch.func.functional_call does that)",
+                "call the model with its own parameters",
+            )
+            return self.original(*args, **kwargs)
+        try:
+            given = Given(args, kwargs, call.batch_size, tuple(trainable), self.name, self.original, self.notes)
+            use = self.rule(self.module, given)
+        except Refused as refused:
+            self._refuse(call, refused.reason, refused.remedy)
+            return self.original(*args, **kwargs)
+        note_uses(call, self.name, list(trainable.values()))
+        call.traced |= use.traced
+        stand_ins = {name: trace(p, self.name) if use.traced else p.detach() for name, p in trainable.items()}
+        with replaced(self.module, stand_ins):
+            output = self.original(*use.args, **use.kwargs)
+        return self._tapped(call, use, output, trainable)
+
+    def _tapped(self, call: Call, use: Use, output: Any, trainable: dict[str, nn.Parameter]) -> Any:
         saved, folded = use.saved, None
-        if self.folded and self.rule is not generic and isinstance(output, Tensor) and len(output) != call.batch_size:
+        if self.folded and not use.traced and isinstance(output, Tensor) and len(output) != call.batch_size:
             folded = (call.batch_size, len(output) // call.batch_size)
             output, saved = output.unflatten(0, folded), tuple(each.unflatten(0, folded) for each in saved)
         if not isinstance(output, Tensor) or not output.dim() or len(output) != call.batch_size:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"{self.name} ({type(self.module).__name__}) gave {shape} for a batch of {call.batch_size}; a "
-                f"trainable layer must keep the batch in dimension 0: freeze it, or wrap it in a module that does"
+            tensor = isinstance(output, Tensor)
+            what = tuple(output.shape) if tensor else f"a {type(output).__name__}"
+            self._refuse(
+                call, f"gave {what} for a batch of {call.batch_size}", KEEP_THE_BATCH if tensor else ONE_TENSOR
             )
+            return output
+        saved = (*saved, *use.marks(output))
         tapped = Tap.apply(
-            output, call.probe, Tapped(self.name, self.names, use.per_example), call, len(saved), *saved, *parameters
+            output,
+            call.probe,
+            Tapped(self.name, tuple(trainable), use.per_example, use.traced),
+            call,
+            len(saved),
+            *saved,
+            *trainable.values(),
         )
         return tapped if folded is None else tapped.flatten(0, 1)
+
+    def _refuse(self, call: Call, reason: str, remedy: str) -> None:
+        """Note the refusal; the clipper raises all of a forward at its end."""
+        call.refuse(Refusal.of(self.name, self.module, reason, remedy))
 
 
 class RelativeBias:
@@ -76,11 +128,12 @@ class RelativeBias:
         del self.attention.__dict__["compute_bias"]
 
     def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The bias, (B, heads, queries, keys) in the place of (1, heads, queries, keys)."""
-        original, call = type(self.attention).compute_bias, self.clipper.call_of(self.name)
-        if call is None:
-            return original(self.attention, *args, **kwargs)
+        """The bias, (B, ..., heads, queries, keys) in the place of (1, ..., heads, queries, keys)."""
         weight, looked_up = self.module.weight, []
+        original = type(self.attention).compute_bias
+        call = self.clipper.call_of(self.name) if weight.requires_grad else None
+        if call is None or not call.batch_size:
+            return original(self.attention, *args, **kwargs)
         handle = self.module.register_forward_pre_hook(lambda module, given: looked_up.append(given[0]))
         with handle, replaced(self.module, {"weight": weight.detach()}):
             bias = original(self.attention, *args, **kwargs)
@@ -89,7 +142,8 @@ class RelativeBias:
 
         def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
             left = saved[0].flatten().expand(len(grad), -1)  # (B, queries keys)
-            return {"weight": Outer(left, grad.permute(0, 2, 3, 1).flatten(1, 2), rows=self.module.num_embeddings)}
+            right = grad.movedim(-3, -1).reshape(*left.shape, grad.shape[-3])  # (B, queries keys, heads)
+            return {"weight": Outer(left, right, rows=self.module.num_embeddings)}
 
         tapped = Tapped(self.name, self.names, per_example)
         return Tap.apply(bias.expand(call.batch_size, *bias.shape[1:]), call.probe, tapped, call, 1, rows, weight)
@@ -107,7 +161,14 @@ def note_uses(call: Call, name: str, parameters: list[nn.Parameter]) -> None:
 
 def in_backward() -> bool:
     """Whether autograd is running: a forward is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """What stands in the place of a parameter, by its name below the module."""
+    path, _, key = name.rpartition(".")
+    found = (module.get_submodule(path) if path else module)._parameters[key]
+    return cast(nn.Parameter, found)
 
 
 def _redirected() -> bool:

@@ -1,55 +1,163 @@
 """What cannot be clipped exactly: each refusal names it and the remedy."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+OLD_UTILITIES = (
+    (WeightNorm, "weight_norm", "use torch.nn.utils.parametrizations.weight_norm"),
+    (
+        SpectralNorm,
+        "spectral_norm",
+        "use torch.nn.utils.parametrizations.spectral_norm, and put it in eval mode (layer.parametrizations.eval())",
+    ),
+    (
+        BasePruningMethod,
+        "prune",
+        "make it permanent by torch.nn.utils.prune.remove, or write the mask as a parametrization "
+        "(torch.nn.utils.parametrize)",
+    ),
+)
+SHOWN = 3  # names listed of those that are refused for the same reason
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Models whose gradients are exchanged between processes or devices."""
+@dataclass(frozen=True)
+class Refusal:
+    """One module or parameter that cannot be clipped exactly."""
+
+    name: str
+    kind: str
+    """The class, or "" for a parameter."""
+    reason: str
+    """What follows the name in the sentence."""
+    remedy: str
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, reason: str, remedy: str) -> "Refusal":
+        """The refusal of a module."""
+        return cls(name or "the model", type(module).__name__, reason, remedy)
+
+
+class Refused(Exception):
+    """Raised by a layer rule: this layer cannot be clipped exactly."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"{reason}; {remedy}")
+        self.reason, self.remedy = reason, remedy
+
+
+def raise_refusals(refusals: Iterable[Refusal]) -> None:
+    """Raise one ValueError for all of them: one sentence for each class, reason and remedy."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for each in refusals:
+        names = groups.setdefault((each.kind, each.reason, each.remedy), [])
+        if each.name not in names:
+            names.append(each.name)
+    sentences = []
+    for (kind, reason, remedy), names in groups.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        subject = (
+            ", ".join(names[:SHOWN]) + more + (f" ({kind})" if kind else "") + (": each" if len(names) > 1 else "")
+        )
+        sentences.append(f"{subject} {reason}; {remedy}")
+    if len(sentences) == 1:
+        raise ValueError(sentences[0])
+    if sentences:
+        raise ValueError(
+            "\n- ".join([f"the model cannot be clipped exactly, for {len(sentences)} reasons:", *sentences])
+        )
+
+
+def wrapped(model: nn.Module) -> Iterator[Refusal]:
+    """Models whose gradients are exchanged between processes or devices, and compiled models."""
     for name, module in model.named_modules():
         if type(module).__name__ in WRAPPERS:
-            raise ValueError(
-                f"{name or 'the model'} is wrapped in {type(module).__name__}, whose gradients leave the process "
-                f"unclipped; give the GhostClipper the module inside it, and call that one"
+            yield Refusal(
+                name or "the model",
+                "",
+                f"is wrapped in {type(module).__name__}, whose gradients leave the process unclipped",
+                "give the GhostClipper the module inside it, and call that one",
+            )
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            yield Refusal(
+                name or "the model",
+                "",
+                "was compiled before the GhostClipper was attached, so its layers would run without it",
+                "give the GhostClipper the module inside it (model._orig_mod), and compile after that",
             )
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            raise ValueError(f"{name} is sharded over processes, where no norm is exact; give an unsharded model")
+            yield Refusal(name, "", "is sharded over processes, where no norm is exact", "give an unsharded model")
 
 
-def refuse_statistics(model: nn.Module) -> None:
+def statistics(model: nn.Module) -> Iterator[Refusal]:
     """Layers in which the statistics of a batch are used or kept, as they are set now."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, in which every example's gradient depends on the others; put a "
-                f"GroupNorm in its place, or leave it in eval mode with the statistics that it has"
+            yield Refusal.of(
+                name,
+                module,
+                "makes every example's gradient depend on the others",
+                "put a GroupNorm in its place, or leave it in eval mode with the statistics that it has",
             )
         if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
-            raise ValueError(
-                f"{name} is a {type(module).__name__} that tracks running statistics of the examples, which no noise "
-                f"would hide; construct it with track_running_stats=False"
+            yield Refusal.of(
+                name,
+                module,
+                "tracks running statistics of the examples, which would be released without noise",
+                "construct it with track_running_stats=False",
             )
 
 
-def refuse_updated_buffers(model: nn.Module, before: Sequence[tuple[str, Tensor, int]]) -> None:
-    """Buffers that a forward changed: they hold something of the examples, which no noise would hide."""
-    now = dict(model.named_buffers())
-    for name, buffer, version in before:
-        if now.get(name) is not buffer or buffer._version != version:
-            raise ValueError(
-                f"the forward changed the buffer {name}, which holds something of the examples then and would be "
-                f"released without noise; keep it as it is while training"
+def replaced_weights(model: nn.Module) -> Iterator[Refusal]:
+    """The older utilities of `torch.nn.utils`, which compute a weight in a hook, before the layer's own forward."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            for kind, utility, remedy in OLD_UTILITIES:
+                if isinstance(hook, kind):
+                    reason = f"has a weight that torch.nn.utils.{utility} computes in a hook, outside its forward"
+                    yield Refusal.of(name, module, reason, remedy)
+
+
+def parameter_hooks(model: nn.Module) -> Iterator[Refusal]:
+    """Hooks that want a parameter's gradient, which backward does not form here."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        both = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+        hooks = [hook for registered in both for hook in (registered or {}).values()]
+        if any(not getattr(hook, "observes_only", False) for hook in hooks):
+            yield Refusal(
+                name,
+                "",
+                "has a gradient hook, which would not be called: its gradient is never formed",
+                "remove the hook, and change .grad after clipper.backward",
             )
 
 
-def refuse_mixed(mixed: Mapping[str, Tensor]) -> None:
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether some weight is computed by `torch.nn.utils.parametrize`, in the layer's own forward."""
+    return parametrize.is_parametrized(module)
+
+
+def described(function: Callable[..., Any]) -> str:
+    """Where a function comes from, for a sentence."""
+    inner: Any = getattr(function, "__wrapped__", function)
+    inner = getattr(inner, "func", inner)
+    return f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', type(inner).__name__)}"
+
+
+def refuse_mixed(mixed: Mapping[str, bool]) -> None:
     """Layers in whose output the loss of one example has a gradient in another's row; `mixed` is by layer."""
     for name, found in mixed.items():
         if found:
@@ -62,12 +170,16 @@ def refuse_mixed(mixed: Mapping[str, Tensor]) -> None:
 def refuse_escaped(model: nn.Module, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     """Parameters that have an ordinary gradient, past every tap."""
     names = {p: name for name, p in model.named_parameters()}
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            raise ValueError(
-                f"{names[parameter]} is used outside the forward of the module that owns it, where no rule sees its "
-                f"gradient; freeze it, or use it through its module"
-            )
+    raise_refusals(
+        Refusal(
+            names[parameter],
+            "",
+            "is used outside the forward of the module that owns it, where no rule sees its gradient",
+            "freeze it, or use it through its module",
+        )
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    )
 
 
 @contextmanager

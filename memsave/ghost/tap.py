@@ -12,7 +12,8 @@ whatever the control flow, checkpoints or replays in between: they are all graph
 call's own record, which every tap of that forward holds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -32,13 +33,17 @@ from memsave.ghost.gradients import (
     held_bytes,
     inner,
     magnitude,
+    wide,
 )
 from memsave.ghost.groups import Groups
+from memsave.ghost.refusals import Refusal, raise_refusals
+from memsave.ghost.separation import Look
 
 PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
 """(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
 
 ROUNDING = 4  # of Gram entries, each a product of two sums, in units of the last digit
+REPEATED = {torch.float64: 1e-8, torch.float32: 1e-4}  # sums of what a tap sees in two passes, relative to the norm
 
 
 _holders = WeakIdKeyDictionary()  # parameter to a weak reference to the clipper that holds it
@@ -92,16 +97,26 @@ class Call:
         self.layers: set[str] = set()
         """The names of the layers that ran."""
         self.uses: dict[nn.Parameter, int] = {}
+        self.without_grad: set[str] = set()
+        """The names of trainable layers that ran without grad."""
+        self.traced = False
+        """Whether some layer ran with traced parameters (see `graph.py`)."""
+        self.refusals: list[Refusal] = []
+        """What the forward came upon."""
+        self.task: int | None = None
+        """Autograd's number of the backward that is running; a backward inside of it has another."""
         self.rematerialised = False
         """Whether some activations are not stored but made again in the backward."""
         self.ledger: dict[nn.Parameter, list[Gradient]] = {}
         self.magnitudes: dict[nn.Parameter, Tensor] = {}
+        self.repeated: dict[str, Tensor] = {}
+        """By layer, whether SUM saw the activations and gradients whose norms were measured."""
         self.keep_all = False
         """Whether the ledger keeps parameters that are used once, too: the sum is formed from it."""
-        self.mixed: dict[str, Tensor] = {}
-        """By layer, in the order of the backward: whether examples of CHECK reached the rows of others."""
+        self.look: Look | None = None
+        """What CHECK sees."""
         self.kept: Tensor | None = None
-        """The examples of CHECK or SUM, (B,); None for all of them."""
+        """The examples of SUM, (B,); None for all of them."""
         self.weights: Tensor = probe
         """In SUM, the clip factors, (B,)."""
         self.tiles = InputTiles()
@@ -116,18 +131,63 @@ class Call:
         """From a group's norms (B,)."""
         self.lowest: Tensor = torch.ones_like(probe)
         """The smallest factor of any group, (B,)."""
+        self.summed: set[int] = set()
+        """The groups whose sums were added to `.grad`."""
         self._squares: dict[int, Tensor] = {}
+        self._seen: dict[nn.Parameter, int] = {}
         self._passed: dict[int, int] = {}
-        self._clipped: set[int] = set()
-        self.buffers: list[tuple[str, Tensor, int]] = []
-        """(name, buffer, version) before the forward."""
 
     def count(self, parameter: nn.Parameter) -> None:
         """Note a use in the forward."""
         self.uses[parameter] = self.uses.get(parameter, 0) + 1
 
+    def refuse(self, refusal: Refusal) -> None:
+        """Note what cannot be clipped; the forward raises all that it came upon at its end, a recomputation at once."""
+        if graph_task() != -1:
+            raise_refusals([refusal])
+        self.refusals.append(refusal)
+
+    @contextmanager
+    def one_backward(self, losses: Tensor) -> Iterator[None]:
+        """Within runs a backward of the losses; the taps know by its number when another one runs inside of it."""
+        self.task = None
+
+        def note(_: Tensor) -> None:
+            self.task = graph_task()
+
+        handle = losses.register_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def refuse_inner_backward(self, name: str) -> None:
+        """The gradients of a backward inside the backward do not come from this one, nor do its norms reach it."""
+        if self.task is not None and self.task != graph_task():
+            raise ValueError(
+                f"{name} was differentiated by a backward inside the backward, whose norms would be lost (reentrant "
+                f"checkpoints and some reversible layers do that); freeze it, or use memsave.reversible or checkpoints "
+                f"with use_reentrant=False"
+            )
+
+    def refuse_unlike_passes(self) -> None:
+        """Sums of other activations than those whose norms were measured could exceed the bound."""
+        for name, same in self.repeated.items():
+            if has_values(same) and not same:
+                raise ValueError(
+                    f"{name} got other activations when they were computed again than those whose norms were measured "
+                    f"(dropout with preserve_rng_state=False, or a random generator of its own); keep the random state "
+                    f"in checkpoints, or take passes=1"
+                )
+
     def add(self, parameter: nn.Parameter, gradient: Gradient, name: str) -> Tensor:
         """Enter a use; returns what it adds to the squared norms, (B,)."""
+        seen = self._seen[parameter] = self._seen.get(parameter, 0) + 1
+        if seen > self.uses.get(parameter, 0):
+            raise ValueError(
+                f"{name} was used {seen} times in the backward and {self.uses.get(parameter, 0)} times in the forward; "
+                f"run the same layers when activations are computed again"
+            )
         gradient = self._in_its_form(gradient, name)
         squared = inner(gradient, gradient, tiles=self.tiles)
         for earlier in self.ledger.get(parameter, ()):
@@ -157,15 +217,13 @@ class Call:
     def _pass(self, groups: Groups, parameter: nn.Parameter, squared: Tensor) -> None:
         """Clip the parameter's group and form its sum, if this was the last use of any of its members."""
         group = groups.number[parameter]
-        if group in self._clipped:
-            raise RuntimeError('a layer was used more often in the backward than in the forward; clip with "flat"')
         self._squares[group] = self._squares.get(group, 0.0) + squared
         self._passed[group] = self._passed.get(group, 0) + 1
         if self._passed[group] == sum(self.uses.get(member, 0) for member in groups.members[group]):
             self._clip(groups, group)
 
     def _clip(self, groups: Groups, group: int) -> None:
-        self._clipped.add(group)
+        self.summed.add(group)
         squared = self._squares.pop(group)
         factors = self.factors(root(squared))
         self.lowest = torch.minimum(self.lowest, factors)
@@ -193,9 +251,21 @@ def root(squared: Tensor) -> Tensor:
     return torch.where(squared < 0, 0.0, squared).sqrt()
 
 
+def graph_task() -> int:
+    """Autograd's number of the backward that is running in this thread; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
 def add_sum(parameter: nn.Parameter, gradient: Gradient, weights: Tensor) -> None:
-    """Add sum_b weights[b] g_b to `.grad`, in place where that is float32 or wider."""
+    """Add sum_b weights[b] g_b to `.grad`, in place where that is float32 or wider.
+
+    The gradients of a complex parameter are of its real view.
+    """
     before = parameter.grad
+    if parameter.is_complex():
+        total = torch.view_as_complex(gradient.weighted_sum(weights).contiguous()).to(parameter.dtype)
+        parameter.grad = total if before is None else before.add_(total)
+        return
     in_place = before is not None and before.dtype not in (torch.float16, torch.bfloat16)
     total = gradient.weighted_sum(weights, into=before if in_place else None, spare=True)
     if not in_place:
@@ -226,13 +296,14 @@ class Tap(torch.autograd.Function):
                 "an ordinary backward ran through a model with a GhostClipper attached; call clipper.backward(losses), "
                 "or clipper.close() first"
             )
+        call.refuse_inner_backward(ctx.layer.name)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # or Gram products would be bfloat16
             if call.phase is Phase.CHECK:
-                others = grad[~call.kept]
-                mixed = ((others != 0) & ~others.isnan()).any()  # 0 x inf is NaN: no sign of anything
-                call.mixed[ctx.layer.name] = call.mixed.get(ctx.layer.name, mixed) | mixed
+                call.look.note(ctx.layer.name, grad)
                 return grad, None, *nothing
             saved = tuple(each.detach() for each in ctx.saved_tensors)  # or what is kept would keep the graph
+            if call.rematerialised and not call.keep_all:
+                _compare_passes(ctx, (grad, *saved))
             gradients = ctx.layer.per_example(saved, grad)
             named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
             if call.phase is Phase.NORM:
@@ -245,6 +316,20 @@ class Tap(torch.autograd.Function):
             return grad, None, *nothing
 
 
+def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Note whether SUM sees what NORM saw: the sums are otherwise of other gradients than were measured."""
+    rows = [each.reshape(len(tensors[0]) if each.dim() and len(each) == len(tensors[0]) else 1, -1) for each in tensors]
+    rows = [wide(each) if each.is_floating_point() or each.is_complex() else each.double() for each in rows]
+    sums = [each.sum(1) for each in rows]
+    if ctx.call.phase is Phase.NORM:
+        ctx.measured = [(s, torch.linalg.vector_norm(each, dim=1)) for s, each in zip(sums, rows, strict=True)]
+        return
+    for now, (before, norm), tensor in zip(sums, ctx.measured, tensors, strict=True):
+        close = (now - before).abs() <= REPEATED.get(tensor.dtype, 1e-2) * norm
+        same = (close | (now == before) | now.isnan() & before.isnan()).all()
+        ctx.call.repeated[ctx.layer.name] = ctx.call.repeated.get(ctx.layer.name, same) & same
+
+
 @dataclass(frozen=True)
 class Tapped:
     """What a tap needs to know of one use of a layer."""
@@ -252,3 +337,5 @@ class Tapped:
     name: str
     names: tuple[str, ...]
     per_example: PerExample
+    traced: bool = False
+    """Whether the layer ran with `traced` parameters, and all its tensor arguments are among the saved ones."""

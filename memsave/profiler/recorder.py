@@ -154,6 +154,7 @@ class MemoryRecorder(TorchDispatchMode):
             if parameter.grad is not None:
                 self._claim("gradient", name, parameter.grad)
 
+        setattr(note, "observes_only", True)  # noqa: B010
         # Ours goes first, for another hook may use the gradient up and drop it. Autograd ignores `move_to_end`.
         hooks: dict[int, Any] = parameter._post_accumulate_grad_hooks or {}
         others = dict(hooks)

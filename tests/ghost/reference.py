@@ -16,7 +16,7 @@ def by_loop(model, batch, per_example_losses, *, max_grad_norm, clipping="flat",
     for loss in losses:
         gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, named.values(), strict=True)]
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        norm = torch.stack([g.abs().square().sum() for g in gradients]).sum().sqrt()
         factor = max_grad_norm / (norm + 0.01) if clipping == "automatic" else (max_grad_norm / norm).clamp(max=1.0)
         norms.append(norm)
         for name, gradient in zip(named, gradients, strict=True):

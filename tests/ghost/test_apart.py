@@ -95,10 +95,29 @@ def test_one_row_number_an_example_is_exact():
     assert_exact(Classes().double(), torch.tensor([1, 3, 1, 0, 2]), losses_of)
 
 
-def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypatch):
-    backwards, grad = [], torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
+class Counted:
+    """Counts the backwards of each step."""
 
+    def __init__(self, monkeypatch):
+        grad = torch.autograd.grad
+        self.backwards = 0
+        monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (self.add(), grad(*a, **k))[1])
+
+    def add(self):
+        self.backwards += 1
+
+    def of(self, step):
+        self.backwards = 0
+        step()
+        return self.backwards
+
+
+def never_again(clipper):
+    """No look at random steps."""
+    clipper._separation._wait = 10**9
+
+
+def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypatch):
     class Either(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,14 +126,162 @@ def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypa
         def forward(self, x, *, other=False):
             return self.two(x) if other else self.one(x)
 
-    model = Either()
+    model, count = Either(), Counted(monkeypatch)
     clipper = GhostClipper(model, max_grad_norm=1.0)
     counts = []
     for batch, other in ((1, False), (4, False), (5, False), (4, True), (4, True)):
-        backwards.clear()
-        clipper.backward(model(torch.randn(batch, 3), other=other).sum(1))
-        counts.append(len(backwards))
+        counts.append(count.of(lambda b=batch, o=other: clipper.backward(model(torch.randn(b, 3), other=o).sum(1))))
+        never_again(clipper)
     assert counts == [1, 5, 1, 5, 1]  # of four examples: two bits, each way
+
+
+def test_it_is_looked_at_again_after_each_change_of_mode_and_after_attach(monkeypatch):
+    model, count = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0)), Counted(monkeypatch)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+
+    def step():
+        found = count.of(lambda: clipper.backward(model(torch.randn(4, 3)).sum(1)))
+        never_again(clipper)
+        return found
+
+    assert [step(), step()] == [5, 1]
+    model.eval()
+    assert [step(), step()] == [5, 1]
+    model.train()
+    with torch.no_grad():  # an evaluation in between is no change
+        model.eval()
+        model(torch.randn(4, 3))
+        model.train()
+    assert [step(), step()] == [5, 1]
+    clipper.close()
+    clipper.attach()
+    assert [step(), step()] == [5, 1]
+
+
+def test_mixing_in_train_mode_is_found_after_a_first_batch_in_eval_mode():
+    class OnlyInTraining(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y - y.mean(0) if self.training else y
+
+    model = OnlyInTraining().double().eval()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 3)))
+    never_again(clipper)
+    model.train()
+    with pytest.raises(ValueError, match="examples are not apart at layer"):
+        clipper.backward(losses_of(model, draw(4, 3)))
+
+
+class Centred(nn.Module):
+    """Mixes examples before a head that starts at zero."""
+
+    def __init__(self, mixes=True):
+        super().__init__()
+        self.layer, self.head, self.mixes = nn.Linear(3, 3), nn.Linear(3, 2), mixes
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.head(y - y.mean(0) if self.mixes else y)
+
+
+def test_layers_below_a_head_of_zeros_are_looked_at_when_a_gradient_reaches_them(monkeypatch):
+    model = Centred().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 3)))
+    assert clipper._separation.seen == {"head"}
+    never_again(clipper)
+    with torch.no_grad():
+        model.head.weight += 0.1
+    with pytest.raises(ValueError, match="examples are not apart at layer"):
+        clipper.backward(losses_of(model, draw(4, 3)))
+    apart, count = Centred(mixes=False).double(), Counted(monkeypatch)
+    clipper = GhostClipper(apart, max_grad_norm=1.0)
+
+    def step():
+        return count.of(lambda: clipper.backward(losses_of(apart, draw(4, 3))))
+
+    assert [step() for _ in range(10)] == [5] * 9 + [3]  # a layer that is never reached costs less after a while
+    with torch.no_grad():
+        apart.head.weight += 0.1
+    step()
+    assert clipper._separation.seen == {"head", "layer"}
+
+
+def test_an_example_without_a_gradient_is_not_waited_for_and_a_layer_outside_the_loss_is_not_looked_at(monkeypatch):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.aside = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.aside(x)
+            return self.layer(x)
+
+    model, count = Aside().double(), Counted(monkeypatch)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    wanted = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    counts = []
+    for _ in range(2):
+        counts.append(count.of(lambda: clipper.backward(losses_of(model, draw(4, 3)) * wanted)))
+        never_again(clipper)
+    assert counts == [5, 1]
+
+
+class Sorting(nn.Module):
+    """Sorts its rows by length for one layer, as packed sequences are."""
+
+    def __init__(self):
+        super().__init__()
+        self.look, self.mix, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids):
+        order = (ids != 0).sum(1).argsort(descending=True, stable=True)
+        return self.head(self.mix(self.look(ids)[order]).tanh()[order.argsort()])
+
+
+@pytest.mark.parametrize("batches_before", [1, 20])
+def test_rows_that_are_sorted_by_length_are_found_though_the_first_batches_were_sorted(batches_before):
+    torch.manual_seed(0)
+    model = Sorting().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    for _ in range(batches_before):
+        clipper.backward(losses_of(model, ids))
+    with pytest.raises(ValueError, match="examples are not apart at mix"):
+        for _ in range(129):  # the longest time between two looks; the first one follows at once
+            clipper.backward(losses_of(model, ids.flip(0)))
+            if batches_before == 1:
+                pytest.fail("the second batch was not looked at")
+
+
+def test_a_loss_that_mixes_later_is_found():
+    model = nn.Linear(3, 2).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for _ in range(3):
+        clipper.backward(losses_of(model, draw(4, 3)))
+    with pytest.raises(ValueError, match="examples are not apart at the model"):
+        for _ in range(129):
+            losses = losses_of(model, draw(4, 3))
+            clipper.backward(losses / losses.sum())
+
+
+def test_looks_at_random_steps_change_no_random_numbers():
+    def run(wait):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2)).double()
+        clipper = GhostClipper(model, max_grad_norm=0.1)
+        for _ in range(5):
+            clipper._separation._wait = wait
+            clipper.backward(losses_of(model, draw(4, 3)))
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert torch.equal(run(1), run(100))
 
 
 def test_an_example_that_is_not_finite_is_no_sign_of_mixing():
@@ -184,9 +351,11 @@ class Random(Whitened):
 @pytest.mark.parametrize("layer", [Whitened(), Random()])
 def test_a_generic_layer_that_mixes_examples_or_draws_is_refused(layer):
     model = nn.Sequential(nn.Linear(3, 3), layer)
-    GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=f"a {type(layer).__name__} gives an example another output alone"):
-        model(torch.randn(4, 3))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = model(torch.randn(4, 3)).sum(1)
+    with pytest.raises(ValueError, match=rf"examples are not apart at 0|1 \({type(layer).__name__}\) gives .* alone"):
+        clipper.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -194,18 +363,18 @@ def test_batchnorm_is_refused_while_it_uses_the_batchs_statistics(frozen):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     model[1].running_var.uniform_(0.5, 2)
     model[1].requires_grad_(not frozen)
-    with pytest.raises(ValueError, match=r"1 is a BatchNorm1d.*GroupNorm.*eval mode"):
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) makes .*GroupNorm.*eval mode"):
         GhostClipper(model, max_grad_norm=1.0)
     model.eval()
     assert_exact(model, draw(4, 3), losses_of)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="1 is a BatchNorm1d"):
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) makes"):
         clipper.backward(losses_of(model.train(), draw(4, 3)))
 
 
 def test_instancenorm_is_exact_and_refused_where_it_keeps_statistics():
     kept = nn.Sequential(nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4, affine=True, track_running_stats=True))
-    with pytest.raises(ValueError, match=r"1 is a InstanceNorm1d.*track_running_stats=False"):
+    with pytest.raises(ValueError, match=r"1 \(InstanceNorm1d\) tracks .*track_running_stats=False"):
         GhostClipper(kept, max_grad_norm=1.0)
     own = nn.Sequential(nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4, affine=True), nn.Conv1d(4, 2, 1)).double()
     assert_exact(own, draw(3, 2, 5), losses_of)
@@ -238,5 +407,5 @@ def test_a_buffer_that_the_forward_changes_is_refused():
 
     model = nn.Sequential(Tracking(), nn.Linear(3, 3))
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"the forward changed the buffer 0\.mean"):
+    with pytest.raises(ValueError, match=r"0\.mean is a buffer that the forward changed"):
         clipper.backward(model(torch.randn(4, 3)).sum(1))

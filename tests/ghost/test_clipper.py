@@ -165,7 +165,7 @@ def test_refusals_name_what_and_the_remedy():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"1 is a BatchNorm1d.*GroupNorm"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"1 \(BatchNorm1d\) makes .*GroupNorm"),
         (nn.MultiheadAttention(4, 2), r"owns in_proj_weight and has children"),
         (nn.DataParallel(nn.Linear(4, 4)), "the model is wrapped in DataParallel.*the module inside"),
         (nn.Sequential(nn.DataParallel(nn.Linear(4, 4))), "0 is wrapped in DataParallel"),
@@ -247,7 +247,7 @@ def test_models_of_several_processes_are_refused_and_the_module_inside_is_not(on
     assert_exact(model.module, draw(4, 4), losses_of)
     sharded = small()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"0\.weight is sharded over processes"):
+    with pytest.raises(ValueError, match=r"0\.weight, .* is sharded over processes"):
         GhostClipper(sharded, max_grad_norm=1.0)
 
 
@@ -261,6 +261,7 @@ def test_a_step_runs_on_fake_tensors_in_the_bytes_of_a_real_one(passes):
             clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
             for _ in range(2):  # the first step looks at the examples, too
                 model.zero_grad()
+                clipper._separation._wait = 2  # no other look
                 with MemoryRecorder(model) as recorder:
                     clipper.backward(model(ids).square().sum((1, 2)))
             peaks.append(recorder.report().peak_bytes)

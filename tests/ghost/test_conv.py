@@ -107,7 +107,7 @@ def test_subclasses_take_the_generic_rule_unless_registered_by_name():
 def test_inputs_without_a_batch_are_refused():
     layer = nn.Conv1d(3, 3, 1)
     GhostClipper(layer, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"Conv1d got an input of shape \(3, 5\).*give it 3 dimensions"):
+    with pytest.raises(ValueError, match=r"\(Conv1d\) got an input of shape \(3, 5\).*give it 3 dimensions"):
         layer(torch.randn(3, 5))
 
 

@@ -25,6 +25,10 @@ class Given:
     batch_size: int
     wanted: tuple[str, ...]
     """The names of the layer's trainable parameters."""
+    name: str
+    """The layer's own name in the model."""
+    forward: Callable[..., Any]
+    """The layer's function of its arguments."""
     notes: dict[Any, Any] = field(default_factory=dict)
     """What a rule has found out about the layer, kept from call to call."""
 
@@ -46,6 +50,10 @@ class Use:
 
     It lives as long as the graph, so it must hold no tensor: those are in `saved`, where a checkpoint drops them.
     """
+    traced: bool = False
+    """Whether the layer is differentiated by its own forward; `saved` then begins with all of its tensor arguments."""
+    marks: Callable[[Tensor], tuple[Tensor, ...]] = lambda output: ()
+    """Tensors made of the output, which are saved after the others."""
 
 
 Rule = Callable[[nn.Module, Given], Use]

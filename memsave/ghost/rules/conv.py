@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.ghost.gradients import Dense, Gradient, wide
+from memsave.ghost.refusals import Refused
 from memsave.ghost.rules import Given, Use, register
 from memsave.ghost.rules.generic import generic
 
@@ -26,9 +27,9 @@ def conv(layer: nn.Module, given: Given) -> Use:
     assert isinstance(layer, Convolution)
     x, wanted = given.first, given.wanted
     if x.dim() != layer.weight.dim():
-        raise ValueError(
-            f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, which has no batch; give it "
-            f"{layer.weight.dim()} dimensions, the examples in dimension 0"
+        raise Refused(
+            f"got an input of shape {tuple(x.shape)}, which has no batch",
+            f"give it {layer.weight.dim()} dimensions, the examples in dimension 0",
         )
     if layer.padding_mode != "zeros":
         return generic(layer, given)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Gradient, Outer
+from memsave.ghost.refusals import Refused
 from memsave.ghost.rules import Given, Use, register
 from memsave.ghost.rules.linear import places
 
@@ -15,8 +16,9 @@ def embedding(layer: nn.Module, given: Given) -> Use:
     """
     assert isinstance(layer, nn.Embedding)
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
-        raise ValueError(
-            "an Embedding with max_norm, scale_grad_by_freq or sparse mixes examples; construct it without these"
+        raise Refused(
+            "has max_norm, scale_grad_by_freq or sparse, which mix examples or have no rule",
+            "construct it without these",
         )
     rows = given.first
     if rows.dim() > 1 and len(rows) == 1 < given.batch_size:

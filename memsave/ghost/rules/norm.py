@@ -35,7 +35,8 @@ def hugging_face(layer: nn.Module, given: Given) -> Use:
     """
     x = given.first
     if "neutral" not in given.notes:
-        given.notes["neutral"] = _neutral(layer, x) if set(dict(layer.named_parameters())) == {"weight"} else None
+        only_weight = set(dict(layer.named_parameters())) == {"weight"}
+        given.notes["neutral"] = _neutral(layer, x) if only_weight and x.dim() else None
     neutral = given.notes["neutral"]
     alone = len(given.args) + len(given.kwargs) == 1
     return _use(layer, given, neutral=neutral) if alone and neutral is not None else generic(layer, given)
@@ -78,11 +79,11 @@ def _neutral(layer: nn.Module, x: Tensor) -> float | None:
     if not has_values(x):
         return 1.0
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        one = wide(x[:1])
-        x = torch.linspace(-1, 2, one.numel(), dtype=one.dtype, device=one.device).view_as(one)  # none of it is zero
-        weight = torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
-        y = _normal(layer, x, weight)
+        options: Any = {"dtype": wide(x[:0]).dtype, "device": x.device}
+        probe = torch.linspace(-1, 2, x.shape[-1], **options)[None]  # (1, d), whatever the batch is
+        weight = torch.linspace(0.5, 1.5, x.shape[-1], **options)
+        y = _normal(layer, probe, weight)
         for neutral in (1.0, 0.0):
-            if torch.allclose(_normal(layer, x, neutral) * (1.0 + weight - neutral), y, rtol=1e-5, atol=1e-5):
+            if torch.allclose(_normal(layer, probe, neutral) * (1.0 + weight - neutral), y, rtol=1e-5, atol=1e-5):
                 return neutral
     return None

@@ -1,0 +1,74 @@
+"""Two passes under checkpoints: what is summed must be what was measured."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memsave.ghost import GhostClipper
+from tests.ghost.reference import assert_exact
+from tests.ghost.test_layers import draw, losses_of
+
+
+class Block(nn.Module):
+    def __init__(self, generator=None):
+        super().__init__()
+        self.layer, self.generator = nn.Linear(8, 8), generator
+
+    def forward(self, x):
+        if self.generator is None:
+            return self.layer(F.dropout(x, 0.5))
+        mask = torch.empty_like(x).bernoulli_(0.5, generator=self.generator)
+        return self.layer(x * mask)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, preserve=True, generator=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.block, self.head = nn.Linear(4, 8), Block(generator), nn.Linear(8, 3)
+        self.preserve = preserve
+
+    def forward(self, x):
+        y = checkpoint(self.block, self.stem(x), use_reentrant=False, preserve_rng_state=self.preserve)
+        return self.head(y)
+
+
+def test_dropout_in_checkpoints_that_keep_the_random_state_is_exact():
+    assert_exact(Checkpointed().double(), draw(5, 4), losses_of)
+
+
+@pytest.mark.parametrize(
+    "options", [{"preserve": False}, {"generator": torch.Generator().manual_seed(0)}], ids=["state", "generator"]
+)
+@pytest.mark.parametrize("passes", [2, "auto"])
+def test_sums_of_other_activations_than_were_measured_are_refused(options, passes):
+    model = Checkpointed(**options).double()
+    clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes)
+    with pytest.raises(ValueError, match=r"block\.layer got other activations when they were computed again"):
+        clipper.backward(losses_of(model, draw(5, 4)))
+    with pytest.raises(ValueError, match=r"clear the gradients \(optimizer\.zero_grad\(\)\)"):
+        clipper.backward(losses_of(model, draw(5, 4)))
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_one_pass_sums_what_it_measured_whatever_was_drawn(clipping):
+    model = Checkpointed(preserve=False).double()
+    passes = 1 if clipping == "flat" else "auto"
+    clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes, clipping=clipping)
+    clipper.backward(losses_of(model, draw(1, 4)))
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+    assert norm <= 0.01 * (1 + 1e-9)
+
+
+def test_an_example_that_is_not_finite_is_no_other_activation():
+    model = Checkpointed().double()
+    batch = draw(3, 4)
+    batch[1, 0] = float("nan")
+    clipper = GhostClipper(model, max_grad_norm=0.01, passes=2)
+    clipper.backward(losses_of(model, batch))
+    assert clipper.nonfinite == 1
+    batch[1, 0] = float("inf")
+    clipper.backward(losses_of(model, batch))
+    assert clipper.nonfinite == 2

@@ -1,0 +1,113 @@
+"""A layer without a rule that gives the loss something beside its output: refused, for its gradient would be lost."""
+
+import pytest
+import torch
+from torch import nn
+
+from memsave.ghost import GhostClipper
+from tests.ghost.reference import assert_exact
+from tests.ghost.test_layers import draw, losses_of
+
+
+class Inner(nn.Module):
+    """A layer with a parameter and a child, which keeps an auxiliary loss."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.scale, self.child, self.keep = nn.Parameter(torch.rand(3)), nn.Linear(3, 3), keep
+        self.auxiliary = None
+
+    def forward(self, x):
+        y = self.child(x * self.scale)
+        self.auxiliary = {"loss": [self.keep(y.square().flatten(1).sum(1))]}
+        return y.tanh()
+
+
+class Model(nn.Module):
+    def __init__(self, keep=lambda loss: loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.inner, self.head = nn.Linear(3, 3), Inner(keep), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.inner(self.stem(x)))
+
+
+def taken_from(model):
+    """The auxiliary loss; the model, which is copied here, keeps none."""
+    auxiliary, model.inner.auxiliary = model.inner.auxiliary, None
+    return auxiliary["loss"][0]
+
+
+def without_auxiliary(model, batch):
+    losses = losses_of(model, batch)
+    taken_from(model)
+    return losses
+
+
+def with_auxiliary(model, batch):
+    losses = losses_of(model, batch)
+    return losses + 0.1 * taken_from(model)
+
+
+WORDS = r"inner gives the losses something beside its output"
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_auxiliary_loss_that_is_kept_as_an_attribute_is_refused(passes):
+    model = Model().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
+    with pytest.raises(ValueError, match=WORDS):
+        clipper.backward(with_auxiliary(model, draw(4, 3)))
+
+
+def test_an_auxiliary_loss_that_is_detached_or_not_used_is_no_obstacle():
+    assert_exact(Model(torch.Tensor.detach).double(), draw(4, 3), with_auxiliary)
+    assert_exact(Model().double(), draw(4, 3), without_auxiliary)
+
+
+def test_a_hook_on_a_module_inside_a_layer_is_refused_where_the_loss_uses_what_it_took():
+    model, taken = Model().double(), []
+    model.inner.child.register_forward_hook(lambda module, args, output: taken.append(output))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 3)))  # what it took is not used
+    taken.clear()
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=WORDS):
+        clipper.backward(losses + taken[0].square().sum(1))
+
+
+def test_a_side_output_that_a_later_layer_takes_is_refused():
+    class Skips(Model):
+        def forward(self, x):
+            y = self.inner(self.stem(x))
+            return self.head(y + self.inner.auxiliary["loss"][0][:, None])
+
+    model = Skips().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=WORDS):
+        clipper.backward(losses)
+
+
+def test_hooks_on_parameters_are_refused_unless_they_only_observe():
+    model = Model().double()
+    hook = model.stem.weight.register_hook(lambda grad: grad * 2)
+    with pytest.raises(ValueError, match=r"stem\.weight has a gradient hook, which would not be called"):
+        GhostClipper(model, max_grad_norm=1.0)
+    hook.remove()
+    GhostClipper(model, max_grad_norm=1.0)
+    model.head.bias.register_post_accumulate_grad_hook(lambda p: p.grad.zero_())
+    with pytest.raises(ValueError, match=r"head\.bias has a gradient hook"):
+        model(draw(4, 3))
+
+
+def test_a_hook_on_a_layer_itself_sees_its_tapped_output():
+    model, taken = Model(torch.Tensor.detach).double(), []
+    model.stem.register_forward_hook(lambda module, args, output: taken.append(output))
+
+    def losses(m, batch):
+        taken.clear()
+        return without_auxiliary(m, batch) + taken[0].square().sum(1)
+
+    assert_exact(model, draw(4, 3), losses)
