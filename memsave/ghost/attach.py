@@ -11,6 +11,7 @@ from memsave.ghost.layer import Layer, RelativeBias
 from memsave.ghost.refusals import Refusal
 
 FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
+PROMPTS = ("PromptEmbedding", "PromptEncoder")  # of PEFT's prompt tuning and p-tuning
 LEAF_ELEMENTS = 2**20  # a module with parameters and children is one layer up to this size, refused above
 
 
@@ -23,6 +24,21 @@ def find_refusals(model: nn.Module) -> Iterator[Refusal]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             yield Refusal(name, "", "has no shape yet", "run the model once before the GhostClipper is attached")
+        elif not isinstance(parameter, nn.Parameter):
+            yield Refusal(
+                name,
+                "",
+                "has another tensor in its place (torch.func.functional_call puts it there)",
+                "call the model with its own parameters",
+            )
+    for name, module in model.named_modules():
+        if type(module).__qualname__ in PROMPTS and any(p.requires_grad for p in module.parameters()):
+            yield Refusal.of(
+                name,
+                module,
+                "looks its prompt up once for the whole batch, where the examples' gradients are summed already",
+                "take prefix tuning or LoRA",
+            )
 
 
 def attach_layers(clipper: Any, model: nn.Module) -> tuple[list[Layer | RelativeBias], list[Refusal]]:
@@ -46,8 +62,9 @@ def attach_layers(clipper: Any, model: nn.Module) -> tuple[list[Layer | Relative
         names = tuple(key for key, p in module.named_parameters() if own or p.requires_grad)
         refusal = _refusal(name, module, own, parametrized)
         if refusal is not None:
-            refused.append(refusal)
-            continue
+            if not any(isinstance(each, Layer) and module in set(each.module.modules()) for each in layers):
+                refused.append(refusal)
+            continue  # inside another layer it is differentiated as a part of that one
         layer = Layer(clipper, module, name=name or "the model", names=names)
         layer.folded = any(parent and name.startswith(f"{parent}.") for parent in folding)
         layers.append(layer)
@@ -57,7 +74,7 @@ def attach_layers(clipper: Any, model: nn.Module) -> tuple[list[Layer | Relative
 def _refusal(name: str, module: nn.Module, own: list[str], parametrized: bool) -> Refusal | None:
     replaced = vars(module).get("forward")
     if isinstance(getattr(replaced, "__self__", None), Layer):
-        return Refusal.of(name, module, "has another GhostClipper attached", "close() that one first")
+        return Refusal(name or "the model", "", "has another GhostClipper attached", "close() that one first")
     trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
     elements = sum(p.numel() for p in trainable.values() if not is_lazy(p))
     if replaced is not None and elements > LEAF_ELEMENTS:

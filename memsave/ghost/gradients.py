@@ -215,14 +215,16 @@ def cheapest(gradient: Gradient, *, summed: bool, room: int = 0) -> Gradient:
     T p d and its writing. `summed`: the clipped sum will be formed from what is returned; the gradient then replaces
     that product, T p d more, and one of the B that are held is the sum's own.
     """
-    if isinstance(gradient, Dense) or gradient.one_hot:
+    if isinstance(gradient, Dense):
         return gradient
     if not isinstance(gradient.left, Tensor):
         return gradient.dense() if gradient.left.products is None else gradient
     batch, places, d = gradient.right.shape
     p = gradient.rows
     gram, formed = SMALL * places * (places + min(places, TRIANGLE)) / 2 * (p + d), (places + WRITE) * p * d
-    if summed:
+    if gradient.one_hot:  # the rows are compared, and added to where they are equal
+        gram, formed = SMALL * places * places * d, places * d + WRITE * p * d
+    elif summed:
         gram += places * p * d
     whole = (batch - summed) * p * d * wide(gradient.right[:0]).element_size()
     return gradient.dense() if whole <= held_bytes(gradient) + room and formed < gram else gradient

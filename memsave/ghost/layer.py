@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memsave.ghost.gradients import Gradient, Outer
 from memsave.ghost.graph import trace
-from memsave.ghost.refusals import Refusal, Refused
+from memsave.ghost.refusals import Refusal, Refused, described
 from memsave.ghost.rules import Given, Use, rule_for
 from memsave.ghost.rules.generic import generic, inside_a_layer, replaced
 from memsave.ghost.tap import Call, Tap, Tapped, graph_task
@@ -30,7 +30,7 @@ class Layer:
 
     def __init__(self, clipper: Any, module: nn.Module, *, name: str, names: tuple[str, ...]):
         self.clipper, self.module, self.name, self.names = clipper, module, name, names
-        self.folded = False
+        self.folded = self._detached = False
         self.notes: dict[Any, Any] = {}
         self._before: Any = vars(module).get("forward")
         """The forward that the instance had of its own, for instance accelerate's."""
@@ -38,17 +38,21 @@ class Layer:
         plain = self._before is None and not any("." in each for each in names)
         plain = plain and not any(p.is_complex() for p in module.parameters())
         self.rule = rule_for(module) if plain else generic
+        kind = type(module).__name__
+        self.kind = kind if plain or self._before is None else f"{kind} with the forward {described(self._before)}"
         module.forward = self.forward
 
     def detach(self) -> None:
-        """Give the module its own forward back."""
-        del self.module.__dict__["forward"]
-        if self._before is not None:
-            self.module.forward = self._before
+        """Give the module its own forward back; where somebody replaced ours, it does nothing from now on."""
+        self._detached = True
+        if getattr(vars(self.module).get("forward"), "__self__", None) is self:
+            del self.module.__dict__["forward"]
+            if self._before is not None:
+                self.module.forward = self._before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's function; under grad, with the tap at its end."""
-        if inside_a_layer():  # which differentiates this one, too
+        if self._detached or inside_a_layer():  # of which this one is a part
             return self.original(*args, **kwargs)
         trainable = {name: p for name in self.names if (p := _parameter(self.module, name)).requires_grad}
         call = self.clipper.call_of(self.name) if trainable else None
@@ -63,7 +67,9 @@ class Layer:
             )
             return self.original(*args, **kwargs)
         try:
-            given = Given(args, kwargs, call.batch_size, tuple(trainable), self.name, self.original, self.notes)
+            given = Given(
+                args, kwargs, call.batch_size, tuple(trainable), self.name, self.kind, self.original, self.notes
+            )
             use = self.rule(self.module, given)
         except Refused as refused:
             self._refuse(call, refused.reason, refused.remedy)
@@ -143,7 +149,7 @@ class RelativeBias:
         def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
             left = saved[0].flatten().expand(len(grad), -1)  # (B, queries keys)
             right = grad.movedim(-3, -1).reshape(*left.shape, grad.shape[-3])  # (B, queries keys, heads)
-            return {"weight": Outer(left, right, rows=self.module.num_embeddings)}
+            return {"weight": Outer(left, right, rows=self.module.num_embeddings).dense()}  # a small table
 
         tapped = Tapped(self.name, self.names, per_example)
         return Tap.apply(bias.expand(call.batch_size, *bias.shape[1:]), call.probe, tapped, call, 1, rows, weight)

@@ -93,7 +93,7 @@ def wrapped(model: nn.Module) -> Iterator[Refusal]:
                 name or "the model",
                 "",
                 "was compiled before the GhostClipper was attached, so its layers would run without it",
-                "give the GhostClipper the module inside it (model._orig_mod), and compile after that",
+                "give the GhostClipper the uncompiled module (model._orig_mod of torch.compile), and compile after that",
             )
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
@@ -151,10 +151,12 @@ def is_parametrized(module: nn.Module) -> bool:
 
 
 def described(function: Callable[..., Any]) -> str:
-    """Where a function comes from, for a sentence."""
-    inner: Any = getattr(function, "__wrapped__", function)
-    inner = getattr(inner, "func", inner)
-    return f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', type(inner).__name__)}"
+    """Where a function was written, whatever it wraps and is named after."""
+    inner: Any = getattr(function, "func", function)
+    inner = getattr(inner, "__func__", inner)
+    if hasattr(inner, "__code__"):
+        return f"{inner.__globals__['__name__']}.{inner.__code__.co_qualname}"
+    return f"{type(inner).__module__}.{type(inner).__qualname__}"
 
 
 def refuse_mixed(mixed: Mapping[str, bool]) -> None:

@@ -27,6 +27,8 @@ class Given:
     """The names of the layer's trainable parameters."""
     name: str
     """The layer's own name in the model."""
+    kind: str
+    """Its class, and who replaced its forward."""
     forward: Callable[..., Any]
     """The layer's function of its arguments."""
     notes: dict[Any, Any] = field(default_factory=dict)

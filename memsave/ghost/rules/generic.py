@@ -74,7 +74,9 @@ class _Again:
         tracked: tuple[bool, ...],
         tolerance: float,
     ):
-        self.layer, self.name, self.wanted, self.notes = layer, given.name, given.wanted, given.notes
+        self.layer, self.wanted, self.notes = layer, given.wanted, given.notes
+        self.told = f"{given.name} ({given.kind})"
+        self.cached = any(type(each).__name__.endswith("Cache") for each in (*given.args, *given.kwargs.values()))
         self.forward, self.tracked, self.tolerance = forward, tracked, tolerance
 
     def per_example(self, saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
@@ -99,7 +101,7 @@ class _Again:
             self.notes[key] = last
         elif any(not _same(right[0], each) for each in right[1:]):
             raise ValueError(
-                f"{self.name} ({type(self.layer).__name__}) gives the same output whether some argument of "
+                f"{self.told} gives the same output whether some argument of "
                 f"{len(grad)} rows holds examples or is a table, but not the same gradient; take another batch size, "
                 f"or give the table as a buffer"
             )
@@ -181,16 +183,16 @@ class _Again:
         return bool((close | (ours == marks) | ~marks.isfinite() & ~ours.isfinite()).all())
 
     def _refuse(self, error: Exception | None) -> None:
-        layer = f"{self.name} ({type(self.layer).__name__})"
         if error is not None and not isinstance(error, _NotThisReading):
             raise ValueError(
-                f"{layer} cannot be differentiated example by example ({type(error).__name__}: {error}); freeze it, or "
-                f"let it run on a batch of one example"
+                f"{self.told} cannot be differentiated example by example ({type(error).__name__}: {error}); freeze "
+                f"it, or let it run on a batch of one example"
             ) from error
         raise ValueError(
-            f"{layer} gives an example another output when it runs again alone than it gave in its batch: it mixes "
+            f"{self.told} gives an example another output when it runs again alone than it gave in its batch: it mixes "
             f"examples, draws random numbers, changed in between, or has the examples elsewhere than in dimension 0 of "
-            f"its arguments; freeze it, or put another layer in its place"
+            f"its arguments; "
+            + ("call the model with use_cache=False" if self.cached else "freeze it, or put another layer in its place")
         )
 
 

@@ -1,0 +1,277 @@
+"""What is found when a clipper is attached, or in the first forward: all of it at once, by name, with its remedy."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
+
+from memsave.ghost import GhostClipper
+from tests.ghost.reference import assert_exact, by_loop
+from tests.ghost.test_layers import draw, losses_of
+
+
+def old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls it deprecated
+        return nn.utils.weight_norm(layer)
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+OLD = {
+    "weight_norm": (old_weight_norm, r"use torch\.nn\.utils\.parametrizations\.weight_norm"),
+    "spectral_norm": (spectral_norm, r"parametrizations\.spectral_norm, and put it in eval mode"),
+    "prune": (pruned, r"torch\.nn\.utils\.prune\.remove, or write the mask as a parametrization"),
+}
+
+
+@pytest.mark.parametrize("utility", OLD)
+def test_weights_that_a_hook_computes_are_refused_at_attach(utility):
+    apply, remedy = OLD[utility]
+    model = nn.Sequential(apply(nn.Linear(4, 4)), nn.Linear(4, 2))
+    words = rf"0 \(Linear\) has a weight that torch\.nn\.utils\.{utility} computes in a hook.*{remedy}"
+    with pytest.raises(ValueError, match=words):
+        GhostClipper(model, max_grad_norm=1.0)
+
+
+class Mask(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("mask", (weight.abs() > 0.2).to(weight.dtype))
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+def in_eval_mode(layer):
+    layer = parametrizations.spectral_norm(layer)
+    layer.parametrizations.eval()
+    return layer
+
+
+def masked(layer):
+    parametrize.register_parametrization(layer, "weight", Mask(layer.weight.detach()))
+    return layer
+
+
+def removed(layer):
+    return prune.remove(pruned(layer), "weight")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("remedy", [parametrizations.weight_norm, in_eval_mode, masked, removed])
+def test_the_remedies_are_exact(remedy, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(remedy(nn.Linear(4, 4, bias=bias).double()), nn.Linear(4, 2).double())
+    assert_exact(model, draw(3, 5, 4), losses_of)
+
+
+def test_spectral_norm_that_still_estimates_is_refused():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4).double()))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(3, 4))
+    with pytest.raises(ValueError, match=r"0\.parametrizations\.weight\.0\._u, .*the forward changed.*in eval mode"):
+        clipper.backward(losses)
+
+
+class Several(nn.Module):
+    """Much that cannot be clipped, of several classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm1d(4) for _ in range(5)])
+        self.attention, self.tracks = nn.MultiheadAttention(4, 2), nn.InstanceNorm1d(4, track_running_stats=True)
+
+    def forward(self, x):
+        return x
+
+
+def test_everything_that_attach_finds_is_told_at_once():
+    with pytest.raises(ValueError) as refusal:
+        GhostClipper(Several(), max_grad_norm=1.0)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "the model cannot be clipped exactly, for 3 reasons:"
+    assert lines[1].startswith("- norms.0, norms.1, norms.2 and 2 more (BatchNorm1d): each makes every example's")
+    assert lines[2].startswith("- tracks (InstanceNorm1d) tracks running statistics")
+    assert lines[3].startswith("- attention (MultiheadAttention) owns in_proj_weight")
+
+
+def test_everything_that_a_forward_comes_upon_is_told_at_its_end():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look = nn.Embedding(9, 4, max_norm=1.0)
+            self.one, self.two, self.gru = nn.LSTM(4, 4), nn.LSTM(4, 4), nn.GRU(4, 4)
+
+        def forward(self, ids):
+            return self.gru(self.two(self.one(self.look(ids))[0])[0])[0]
+
+    model = Recurrent()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError) as refusal:
+        model(torch.zeros(3, 5, dtype=torch.long))
+    told = str(refusal.value)
+    assert "3 reasons" in told
+    assert "look (Embedding) has max_norm" in told
+    assert "one, two (LSTM): each gave a tuple for a batch of 3" in told
+    assert "gru (GRU) gave a tuple" in told
+    with pytest.raises(ValueError, match="no forward"):
+        clipper.backward(torch.zeros(3, requires_grad=True))
+    with torch.no_grad():
+        model(torch.zeros(3, 5, dtype=torch.long))  # without gradients there is nothing to refuse
+
+
+def test_every_parameter_that_escapes_its_module_is_told_at_once():
+    class Escapes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x @ self.one.weight.T @ self.two.weight.T
+
+    model = Escapes()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"one\.weight, two\.weight: each is used outside the forward"):
+        clipper.backward(model(torch.randn(2, 3)).sum(1))
+
+
+@pytest.mark.parametrize("compiled", [lambda m: torch.compile(m, backend="eager"), nn.Module.compile])
+def test_a_model_that_was_compiled_before_is_refused(compiled):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    before = compiled(model) or model
+    with pytest.raises(ValueError, match=r"was compiled before the GhostClipper was attached.*compile after that"):
+        GhostClipper(before, max_grad_norm=1.0)
+
+
+def test_a_forward_that_was_replaced_above_the_layers_is_no_obstacle_and_stays():
+    """As accelerate does in mixed precision, and TRL."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    original, calls = model.forward, []
+
+    def wrapped(*args):
+        calls.append(args)
+        return original(*args)
+
+    model.forward = wrapped
+    norms, _ = by_loop(model, draw(4, 3), losses_of, max_grad_norm=1.0)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    torch.testing.assert_close(clipper.backward(losses_of(model, draw(4, 3))), norms, rtol=1e-9, atol=0)
+    clipper.close()
+    assert model.forward is wrapped
+    assert calls
+
+
+def test_a_layer_whose_forward_was_replaced_is_differentiated_as_it_is():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    scaled = partial(type(model[0]).forward, model[0])
+    model[0].forward = lambda x: 3 * scaled(x).tanh()
+    batch = draw(4, 3)
+    norms, sums = by_loop(model, batch, losses_of, max_grad_norm=0.1)
+    clipper = GhostClipper(model, max_grad_norm=0.1)
+    torch.testing.assert_close(clipper.backward(losses_of(model, batch)), norms, rtol=1e-9, atol=0)
+    torch.testing.assert_close(model[0].weight.grad, sums["0.weight"], rtol=1e-9, atol=1e-14)
+
+
+def test_a_large_layer_whose_forward_was_replaced_is_refused_with_who_did_it():
+    layer = nn.Linear(1024, 1025)
+    original = layer.forward
+    layer.forward = lambda x: original(x)
+    words = rf"the model \(Linear\) runs another forward than its class's \({__name__}\..*<lambda>\)"
+    with pytest.raises(ValueError, match=words):
+        GhostClipper(layer, max_grad_norm=1.0)
+
+
+def test_a_forward_that_is_replaced_after_attaching_stays_when_the_clipper_is_closed():
+    model = nn.Linear(3, 2).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    ours, batch = model.forward, draw(4, 3)
+    model.forward = lambda x: 2 * ours(x)
+    clipper.backward(losses_of(model, batch))
+    clipper.close()
+    torch.testing.assert_close(model(batch), 2 * (batch @ model.weight.T + model.bias))
+    losses_of(model, batch).sum().backward()
+
+
+def test_a_second_clipper_is_refused_until_the_first_is_closed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"0, 1: each has another GhostClipper attached; close\(\) that one first"):
+        GhostClipper(model, max_grad_norm=1.0)
+    clipper.close()
+    GhostClipper(model, max_grad_norm=1.0).close()
+
+
+def test_functional_call_is_exact_with_the_models_own_parameters_and_refused_with_others():
+    model, batch = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double(), draw(4, 3)
+    norms, _ = by_loop(model, batch, losses_of, max_grad_norm=1.0)
+
+    def losses_with(parameters):
+        return losses_of(partial(torch.func.functional_call, model, parameters), batch)
+
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    torch.testing.assert_close(clipper.backward(losses_with(dict(model.named_parameters()))), norms)
+    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"0\.weight, .*has another tensor in its place \(torch\.func\.functional_call"):
+        losses_with(others)
+    torch.testing.assert_close(clipper.backward(losses_of(model, batch)), norms)
+
+
+def test_functional_call_of_a_part_of_the_model_is_refused():
+    class Swaps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            twice = {"weight": 2 * self.layer.weight}
+            return torch.func.functional_call(self.layer, twice, (x,))
+
+    model = Swaps().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"layer \(Linear\) has another tensor in the place of its weight"):
+        clipper.backward(losses_of(model, draw(4, 3)))
+
+
+def test_a_layer_that_has_no_shape_yet_is_refused():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"0\.weight, 0\.bias: each has no shape yet; run the model once"):
+        GhostClipper(model, max_grad_norm=1.0)
+
+
+def test_prompt_tuning_is_refused_and_prefix_tuning_is_exact():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+
+    def adapted(kind):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        return peft.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
+
+    for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig):
+        with pytest.raises(ValueError, match=r"looks its prompt up once for the whole batch.*prefix tuning or LoRA"):
+            GhostClipper(adapted(kind), max_grad_norm=1.0)
+    ids = torch.randint(40, (4, 7), generator=torch.Generator().manual_seed(0))
+    assert_exact(
+        adapted(peft.PrefixTuningConfig).eval(),
+        ids,
+        lambda m, b: m(input_ids=b, attention_mask=torch.ones_like(b)).logits[:, -7:].square().mean((1, 2)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["local", "transient-global"])
+def test_long_t5_is_exact(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    attention = {"local_radius": 3, "global_block_size": 4, "encoder_attention_type": kind}
+    config = transformers.LongT5Config(vocab_size=40, dropout_rate=0, decoder_start_token_id=0, **sizes, **attention)
+    model = transformers.LongT5ForConditionalGeneration(config).double()
+    ids = torch.randint(1, 40, (4, 9), generator=torch.Generator().manual_seed(0))
+    assert_exact(model, ids, lambda m, b: m(input_ids=b, labels=b).logits.square().mean((1, 2)), rtol=1e-7)
