@@ -59,9 +59,10 @@ def base_of(model: Any) -> nn.Module:
 
 def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None:
     """The start of a row's tokens, padded with one of them and alone, must have the same logits."""
-    ids = ids[kept][None, :TOKENS]
-    count, filler = ids.shape[1], ids[:, :1].expand(-1, TOKENS)
-    alone = slice(TOKENS, TOKENS + count) if side == "left" else slice(0, count)
+    width, ids = len(ids), ids[kept][None, :TOKENS]
+    count = ids.shape[1]
+    filler = ids[:, :1].expand(-1, min(TOKENS, width - count))
+    alone = slice(-count, None) if side == "left" else slice(0, count)
     ids = torch.cat([filler, ids] if side == "left" else [ids, filler], 1)
     mask = torch.zeros_like(ids)
     mask[:, alone] = 1

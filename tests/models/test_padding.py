@@ -142,6 +142,14 @@ def test_without_padding_the_model_numbers_its_positions_itself():
     assert seen[-1][0].tolist() == [0] * 7 + [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_trial_has_no_more_columns_than_the_batch(side):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": max(LENGTHS)}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).double().eval()
+    assert_as_alone(model, padded(side), head="chunked", passes=(1,))
+
+
 def roberta(kind):
     config = getattr(transformers, f"{kind}Config")(**TINY, intermediate_size=24, is_decoder=True, pad_token_id=PAD)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
