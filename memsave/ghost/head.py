@@ -5,6 +5,7 @@ their gradients in the hidden states and what the ghost norm of the head's weigh
 weight's gradient. The equations are in `logits.py`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -21,9 +22,15 @@ NAME = "linear_cross_entropy"
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    soft_cap: float | None = None,
 ) -> Tensor:
-    """(B, T): the cross-entropy of each target with logits W h + b; zero where it is ignored.
+    """(B, T): the cross-entropy of each target with logits l = W h + b; zero where it is ignored.
 
     Exact in value and gradient; where a GhostClipper holds `weight` or `bias`, in the norms, too, and call it then
     with hidden states of the model's last forward. Under autocast products are in its dtype; all else is float32 or
@@ -35,11 +42,12 @@ def linear_cross_entropy(
         targets: (B, T), row numbers of `weight`.
         bias: (V,).
         ignore_index: the target of what is no target.
+        soft_cap: c, for the logits c tanh(l / c) in the place of l.
 
     Raises ValueError for shapes that do not go together and for targets that are no rows of `weight`; has no double
-    backward. No outputs of the head exist: to change them (scale, soft cap) change `hidden`, or take the logits.
+    backward. No outputs of the head exist: to scale them scale `hidden`; to change them otherwise take the logits.
     """
-    _check(hidden, weight, targets, bias, ignore_index)
+    _check(hidden, weight, targets, bias, ignore_index, soft_cap)
     places, labels = _places(targets, ignore_index)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -49,7 +57,7 @@ def linear_cross_entropy(
     clipper = next((found for found in map(clipper_of, owned.values()) if found is not None), None)
     call = None if clipper is None else clipper.call_of(NAME, after=True)
     if clipper is None or call is None:
-        losses, *_ = _Head.apply(rows, weight, bias, labels, places, False, 0)
+        losses, *_ = _Head.apply(rows, weight, bias, labels, places, soft_cap, False, 0)
         return places.spread(losses)
     if len(targets) != call.batch_size:
         raise ValueError(
@@ -60,8 +68,8 @@ def linear_cross_entropy(
     fixed = None if bias is None else bias.detach()
     products = "weight" in owned and not (call.batch_size == 1 and clipper.passes_of(call) == 1)
     keep = min(len(weight), call.room // max(1, places.count * wide(rows.detach()[:0]).element_size()))
-    losses, *found = _Head.apply(rows, weight.detach(), fixed, labels, places, products, keep)
-    left = _left(rows.detach(), weight.detach(), fixed, labels, places, found)
+    losses, *found = _Head.apply(rows, weight.detach(), fixed, labels, places, soft_cap, products, keep)
+    left = _left(rows.detach(), weight.detach(), fixed, labels, places, soft_cap, found)
     call.room -= 0 if left.kept is None else left.kept.numel() * left.kept.element_size()
     saved, restored = _packed(left)
 
@@ -83,11 +91,12 @@ class _Head(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         places: Places,
+        soft_cap: float | None,
         products: bool,
         keep: int,
     ) -> tuple[Tensor | None, ...]:
         nothing = wide(hidden.new_empty(0))
-        left = _left(hidden, weight, bias, labels, places, (nothing, nothing, nothing))
+        left = _left(hidden, weight, bias, labels, places, soft_cap, (nothing, nothing, nothing))
         found = scan(left, pull=ctx.needs_input_grad[0], products=products, keep=keep)
         left, again = found.left, any(ctx.needs_input_grad[1:3])
         saved, ctx.restored = _packed(left) if again else ((), None)
@@ -119,7 +128,7 @@ class _Head(torch.autograd.Function):
                     torch.mv(q.T, grad, out=of_bias[columns])
             of_weight = None if of_weight is None else of_weight.to(left.weight.dtype)
             of_bias = None if of_bias is None else of_bias.to(left.bias.dtype)
-        return of_hidden, of_weight, of_bias, None, None, None, None
+        return of_hidden, of_weight, of_bias, None, None, None, None, None
 
 
 def _per_example(left: LogitGradients, grad: Tensor, *, wanted: tuple[str, ...]) -> dict[str, Gradient]:
@@ -135,17 +144,23 @@ def _per_example(left: LogitGradients, grad: Tensor, *, wanted: tuple[str, ...])
 
 
 def _left(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, places: Places, found: Sequence[Any]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    places: Places,
+    soft_cap: float | None,
+    found: Sequence[Any],
 ) -> LogitGradients:
     """`found`: top, scale and others; products and kept, where they are."""
     top, scale, others, products, kept = (*found, None, None)[:5]
-    return LogitGradients(hidden, weight, bias, labels, top, scale, others, places, products, kept)
+    return LogitGradients(hidden, weight, bias, labels, top, scale, others, places, products, kept, soft_cap)
 
 
 def _packed(left: LogitGradients) -> tuple[tuple[Tensor, ...], Any]:
     """Its tensors, and what puts them together again: a function that holds none."""
     mine = {each.name: getattr(left, each.name) for each in fields(left)}
-    places = mine.pop("places")
+    places, soft_cap = mine.pop("places"), mine.pop("soft_cap")
     mine |= {"index": places.index, "spots": places.spots}
     names = [name for name, value in mine.items() if value is not None]
     empty, bare = dict.fromkeys(mine), replace(places, index=None, spots=None)
@@ -153,7 +168,7 @@ def _packed(left: LogitGradients) -> tuple[tuple[Tensor, ...], Any]:
     def restored(tensors: Any) -> LogitGradients:
         values = {**empty, **dict(zip(names, tensors, strict=True))}
         where = replace(bare, index=values.pop("index"), spots=values.pop("spots"))
-        return LogitGradients(places=where, **values)
+        return LogitGradients(places=where, soft_cap=soft_cap, **values)
 
     return tuple(mine[name] for name in names), restored
 
@@ -176,7 +191,14 @@ def _places(targets: Tensor, ignore_index: int) -> tuple[Places, Tensor]:
     return Places(batch, length, width, index, None if all_full else spots), targets.flatten()[index]
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    soft_cap: float | None,
+) -> None:
     if (
         hidden.dim() != 3
         or weight.dim() != 2
@@ -189,6 +211,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{NAME} got a bias {tuple(bias.shape)} for {len(weight)} rows; give ({len(weight)},)")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{NAME} got soft_cap={soft_cap}; give a positive number, or None for no cap")
     if has_values(targets) and targets.numel():
         wrong = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
         if wrong.any():

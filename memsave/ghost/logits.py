@@ -2,6 +2,10 @@
 
     l_t = W h_t + b        loss_t = log sum_j exp(l_tj) - l_ty, y the target of t        q_t = softmax(l_t) - onehot(y)
 
+With a soft cap c, the loss is that of l'_t = c tanh(l_t / c), and each entry of q_t has the slope of its own logit:
+
+    q_t = (softmax(l'_t) - onehot(y)) sech^2(l_t / c)
+
 `scan` goes over the vocabulary once, with the normaliser of what it has seen so far (Milakov and Gimelshein 2018): what
 was accumulated is rescaled whenever the largest logit changes. The target is left out of all of its sums and comes in
 at their end, as q_ty = -sum_{j != y} softmax(l_t)_j: where the model is sure, 1 - softmax(l_t)_y would have no digits.
@@ -75,16 +79,18 @@ class LogitGradients:
     labels: Tensor
     """(N,); negative for no target, whose row is zero."""
     top: Tensor
-    """(N,): the largest logit."""
+    """(N,): the largest logit, after the soft cap."""
     scale: Tensor
     """(N,): 1 / sum_j exp(l_tj - top_t)."""
     others: Tensor
-    """(N,): 1 - softmax(l_t)_y."""
+    """(N,): -q_ty, which is 1 - softmax(l_t)_y without a soft cap."""
     places: Places
     products: Tensor | None = None
     """(B, width, width): <q_t, q_s>."""
     kept: Tensor | None = None
-    """(N, K): the first K logits of each, where there is room for them."""
+    """(N, K): the first K logits of each before the soft cap, where there is room for them."""
+    soft_cap: float | None = None
+    """c."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -94,13 +100,21 @@ class LogitGradients:
     def blocks(self, *, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(columns, q in them (N, columns)) over the vocabulary, in blocks as of so many rows."""
         for columns in parts(len(self.labels) if rows is None else rows, len(self.weight)):
-            if self.kept is not None and columns.stop <= self.kept.shape[1]:
-                logits = self.kept[:, columns] - self.top[:, None]
-            else:
-                logits = logits_of(self.hidden, self.weight, self.bias, columns).sub_(self.top[:, None])
+            logits, slopes = self._below_top(columns)
             q = logits.exp_().mul_(self.scale[:, None])
+            if slopes is not None:
+                q.mul_(slopes)
             _put(q, self.labels, columns, -self.others)
             yield columns, q
+
+    def _below_top(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """(logits less the largest, their slopes under a soft cap), (N, columns) each, to be overwritten."""
+        held = self.kept[:, columns] if self.kept is not None and columns.stop <= self.kept.shape[1] else None
+        if self.soft_cap is None and held is not None:
+            return held - self.top[:, None], None
+        logits = logits_of(self.hidden, self.weight, self.bias, columns) if held is None else held.clone()
+        slopes = None if self.soft_cap is None else cap_(logits, self.soft_cap)
+        return logits.sub_(self.top[:, None]), slopes
 
     def columns(self, rows: Tensor) -> Tensor:
         """q_bt at the row numbers (B, S): (B, width, S), zero for a negative number."""
@@ -111,7 +125,9 @@ class LogitGradients:
             logits = logits + wide(self.bias)[index][:, None]
         top, scale, others = (self.places.together(each)[..., None] for each in (self.top, self.scale, self.others))
         labels = self.places.together(self.labels + 1)[..., None] - 1  # -1 where there is none
-        q = torch.where(labels == rows[:, None], -others, (logits - top).exp() * scale)
+        slopes = None if self.soft_cap is None else cap_(logits, self.soft_cap)
+        shares = (logits - top).exp() * scale
+        q = torch.where(labels == rows[:, None], -others, shares if slopes is None else shares * slopes)
         return torch.where((rows >= 0)[:, None] & (labels >= 0), q, 0)
 
     def against(self, other: Tensor | Rows) -> Tensor:
@@ -175,6 +191,7 @@ def scan(left: LogitGradients, *, pull: bool, products: bool, keep: int) -> Scan
     count, numbers = len(labels), dict[str, Any](dtype=left.top.dtype, device=hidden.device)
     most = torch.full((count,), torch.finfo(left.top.dtype).min, **numbers)  # but for the target
     total, target = torch.zeros(count, **numbers), torch.zeros(count, **numbers)
+    slope = None if left.soft_cap is None else torch.zeros(count, **numbers)  # of the target
     pulled = torch.zeros(hidden.shape, **numbers) if pull else None
     gram = torch.zeros(places.batch, places.width, places.width, **numbers) if products else None
     keep = max((each.stop for each in parts(count, len(weight)) if each.stop <= keep), default=0)
@@ -183,11 +200,16 @@ def scan(left: LogitGradients, *, pull: bool, products: bool, keep: int) -> Scan
         logits = logits_of(hidden, weight, left.bias, columns)
         if kept is not None and columns.stop <= keep:
             kept[:, columns] = logits
+        slopes = None if left.soft_cap is None else cap_(logits, left.soft_cap)
+        if slope is not None and slopes is not None:
+            slope = _put(slopes, labels, columns, slope, otherwise=slope)
         target = _put(logits, labels, columns, torch.full_like(target, -torch.inf), otherwise=target)
         before, most = most, torch.maximum(most, logits.amax(1))
         decay = (before - most).exp_()
         shares = logits.sub_(most[:, None]).exp_()
         total = total.mul_(decay).add_(shares.sum(1))
+        if slopes is not None:
+            shares.mul_(slopes)
         if pulled is not None:
             pulled.mul_(decay[:, None])
             _add_product(pulled, shares.to(hidden.dtype), weight[columns].to(hidden.dtype))
@@ -195,19 +217,21 @@ def scan(left: LogitGradients, *, pull: bool, products: bool, keep: int) -> Scan
             together = places.together(decay)
             gram.mul_(together[:, :, None]).mul_(together[:, None])
             _add_gram(gram, places.together(shares))
-    return _finished(left, most, total, target, pulled, gram, kept)
+    return _finished(left, (most, total, target, slope), pulled, gram, kept)
 
 
 def _finished(
     left: LogitGradients,
-    most: Tensor,
-    total: Tensor,
-    target: Tensor,
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None],
     pulled: Tensor | None,
     gram: Tensor | None,
     kept: Tensor | None,
 ) -> Scan:
-    """The target's logit comes in; sums over the others, in units of exp(most), become those of q."""
+    """The target's logit comes in; sums over the others, in units of exp(most), become those of q.
+
+    `found`: the others' largest logit and sum; the target's logit and, under a soft cap, its slope.
+    """
+    most, total, target, slope = found
     wanted = left.labels >= 0
     top = torch.maximum(most, target)
     shrink = (most - top).exp()
@@ -215,6 +239,8 @@ def _finished(
     whole = rest + (target - top).exp()
     losses = torch.where(target >= most, rest.log1p(), (top - target) + whole.log())
     losses, scale, others = (torch.where(wanted, each, 0) for each in (losses, 1 / whole, rest / whole))
+    if slope is not None:
+        others = others * slope
     left = replace(left, top=top, scale=scale, others=others, kept=kept)
     if pulled is not None:
         pulled.mul_((shrink * scale)[:, None])
@@ -252,6 +278,13 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slic
     """(N, columns), float32 or wider; the product is in the dtype of `hidden`."""
     logits = wide(hidden @ weight[columns].to(hidden.dtype).T)
     return logits if bias is None else logits.add_(wide(bias[columns]))
+
+
+def cap_(logits: Tensor, cap: float) -> Tensor:
+    """Overwrite l with cap tanh(l / cap); returns its slope sech^2(l / cap), which 1 - tanh^2 has no digits of."""
+    slopes = logits.div_(cap).cosh().reciprocal_().square_()
+    logits.tanh_().mul_(cap)
+    return slopes
 
 
 def _put(

@@ -46,9 +46,10 @@ def verify(
     """Compare the clipper with each `losses[i]` differentiated alone, on the same batch and random numbers.
 
     Also checks that example 0's gradient stays when its batch-mates are exchanged for copies of it, and, in eval mode,
-    when it is alone. A batch is a tensor, or tensors in mappings and sequences; those of them with as many entries in
-    dimension 0 as there are losses hold the examples. Leaves the model, its gradients and the random state as they
-    were; takes the time of B backward passes, on a copy of the model.
+    when it is alone; and of a mapping with an "attention_mask" (B, T), that the most padded example's stays when it is
+    alone without its padding, which is taken off all tensors (B, T, ...). A batch is a tensor, or tensors in mappings
+    and sequences; those of them with as many entries in dimension 0 as there are losses hold the examples. Leaves the
+    model, its gradients and the random state as they were; takes the time of B backward passes, on a copy of the model.
 
     Raises ValueError for a model whose forward is replaced, TypeError for a batch of another kind.
     """
@@ -74,6 +75,7 @@ def verify(
         finally:
             clipper.close()
         _exchange_batch_mates(report, model, batch, per_example_losses, len(norms), seed=seed)
+        _take_off_padding(report, model, batch, per_example_losses, len(norms), seed=seed)
     return report
 
 
@@ -142,7 +144,7 @@ def _exchange_batch_mates(
         for module in training:
             module.training = with_dropout
         before, after = (
-            _first_gradient(model, each, per_example_losses, seed=seed)
+            _gradient_of(0, model, each, per_example_losses, seed=seed)
             for each in (batch, _examples(batch, size, exchanged))
         )
         tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
@@ -154,9 +156,40 @@ def _exchange_batch_mates(
             )
 
 
-def _first_gradient(model: nn.Module, batch: Any, per_example_losses: Losses, *, seed: int) -> list[Tensor]:
+def _take_off_padding(
+    report: Verification, model: nn.Module, batch: Any, per_example_losses: Losses, size: int, *, seed: int
+) -> None:
+    """The most padded example in its batch, and alone without the columns in which its mask is zero."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != size:
+        return
+    kept = mask != 0
+    zeros = torch.where(kept.sum(1) > 1, (~kept).sum(1), 0)  # of one token alone nothing is predicted
+    example = int(zeros.argmax())
+    if not zeros[example]:
+        return
+
+    def alone(each: Tensor) -> Tensor:
+        row = each[example : example + 1]
+        return row[:, kept[example].to(row.device)] if each.shape[:2] == mask.shape else row
+
+    for module in model.modules():
+        module.training = False
+    before = _gradient_of(example, model, batch, per_example_losses, seed=seed)
+    after = _gradient_of(0, model, _examples(batch, size, alone), per_example_losses, seed=seed)
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
+    difference, scale = _norm([a - b for a, b in zip(after, before, strict=True)]).item(), _norm(before).item()
+    if not difference <= tolerance * scale:
+        report.findings.append(
+            f"example {example}'s gradient changes by {difference:.3g} of {scale:.3g} without its padding, "
+            f"{int(zeros[example])} of {mask.shape[1]} columns: the positions, the attention or the targets count "
+            f"padding; give position_ids that do not, predict nothing from padding, or pad on the right"
+        )
+
+
+def _gradient_of(example: int, model: nn.Module, batch: Any, per_example_losses: Losses, *, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
-    return _gradient(model, per_example_losses(model, batch)[0])
+    return _gradient(model, per_example_losses(model, batch)[example])
 
 
 def _examples(batch: Any, size: int, change: Callable[[Tensor], Tensor]) -> Any:

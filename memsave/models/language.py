@@ -1,7 +1,5 @@
 """Causal language models as they are: the loss of each example, normalised by that example alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +8,11 @@ from torch.nn import functional as F
 
 from memsave.ghost import linear_cross_entropy
 from memsave.ghost.gradients import has_values
+from memsave.models.own_head import own_head
+from memsave.models.padding import positions
 
 IGNORED = -100  # the label of what is no target
 HEADS = ("chunked", "logits")
-PROBE = (-1024.0, -1.0, 0.0, 0.125, 1.0, 1024.0)  # powers of two: scaling them rounds nothing
 
 
 def causal_lm_losses(
@@ -31,18 +30,25 @@ def causal_lm_losses(
         input_ids: (B, T).
         labels: (B, T), the same tokens where they are targets and -100 elsewhere; shifted in here, so that each is
             predicted from those before it.
-        attention_mask: (B, T), zero at padding.
+        attention_mask: (B, T), zero at padding, which is on the right or on the left: the loss is that of the example
+            alone. A token after padding is no target.
         head: "chunked" never holds the logits (B, T, V); "logits" takes those that the model gives.
 
-    Raises ValueError for a head that is no `nn.Linear`, or whose logits are changed by more than a factor: those need
-    head="logits".
+    Raises ValueError for padding on the left of a model whose logits it changes, and for targets that are padding. With
+    head="chunked", also for a head that is no `nn.Linear`, and for logits that are changed by more than a factor or a
+    soft cap that the model's configuration names: those need head="logits".
     """
     if head not in HEADS:
         raise ValueError(f"head is {head!r}; choose one of {', '.join(HEADS)}")
     inputs, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, labels[:, 1:]
+    if attention_mask is not None:
+        where = positions(model, input_ids, attention_mask)
+        inputs |= {} if where is None else {"position_ids": where}
+        targets = _after_tokens(targets, attention_mask)
     if head == "chunked":
-        linear, hidden = _hidden(model, inputs)
-        each = linear_cross_entropy(hidden[:, :-1], linear.weight, targets, bias=linear.bias, ignore_index=IGNORED)
+        linear, hidden, soft_cap = own_head(model, inputs)
+        options: dict[str, Any] = {"bias": linear.bias, "ignore_index": IGNORED, "soft_cap": soft_cap}
+        each = linear_cross_entropy(hidden[:, :-1], linear.weight, targets, **options)
     else:
         logits = model(**inputs, use_cache=False).logits  # (B, T, V)
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -52,63 +58,16 @@ def causal_lm_losses(
     return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
 
 
-def _hidden(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor]:
-    """(the head, what it is given (B, T, d) times what its logits are scaled by), by the model's own forward.
-
-    In the place of logits the forward gets a few known numbers, and what it does to them tells what it does to logits.
-    """
-    linear = model.get_output_embeddings()
-    name = f"the head of {type(model).__name__}"
-    if type(linear) is not nn.Linear:
-        raise ValueError(f'{name} is a {type(linear).__name__} and no Linear; give head="logits"')
-    seen: list[Tensor] = []
-
-    def note(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)[None, None]
-
-    with _forward_as(linear, note):
-        try:
-            found = model(**inputs, use_cache=False).logits
-        except RuntimeError as error:
-            if not seen:
-                raise
-            raise ValueError(f'the logits after {name} are changed ({error}); give head="logits"') from error
-    if len(seen) != 1:
-        raise ValueError(f'{name} ran {len(seen)} times in a forward, not once; give head="logits"')
-    scale = _scale(found, name)
-    if scale == 1:
-        return linear, seen[0]
-    if linear.bias is not None:
-        raise ValueError(f'{name} has a bias, and its logits are scaled by {scale:g}; give head="logits"')
-    return linear, seen[0] * scale
-
-
-def _scale(found: Tensor, name: str) -> float:
-    """The factor between PROBE and what became of it."""
-    if not has_values(found):
-        return 1.0
-    values = found.detach().flatten().tolist()
-    scale = values[PROBE.index(1.0)] if len(values) == len(PROBE) else 0.0
-    if values != [scale * each for each in PROBE]:
+def _after_tokens(targets: Tensor, mask: Tensor) -> Tensor:
+    """The targets (B, T - 1) that the example alone has: those after a token."""
+    wrong = (targets != IGNORED) & (mask[:, 1:] == 0) & (mask[:, :-1] != 0)
+    if has_values(wrong) and bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"the logits after {name} are changed by more than a factor, as by soft-capping "
-            f'({PROBE[-1]:g} becomes {values[-1]:g}); give head="logits"'
+            f"labels has the target {int(targets[row, place])} at row {row}, column {place + 1}, where attention_mask "
+            f"is 0; give {IGNORED} there, or a mask of 1"
         )
-    return scale
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within, the module has another forward, in the place of its own or of a clipper's."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    return targets.masked_fill(mask[:, :-1] == 0, IGNORED)
 
 
 def fuse_gelu(model: nn.Module) -> int:

@@ -31,10 +31,11 @@ def small_blocks(monkeypatch):
 class Speaker(nn.Module):
     """Gives the hidden states, not the logits."""
 
-    def __init__(self, *, vocabulary=17, width=5, bias=False, tied=True, body=None, loud=1.0):
+    def __init__(self, *, vocabulary=17, width=5, bias=False, tied=True, body=None, loud=1.0, cap=None):
         super().__init__()
         self.look, self.mix = nn.Embedding(vocabulary, width), body or nn.Linear(width, width)
         self.head, self.loud = nn.Linear(width, vocabulary, bias=bias), loud
+        self.cap = cap
         if tied:
             self.head.weight = self.look.weight
 
@@ -53,12 +54,15 @@ def draw(batch=3, places=6, *, vocabulary=17, ignored=0.3, seed=0):
 
 
 def chunked(model, batch):
-    each = linear_cross_entropy(model(batch["ids"]), model.head.weight, batch["targets"], bias=model.head.bias)
+    hidden, options = model(batch["ids"]), {"bias": model.head.bias, "soft_cap": model.cap}
+    each = linear_cross_entropy(hidden, model.head.weight, batch["targets"], **options)
     return weighed(each, batch)
 
 
 def with_logits(model, batch):
     scores = F.linear(model(batch["ids"]), model.head.weight, model.head.bias)
+    if model.cap is not None:
+        scores = model.cap * (scores / model.cap).tanh()
     return weighed(F.cross_entropy(scores.transpose(1, 2), batch["targets"], reduction="none"), batch)
 
 
@@ -93,9 +97,18 @@ def assert_as_with_logits(model, batch, **options):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("budget", [0, 400, 10**6])  # none, some and all of the logits kept
-def test_the_head_is_that_of_the_logits(bias, tied, batch, budget):
+@pytest.mark.parametrize("cap", [None, 0.8])
+def test_the_head_is_that_of_the_logits(bias, tied, batch, budget, cap):
     torch.manual_seed(0)
-    assert_as_with_logits(Speaker(bias=bias, tied=tied).double(), draw(batch), memory_budget=budget)
+    assert_as_with_logits(Speaker(bias=bias, tied=tied, cap=cap).double(), draw(batch), memory_budget=budget)
+
+
+@pytest.mark.parametrize("block", [1, 7, 18, 100, 2**20])
+def test_a_soft_cap_in_blocks_of_any_size(monkeypatch, block):
+    monkeypatch.setattr(logits, "BLOCK", block)
+    torch.manual_seed(0)
+    for tied in (True, False):
+        assert_as_with_logits(Speaker(bias=True, tied=tied, cap=1.5).double(), draw(), memory_budget=600)
 
 
 @settings(max_examples=25, deadline=None)
@@ -107,11 +120,14 @@ def test_the_head_is_that_of_the_logits(bias, tied, batch, budget):
     tied=st.booleans(),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     loud=st.sampled_from([1.0, 30.0]),
+    cap=st.sampled_from([None, 1.0, 30.0]),
 )
-@example(batch=1, places=1, vocabulary=2, width=1, tied=True, ignored=0.0, loud=30.0)
-def test_any_shape(batch, places, vocabulary, width, tied, ignored, loud):
+@example(batch=1, places=1, vocabulary=2, width=1, tied=True, ignored=0.0, loud=30.0, cap=None)
+@example(batch=3, places=4, vocabulary=11, width=3, tied=True, ignored=0.5, loud=30.0, cap=30.0)
+def test_any_shape(batch, places, vocabulary, width, tied, ignored, loud, cap):
     torch.manual_seed(0)
-    model = Speaker(vocabulary=vocabulary, width=width, tied=tied, loud=loud).double()
+    model = Speaker(vocabulary=vocabulary, width=width, tied=tied, loud=loud if cap is None else 3 * cap, cap=cap)
+    model = model.double()
     assert_as_with_logits(model, draw(batch, places, vocabulary=vocabulary, ignored=ignored))
 
 
@@ -143,12 +159,32 @@ def test_a_sure_model_keeps_the_digits_of_what_it_is_not_sure_of():
     torch.testing.assert_close(hidden.grad[0, 0, 0].double(), -rest / (1 + rest), rtol=1e-6, atol=0)
 
 
+def test_a_saturated_soft_cap_keeps_the_digits_of_its_slope():
+    """In float32 tanh is 1 here, and 1 - tanh^2 is zero."""
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    losses = linear_cross_entropy(torch.tensor([[[20.0]]]), weight, torch.tensor([[0]]), soft_cap=2.0)
+    losses.sum().backward()
+    slope, others = torch.tensor(10.0, dtype=torch.float64).cosh() ** -2, torch.sigmoid(torch.tensor(-2.0).double())
+    expected = torch.tensor([[-20 * others * slope], [20 * others]])
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_sure_model_under_a_soft_cap_keeps_the_digits_of_what_it_is_not_sure_of():
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    losses = linear_cross_entropy(torch.tensor([[[30.0, 0.0]]]), weight, torch.tensor([[0]]), soft_cap=30.0)
+    losses.sum().backward()
+    one = torch.ones((), dtype=torch.float64)
+    rest, slope = 2 * (-30 * one.tanh()).exp(), one.cosh() ** -2
+    torch.testing.assert_close(losses.double().squeeze(), rest.log1p(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(weight.grad[0, 0].double(), -30 * slope * rest / (1 + rest), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (30.0, None), (1e3, None), (1.0, 2.0), (30.0, 2.0)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_float32_norm_is_never_too_small(passes, scale, tied):
+def test_a_float32_norm_is_never_too_small(passes, scale, cap, tied):
     torch.manual_seed(0)
-    model, batch = Speaker(loud=scale, tied=tied), draw(8, 12)
+    model, batch = Speaker(loud=scale, tied=tied, cap=cap), draw(8, 12)
     clipper = GhostClipper(model, max_grad_norm=1e-3, passes=passes)
     for row in range(7):
         model.zero_grad()
@@ -167,11 +203,15 @@ def test_two_uses_of_one_head(tied):
     def losses(model, batch):
         hidden, targets = model(batch["ids"]), batch["targets"]
         parts = ((hidden, targets), (hidden[:, 1:4], targets[:, :3]))
-        first, second = (linear_cross_entropy(h, model.head.weight, y, bias=model.head.bias).sum(1) for h, y in parts)
+        first, second = (
+            linear_cross_entropy(h, model.head.weight, y, bias=model.head.bias, soft_cap=cap).sum(1)
+            for (h, y), cap in zip(parts, (model.cap, None), strict=True)
+        )
         return first + 2 * second
 
     torch.manual_seed(0)
-    assert_exact(Speaker(tied=tied, bias=True).double(), draw(), losses)
+    for cap in (None, 1.5):
+        assert_exact(Speaker(tied=tied, bias=True, cap=cap).double(), draw(), losses)
 
 
 class Both(Speaker):
@@ -191,7 +231,7 @@ def test_a_head_that_is_a_layer_of_the_forward_too():
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_a_frozen_part_of_the_head(frozen):
     torch.manual_seed(0)
-    model = Speaker(bias=True, tied=False).double()
+    model = Speaker(bias=True, tied=False, cap=1.5).double()
     model.head.get_parameter(frozen).requires_grad_(False)
     assert_exact(model, draw(), chunked)
 
@@ -212,7 +252,8 @@ def test_checkpoints_and_reversible_sequences():
     branches = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)]
     pairs = zip(branches[::2], branches[1::2], strict=True)
     reversible = ReversibleSequence([AdditiveCoupling(f, g) for f, g in pairs])
-    assert_as_with_logits(Speaker(width=4, body=reversible).double(), draw())
+    for cap in (None, 1.5):
+        assert_as_with_logits(Speaker(width=4, body=reversible, cap=cap).double(), draw())
 
 
 def test_a_checkpoint_around_model_and_head():
@@ -244,14 +285,15 @@ def test_bfloat16_autocast():
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_an_example_that_is_not_finite_adds_nothing(passes):
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_an_example_that_is_not_finite_adds_nothing(passes, cap):
     torch.manual_seed(0)
-    model, batch = Speaker(bias=True).double(), draw(4, ignored=0.0)
+    model, batch = Speaker(bias=True, cap=cap).double(), draw(4, ignored=0.0)
     factors = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)
 
     def losses(m, b):
         hidden = m(b["ids"]) * factors[:, None, None]
-        return linear_cross_entropy(hidden, m.head.weight, b["targets"], bias=m.head.bias).sum(1)
+        return linear_cross_entropy(hidden, m.head.weight, b["targets"], bias=m.head.bias, soft_cap=cap).sum(1)
 
     clipper = GhostClipper(model, max_grad_norm=0.5, passes=passes)
     clipper.backward(losses(model, batch))
@@ -314,6 +356,9 @@ def test_refusals_name_what_and_the_remedy():
         linear_cross_entropy(hidden, weight, targets, bias=torch.zeros(4))
     with pytest.raises(ValueError, match=r"the target 5, but the weight has 5 rows.*ignore_index=-100"):
         linear_cross_entropy(hidden, weight, targets + 5)
+    for cap in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"soft_cap={cap}; give a positive number, or None"):
+            linear_cross_entropy(hidden, weight, targets, soft_cap=cap)
     with pytest.raises(RuntimeError, match=r"no double backward.*take the logits"):
         losses = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
         torch.autograd.grad(losses.sum(), hidden, create_graph=True)

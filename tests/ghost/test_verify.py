@@ -95,3 +95,19 @@ def test_a_batch_that_is_not_finite_can_not_be_compared():
 
 def test_an_example_without_a_gradient_is_no_finding():
     assert verify(nn.Linear(4, 2).double(), draw(4, 4), lambda m, b: m(b).sum(1) * torch.tensor([0.0, 1, 2, 3])).ok
+
+
+def test_padding_is_taken_off_whatever_has_its_width():
+    def losses(model, batch):
+        kept = batch["attention_mask"][..., None].to(batch["x"].dtype)
+        return (model(batch["x"]).sin() * kept).sum((1, 2)) + batch["scale"]
+
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    batch = {"x": draw(4, 4, 4), "attention_mask": mask, "scale": torch.ones(4, dtype=torch.float64)}
+    report = verify(nn.Linear(4, 2).double(), batch, losses)
+    assert report.ok, report
+
+    def by_columns(model, batch):
+        return losses(model, batch) / batch["x"].shape[1]
+
+    assert "example 1's gradient changes" in str(verify(nn.Linear(4, 2).double(), batch, by_columns))

@@ -1,0 +1,171 @@
+"""What a language model does to its logits after the head, read off numbers that stand in their place.
+
+The numbers are a tensor that notes each operation on it. Allowed are casts, copies, and what leads to
+
+    l' = factor l        or        l' = cap tanh(factor l / cap)
+
+with numbers that the model's configuration names. Anything else raises ValueError.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from memsave.ghost.gradients import wide
+
+PROBE = (-1024.0, -1.0, 0.0, 0.125, 1.0, 1024.0)
+REMEDY = 'give head="logits"'
+FACTORS = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)  # as of Cohere, Granite, Falcon-H1
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
+CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
+STEPS = {"mul": "mul", "multiply": "mul", "div": "div", "divide": "div", "true_divide": "div", "tanh": "tanh"}
+READS = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "get_device", "__len__")
+NODES = ("MulBackward0", "DivBackward0", "TanhBackward0", "ToCopyBackward0", "CloneBackward0", "AliasBackward0")
+Step = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """l to cap tanh(factor l / cap); to factor l without a cap."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The logits changed."""
+        logits = logits * self.factor
+        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+
+
+class StandIn(Tensor):
+    """(1, 1, len(PROBE)), in the place of logits."""
+
+    head: str
+    steps: tuple[Step, ...]
+    leaf: Tensor
+    with_grad: bool
+    eps: float
+    """Of the roughest dtype it had."""
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: str) -> "StandIn":
+        """In the place of what the head gives for these hidden states; with gradients where they are enabled."""
+        leaf = torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)[None, None]
+        leaf.requires_grad_(torch.is_grad_enabled())
+        made = leaf.as_subclass(cls)
+        made.head, made.steps, made.leaf, made.with_grad = head, (), leaf, leaf.requires_grad
+        made.eps = torch.finfo(hidden.dtype).eps
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the operation, or refuse it."""
+        kwargs = kwargs or {}
+        mine = next(each for each in _flat((args, kwargs)) if isinstance(each, StandIn))
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in CASTS and args and not isinstance(args[0], StandIn):
+                return func(*args, **kwargs)  # of something else, to the dtype of this
+            reads = func.__name__ == "__get__" or name in READS
+            step = None if reads or name in CASTS else mine._step(name, args, kwargs)
+            found = func(*args, **kwargs)
+            if not isinstance(found, Tensor) and (reads or name in CASTS):
+                return found
+            if reads or not found.is_floating_point() or mine.with_grad != torch.is_grad_enabled():
+                mine._refuse(f"are changed by `{name}` to {found.dtype}, grad enabled: {torch.is_grad_enabled()}")
+            made = found.as_subclass(cls)
+            made.head, made.leaf, made.with_grad = mine.head, mine.leaf, mine.with_grad
+            made.steps = mine.steps if step is None else (*mine.steps, step)
+            made.eps = max(mine.eps, torch.finfo(found.dtype).eps)
+        return made
+
+    def _step(self, name: str, args: Any, kwargs: Any) -> Step:
+        """What the operation does."""
+        kind = STEPS.get(name)
+        if kind is None or kwargs:
+            self._refuse(f"are changed by `{name}`")
+        if kind == "tanh":
+            return kind, math.nan
+        (by,) = [each for each in args if each is not self] or [self]
+        if not isinstance(by, (int, float)) or isinstance(by, bool):
+            what = "a parameter" if isinstance(by, nn.Parameter) else f"a {type(by).__name__}"
+            self._refuse(f"are changed by `{name}` with {what} in the place of a number")
+        return kind, float(by)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"the logits after {self.head} {what}; {REMEDY}")
+
+    def change(self, config: Any) -> Change:
+        """What became of the numbers, as the configuration names it."""
+        change = self._change(named(config, FACTORS), named(config, CAPS))
+        self._check_graph()
+        with torch._C.DisableTorchFunctionSubclass():
+            found, expected = wide(self.detach()), change(wide(self.leaf.detach()))
+            if found.shape != expected.shape or not bool(close(found, expected, self.eps)):
+                self._refuse(f"come out as {found.flatten().tolist()} where {expected.flatten().tolist()} is expected")
+        return change
+
+    def _change(self, factors: Iterable[float], caps: Iterable[float]) -> Change:
+        steps, cap = list(self.steps), None
+        if any(kind == "tanh" for kind, _ in steps):
+            last, steps = steps[-3:], steps[:-3]
+            cap = last[0][1]
+            if [kind for kind, _ in last] != ["div", "tanh", "mul"] or cap != last[2][1] or cap not in caps:
+                self._refuse(f"are changed by `tanh` otherwise than by a soft cap of {' or '.join(CAPS)}")
+        factor = 1.0
+        for kind, by in steps:
+            if by != 1 and by not in factors:
+                self._refuse(f"are changed by `{kind}` with {by:g}, which is none of {', '.join(FACTORS)}")
+            factor = factor * by if kind == "mul" else factor / by
+        return Change(factor, cap)
+
+    def _check_graph(self) -> None:
+        """Autograd must go back by the operations that were noted and no others."""
+        if not self.with_grad:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            node: Any = self.grad_fn
+            while node is not None and node.name() != "torch::autograd::AccumulateGrad":
+                before = [each for each, _ in node.next_functions if each is not None]
+                if node.name() not in NODES or len(before) != 1:
+                    self._refuse(f"have the gradient of `{node.name()}`")
+                (node,) = before
+            if node is None or node.variable is not self.leaf:
+                self._refuse("have no gradient")
+
+
+def change_of(logits: Any, model: nn.Module, head: str) -> Change:
+    """What the model did to the stand-in that became these logits."""
+    if not isinstance(logits, StandIn):
+        raise ValueError(f"the logits of {type(model).__name__} are not those of {head}; {REMEDY}")
+    return logits.change(getattr(model, "config", None))
+
+
+def named(config: Any, keys: Iterable[str]) -> list[float]:
+    """The numbers that the configuration, or that of its text model, has under these keys."""
+    found = [getattr(each, key, None) for each in (config, getattr(config, "text_config", None)) for key in keys]
+    return [float(each) for each in found if isinstance(each, (int, float)) and not isinstance(each, bool)]
+
+
+def close(one: Tensor, other: Tensor, eps: float) -> Tensor:
+    """Whether they agree within rounding."""
+    return torch.isclose(one.to(other.dtype), other, rtol=8 * eps, atol=eps / 100, equal_nan=True).all()
+
+
+def _flat(values: Any) -> Iterable[Any]:
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        for each in values:
+            yield from _flat(each)
+    else:
+        yield values
