@@ -1,5 +1,6 @@
 """The tables of docs/models.md."""
 
+import re
 import textwrap
 from collections import Counter
 
@@ -41,5 +42,8 @@ def told(row: Row) -> str:
 
 
 def reason(message: str) -> str:
-    """What a message says before its remedy."""
-    return textwrap.shorten(message.split("; ")[0], REASON, placeholder=" ...")
+    """What a message says before its remedy; of several reasons the first."""
+    several = re.fullmatch(r"the model cannot be clipped exactly, for (\d+) reasons: - (.*)", message)
+    count, message = (int(several[1]), several[2]) if several else (1, message)
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    return textwrap.shorten(message.split("; ")[0], REASON, placeholder=" ...") + more

@@ -18,9 +18,9 @@ LEAF_ELEMENTS = 2**20  # a module with parameters and children is one layer up t
 def find_refusals(model: nn.Module) -> Iterator[Refusal]:
     """What can be told of the model before it runs, but for its layers."""
     yield from refusals.wrapped(model)
-    yield from refusals.statistics(model)
+    yield from refusals.statistics(model.named_modules())
     yield from refusals.replaced_weights(model)
-    yield from refusals.parameter_hooks(model)
+    yield from refusals.parameter_hooks(model.named_parameters())
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             yield Refusal(name, "", "has no shape yet", "run the model once before the GhostClipper is attached")

@@ -199,7 +199,8 @@ class GhostClipper:
         if not torch.is_grad_enabled() or in_backward():
             return
         self._follow(model)
-        raise_refusals([*refusals.statistics(model), *refusals.parameter_hooks(model)])
+        modules = list(model.named_modules())
+        raise_refusals([*refusals.statistics(modules), *refusals.parameter_hooks(self._trainable.items())])
         first = next(_tensors([*args, *kwargs.values()]), None)
         if self.batch_size is None and self.passes != "direct" and (first is None or not first.dim()):
             raise ValueError(
@@ -207,15 +208,15 @@ class GhostClipper:
                 "GhostClipper a batch_size"
             )
         size = len(first) if self.batch_size is None and first is not None and first.dim() else self.batch_size
-        parameters = self.parameters
+        parameters = list(self._trainable.values())
         wide = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in parameters) else torch.float32
         holder = parameters[0] if parameters else first
         device = None if holder is None else holder.device
         probe = torch.zeros(size or 0, dtype=wide, device=device, requires_grad=True)
         self._call, self._running = Call(batch_size=len(probe), probe=probe), True
         self._call.room, self._call.groups, self._call.factors = self.memory_budget, self._groups, self._factors
-        self._separation.begin(model)
-        self._snapshot = Snapshot(model)
+        self._separation.begin(module for _, module in modules)
+        self._snapshot = Snapshot(modules)
 
     def _end(self, _: nn.Module, __: tuple[Any, ...], result: Any) -> None:
         if in_backward():
@@ -251,7 +252,7 @@ class GhostClipper:
     def _ghost(self, losses: Tensor) -> Tensor:
         call = self._checked_call(losses)
         self._choose_passes(call)
-        parameters = self.parameters
+        parameters = [p for p in self._trainable.values() if p.requires_grad]
         summing = done = False
         try:
             with refusals.reentrant_checkpoints_refused(), self._grads_left_alone():
@@ -311,7 +312,7 @@ class GhostClipper:
             for p in call.uses
             if not p.requires_grad
         ]
-        changed = [] if self._snapshot is None else self._snapshot.changes(self.model)
+        changed = [] if self._snapshot is None else self._snapshot.changes()
         side = [
             Refusal(
                 name,
@@ -386,7 +387,8 @@ class GhostClipper:
         if len(losses) != 1:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
         if self._call is None:  # parts of the model may be called by themselves
-            raise_refusals([*refusals.statistics(self.model), *refusals.parameter_hooks(self.model)])
+            hooks = refusals.parameter_hooks(self.model.named_parameters())
+            raise_refusals([*refusals.statistics(self.model.named_modules()), *hooks])
         else:
             self._checked_call(losses)
         found = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)

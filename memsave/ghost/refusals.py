@@ -93,16 +93,16 @@ def wrapped(model: nn.Module) -> Iterator[Refusal]:
                 name or "the model",
                 "",
                 "was compiled before the GhostClipper was attached, so its layers would run without it",
-                "give the GhostClipper the uncompiled module (model._orig_mod of torch.compile), and compile after that",
+                "attach to the module that is not compiled (model._orig_mod of torch.compile), and compile after that",
             )
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
             yield Refusal(name, "", "is sharded over processes, where no norm is exact", "give an unsharded model")
 
 
-def statistics(model: nn.Module) -> Iterator[Refusal]:
+def statistics(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Refusal]:
     """Layers in which the statistics of a batch are used or kept, as they are set now."""
-    for name, module in model.named_modules():
+    for name, module in modules:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             yield Refusal.of(
                 name,
@@ -129,9 +129,9 @@ def replaced_weights(model: nn.Module) -> Iterator[Refusal]:
                     yield Refusal.of(name, module, reason, remedy)
 
 
-def parameter_hooks(model: nn.Module) -> Iterator[Refusal]:
+def parameter_hooks(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[Refusal]:
     """Hooks that want a parameter's gradient, which backward does not form here."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
         both = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))

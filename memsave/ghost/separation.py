@@ -10,7 +10,7 @@ another mode, or in batches of another order), there are quick looks at random s
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,9 @@ class Separation:
         self._unseen_looks = 0
         self._gap, self._wait = 1, 1
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, modules: Iterable[nn.Module]) -> None:
         """Before each forward: what was seen in train mode says nothing of eval mode."""
-        modes = tuple(module.training for module in model.modules())
+        modes = tuple(module.training for module in modules)
         if modes != self._modes:
             self.forget()
             self._modes = modes

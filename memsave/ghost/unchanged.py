@@ -2,11 +2,12 @@
 
 A buffer or a parameter that the forward changes may hold something of the examples, and no noise is added to it.
 In-place operations raise a tensor's version. Writes through `.data` do not, so values are compared, too: all of a small
-buffer, and a checksum of a sample of any other tensor.
+buffer, and a sample of any other tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +15,60 @@ from torch import Tensor, nn
 from memsave.ghost.gradients import has_values
 from memsave.ghost.refusals import Refusal
 
-WHOLE = 2**16  # elements of the largest buffer that is copied and compared
-SAMPLE = 2**6  # elements in the checksum of any other tensor
+WHOLE = 2**16  # elements of the largest buffer of which all are compared
+SAMPLE = 2**4  # elements that are compared of any other tensor
 
 
 @dataclass(frozen=True)
 class _Watched:
     kind: str
     name: str
+    registry: dict[str, Any]
+    key: str
     tensor: Tensor
     version: int
-    copy: Tensor | None
-    checksum: Tensor
+    storage: int
+    sample: Tensor
+    """A view of the elements that are compared."""
 
 
 class Snapshot:
-    """The buffers and parameters of a model before a forward."""
+    """The buffers and parameters of a model's modules, given with their names, before a forward."""
 
-    def __init__(self, model: nn.Module):
-        self._watched = [
-            _Watched(kind, name, t, t._version, _copy(t) if kind == "buffer" else None, _checksum(t))
-            for kind, name, t in _tensors(model)
-        ]
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]):
+        self._watched: list[_Watched] = []
+        seen = set()
+        for path, module in modules:
+            for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
+                for key, tensor in registry.items():
+                    if tensor is None or id(tensor) in seen:
+                        continue
+                    seen.add(id(tensor))
+                    name, size = f"{path}.{key}" if path else key, WHOLE if kind == "buffer" else SAMPLE
+                    self._watched.append(
+                        _Watched(
+                            kind, name, registry, key, tensor, tensor._version, _storage(tensor), _sample(tensor, size)
+                        )
+                    )
+        self._values = _gathered([each.sample for each in self._watched])
 
-    def changes(self, model: nn.Module) -> list[Refusal]:
+    def changes(self) -> list[Refusal]:
         """A refusal for each that is another tensor now, or has other values."""
-        current = {(kind, name): tensor for kind, name, tensor in _tensors(model)}
-        same = [_same(_checksum(each.tensor), each.checksum) for each in self._watched]
-        alike = torch.stack([each.to(same[0].device) for each in same]) if same else torch.ones(0)
+        changed = [
+            each
+            for each in self._watched
+            if each.registry.get(each.key) is not each.tensor or each.tensor._version != each.version
+        ]
+        samples = [
+            each.sample if _storage(each.tensor) == each.storage else _sample(each.tensor, each.sample.numel())
+            for each in self._watched
+        ]
+        for key, now in _gathered(samples).items():
+            same = _same(now, self._values[key])
+            if has_values(same) and not same.all():
+                mine = [each for each in self._watched if (each.sample.device, each.sample.dtype) == key]
+                parts = same.split([each.sample.numel() for each in mine])
+                changed += [each for each, part in zip(mine, parts, strict=True) if not part.all()]
         return [
             Refusal(
                 each.name,
@@ -50,40 +77,32 @@ class Snapshot:
                 f"released without noise",
                 "keep it as it is while training, for instance with the module that changes it in eval mode",
             )
-            for each, unchanged in zip(self._watched, alike.tolist() if has_values(alike) else same, strict=True)
-            if unchanged is False or _replaced(each, current.get((each.kind, each.name)))
+            for each in changed
         ]
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield "parameter", name, parameter
-    for name, buffer in model.named_buffers():
-        yield "buffer", name, buffer
+def _storage(tensor: Tensor) -> int:
+    """The identity of its storage, which an assignment to `.data` changes."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else 0
 
 
-def _replaced(before: _Watched, now: Tensor | None) -> bool:
-    """Whether it is another tensor, was written in place, or is a small buffer with another value."""
-    if now is None or now is not before.tensor or now._version != before.version:
-        return True
-    return before.copy is not None and has_values(now) and not bool(_same(now.detach(), before.copy).all())
-
-
-def _copy(tensor: Tensor) -> Tensor | None:
-    return tensor.detach().clone() if tensor.numel() <= WHOLE else None
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of evenly spread elements; of a layout that has none to read, zero."""
+def _sample(tensor: Tensor, size: int) -> Tensor:
+    """About `size` elements, evenly spread; none of a layout that has none to read."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized:
-        return torch.zeros(())
-    by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    flat = tensor.permute(by_stride).reshape(-1)  # without a copy, where the elements are dense
-    sample = flat[:: max(1, -(-len(flat) // SAMPLE))]
-    if sample.is_complex():
-        sample = torch.view_as_real(sample)
-    return sample.sum(dtype=torch.float32 if tensor.device.type == "mps" else torch.float64)
+        return torch.zeros(0)
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    flat = tensor.reshape(-1)  # a view, where the elements are dense
+    return flat[:: max(1, flat.numel() // size)][:size]
+
+
+def _gathered(samples: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    """A copy of all samples, in one tensor for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for each in samples:
+        groups.setdefault((each.device, each.dtype), []).append(each)
+    return {key: torch.cat(found) for key, found in groups.items()}
 
 
 def _same(one: Tensor, other: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from memsave.ghost.clipper import GhostClipper
 from memsave.ghost.groups import Groups, clip_factors, layers_of
+from memsave.ghost.layer import Layer
+from memsave.ghost.refusals import described
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -53,9 +55,14 @@ def verify(
 
     Raises ValueError for a model whose forward is replaced, TypeError for a batch of another kind.
     """
-    if any("forward" in vars(module) for module in model.modules()):
-        raise ValueError("the forward of this model is replaced, by a GhostClipper perhaps; close it, then verify")
-    model, report = copy.deepcopy(model), Verification()
+    _refuse_replaced_forwards(model)
+    report = Verification()
+    try:
+        GhostClipper(model, max_grad_norm=1.0, passes=passes, clipping=clipping).close()
+    except ValueError as refusal:
+        report.findings.append(str(refusal))
+        return report
+    model = copy.deepcopy(model)
     report.checked = len(_trainable(model))
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -77,6 +84,20 @@ def verify(
         _exchange_batch_mates(report, model, batch, per_example_losses, len(norms), seed=seed)
         _take_off_padding(report, model, batch, per_example_losses, len(norms), seed=seed)
     return report
+
+
+def _refuse_replaced_forwards(model: nn.Module) -> None:
+    """What a copy of the model would not follow: it would compare the original with itself."""
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        owner = getattr(forward, "__self__", None)
+        if isinstance(owner, Layer):
+            raise ValueError("a GhostClipper is attached to this model; close it, then verify")
+        if forward is not None and owner is not module:
+            raise ValueError(
+                f"the forward of {name or 'the model'} was replaced ({described(forward)}), which a copy of the model "
+                f"would not follow; verify the model before that"
+            )
 
 
 def _each_alone(

@@ -147,6 +147,11 @@ class PrivateGradients:
     def finish(self) -> None:
         """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone."""
         self._refuse_other_parameters()
+        if self.clipper.unfinished:
+            raise PrivacyError(
+                "a backward of this logical batch failed while it added to .grad, which holds a part of its examples; "
+                "clear the gradients (optimizer.zero_grad()) and compute the logical batch again"
+            )
         for parameter in self._noise.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -217,7 +217,7 @@ def test_functional_call_is_exact_with_the_models_own_parameters_and_refused_wit
     clipper = GhostClipper(model, max_grad_norm=1.0)
     torch.testing.assert_close(clipper.backward(losses_with(dict(model.named_parameters()))), norms)
     others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"0\.weight, .*has another tensor in its place \(torch\.func\.functional_call"):
+    with pytest.raises(ValueError, match=r"0\.weight, .*has another tensor in its place \(torch\.func"):
         losses_with(others)
     torch.testing.assert_close(clipper.backward(losses_of(model, batch)), norms)
 

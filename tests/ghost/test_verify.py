@@ -111,3 +111,16 @@ def test_padding_is_taken_off_whatever_has_its_width():
         return losses(model, batch) / batch["x"].shape[1]
 
     assert "example 1's gradient changes" in str(verify(nn.Linear(4, 2).double(), batch, by_columns))
+
+
+def test_a_replaced_forward_that_a_copy_would_not_follow_is_refused():
+    model = small()
+    original = model[0].forward
+    model[0].forward = lambda x: original(x)
+    with pytest.raises(ValueError, match=r"the forward of 0 was replaced \(.*<lambda>\), which a copy .* before that"):
+        verify(model, torch.randn(3, 4), losses_of)
+
+
+def test_what_attach_refuses_is_a_finding_though_the_model_cannot_be_copied():
+    model = nn.Sequential(nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5))
+    assert "torch.nn.utils.prune computes" in str(verify(model, torch.randn(3, 4), losses_of))

@@ -142,6 +142,32 @@ def test_parameters_that_are_unfrozen_later_are_refused(passes):
         private.finish()
 
 
+def test_a_sum_that_failed_half_way_is_neither_noised_nor_counted(monkeypatch):
+    from memsave.ghost import tap
+
+    model = model_of()
+    private = private_of(model)
+    add_sum, calls = tap.add_sum, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        add_sum(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tap, "add_sum", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            private.backward(losses_of(model, X[:3]))
+    with pytest.raises(PrivacyError, match=r"holds a part of its examples; clear the gradients"):
+        private.finish()
+    assert private.steps == 0
+    model.zero_grad()
+    private.backward(losses_of(model, X[:3]))
+    private.finish()
+    assert private.steps == 1
+
+
 def test_an_ordinary_backward_is_possible_while_paused_alone():
     model = model_of()
     private = private_of(model)
