@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memsave.ghost.refusals import refuse_mixed
 
 COMPLETE = 8  # complete looks in a row that do not see a layer; after that it gets quick ones, until it is seen
-LONGEST = 128  # backwards between two quick looks, at most
+LONGEST = 256  # backwards between two quick looks, at most
 
 
 class Look:
@@ -70,7 +70,7 @@ class Separation:
         self._wait -= 1
         if self._wait > 0:
             return ""
-        self._gap = min(2 * self._gap, LONGEST)
+        self._gap = min(4 * self._gap, LONGEST)
         self._wait = self._random.randint(1, self._gap)
         return "quick"
 

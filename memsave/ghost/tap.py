@@ -43,6 +43,7 @@ PerExample = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
 """(the layer's saved inputs, the output's gradient) to the per-example gradients by parameter name."""
 
 ROUNDING = 4  # of Gram entries, each a product of two sums, in units of the last digit
+COMPARED = 2**12  # elements of each example's activations that are compared between two passes, about
 REPEATED = {torch.float64: 1e-8, torch.float32: 1e-4}  # sums of what a tap sees in two passes, relative to the norm
 
 
@@ -319,6 +320,7 @@ class Tap(torch.autograd.Function):
 def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
     """Note whether SUM sees what NORM saw: the sums are otherwise of other gradients than were measured."""
     rows = [each.reshape(len(tensors[0]) if each.dim() and len(each) == len(tensors[0]) else 1, -1) for each in tensors]
+    rows = [each[:, :: max(1, each.shape[1] // COMPARED)] for each in rows]
     rows = [wide(each) if each.is_floating_point() or each.is_complex() else each.double() for each in rows]
     sums = [each.sum(1) for each in rows]
     if ctx.call.phase is Phase.NORM:

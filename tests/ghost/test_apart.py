@@ -254,7 +254,7 @@ def test_rows_that_are_sorted_by_length_are_found_though_the_first_batches_were_
     for _ in range(batches_before):
         clipper.backward(losses_of(model, ids))
     with pytest.raises(ValueError, match="examples are not apart at mix"):
-        for _ in range(129):  # the longest time between two looks; the first one follows at once
+        for _ in range(257):  # the longest time between two looks; the first one follows at once
             clipper.backward(losses_of(model, ids.flip(0)))
             if batches_before == 1:
                 pytest.fail("the second batch was not looked at")
@@ -266,7 +266,7 @@ def test_a_loss_that_mixes_later_is_found():
     for _ in range(3):
         clipper.backward(losses_of(model, draw(4, 3)))
     with pytest.raises(ValueError, match="examples are not apart at the model"):
-        for _ in range(129):
+        for _ in range(257):
             losses = losses_of(model, draw(4, 3))
             clipper.backward(losses / losses.sum())
 
