@@ -8,7 +8,7 @@ The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind o
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from memsave.ghost import refusals
 from memsave.ghost.attach import attach_layers, find_refusals
-from memsave.ghost.gradients import Dense, InputTiles, has_values
+from memsave.ghost.direct import add_formed_gradient
+from memsave.ghost.gradients import InputTiles, has_values
 from memsave.ghost.graph import side_outputs, tapped_layers
 from memsave.ghost.groups import Groups, clip_factors, layers_of
-from memsave.ghost.layer import Layer, RelativeBias, in_backward
+from memsave.ghost.layer import Layer, RelativeBias, in_backward, tensors_in
 from memsave.ghost.refusals import Refusal, raise_refusals
 from memsave.ghost.separation import Look, Separation
-from memsave.ghost.tap import Call, Phase, add_sum, hold, release, root
+from memsave.ghost.tap import Call, Phase, hold, release, root
 from memsave.ghost.unchanged import Snapshot
 
 log = logging.getLogger("memsave.ghost")
@@ -201,7 +202,7 @@ class GhostClipper:
         self._follow(model)
         modules = list(model.named_modules())
         raise_refusals([*refusals.statistics(modules), *refusals.parameter_hooks(self._trainable.items())])
-        first = next(_tensors([*args, *kwargs.values()]), None)
+        first = next(tensors_in([*args, *kwargs.values()]), None)
         if self.batch_size is None and self.passes != "direct" and (first is None or not first.dim()):
             raise ValueError(
                 "the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors, or give the "
@@ -391,25 +392,9 @@ class GhostClipper:
             raise_refusals([*refusals.statistics(self.model.named_modules()), *hooks])
         else:
             self._checked_call(losses)
-        found = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
-        gradients = {
-            p: torch.view_as_real(g) if g.is_complex() else g
-            for p, g in zip(self.parameters, found, strict=True)
-            if g is not None
-        }
-        groups = self._groups or Groups.whole(gradients)
-        squares, lowest = losses.detach() * 0, torch.ones_like(losses)
         done = False
         try:
-            for group in groups.members:
-                members = [p for p in group if p in gradients]
-                wides = (gradients[p].to(torch.promote_types(gradients[p].dtype, torch.float32)) for p in members)
-                squared = sum((each.square().sum()[None] for each in wides), losses.detach() * 0)
-                factors = self._factors(root(squared))
-                squares, lowest = squares + squared, torch.minimum(lowest, factors)
-                if not has_values(factors) or bool(factors.all()):  # finite
-                    for p in members:
-                        add_sum(p, Dense(gradients[p][None]), factors)
+            squares, lowest = add_formed_gradient(losses, self.parameters, self._groups, self._factors)
             done = True
         finally:
             self._unfinished |= not done
@@ -425,12 +410,3 @@ class GhostClipper:
     def _note(self, norms: Tensor, factors: Tensor) -> None:
         self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
         self.clipped = factors < 1
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors among values, in mappings and sequences, too, in their order."""
-    for value in values.values() if isinstance(values, Mapping) else values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (Mapping, list, tuple)):
-            yield from _tensors(value)

@@ -1,5 +1,6 @@
 """A module of the model as the clipper sees it: its forward, with a tap at the end."""
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -153,6 +154,15 @@ class RelativeBias:
 
         tapped = Tapped(self.name, self.names, per_example)
         return Tap.apply(bias.expand(call.batch_size, *bias.shape[1:]), call.probe, tapped, call, 1, rows, weight)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among values, in mappings and sequences, too, in their order."""
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple)):
+            yield from tensors_in(value)
 
 
 def note_uses(call: Call, name: str, parameters: list[nn.Parameter]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memsave.ghost import GhostClipper, clipper, tap
+from memsave.ghost import GhostClipper, direct, tap
 from tests.ghost.test_layers import draw, losses_of
 from tests.ghost.test_recomputation import Checkpointed
 
@@ -27,7 +27,7 @@ def out_of_memory_after(monkeypatch, count):
         add_sum(*args)
 
     monkeypatch.setattr(tap, "add_sum", failing)
-    monkeypatch.setattr(clipper, "add_sum", failing)
+    monkeypatch.setattr(direct, "add_sum", failing)
 
 
 def model_and_batch(options):
