@@ -305,25 +305,9 @@ class GhostClipper:
         if call is None or (len(losses) != call.batch_size and self.passes != "direct"):
             seen = "no forward" if call is None else f"a batch of {call.batch_size}"
             raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
-        names = {p: name for name, p in self._trainable.items()}
-        frozen = [
-            Refusal(
-                names.get(p, "a parameter"), "", "was frozen between its forward and this backward", "freeze before"
-            )
-            for p in call.uses
-            if not p.requires_grad
-        ]
+        frozen = refusals.frozen_since(self._trainable, call.uses)
         changed = [] if self._snapshot is None else self._snapshot.changes()
-        side = [
-            Refusal(
-                name,
-                "",
-                "gives the losses something beside its output (a tensor kept as an attribute, or a hook on a module "
-                "inside it), whose gradient would be lost",
-                "return it as a part of the output, detach it, or freeze the layer",
-            )
-            for name in sorted(side_outputs(losses) if call.traced else ())
-        ]
+        side = refusals.side_outputs(side_outputs(losses) if call.traced else ())
         raise_refusals([*call.refusals, *frozen, *changed, *side])
         return call
 

@@ -145,6 +145,27 @@ def parameter_hooks(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[Refusa
             )
 
 
+def frozen_since(trainable: Mapping[str, nn.Parameter], used: Iterable[nn.Parameter]) -> Iterator[Refusal]:
+    """Parameters that were trainable in the forward and are not in the backward."""
+    names = {p: name for name, p in trainable.items()}
+    for parameter in used:
+        if not parameter.requires_grad:
+            name = names.get(parameter, "a parameter")
+            yield Refusal(name, "", "was frozen between its forward and this backward", "freeze it before the forward")
+
+
+def side_outputs(layers: Iterable[str]) -> Iterator[Refusal]:
+    """Layers that give the losses a gradient past their output."""
+    for name in sorted(layers):
+        yield Refusal(
+            name,
+            "",
+            "gives the losses something beside its output (a tensor kept as an attribute, or a hook on a module inside "
+            "it), whose gradient would be lost",
+            "return it as a part of the output, detach it, or freeze the layer",
+        )
+
+
 def is_parametrized(module: nn.Module) -> bool:
     """Whether some weight is computed by `torch.nn.utils.parametrize`, in the layer's own forward."""
     return parametrize.is_parametrized(module)
