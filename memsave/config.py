@@ -5,6 +5,7 @@ documented in one place. What types alone let through is refused in `config_chec
 wrong with the overrides into one sentence.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,12 @@ class TrainerConfig:
     """Steps between checkpoints; the last step always leaves one."""
     resume: str | None = None
     """A checkpoint/ folder to continue from."""
+
+    def steps_for(self, size: int) -> int:
+        """The optimizer steps of a run on `size` training examples: `epochs` where they are given, else `steps`."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * size / self.batch_size))
 
 
 @dataclass

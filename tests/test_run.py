@@ -126,6 +126,14 @@ def test_a_run_continues_from_a_checkpoint(run):
     assert "trainer.steps is 3, but the checkpoint is at step 4" in refused["error"]
 
 
+def test_epochs_decide_the_steps_of_a_segmentation_run(run):
+    code, result, folder = run("trainer.steps=2", "trainer.epochs=5", "trainer.batch_size=1")
+    assert code == 0
+    steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
+    assert steps == list(range(1, 5 * 3 + 1))  # three training cases, one a step
+    assert (folder / "checkpoint").is_dir()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, ConfigError, MemoryConfig, SegmentationData, TrainerConfig, UNetModel
+from memsave.config import Config, ConfigError, MemoryConfig, SegmentationData, UNetModel
 from memsave.data import DataError
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
 from memsave.training import checkpoint
@@ -84,7 +84,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
     task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
-    config.trainer.steps = steps_of(config.trainer, task)
+    config.trainer.steps = config.trainer.steps_for(task.size)
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, config.trainer, private=private)
     state.identity = {
@@ -152,13 +152,6 @@ def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> 
         return ReversibleUNet3d(*channels(data), memory=memory.levels or memory.mode, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
-
-
-def steps_of(trainer: TrainerConfig, task: Task) -> int:
-    """`trainer.epochs` in logical batches where it is given, else `trainer.steps`."""
-    if trainer.epochs is None:
-        return trainer.steps
-    return max(1, math.ceil(trainer.epochs * task.size / trainer.batch_size))
 
 
 class Watch:

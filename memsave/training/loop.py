@@ -110,7 +110,7 @@ def run_steps(
 ) -> Iterator[StepResult]:
     """Take the steps that are left, yielding after each; `watch(step)` surrounds each of them.
 
-    Raises TrainingError when a loss is not finite or a task does not give one loss per example.
+    Raises TrainingError when a loss is not finite, a task does not give one loss per example, or batches run out.
     """
     if state.step >= config.steps:
         return
@@ -133,6 +133,7 @@ def run_steps(
         yield StepResult(state.step, loss, lr, time.perf_counter() - started)
         if state.step == config.steps:
             return
+    raise TrainingError(f"the batches ended after step {state.step}, but the run has {config.steps} steps")
 
 
 def update(state: State) -> None:

@@ -60,7 +60,7 @@ class Segmentation:
         self.crops = TrainingCrops(
             train,
             crop_size=data.crop_size,
-            length=trainer.steps * trainer.batch_size,
+            length=trainer.steps_for(len(train)) * trainer.batch_size,
             seed=trainer.seed,
             spacing=data.spacing,
             foreground=data.foreground,

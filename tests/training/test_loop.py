@@ -1,5 +1,7 @@
 """The loop: one logical batch is one step, however it is cut."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -102,3 +104,13 @@ def test_float16_losses_are_scaled_and_an_overflow_skips_the_step():
     next(run_steps(state, task, config))
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     assert state.scaler.get_scale() < scale
+
+
+def test_batches_that_run_out_are_no_end_of_training():
+    class Ends(Lines):
+        def batches(self, *, start):
+            yield from itertools.islice(super().batches(start=start), 2)
+
+    state = make_state(line_model(), trainer(steps=5))
+    with pytest.raises(TrainingError, match="the batches ended after step 2, but the run has 5 steps"):
+        list(run_steps(state, Ends(), trainer(steps=5)))
