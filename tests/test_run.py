@@ -127,7 +127,7 @@ def test_a_run_continues_from_a_checkpoint(run):
 
 
 def test_epochs_decide_the_steps_of_a_segmentation_run(run):
-    code, result, folder = run("trainer.steps=2", "trainer.epochs=5", "trainer.batch_size=1")
+    code, _, folder = run("trainer.steps=2", "trainer.epochs=5", "trainer.batch_size=1")
     assert code == 0
     steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
     assert steps == list(range(1, 5 * 3 + 1))  # three training cases, one a step

@@ -300,6 +300,7 @@ class Tap(torch.autograd.Function):
         call.refuse_inner_backward(ctx.layer.name)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # or Gram products would be bfloat16
             if call.phase is Phase.CHECK:
+                _ = ctx.saved_tensors  # a checkpoint keeps what it computed again until that is asked for
                 call.look.note(ctx.layer.name, grad)
                 return grad, None, *nothing
             saved = tuple(each.detach() for each in ctx.saved_tensors)  # or what is kept would keep the graph

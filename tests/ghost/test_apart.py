@@ -5,8 +5,10 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper
+from memsave.profiler import MemoryRecorder
 from tests.ghost.reference import assert_exact
 from tests.ghost.test_layers import draw, losses_of
 
@@ -269,6 +271,37 @@ def test_a_loss_that_mixes_later_is_found():
         for _ in range(257):
             losses = losses_of(model, draw(4, 3))
             clipper.backward(losses / losses.sum())
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["complete", "quick"])
+def test_under_checkpoints_a_look_takes_no_more_memory_than_the_norms(kind, passes):
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(12)
+            )
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    def peak(look):
+        torch.manual_seed(0)
+        model = Deep()
+        clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
+        x = torch.randn(16, 64, 32)
+        clipper.backward(losses_of(model, x))
+        clipper._separation._wait = 1 if look == "quick" else 10**9
+        if look == "complete":
+            clipper._separation.seen.clear()
+        with MemoryRecorder(model) as recorder:
+            clipper.backward(losses_of(model, x))
+        return recorder.report().peak_bytes
+
+    assert peak(kind) <= 1.1 * peak("none")
 
 
 def test_looks_at_random_steps_change_no_random_numbers():
