@@ -224,3 +224,23 @@ def test_a_model_that_cannot_be_built_is_bad_input(run):
     code, result, _ = run("model.channels=[7]", "model.blocks=[1]")
     assert code == 2
     assert "even number" in result["error"]
+
+
+@pytest.mark.parametrize("part", ["evaluate", "show", "release"])
+def test_a_fault_of_evaluation_drawing_or_release_costs_no_step(run, monkeypatch, part):
+    from memsave.training.segmentation import Segmentation
+
+    def fault(*_, **__):
+        raise DataError("a held-out volume is damaged inside")
+
+    steps = ["trainer.steps=4", "trainer.checkpoint_every=50"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmentation, part, fault)
+        code, result, folder = run(*steps, *(["trainer.evaluate_every=2"] if part == "evaluate" else []), name="fault")
+    assert (code, result["status"]) == (2, "failed")
+    taken = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if "loss" in line]
+    assert taken == ([1, 2] if part == "evaluate" else [1, 2, 3, 4])
+    code, _, folder = run(*steps, f"trainer.resume={folder / 'checkpoint'}", name="resumed")
+    assert code == 0
+    left = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if '"lr"' in line]
+    assert taken + left == [1, 2, 3, 4]

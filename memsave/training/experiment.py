@@ -229,16 +229,19 @@ def _train(
             log.write(asdict(done))
             watch.seconds.append(done.seconds)
             bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
-            stop, excess, hopeful = stopping(), watch.excess(done.step), True
-            if trainer.evaluate_every and done.step % trainer.evaluate_every == 0 and done.step < trainer.steps:
-                hopeful = _evaluate(config, state, task, log)
-            due = done.step % trainer.checkpoint_every == 0 or done.step == trainer.steps
-            if due or stop or excess or not hopeful:
-                checkpoint.save(state, folder / "checkpoint")
+            stop, excess, last = stopping(), watch.excess(done.step), done.step == trainer.steps
+            evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
+            if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
+                checkpoint.save(state, folder / "checkpoint")  # before an evaluation: its faults cost no steps
             if stop:
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)
+            if not evaluate:
+                continue
+            hopeful = _evaluate(config, state, task, log)
+            if trainer.patience:
+                checkpoint.save(state, folder / "checkpoint")  # with the best score so far
             if not hopeful:
                 score, step = state.best or (math.nan, 0)
                 progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
