@@ -8,16 +8,14 @@ A sweep does this by itself when it ends. Exit codes: 0, or 2 where the folder h
 """
 
 import csv
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from memsave.profiler import format_bytes
+from memsave.training.result import read_config, read_result
 
 NOTHING = "no result"
 UNTOLD = ("trainer.resume", "data.root")  # keys that tell where a job ran, not what it did
@@ -31,7 +29,7 @@ class Job:
     config: Mapping[str, Any]
     """By dotted key."""
     result: Mapping[str, Any]
-    """`result.json`; empty where it is missing."""
+    """`result.json`; empty where it is missing or broken off."""
 
     @property
     def status(self) -> str:
@@ -47,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     folder = Path(given[0]).expanduser()
     if not folder.is_dir() or not read_jobs(folder):
-        print(f"memsave: {folder} holds no jobs; name a sweep's folder, multirun/EXPERIMENT/TIME", file=sys.stderr)
+        what = "is one run, not a sweep" if (folder / "config.yaml").exists() else "holds no jobs"
+        print(f"memsave: {folder} {what}; name a sweep's folder, multirun/EXPERIMENT/TIME", file=sys.stderr)
         return 2
     collect(folder)
     return 0
@@ -81,9 +80,8 @@ def read_jobs(folder: Path) -> list[Job]:
     found = [path for path in folder.iterdir() if path.is_dir()]
     jobs = []
     for path in sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)):
-        config, result = path / "config.yaml", path / "result.json"
-        known = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
-        jobs.append(Job(path, dict(_flat(known)), json.loads(result.read_text()) if result.is_file() else {}))
+        if (path / "config.yaml").exists() or (path / "result.json").exists():
+            jobs.append(Job(path, dict(_flat(read_config(path))), read_result(path)))
     return jobs
 
 

@@ -11,7 +11,6 @@ goes on past a job that fails, and exits with 1 when any did; run again with its
 """
 
 import errno
-import json
 import os
 import sys
 import time
@@ -89,13 +88,12 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
     Raises ConfigError where the folder is another job's.
     """
-    from memsave.training.result import requested_in
+    from memsave.training.result import read_result, requested_in
 
     before = requested_in(folder)
     if before not in (None, request):
         raise ConfigError(f"{folder} holds another job; give the command that made it, or another hydra.sweep.dir")
-    result = folder / "result.json"
-    if before == request and result.is_file() and json.loads(result.read_text())["status"] == "ok":
+    if before == request and read_result(folder).get("status") == "ok":
         return True
     if before == request and (folder / "checkpoint").is_dir() and config.trainer.resume is None:
         config.trainer.resume = str(folder / "checkpoint")

@@ -18,7 +18,8 @@ def draw(rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     sized = [row for row in rows if row.get("size") is not None and row.get("budget")]
-    by_budget = len({row["budget"] for row in sized}) > 1
+    whats = {key for row in sized for key in row if key.startswith("largest ") and row[key] is not None}
+    by_budget = len({row["budget"] for row in sized}) > 1 and len(whats) == 1  # sizes of several kinds have no axis
     height = 4.4 if by_budget else 1.2 + 0.34 * len(rows)
     figure = Figure(figsize=(8.6, height), dpi=160, facecolor="white", layout="constrained")
     axes = figure.add_subplot()

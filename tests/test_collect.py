@@ -126,3 +126,48 @@ def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
     assert "over_budget" in (tmp_path / "sweep" / "sweep.md").read_text()
     assert OmegaConf.load(tmp_path / "sweep" / "1" / "config.yaml").budget == "60MiB"
     assert len(read_jobs(tmp_path / "sweep")) == 2
+
+
+BROKEN = {
+    "empty": lambda text: "",
+    "broken off": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[1]",
+}
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.yaml"])
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_file_costs_its_own_job_alone(sweep, fault, name):
+    before = len(list(csv.DictReader((collect(sweep) and sweep / "sweep.csv").open())))
+    path = sweep / "0" / name
+    path.write_text(BROKEN[fault](path.read_text()))
+    collect(sweep)
+    rows = list(csv.DictReader((sweep / "sweep.csv").open()))
+    assert len(rows) == before
+    if name == "result.json":
+        assert rows[0]["status"] == "no result"
+        assert f"Left no result: {sweep / '0'}" in (sweep / "sweep.md").read_text()
+
+
+def test_a_job_whose_result_broke_off_is_done_again(tmp_path):
+    config = write_job(tmp_path / "0", result={"status": "ok"})
+    (tmp_path / "0" / "result.json").write_text('{"status": "o')
+    assert not is_done(tmp_path / "0", config, request=request_of(config))
+
+
+def test_plans_of_several_kinds_of_size_share_a_folder(tmp_path):
+    for number, (vary, budget) in enumerate((("volume", "1GiB"), ("volume", "2GiB"), ("depth", "1GiB"))):
+        result = planned("stored", 32 + number, 2**28)
+        result["plan"]["vary"] = vary
+        write_job(tmp_path / str(number), "mode=plan", f"vary={vary}", f"budget={budget}", result=result)
+    collect(tmp_path)
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+    assert "largest depth" in (tmp_path / "sweep.md").read_text()
+
+
+def test_the_folder_of_one_run_is_no_sweep(tmp_path, capsys):
+    write_job(tmp_path / "run", result={"status": "ok"})
+    (tmp_path / "run" / "checkpoint").mkdir()
+    assert main([str(tmp_path / "run")]) == 2
+    assert "is one run, not a sweep; name a sweep's folder" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "sweep.md").exists()

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import memsave
 from memsave.config import Config
@@ -22,6 +24,26 @@ def write_json(path: Path, content: Any) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json` of a run's folder; empty where there is none, or one that was not written to its end."""
+    path = folder / "result.json"
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.yaml` of a run's folder; empty where there is none, or one that cannot be read."""
+    path = folder / "config.yaml"
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:
@@ -46,7 +68,7 @@ def request_of(config: DictConfig) -> str:
 def requested_in(folder: Path) -> str | None:
     """The digest of what a run's folder was made for; None where it holds no run."""
     path = folder / "config.yaml"
-    first = path.read_text().partition("\n")[0] if path.is_file() else ""
+    first = path.read_text(errors="replace").partition("\n")[0] if path.is_file() else ""
     return first.removeprefix("# request ") if first.startswith("# request ") else None
 
 
