@@ -12,6 +12,7 @@ from memsave.ghost.refusals import Refusal
 
 FOLDING = ("OPTDecoderLayer",)  # their layers see (B T, d), the places of an example in a row
 PROMPTS = ("PromptEmbedding", "PromptEncoder")  # of PEFT's prompt tuning and p-tuning
+CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # they have no forward
 LEAF_ELEMENTS = 2**20  # a module with parameters and children is one layer up to this size, refused above
 
 
@@ -55,9 +56,9 @@ def attach_layers(clipper: Any, model: nn.Module) -> tuple[list[Layer | Relative
         if RelativeBias.applies(module):
             layers.append(RelativeBias(clipper, module, name=name or "the model"))
             continue
-        own = [key for key, p in module._parameters.items() if p is not None and p.requires_grad]
+        own = [key for key, p in _own(module) if p.requires_grad]
         parametrized = refusals.is_parametrized(module)
-        if (not own and not parametrized) or module in biases:
+        if (not own and not parametrized) or module in biases or isinstance(module, CONTAINERS):
             continue
         names = tuple(key for key, p in module.named_parameters() if own or p.requires_grad)
         refusal = _refusal(name, module, own, parametrized)
@@ -71,9 +72,20 @@ def attach_layers(clipper: Any, model: nn.Module) -> tuple[list[Layer | Relative
     return layers, refused
 
 
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters, those in its lists and dictionaries of parameters included."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield key, parameter
+    for key, child in module._modules.items():
+        if isinstance(child, CONTAINERS):
+            yield from ((f"{key}.{name}", parameter) for name, parameter in _own(child))
+
+
 def _refusal(name: str, module: nn.Module, own: list[str], parametrized: bool) -> Refusal | None:
     replaced = vars(module).get("forward")
-    if isinstance(getattr(replaced, "__self__", None), Layer):
+    attached = getattr(replaced, "__self__", None)
+    if isinstance(attached, Layer) and not attached.detached:
         return Refusal(name or "the model", "", "has another GhostClipper attached", "close() that one first")
     trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
     elements = sum(p.numel() for p in trainable.values() if not is_lazy(p))

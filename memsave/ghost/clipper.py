@@ -8,7 +8,7 @@ The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind o
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ log = logging.getLogger("memsave.ghost")
 
 CLIPPINGS = ("flat", "automatic", "per_layer")
 PASSES = ("auto", 1, 2, "direct")
+LEAST_BOUND = 1e-15
 
 
 class GhostClipper:
@@ -68,14 +69,17 @@ class GhostClipper:
         batch_size: int | None = None,
         memory_budget: int = 0,
     ) -> None:
-        if not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}; give a positive bound, such as 0.1")
+        if not max_grad_norm >= LEAST_BOUND:
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm}; give a positive bound, such as 0.1 (and at least {LEAST_BOUND:g}, "
+                f"for float32 does not hold smaller squares)"
+            )
         if clipping not in CLIPPINGS or passes not in PASSES:
             raise ValueError(f"clipping={clipping!r}, passes={passes!r}; choose from {CLIPPINGS} and {PASSES}")
         self.model, self.max_grad_norm, self.clipping, self.passes = model, max_grad_norm, clipping, passes
         if clipping == "per_layer" and passes == 2:
             raise ValueError('clipping="per_layer" forms its sums in one pass; give passes="auto"')
-        self.batch_size, self.memory_budget = batch_size, memory_budget
+        self.batch_size, self.memory_budget, self._copied = batch_size, memory_budget, False
         self.plan: dict[str, tuple[str, int]] = {}
         """By use of a parameter in the last backward: how its norm was found, and the bytes kept for its sum."""
         self.clipped: Tensor | None = None
@@ -196,8 +200,14 @@ class GhostClipper:
                 log.warning("%s was frozen since it got a clipped sum, which is dropped", name)
                 parameter.grad = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GhostClipper":
+        """For a copy of the model, which has no clipper: it is closed."""
+        copy = memo[id(self)] = object.__new__(GhostClipper)
+        copy._copied = True
+        return copy
+
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or in_backward():
+        if self._copied or not torch.is_grad_enabled() or in_backward():
             return
         self._follow(model)
         modules = list(model.named_modules())
@@ -213,19 +223,22 @@ class GhostClipper:
         wide = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in parameters) else torch.float32
         holder = parameters[0] if parameters else first
         device = None if holder is None else holder.device
-        probe = torch.zeros(size or 0, dtype=wide, device=device, requires_grad=True)
+        probe = torch.zeros(size if size is not None else 1, dtype=wide, device=device, requires_grad=True)
         self._call, self._running = Call(batch_size=len(probe), probe=probe), True
         self._call.room, self._call.groups, self._call.factors = self.memory_budget, self._groups, self._factors
         self._separation.begin(module for _, module in modules)
         self._snapshot = Snapshot(modules)
 
     def _end(self, _: nn.Module, __: tuple[Any, ...], result: Any) -> None:
-        if in_backward():
+        if self._copied or in_backward() or not self._running:
             return
         self._running = False
-        if self._call is not None and self._call.refusals and result is not None:
-            refused, self._call = self._call.refusals, None
-            raise_refusals(refused)
+        if self._call is not None and result is not None:
+            found = [*self._call.refusals, *(self._snapshot.changes() if self._snapshot is not None else ())]
+            self._snapshot = None
+            if found:
+                self._call = None
+            raise_refusals(found)
 
     def call_of(self, name: str, *, after: bool = False) -> Call | None:
         """The record that a layer's use belongs to; None where nothing is to be recorded.
@@ -260,14 +273,20 @@ class GhostClipper:
                 self._look(call, losses)
                 call.phase, call.keep_all = Phase.NORM, self.chosen_passes == 1
                 with call.one_backward(losses):
-                    (squared, *escaped) = torch.autograd.grad(
+                    stand_ins = [each for use in call.traced for each in use.stand_ins.values()]
+                    (squared, *found) = torch.autograd.grad(
                         losses,
-                        [call.probe, *parameters],
+                        [call.probe, *parameters, *stand_ins],
                         grad_outputs=torch.ones_like(losses),
                         retain_graph=self.chosen_passes == 2,
                         allow_unused=True,
                     )
-            refusals.refuse_escaped(self.model, parameters, escaped)
+            refusals.refuse_escaped(self.model, parameters, found[: len(parameters)])
+            self._compare_with_batch(call, found[len(parameters) :])
+            if squared is None and parameters:
+                raise ValueError(
+                    "the losses depend on no trainable layer of the model's last forward; give its own losses"
+                )
             with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
                 call.clip_the_rest()
                 norms = root(torch.zeros_like(call.probe) if squared is None else squared)
@@ -288,6 +307,18 @@ class GhostClipper:
             self._call, self._snapshot, self.plan = None, None, call.plan
         return norms
 
+    def _compare_with_batch(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
+        """Layers that ran again must give gradients whose sum is the batch's own."""
+        left = iter(gradients)
+        for use in call.traced:
+            mine = [next(left) for _ in use.stand_ins]
+            for key in use.differing(mine) if has_values(call.probe) else ():
+                raise ValueError(
+                    f"the per-example gradients of {use.name}.{key} do not sum to the gradient of the batch: the layer "
+                    f"keeps something of the weight from an earlier forward (torch.nn.utils.parametrize.cached does "
+                    f"that), draws random numbers, or mixes examples; freeze it, or put another layer in its place"
+                )
+
     def _add_sums_again(self, call: Call, losses: Tensor, weights: Tensor, parameters: list[nn.Parameter]) -> None:
         """The second backward, in which each layer weighs its examples."""
         kept = weights != 0
@@ -306,9 +337,8 @@ class GhostClipper:
             seen = "no forward" if call is None else f"a batch of {call.batch_size}"
             raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
         frozen = refusals.frozen_since(self._trainable, call.uses)
-        changed = [] if self._snapshot is None else self._snapshot.changes()
         side = refusals.side_outputs(side_outputs(losses) if call.traced else ())
-        raise_refusals([*call.refusals, *frozen, *changed, *side])
+        raise_refusals([*call.refusals, *frozen, *side])
         return call
 
     @contextmanager
@@ -371,6 +401,13 @@ class GhostClipper:
     def _direct(self, losses: Tensor) -> Tensor:
         if len(losses) != 1:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
+        if self._call is not None and self._call.batch_size != 1:
+            raise ValueError(
+                f"passes='direct' is for one example, but the model saw a batch of {self._call.batch_size}; give one "
+                f"example (or the GhostClipper batch_size=1, where dimension 0 of the first tensor is no batch)"
+            )
+        if self._call is None and any(True for _ in self.model.buffers()):
+            raise ValueError("the model saw no forward, so changes of its buffers would not be seen; call the model")
         if self._call is None:  # parts of the model may be called by themselves
             hooks = refusals.parameter_hooks(self.model.named_parameters())
             raise_refusals([*refusals.statistics(self.model.named_modules()), *hooks])

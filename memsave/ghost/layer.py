@@ -1,6 +1,7 @@
 """A module of the model as the clipper sees it: its forward, with a tap at the end."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Gradient, Outer
-from memsave.ghost.graph import trace
+from memsave.ghost.graph import Traced
 from memsave.ghost.refusals import Refusal, Refused, described
 from memsave.ghost.rules import Given, Use, rule_for
 from memsave.ghost.rules.generic import generic, inside_a_layer, replaced
@@ -36,7 +37,7 @@ class Layer:
         self._before: Any = vars(module).get("forward")
         """The forward that the instance had of its own, for instance accelerate's."""
         self.original = self._before or partial(type(module).forward, module)
-        plain = self._before is None and not any("." in each for each in names)
+        plain = self._before is None and set(names) <= {"weight", "bias"}  # what rules know
         plain = plain and not any(p.is_complex() for p in module.parameters())
         self.rule = rule_for(module) if plain else generic
         kind = type(module).__name__
@@ -50,6 +51,20 @@ class Layer:
             del self.module.__dict__["forward"]
             if self._before is not None:
                 self.module.forward = self._before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layer":
+        """For a copy of the model, which has no clipper: it does nothing."""
+        copy = memo[id(self)] = object.__new__(Layer)
+        copy._detached = True
+        copy.module = deepcopy(self.module, memo)
+        before = self._before and deepcopy(self._before, memo)
+        copy.original = before or partial(type(copy.module).forward, copy.module)
+        return copy
+
+    @property
+    def detached(self) -> bool:
+        """Whether it does nothing any more."""
+        return self._detached
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's function; under grad, with the tap at its end."""
@@ -76,15 +91,22 @@ class Layer:
             self._refuse(call, refused.reason, refused.remedy)
             return self.original(*args, **kwargs)
         note_uses(call, self.name, list(trainable.values()))
-        call.traced |= use.traced
-        stand_ins = {name: trace(p, self.name) if use.traced else p.detach() for name, p in trainable.items()}
+        traced = None if use.tolerance is None else Traced(self.name, use.tolerance)
+        if traced is None:
+            stand_ins = {name: p.detach() for name, p in trainable.items()}
+        else:
+            stand_ins = {name: traced.stand_in(name, p) for name, p in trainable.items()}
+            if not in_backward():
+                call.traced.append(traced)
         with replaced(self.module, stand_ins):
             output = self.original(*use.args, **use.kwargs)
-        return self._tapped(call, use, output, trainable)
+        return self._tapped(call, use, output, trainable, traced)
 
-    def _tapped(self, call: Call, use: Use, output: Any, trainable: dict[str, nn.Parameter]) -> Any:
+    def _tapped(
+        self, call: Call, use: Use, output: Any, trainable: dict[str, nn.Parameter], traced: Traced | None
+    ) -> Any:
         saved, folded = use.saved, None
-        if self.folded and not use.traced and isinstance(output, Tensor) and len(output) != call.batch_size:
+        if self.folded and traced is None and isinstance(output, Tensor) and len(output) != call.batch_size:
             folded = (call.batch_size, len(output) // call.batch_size)
             output, saved = output.unflatten(0, folded), tuple(each.unflatten(0, folded) for each in saved)
         if not isinstance(output, Tensor) or not output.dim() or len(output) != call.batch_size:
@@ -98,7 +120,7 @@ class Layer:
         tapped = Tap.apply(
             output,
             call.probe,
-            Tapped(self.name, tuple(trainable), use.per_example, use.traced),
+            Tapped(self.name, tuple(trainable), use.per_example, traced),
             call,
             len(saved),
             *saved,

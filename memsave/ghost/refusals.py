@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.checkpoint import CheckpointError
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 OLD_UTILITIES = (
@@ -211,6 +212,11 @@ def reentrant_checkpoints_refused() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise ValueError(
+                f"a checkpoint computed something else again than in the forward ({str(error).splitlines()[0]}); move "
+                f"checkpoints out of layers that own parameters beside children with parameters"
+            ) from error
         if "use_reentrant=True" not in str(error):
             raise
         raise ValueError(

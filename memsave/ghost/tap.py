@@ -35,6 +35,7 @@ from memsave.ghost.gradients import (
     magnitude,
     wide,
 )
+from memsave.ghost.graph import Traced
 from memsave.ghost.groups import Groups
 from memsave.ghost.refusals import Refusal, raise_refusals
 from memsave.ghost.separation import Look
@@ -100,8 +101,8 @@ class Call:
         self.uses: dict[nn.Parameter, int] = {}
         self.without_grad: set[str] = set()
         """The names of trainable layers that ran without grad."""
-        self.traced = False
-        """Whether some layer ran with traced parameters (see `graph.py`)."""
+        self.traced: list[Traced] = []
+        """The uses of layers that are differentiated by their own forward."""
         self.refusals: list[Refusal] = []
         """What the forward came upon."""
         self.task: int | None = None
@@ -304,13 +305,16 @@ class Tap(torch.autograd.Function):
                 call.look.note(ctx.layer.name, grad)
                 return grad, None, *nothing
             saved = tuple(each.detach() for each in ctx.saved_tensors)  # or what is kept would keep the graph
-            if call.rematerialised and not call.keep_all:
-                _compare_passes(ctx, (grad, *saved))
             gradients = ctx.layer.per_example(saved, grad)
+            if not call.keep_all and call.groups is None:
+                formed = () if ctx.layer.traced is None else tuple(each.values for each in gradients.values())
+                _compare_passes(ctx, (grad, *saved, *formed))
             named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, ctx.layer.names, strict=True)]
             if call.phase is Phase.NORM:
                 squared = torch.zeros_like(call.probe)
                 for parameter, name, gradient in named:
+                    if ctx.layer.traced is not None:
+                        ctx.layer.traced.note(name, gradient.values)
                     squared += call.add(parameter, gradient, f"{ctx.layer.name}.{name}")
                 return grad, squared, *nothing
             for parameter, _, gradient in named:  # into .grad, and not to autograd, which would hold it beside that
@@ -321,7 +325,7 @@ class Tap(torch.autograd.Function):
 def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
     """Note whether SUM sees what NORM saw: the sums are otherwise of other gradients than were measured."""
     rows = [each.reshape(len(tensors[0]) if each.dim() and len(each) == len(tensors[0]) else 1, -1) for each in tensors]
-    rows = [each[:, :: max(1, each.shape[1] // COMPARED)] for each in rows]
+    rows = [each[:, :: max(1, each.shape[1] // COMPARED) | 1] for each in rows]
     rows = [wide(each) if each.is_floating_point() or each.is_complex() else each.double() for each in rows]
     sums = [each.sum(1) for each in rows]
     if ctx.call.phase is Phase.NORM:
@@ -340,5 +344,5 @@ class Tapped:
     name: str
     names: tuple[str, ...]
     per_example: PerExample
-    traced: bool = False
-    """Whether the layer ran with `traced` parameters, and all its tensor arguments are among the saved ones."""
+    traced: Traced | None = None
+    """Given where the layer is differentiated by its own forward; its tensor arguments are among the saved ones."""

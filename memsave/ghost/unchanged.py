@@ -37,8 +37,11 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]):
         self._watched: list[_Watched] = []
+        self._buffers: list[tuple[str, nn.Module, set[str]]] = []
+        """By module, the names of the buffers that its state holds."""
         seen = set()
         for path, module in modules:
+            self._buffers.append((path, module, _persistent(module)))
             for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
                 for key, tensor in registry.items():
                     if tensor is None or id(tensor) in seen:
@@ -69,16 +72,24 @@ class Snapshot:
                 mine = [each for each in self._watched if (each.sample.device, each.sample.dtype) == key]
                 parts = same.split([each.sample.numel() for each in mine])
                 changed += [each for each, part in zip(mine, parts, strict=True) if not part.all()]
+        found = [(each.kind, each.name) for each in changed]
+        for path, module, before in self._buffers:
+            found += [("buffer", f"{path}.{key}" if path else key) for key in sorted(_persistent(module) - before)]
         return [
             Refusal(
-                each.name,
+                name,
                 "",
-                f"is a {each.kind} that the forward changed: it may hold something of the examples then, and would be "
+                f"is a {kind} that the forward changed: it may hold something of the examples then, and would be "
                 f"released without noise",
                 "keep it as it is while training, for instance with the module that changes it in eval mode",
             )
-            for each in changed
+            for kind, name in found
         ]
+
+
+def _persistent(module: nn.Module) -> set[str]:
+    left_out = module._non_persistent_buffers_set
+    return {key for key, buffer in module._buffers.items() if buffer is not None and key not in left_out}
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,5 +1,6 @@
 """What is found when a clipper is attached, or in the first forward: all of it at once, by name, with its remedy."""
 
+import copy
 import warnings
 from functools import partial
 
@@ -74,9 +75,8 @@ def test_the_remedies_are_exact(remedy, bias):
 def test_spectral_norm_that_still_estimates_is_refused():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4).double()))
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    losses = losses_of(model, draw(3, 4))
     with pytest.raises(ValueError, match=r"0\.parametrizations\.weight\.0\._u, .*the forward changed.*in eval mode"):
-        clipper.backward(losses)
+        clipper.backward(losses_of(model, draw(3, 4)))
 
 
 class Several(nn.Module):
@@ -116,7 +116,7 @@ def test_everything_that_a_forward_comes_upon_is_told_at_its_end():
     with pytest.raises(ValueError) as refusal:
         model(torch.zeros(3, 5, dtype=torch.long))
     told = str(refusal.value)
-    assert "3 reasons" in told
+    assert "4 reasons" in told  # the forward also changes the weight that it renormalises
     assert "look (Embedding) has max_norm" in told
     assert "one, two (LSTM): each gave a tuple for a batch of 3" in told
     assert "gru (GRU) gave a tuple" in told
@@ -275,3 +275,56 @@ def test_long_t5_is_exact(kind):
     model = transformers.LongT5ForConditionalGeneration(config).double()
     ids = torch.randint(1, 40, (4, 9), generator=torch.Generator().manual_seed(0))
     assert_exact(model, ids, lambda m, b: m(input_ids=b, labels=b).logits.square().mean((1, 2)), rtol=1e-7)
+
+
+class Lists(nn.Module):
+    """Keeps its parameters in lists and dictionaries."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(3, 3)) for _ in range(2)])
+        self.scales = nn.ParameterDict({"one": nn.Parameter(torch.rand(3))})
+
+    def forward(self, x):
+        return (x @ self.weights[0]).tanh() @ self.weights[1] * self.scales["one"]
+
+
+def test_parameters_in_lists_and_dictionaries_belong_to_the_module_that_has_these():
+    assert_exact(nn.Sequential(nn.Linear(3, 3), Lists()).double(), draw(4, 3), losses_of)
+
+
+def test_a_copy_of_an_attached_model_has_no_clipper():
+    model, batch = nn.Sequential(nn.Linear(3, 3), nn.PReLU(3), nn.Linear(3, 2)).double(), draw(4, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    norms = clipper.backward(losses_of(model, batch))
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    losses_of(twin, batch).sum().backward()  # a plain backward
+    assert twin[0].weight.grad.any()
+    twin.zero_grad()
+    torch.testing.assert_close(GhostClipper(twin, max_grad_norm=1.0).backward(losses_of(twin, batch)), norms)
+    torch.testing.assert_close(clipper.backward(losses_of(model, batch)), norms)  # the first is what it was
+
+
+def test_losses_of_something_else_are_refused():
+    model, other = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    model(draw(4, 3))
+    with pytest.raises(ValueError, match="depend on no trainable layer of the model's last forward"):
+        clipper.backward(losses_of(other, draw(4, 3)))
+
+
+def test_one_loss_of_a_batch_is_no_single_example():
+    model = nn.Linear(3, 2).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes="direct")
+    with pytest.raises(ValueError, match="passes='direct' is for one example, but the model saw a batch of 4"):
+        clipper.backward(losses_of(model, draw(4, 3)).mean()[None])
+    clipper.close()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes="direct", batch_size=1)  # time first
+    clipper.backward(model(draw(4, 1, 3)).sum((0, 2)))
+
+
+def test_a_bound_whose_square_float32_does_not_hold_is_refused():
+    with pytest.raises(ValueError, match=r"max_grad_norm is 1e-25; give a positive bound.*at least 1e-15"):
+        GhostClipper(nn.Linear(3, 2), max_grad_norm=1e-25)

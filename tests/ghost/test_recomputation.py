@@ -72,3 +72,26 @@ def test_an_example_that_is_not_finite_is_no_other_activation():
     batch[1, 0] = float("inf")
     clipper.backward(losses_of(model, batch))
     assert clipper.nonfinite == 2
+
+
+class BetweenLayers(nn.Module):
+    """Recomputes no layer, but dropout between two."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = checkpoint(self.between, self.first(x), use_reentrant=False, preserve_rng_state=False)
+        return self.last(y)
+
+    def between(self, y):
+        return F.dropout(y.tanh(), 0.5)
+
+
+def test_random_numbers_between_layers_are_compared_too():
+    model = BetweenLayers().double()
+    clipper = GhostClipper(model, max_grad_norm=0.01, passes=2)
+    with pytest.raises(ValueError, match="first got other activations when they were computed again"):
+        clipper.backward(losses_of(model, draw(5, 4)))

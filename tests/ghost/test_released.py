@@ -46,9 +46,8 @@ def another_tensor(self, seen):
 def test_a_tensor_that_the_forward_changes_is_refused_by_name(kind, write, passes):
     model = nn.Sequential(nn.Linear(8, 8), Keeps(kind, write)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
-    losses = losses_of(model, draw(1, 8))
     with pytest.raises(ValueError, match=rf"1\.kept is a {kind} that the forward changed.*released without noise"):
-        clipper.backward(losses)
+        clipper.backward(losses_of(model, draw(1, 8)))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -60,9 +59,8 @@ def test_a_trainable_parameter_that_the_forward_changes_is_refused():
 
     model = nn.Sequential(Renormalised(4, 4)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    losses = losses_of(model, draw(3, 4))
     with pytest.raises(ValueError, match=r"0\.weight is a parameter that the forward changed"):
-        clipper.backward(losses)
+        clipper.backward(losses_of(model, draw(3, 4)))
 
 
 @pytest.mark.parametrize("passes", [1, "direct"])
@@ -104,6 +102,36 @@ def test_large_tensors_of_any_layout_are_compared():
 
     model = Large()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    losses = losses_of(model, torch.randn(2, 3, 4, 4))
     with pytest.raises(ValueError, match="kept is a parameter that the forward changed"):
-        clipper.backward(losses)
+        clipper.backward(losses_of(model, torch.randn(2, 3, 4, 4)))
+
+
+class Fills(nn.Module):
+    """Fills a buffer that was empty, or makes a new one."""
+
+    def __init__(self, new, persistent=True):
+        super().__init__()
+        self.layer, self.new, self.persistent = nn.Linear(4, 4), new, persistent
+        if not new:
+            self.register_buffer("mean", None, persistent=persistent)
+
+    def forward(self, x):
+        if self.new and "mean" not in self._buffers:
+            self.register_buffer("mean", x.detach().mean(0), persistent=self.persistent)
+        self.mean = x.detach().mean(0)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_buffer_that_the_forward_fills_or_makes_is_refused(new):
+    model = nn.Sequential(Fills(new)).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"0\.mean is a buffer that the forward changed"):
+        clipper.backward(losses_of(model, draw(3, 4)))
+
+
+def test_a_change_is_refused_at_the_end_of_the_forward_whatever_becomes_of_its_losses():
+    model = nn.Sequential(nn.Linear(8, 8), Keeps("buffer", through_data)).double()
+    GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"1\.kept is a buffer that the forward changed"):
+        model(draw(3, 8))

@@ -111,3 +111,35 @@ def test_a_hook_on_a_layer_itself_sees_its_tapped_output():
         return without_auxiliary(m, batch) + taken[0].square().sum(1)
 
     assert_exact(model, draw(4, 3), losses)
+
+
+class Effective(nn.Module):
+    """Keeps the weight that it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        self.effective = self.weight / self.weight.norm()
+        return x @ self.effective.T
+
+
+class ReadsAnother(nn.Module):
+    """Uses what another layer kept."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.scale, self.other = nn.Parameter(torch.rand(3)), [other]
+
+    def forward(self, x):
+        return x @ self.other[0].effective.T * self.scale
+
+
+def test_an_attribute_that_another_layer_without_a_rule_reads_is_refused():
+    first = Effective()
+    model = nn.Sequential(first, ReadsAnother(first)).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match="0 gives the losses something beside its output"):
+        clipper.backward(losses)

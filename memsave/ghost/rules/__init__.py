@@ -52,8 +52,9 @@ class Use:
 
     It lives as long as the graph, so it must hold no tensor: those are in `saved`, where a checkpoint drops them.
     """
-    traced: bool = False
-    """Whether the layer is differentiated by its own forward; `saved` then begins with all of its tensor arguments."""
+    tolerance: float | None = None
+    """Given where the layer is differentiated by its own forward (see `graph.py`); `saved` then begins with all of its
+    tensor arguments."""
     marks: Callable[[Tensor], tuple[Tensor, ...]] = lambda output: ()
     """Tensors made of the output, which are saved after the others."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memsave.ghost.gradients import Dense, Gradient, has_values, wide
 from memsave.ghost.refusals import Refused
@@ -34,7 +35,9 @@ _thread = threading.local()
 
 def generic(layer: nn.Module, given: Given) -> Use:
     """The rule of every layer that has none."""
-    if any(isinstance(module, _DropoutNd) and module.training and module.p for module in layer.modules()):
+    if getattr(layer, "sparse", False):
+        raise Refused("has sparse gradients, for which there is no rule", "construct it with sparse=False")
+    if any(_draws_masks(module) for module in layer.modules()):
         raise Refused(
             "draws dropout masks inside a layer that is differentiated example by example",
             "set that dropout to 0, or move it out of the layer",
@@ -55,12 +58,33 @@ def generic(layer: nn.Module, given: Given) -> Use:
 
     tracked = tuple(each.requires_grad for each in inputs)
     autocast = any(torch.is_autocast_enabled(kind) for kind in {each.device.type for each in inputs})
-    again = _Again(layer, given, forward, tracked, LOW_PRECISION if autocast else 0.0)
-    return Use(given.args, given.kwargs, inputs, again.per_example, traced=True, marks=lambda output: (_marks(output),))
+    tolerance = LOW_PRECISION if autocast else 0.0
+    again = _Again(layer, given, forward, tracked, tolerance)
+    return Use(given.args, given.kwargs, inputs, again.per_example, tolerance, lambda output: (_marks(output),))
+
+
+def _draws_masks(module: nn.Module) -> bool:
+    if isinstance(module, nn.RNNBase):
+        return module.training and module.dropout > 0 and module.num_layers > 1
+    return isinstance(module, _DropoutNd) and module.training and module.p > 0
 
 
 class _NotThisReading(Exception):
-    """An example alone does not give one row of the output."""
+    """An example alone does not give one row of the output, or what the layer draws is random."""
+
+
+class _NothingRandom(TorchDispatchMode):
+    """Within, an operation that draws random numbers raises; dropout of probability zero draws none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            given = {arg.name: value for arg, value in zip(func._schema.arguments, args, strict=False)}
+            given |= kwargs or {}
+            probabilities = [given[name] for name in ("p", "dropout_p", "dropout") if name in given]
+            defaults = [arg.default_value for arg in func._schema.arguments if arg.name == "dropout_p"]
+            if any(probabilities or defaults or [1.0]):
+                raise _NotThisReading
+        return func(*args, **(kwargs or {}))
 
 
 class _Again:
@@ -92,6 +116,13 @@ class _Again:
             except Exception as problem:
                 error = problem
                 continue
+            if (
+                0 not in axes
+                and len(grad) > 1
+                and has_values(grad)
+                and not self._agree(found[1], found[1][:1], grad.dtype)
+            ):
+                continue  # an output that differs from example to example comes from examples that are not seen here
             if not has_values(grad) or self._agree(found[1], marks, grad.dtype):
                 right.append(found)
                 last = axes
@@ -130,7 +161,9 @@ class _Again:
                 return torch.func.vmap(partial(self._of_one, axes), in_dims=in_dims)(*tensors)
             except (_NotThisReading, torch.OutOfMemoryError):
                 raise
-            except Exception:  # whatever a layer may do that vmap cannot
+            except Exception as error:  # whatever a layer may do that vmap cannot
+                if "randomness" in str(error):
+                    raise _NotThisReading from error
                 found = self._one_by_one(axes, in_dims, tensors)
                 self.notes["no vmap"] = True
                 return found
@@ -150,7 +183,8 @@ class _Again:
         marks = []
         for b in range(len(tensors[0])):
             row, grad, *example = [t if axis is None else t[b] for t, axis in zip(tensors, in_dims, strict=True)]
-            with torch.enable_grad():
+            every = {**fixed, **free}
+            with torch.enable_grad(), replaced(self.layer, every), _NothingRandom():
                 y = self._output(axes, {**fixed, **free}, len(row), grad, example)
                 sources, of_y = list(free.values()), _one_row(y.detach(), row, grad)
                 found = torch.autograd.grad(y, sources, of_y, allow_unused=True) if y.requires_grad else sources
@@ -178,7 +212,7 @@ class _Again:
     def _agree(self, ours: Tensor, marks: Tensor, dtype: torch.dtype) -> bool:
         """Whether every example's output is what it was in the forward."""
         tolerance = max(self.tolerance, TOLERANCE.get(dtype, LOW_PRECISION))
-        norms = marks[:, -1:]
+        norms = marks[:, -1:]  # of each example
         close = (ours - marks).abs() <= tolerance * norms + 1e-12 * norms.nan_to_num(0, 0, 0).max()
         return bool((close | (ours == marks) | ~marks.isfinite() & ~ours.isfinite()).all())
 
@@ -236,15 +270,23 @@ def inside_a_layer() -> bool:
 @contextmanager
 def replaced(layer: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
     """The layer with other tensors in the place of its parameters, by their names below it."""
-    spots = []
+    spots: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, tensor in parameters.items():
         path, _, key = name.rpartition(".")
-        spots.append((layer.get_submodule(path)._parameters, key, tensor))
+        spots.append((cast(Any, layer.get_submodule(path)._parameters), key, tensor))
+    named = {id(registry[key]): tensor for registry, key, tensor in spots}
+    everywhere = [  # a parameter may have several names
+        (module._parameters, key, named[id(p)])
+        for module in layer.modules()
+        for key, p in module._parameters.items()
+        if id(p) in named
+    ]
+    spots = [*everywhere, *spots]
     before: list[tuple[dict[str, Any], str, Any]] = [(registry, key, registry[key]) for registry, key, _ in spots]
     _thread.depth = getattr(_thread, "depth", 0) + 1
     try:
         for registry, key, tensor in spots:
-            cast(dict[str, Any], registry)[key] = tensor
+            registry[key] = tensor
         yield
     finally:
         _thread.depth -= 1

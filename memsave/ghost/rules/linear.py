@@ -6,6 +6,7 @@ dL_b/dW = sum_t g_bt (x) a_bt        dL_b/db = sum_t g_bt
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Dense, Gradient, Outer, wide
+from memsave.ghost.refusals import Refused
 from memsave.ghost.rules import Given, Use, register
 
 
@@ -16,6 +17,10 @@ def places(tensor: Tensor) -> Tensor:
 
 def _use(given: Given, *, transposed: bool) -> Use:
     wanted = given.wanted
+    if given.first.dim() < 2:
+        raise Refused(
+            f"got an input of shape {tuple(given.first.shape)}, which has no batch", "give it two dimensions or more"
+        )
 
     def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
         g, found = places(grad), dict[str, Gradient]()  # (B, T, p)
