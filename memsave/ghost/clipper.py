@@ -8,8 +8,6 @@ The mechanism is told in `tap.py`, the arithmetic in `gradients.py`, each kind o
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from memsave.ghost import refusals
 from memsave.ghost.attach import attach_layers, find_refusals
 from memsave.ghost.direct import add_formed_gradient
 from memsave.ghost.gradients import InputTiles, has_values
-from memsave.ghost.graph import side_outputs, tapped_layers
+from memsave.ghost.graph import refuse_differing, side_outputs, tapped_layers
 from memsave.ghost.groups import Groups, clip_factors, layers_of
 from memsave.ghost.layer import Layer, RelativeBias, in_backward, tensors_in
 from memsave.ghost.refusals import Refusal, raise_refusals
@@ -268,8 +266,9 @@ class GhostClipper:
         self._choose_passes(call)
         parameters = [p for p in self._trainable.values() if p.requires_grad]
         summing = done = False
+        untouched = {} if self._groups is not None else self._trainable  # groups add their sums on the way
         try:
-            with refusals.reentrant_checkpoints_refused(), self._grads_left_alone():
+            with refusals.reentrant_checkpoints_refused(), refusals.gradients_left_alone(untouched):
                 self._look(call, losses)
                 call.phase, call.keep_all = Phase.NORM, self.chosen_passes == 1
                 with call.one_backward(losses):
@@ -282,11 +281,10 @@ class GhostClipper:
                         allow_unused=True,
                     )
             refusals.refuse_escaped(self.model, parameters, found[: len(parameters)])
-            self._compare_with_batch(call, found[len(parameters) :])
+            if call.traced and has_values(call.probe):
+                refuse_differing(call.traced, found[len(parameters) :], squared=squared)
             if squared is None and parameters:
-                raise ValueError(
-                    "the losses depend on no trainable layer of the model's last forward; give its own losses"
-                )
+                raise ValueError("the losses depend on no trainable layer of the model's last forward; give its own")
             with torch.no_grad(), torch.autocast(call.probe.device.type, enabled=False):
                 call.clip_the_rest()
                 norms = root(torch.zeros_like(call.probe) if squared is None else squared)
@@ -298,26 +296,14 @@ class GhostClipper:
             if self.chosen_passes == 2:
                 self._add_sums_again(call, losses, weights, parameters)
             done = True
+        except refusals.GradientWritten:
+            summing = True
+            raise
         finally:
             self._unfinished |= not done and (summing or bool(call.summed))
-            call.phase, call.kept, call.look = Phase.IDLE, None, None
-            call.ledger.clear()
-            call.magnitudes.clear()
-            call.tiles = InputTiles()
+            call.end()
             self._call, self._snapshot, self.plan = None, None, call.plan
         return norms
-
-    def _compare_with_batch(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
-        """Layers that ran again must give gradients whose sum is the batch's own."""
-        left = iter(gradients)
-        for use in call.traced:
-            mine = [next(left) for _ in use.stand_ins]
-            for key in use.differing(mine) if has_values(call.probe) else ():
-                raise ValueError(
-                    f"the per-example gradients of {use.name}.{key} do not sum to the gradient of the batch: the layer "
-                    f"keeps something of the weight from an earlier forward (torch.nn.utils.parametrize.cached does "
-                    f"that), draws random numbers, or mixes examples; freeze it, or put another layer in its place"
-                )
 
     def _add_sums_again(self, call: Call, losses: Tensor, weights: Tensor, parameters: list[nn.Parameter]) -> None:
         """The second backward, in which each layer weighs its examples."""
@@ -340,22 +326,6 @@ class GhostClipper:
         side = refusals.side_outputs(side_outputs(losses) if call.traced else ())
         raise_refusals([*call.refusals, *frozen, *side])
         return call
-
-    @contextmanager
-    def _grads_left_alone(self) -> Iterator[None]:
-        """Within, nothing but this clipper writes `.grad`, as a backward inside the backward would."""
-        before = {name: (p.grad, p.grad._version) for name, p in self._trainable.items() if p.grad is not None}
-        yield
-        if self._groups is not None:
-            return  # the sums are added on the way
-        for name, parameter in self._trainable.items():
-            grad, version = before.get(name, (None, 0))
-            if parameter.grad is not grad or (grad is not None and grad._version != version):
-                self._unfinished = True
-                raise ValueError(
-                    f"the backward wrote the gradient of {name} by itself, unclipped (a backward inside the backward "
-                    f"does that); freeze it, or use memsave.reversible or checkpoints with use_reentrant=False"
-                )
 
     def passes_of(self, call: Call) -> str | int:
         """What `passes` comes to for this forward."""

@@ -18,7 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _traced = WeakIdKeyDictionary()  # stand-in to the use that it was made for
 
-AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the sum with the batch's gradient, relative to the norms
+# of the sum with the batch's gradient: relative to the norms of the parameter's gradients, and of the whole gradients
+AGREEMENT = {torch.float64: (1e-5, 1e-12), torch.float32: (1e-3, 1e-6)}
 
 
 @dataclass(eq=False)
@@ -45,8 +46,11 @@ class Traced:
         self.sums[key] = gradients.sum(0)
         self.sizes[key] = gradients.flatten(1).norm(dim=1).sum()
 
-    def differing(self, batch_gradients: Iterable[Tensor | None]) -> Iterator[str]:
-        """The parameters whose sum is not the gradient over the batch; what is not finite is not compared."""
+    def differing(self, batch_gradients: Iterable[Tensor | None], *, scale: float) -> Iterator[str]:
+        """The parameters whose sum is not the gradient over the batch; what is not finite is not compared.
+
+        `scale`: the sum of the norms of the whole gradients, for a gradient that cancels to nothing is all rounding.
+        """
         for (key, stand_in), whole in zip(self.stand_ins.items(), batch_gradients, strict=True):
             total = self.sums.get(key)
             if whole is None and total is None:
@@ -55,10 +59,27 @@ class Traced:
             whole = torch.view_as_real(whole) if whole.is_complex() else whole
             total = torch.zeros_like(whole) if total is None else total
             size = self.sizes.get(key, whole.new_zeros(()))
-            tolerance = max(self.tolerance, AGREEMENT.get(stand_in.real.dtype, 3e-2))
+            relative, absolute = AGREEMENT.get(stand_in.real.dtype, (3e-2, 1e-2))
             difference = (total - whole).norm()
-            if difference.isfinite() and difference > tolerance * (size + whole.norm()):
+            bound = max(self.tolerance, relative) * (size + whole.norm()) + max(self.tolerance, absolute) * scale
+            if difference.isfinite() and difference > bound:
                 yield key
+
+
+def refuse_differing(uses: Iterable[Traced], gradients: Iterable[Tensor | None], *, squared: Tensor | None) -> None:
+    """Refuse layers whose per-example gradients do not sum to the batch's, given in the order of the stand-ins.
+
+    `squared`: the squared norms of the whole gradients, (B,).
+    """
+    left = iter(gradients)
+    scale = 0.0 if squared is None else squared.clamp(min=0).sqrt().nan_to_num(0, 0, 0).sum().item()
+    for use in uses:
+        for key in use.differing([next(left) for _ in use.stand_ins], scale=scale):
+            raise ValueError(
+                f"the per-example gradients of {use.name}.{key} do not sum to the gradient of the batch: the layer "
+                f"keeps something of the weight from an earlier forward (torch.nn.utils.parametrize.cached does that), "
+                f"draws random numbers, or mixes examples; freeze it, or put another layer in its place"
+            )
 
 
 def _is_traced(node: Any) -> bool:

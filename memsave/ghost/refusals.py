@@ -206,6 +206,24 @@ def refuse_escaped(model: nn.Module, parameters: Sequence[nn.Parameter], gradien
     )
 
 
+class GradientWritten(ValueError):
+    """Somebody else wrote `.grad` in the backward."""
+
+
+@contextmanager
+def gradients_left_alone(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within, nothing writes `.grad`, as a backward inside the backward would; raises GradientWritten at the end."""
+    before = {name: (p.grad, p.grad._version) for name, p in parameters.items() if p.grad is not None}
+    yield
+    for name, parameter in parameters.items():
+        grad, version = before.get(name, (None, 0))
+        if parameter.grad is not grad or (grad is not None and grad._version != version):
+            raise GradientWritten(
+                f"the backward wrote the gradient of {name} by itself, unclipped (a backward inside the backward does "
+                f"that); freeze it, or use memsave.reversible or checkpoints with use_reentrant=False"
+            )
+
+
 @contextmanager
 def reentrant_checkpoints_refused() -> Iterator[None]:
     """PyTorch's own error about them, as one of ours."""

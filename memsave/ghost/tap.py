@@ -143,6 +143,14 @@ class Call:
         """Note a use in the forward."""
         self.uses[parameter] = self.uses.get(parameter, 0) + 1
 
+    def end(self) -> None:
+        """Let go of what the backward held; no other may follow."""
+        self.phase, self.kept, self.look = Phase.IDLE, None, None
+        self.ledger.clear()
+        self.magnitudes.clear()
+        self.traced.clear()
+        self.tiles = InputTiles()
+
     def refuse(self, refusal: Refusal) -> None:
         """Note what cannot be clipped; the forward raises all that it came upon at its end, a recomputation at once."""
         if graph_task() != -1:

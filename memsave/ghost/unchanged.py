@@ -62,10 +62,19 @@ class Snapshot:
             for each in self._watched
             if each.registry.get(each.key) is not each.tensor or each.tensor._version != each.version
         ]
-        samples = [
-            each.sample if _storage(each.tensor) == each.storage else _sample(each.tensor, each.sample.numel())
-            for each in self._watched
-        ]
+        samples = []
+        for each in self._watched:
+            sample = each.sample
+            if _storage(each.tensor) != each.storage:
+                sample = _sample(each.tensor, each.sample.numel())
+            if (sample.shape, sample.dtype, sample.device) != (
+                each.sample.shape,
+                each.sample.dtype,
+                each.sample.device,
+            ):
+                changed.append(each)
+                sample = each.sample
+            samples.append(sample)
         for key, now in _gathered(samples).items():
             same = _same(now, self._values[key])
             if has_values(same) and not same.all():

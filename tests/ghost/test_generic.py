@@ -496,3 +496,23 @@ def test_sparse_bags_are_refused():
     with pytest.raises(ValueError, match=r"0 \(EmbeddingBag\) has sparse gradients.*sparse=False"):
         clipper.backward(model(torch.randint(9, (4, 6))).sum(1))
     assert_exact(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 2)).double(), torch.randint(9, (4, 6)), losses_of)
+
+
+class Shifted(Own):
+    """Adds a bias that a softmax over the positions takes out again."""
+
+    def forward(self, x):
+        return x + self.scale
+
+
+def test_a_gradient_that_cancels_to_nothing_is_no_fault():
+    model = nn.Sequential(nn.Linear(3, 3), Shifted(), nn.Linear(3, 1)).double()
+    assert_exact(model, draw(4, 20, 3), lambda m, b: m(b).squeeze(-1).log_softmax(1)[:, 0].neg(), passes=(1, 2))
+
+
+def test_a_layer_that_computes_in_float32_inside_is_no_fault():
+    class Narrow(Own):
+        def forward(self, x):
+            return (x.float() * self.scale.float()).to(x.dtype)
+
+    assert_exact(nn.Sequential(nn.Linear(3, 3), Narrow()).double(), draw(4, 20, 3), losses_of, rtol=1e-5)
