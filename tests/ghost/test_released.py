@@ -138,12 +138,15 @@ def test_a_change_is_refused_at_the_end_of_the_forward_whatever_becomes_of_its_l
 
 
 def test_a_parameter_whose_type_the_forward_changes_is_refused():
-    class Casts(nn.Linear):
-        def forward(self, x):
-            self.to(torch.float32)
-            return super().forward(x.float()).to(x.dtype)
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
 
-    model = nn.Sequential(nn.Linear(4, 4), Casts(4, 4), nn.Linear(4, 2)).double()
+        def forward(self, x):
+            return self.layer.to(torch.float32)(x.float()).to(x.dtype)
+
+    model = nn.Sequential(nn.Linear(4, 4), Casts(), nn.Linear(4, 2)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"1\.weight, 1\.bias: each is a parameter that the forward changed"):
+    with pytest.raises(ValueError, match=r"1\.layer\.weight, 1\.layer\.bias: each is a parameter that the forward"):
         clipper.backward(losses_of(model, draw(3, 4)))
