@@ -516,3 +516,28 @@ def test_a_layer_that_computes_in_float32_inside_is_no_fault():
             return (x.float() * self.scale.float()).to(x.dtype)
 
     assert_exact(nn.Sequential(nn.Linear(3, 3), Narrow()).double(), draw(4, 20, 3), losses_of, rtol=1e-5)
+
+
+def test_a_layer_that_is_given_a_cache_says_how_to_do_without():
+    class GrowingCache:
+        def __init__(self):
+            self.calls = 0
+
+    class UsesCache(Own):
+        def forward(self, x, *, past):
+            past.calls += 1
+            return x * self.scale * past.calls
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 3), UsesCache()
+
+        def forward(self, x):
+            return self.layer(self.first(x), past=GrowingCache())
+
+    model = Model().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=r"layer \(UsesCache\) gives an example .*call the model with use_cache=False"):
+        clipper.backward(losses)
