@@ -48,7 +48,8 @@ class GhostClipper:
         passes: 1 keeps what the sum needs and forms it without a second backward; 2 runs the backward again, in which
             each layer weighs its examples, and keeps nothing, for models under checkpoints or reversible sequences;
             "auto" takes 2 where activations are not stored, else 1, and says so in `chosen_passes`; "direct" is for
-            single examples, whatever the layers. "per_layer" takes one pass that keeps nothing.
+            single examples, whatever the layers: the one loss is taken as one example's, such as of all crops of a
+            patient, whatever dimension 0 of the model's input is. "per_layer" takes one pass that keeps nothing.
         batch_size: the number of examples of every call; None reads it from dimension 0 of the model's first tensor
             argument, in mappings and sequences, too.
         memory_budget: bytes that may be kept beyond (A, G) of each layer to save time: the logits of
@@ -371,11 +372,6 @@ class GhostClipper:
     def _direct(self, losses: Tensor) -> Tensor:
         if len(losses) != 1:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
-        if self._call is not None and self._call.batch_size != 1:
-            raise ValueError(
-                f"passes='direct' is for one example, but the model saw a batch of {self._call.batch_size}; give one "
-                f"example (or the GhostClipper batch_size=1, where dimension 0 of the first tensor is no batch)"
-            )
         if self._call is None and any(True for _ in self.model.buffers()):
             raise ValueError("the model saw no forward, so changes of its buffers would not be seen; call the model")
         if self._call is None:  # parts of the model may be called by themselves

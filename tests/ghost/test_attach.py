@@ -315,16 +315,6 @@ def test_losses_of_something_else_are_refused():
         clipper.backward(losses_of(other, draw(4, 3)))
 
 
-def test_one_loss_of_a_batch_is_no_single_example():
-    model = nn.Linear(3, 2).double()
-    clipper = GhostClipper(model, max_grad_norm=1.0, passes="direct")
-    with pytest.raises(ValueError, match="passes='direct' is for one example, but the model saw a batch of 4"):
-        clipper.backward(losses_of(model, draw(4, 3)).mean()[None])
-    clipper.close()
-    clipper = GhostClipper(model, max_grad_norm=1.0, passes="direct", batch_size=1)  # time first
-    clipper.backward(model(draw(4, 1, 3)).sum((0, 2)))
-
-
 def test_a_bound_whose_square_float32_does_not_hold_is_refused():
     with pytest.raises(ValueError, match=r"max_grad_norm is 1e-25; give a positive bound.*at least 1e-15"):
         GhostClipper(nn.Linear(3, 2), max_grad_norm=1e-25)
