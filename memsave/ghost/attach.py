@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from memsave.ghost import refusals
 from memsave.ghost.layer import Layer, RelativeBias
@@ -57,7 +58,7 @@ def attach_layers(clipper: Any, model: nn.Module) -> tuple[list[Layer | Relative
             layers.append(RelativeBias(clipper, module, name=name or "the model"))
             continue
         own = [key for key, p in _own(module) if p.requires_grad]
-        parametrized = refusals.is_parametrized(module)
+        parametrized = is_parametrized(module)
         if (not own and not parametrized) or module in biases or isinstance(module, CONTAINERS):
             continue
         names = tuple(key for key, p in module.named_parameters() if own or p.requires_grad)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -165,11 +164,6 @@ def side_outputs(layers: Iterable[str]) -> Iterator[Refusal]:
             "it), whose gradient would be lost",
             "return it as a part of the output, detach it, or freeze the layer",
         )
-
-
-def is_parametrized(module: nn.Module) -> bool:
-    """Whether some weight is computed by `torch.nn.utils.parametrize`, in the layer's own forward."""
-    return parametrize.is_parametrized(module)
 
 
 def described(function: Callable[..., Any]) -> str:

@@ -1,0 +1,227 @@
+"""Layers without a rule whose output hides something: random numbers, cached weights, examples in opaque arguments."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memsave.ghost import GhostClipper
+from tests.ghost.reference import assert_exact
+from tests.ghost.test_generic import Own
+from tests.ghost.test_layers import draw, losses_of
+
+
+class Rezero(nn.Module):
+    """A block behind a gate that starts at zero, which hides what is drawn inside."""
+
+    def __init__(self, draw_mask, gate=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.inner, self.draw_mask = nn.Parameter(torch.full((1,), gate)), nn.Linear(3, 3), draw_mask
+
+    def forward(self, x):
+        return x + self.gate * self.draw_mask(self.inner(x).tanh())
+
+
+def by_item(y):
+    """Random, and nothing that vmap can map."""
+    return F.dropout(y, 0.5) if y.abs().max().item() < 1e9 else y
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-6])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("mask", [lambda y: F.dropout(y, 0.5), lambda y: y * torch.rand_like(y), by_item])
+def test_random_numbers_that_the_output_does_not_show_are_refused(mask, batch, passes, gate):
+    model = nn.Sequential(nn.Linear(3, 3), Rezero(mask, gate)).double()
+    clipper = GhostClipper(model, max_grad_norm=1e-3, passes=passes)
+    losses = losses_of(model, draw(batch, 20, 3))
+    with pytest.raises(ValueError, match=r"1 \(Rezero\) gives an example another output .* draws random numbers"):
+        clipper.backward(losses)
+
+
+def test_dropout_of_probability_zero_draws_nothing():
+    assert_exact(
+        nn.Sequential(nn.Linear(3, 3), Rezero(lambda y: F.dropout(y, 0.0), 0.3)).double(), draw(4, 3), losses_of
+    )
+
+
+class Caches(Own):
+    """Computes its weight once."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.scale / self.scale.norm()
+        return x * self.kept
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_weight_that_the_layer_caches_is_refused(passes):
+    model = nn.Sequential(nn.Linear(3, 3), Caches()).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=r"gradients of 1\.scale do not sum to the gradient of the batch.*cached"):
+        clipper.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_parametrisations_that_are_cached_are_exact_or_refused():
+    from torch.nn.utils import parametrizations, parametrize
+
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3).double()))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with parametrize.cached():
+        losses = losses_of(model, draw(4, 3))
+        with pytest.raises(ValueError, match="do not sum to the gradient of the batch"):
+            clipper.backward(losses)
+
+
+class Opaque:
+    """Holds a tensor where nobody looks for one."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class TakesOpaque(Own):
+    def __init__(self, centred):
+        super().__init__()
+        self.centred = centred
+
+    def forward(self, holder):
+        return (holder.x - holder.x.mean(0) if self.centred else holder.x) * self.scale
+
+
+class PassesOpaque(nn.Module):
+    def __init__(self, centred):
+        super().__init__()
+        self.layer, self.head = TakesOpaque(centred), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(Opaque(x)))
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_examples_in_an_argument_that_is_no_tensor_are_refused(centred):
+    model = PassesOpaque(centred).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=r"layer \(TakesOpaque\) gives an example another output"):
+        clipper.backward(losses)
+
+
+class TiedBesideAParameter(nn.Module):
+    """A small language model whose positions are a parameter of its own, with a tied head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions = nn.Parameter(torch.randn(6, 4))
+        self.look, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.look.weight
+
+    def forward(self, ids):
+        return self.head(self.look(ids) + self.positions[: ids.shape[1]])
+
+
+def test_a_parameter_with_two_names_inside_a_layer_is_exact():
+    assert_exact(TiedBesideAParameter().double(), torch.randint(9, (4, 6)), losses_of)
+
+
+def test_a_checkpoint_inside_a_layer_is_refused():
+    class Block(Own):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) * self.scale
+
+    model = nn.Sequential(nn.Linear(3, 3), Block()).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=r"a checkpoint computed something else again.*move checkpoints out"):
+        clipper.backward(losses)
+
+
+def test_a_parameter_that_a_rule_does_not_know_is_exact_or_refused():
+    class Scaled(nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.layer, self.inside = nn.Linear(3, 3), inside
+            self.layer.scale = nn.Parameter(torch.rand(3))
+
+        def forward(self, x):
+            return self.layer(x) if self.inside else self.layer(x) * self.layer.scale
+
+    assert_exact(Scaled(True).double(), draw(4, 3), losses_of)
+    model = Scaled(False).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=r"layer\.scale is used outside the forward|layer gives the losses something"):
+        clipper.backward(losses)
+
+
+def test_a_linear_layer_whose_input_lost_its_batch_is_refused():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Flatten(0), nn.Linear(8, 1)).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"2 \(Linear\) got an input of shape \(8,\), which has no batch"):
+        clipper.backward(model(draw(1, 3)))
+
+
+def test_sparse_bags_are_refused():
+    model = nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 2))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"0 \(EmbeddingBag\) has sparse gradients.*sparse=False"):
+        clipper.backward(model(torch.randint(9, (4, 6))).sum(1))
+    assert_exact(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 2)).double(), torch.randint(9, (4, 6)), losses_of)
+
+
+class Shifted(Own):
+    """Adds a bias that a softmax over the positions takes out again."""
+
+    def forward(self, x):
+        return x + self.scale
+
+
+def test_a_gradient_that_cancels_to_nothing_is_no_fault():
+    model = nn.Sequential(nn.Linear(3, 3), Shifted(), nn.Linear(3, 1)).double()
+    assert_exact(model, draw(4, 20, 3), lambda m, b: m(b).squeeze(-1).log_softmax(1)[:, 0].neg(), passes=(1, 2))
+
+
+def test_a_layer_that_computes_in_float32_inside_is_no_fault():
+    class Narrow(Own):
+        def forward(self, x):
+            return (x.float() * self.scale.float()).to(x.dtype)
+
+    assert_exact(nn.Sequential(nn.Linear(3, 3), Narrow()).double(), draw(4, 20, 3), losses_of, rtol=1e-5)
+
+
+def test_a_layer_that_is_given_a_cache_says_how_to_do_without():
+    class GrowingCache:
+        def __init__(self):
+            self.calls = 0
+
+    class UsesCache(Own):
+        def forward(self, x, *, past):
+            past.calls += 1
+            return x * self.scale * past.calls
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 3), UsesCache()
+
+        def forward(self, x):
+            return self.layer(self.first(x), past=GrowingCache())
+
+    model = Model().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = losses_of(model, draw(4, 3))
+    with pytest.raises(ValueError, match=r"layer \(UsesCache\) gives an example .*call the model with use_cache=False"):
+        clipper.backward(losses)
