@@ -128,6 +128,7 @@ class GhostClipper:
                 "the last backward failed while it added to .grad, so that a part of its examples would count twice; "
                 "clear the gradients (optimizer.zero_grad()) and begin the logical batch again"
             )
+        refusals.refuse_several_processes()
         self._drop_frozen()
         if not len(losses):  # an empty Poisson batch: a step of noise alone
             norms, self._call, self.clipped = losses.detach(), None, losses.detach() < 0
@@ -140,6 +141,7 @@ class GhostClipper:
 
     def attach(self) -> None:
         """Take the model's layers, as the constructor does; for a clipper that was closed."""
+        refusals.refuse_several_processes()
         self._separation.forget()
         problems = list(find_refusals(self.model))
         try:

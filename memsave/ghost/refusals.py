@@ -13,6 +13,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointError
 
+from memsave.processes import several_processes
+
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 OLD_UTILITIES = (
     (WeightNorm, "weight_norm", "use torch.nn.utils.parametrizations.weight_norm"),
@@ -198,6 +200,13 @@ def refuse_escaped(model: nn.Module, parameters: Sequence[nn.Parameter], gradien
         for parameter, gradient in zip(parameters, gradients, strict=True)
         if gradient is not None
     )
+
+
+def refuse_several_processes() -> None:
+    """Refuse to clip in one of several processes: nothing would add up their sums."""
+    found = several_processes()
+    if found is not None:
+        raise ValueError(f"{found}, and each would clip and sum its own examples alone; start one process")
 
 
 class GradientWritten(ValueError):

@@ -5,6 +5,7 @@
 with clip factors c_b from `memsave.ghost`, a Poisson batch of expected size q n, and noise once a batch.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,10 +15,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from memsave.ghost import GhostClipper
-from memsave.privacy.accounting import ACCOUNTANTS, PrivacyError, check_delta, epsilon_of
+from memsave.privacy.accounting import PrivacyError, check_accountant, check_delta, check_noise, epsilon_of
+from memsave.privacy.guard import Guard
 from memsave.privacy.noise import GaussianNoise
 from memsave.privacy.randomness import secret_generator, seeded_generator
 from memsave.privacy.sampling import poisson_batches
+from memsave.processes import several_processes
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Mechanism:
     """prv | rdp."""
 
     def __post_init__(self) -> None:
-        if self.accountant not in ACCOUNTANTS:
-            raise PrivacyError(f"accountant is {self.accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-        if self.noise_multiplier < 0:
-            raise PrivacyError(f"noise_multiplier is {self.noise_multiplier}; give 0 or more")
+        check_accountant(self.accountant)
+        check_noise(self.noise_multiplier)
+        if not 0 < self.max_grad_norm < math.inf:
+            raise PrivacyError(f"max_grad_norm is {self.max_grad_norm:g}; give a finite number above 0, such as 1.0")
         if not 0 < self.batch_size <= self.size:
             raise PrivacyError(
                 f"the batch size is {self.batch_size} for {self.size} examples; give one from 1 to {self.size}"
@@ -74,6 +77,9 @@ class PrivateGradients:
             optimizer.step()
             optimizer.zero_grad()
 
+    A loop that does otherwise is refused, see `memsave.privacy.guard`: losses that are not those of the drawn batch, a
+    batch without `finish`, an optimizer's step before it.
+
     Formal guarantee: the gradients of k steps together, and all that is computed from them, are
     (mechanism.epsilon(k), mechanism.delta)-differentially private for adding or removing one example, provided that
     each loss depends on its own example alone and that `indices` are what the losses are of.
@@ -97,6 +103,7 @@ class PrivateGradients:
         secure_noise: bool = False,
         seed: int | None = None,
     ):
+        _refuse_several_processes()
         parameters = _trainable(model)
         self.model, self.mechanism = model, mechanism
         self.seeded = seed is not None
@@ -105,6 +112,7 @@ class PrivateGradients:
         """Steps that were noised, and are therefore counted."""
         self.examples = 0
         """Examples seen so far. Not private."""
+        self.guard = Guard(parameters)
         self._clipped: int | Tensor = 0
         self._nonfinite: int | Tensor = 0
         self._device = parameters[0].device
@@ -131,27 +139,39 @@ class PrivateGradients:
 
     def batches(self) -> Iterator[list[int]]:
         """Endless Poisson batches of indices; the next one is drawn when it is asked for."""
-        return poisson_batches(
+        for indices in poisson_batches(
             size=self.mechanism.size, sample_rate=self.mechanism.sample_rate, generator=self._sampling
-        )
+        ):
+            self.guard.draw(len(indices))
+            yield indices
 
     def backward(self, losses: Tensor) -> None:
-        """Add the clipped sum of a micro-batch's gradients."""
+        """Add the clipped sum of a micro-batch's gradients; `losses` (B,), of examples of the batch drawn last.
+
+        Raises PrivacyError for losses of other examples, as far as their number tells.
+        """
         self._refuse_other_parameters()
+        self.guard.before_backward(len(losses))
         norms = self.clipper.backward(losses)
+        self.guard.after_backward(len(norms))
         self.examples += len(norms)
         assert self.clipper.clipped is not None
         self._clipped = self._clipped + self.clipper.clipped.sum()
         self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
 
     def finish(self) -> None:
-        """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone."""
+        """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone.
+
+        Raises PrivacyError unless `backward` got a loss for each example of the batch drawn last.
+        """
+        _refuse_several_processes()
         self._refuse_other_parameters()
         if self.clipper.unfinished:
             raise PrivacyError(
                 "a backward of this logical batch failed while it added to .grad, which holds a part of its examples; "
                 "clear the gradients (optimizer.zero_grad()) and compute the logical batch again"
             )
+        self.guard.before_finish()
         for parameter in self._noise.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -160,6 +180,18 @@ class PrivateGradients:
             assert parameter.grad is not None
             parameter.grad.div_(self.mechanism.batch_size)
         self.steps += 1
+        self.guard.after_finish()
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within, steps on any batch may be measured, but not taken; afterwards counts and generators are as before."""
+        before, self.guard.rehearsing = self.state_dict(), True
+        try:
+            yield
+        finally:
+            self.guard.rehearsing = False
+            self._drop_gradients()
+            self._restore(before)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -169,11 +201,13 @@ class PrivateGradients:
             yield
         finally:
             self.clipper.attach()
-            for parameter in self._noise.parameters:
-                parameter.grad = None
+            self._drop_gradients()
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was; a sum that was not noised is dropped."""
+        if self.guard.unnoised:
+            self._drop_gradients()
+        self.guard.close()
         self.clipper.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,11 +239,19 @@ class PrivateGradients:
             raise PrivacyError(
                 f"the checkpoint's noise was drawn on another kind of device than {self._device}; continue on that one"
             )
+        self.guard.reset()
+        self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.seeded |= state["seeded"]
         self.steps = state["steps"]
         self._clipped, self.examples, self._nonfinite = state["clipped"], state["examples"], state["nonfinite"]
         self._sampling.set_state(state["sampling"])
         self._noise.generator.set_state(state["noise"])
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._noise.parameters:
+            parameter.grad = None
 
     def _refuse_other_parameters(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -220,6 +262,15 @@ class PrivateGradients:
                 "other parameters are trainable than at the start, which would get no noise; decide before "
                 "PrivateGradients is made"
             )
+
+
+def _refuse_several_processes() -> None:
+    found = several_processes()
+    if found is not None:
+        raise PrivacyError(
+            f"{found}: each would draw batches and noise of its own, and together they would spend more than is "
+            f"accounted for; start one process"
+        )
 
 
 def _generator(device: torch.device | str, seed: int | None) -> Generator:

@@ -7,6 +7,7 @@ mode and random state are as before.
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,9 +42,15 @@ def measure_modes(
 
     Of a private run, clipping and noise included, and once more in the run's own mode "without privacy".
     """
+    with nullcontext() if state.private is None else state.private.rehearsal():
+        return _measure(state, task, batch, config, modes=modes)
+
+
+def _measure(
+    state: State, task: Task, batch: Batch, config: TrainerConfig, *, modes: Sequence[str]
+) -> dict[str, Measurement]:
     model, private = state.model, state.private
     before, random = get_memory(model), get_random_state(model)
-    counts = None if private is None else private.state_dict()
 
     def step(mode: str) -> float:
         set_random_state(model, random)
@@ -83,8 +90,6 @@ def measure_modes(
     finally:
         set_memory(model, before)
         set_random_state(model, random)
-        if private is not None and counts is not None:
-            private.load_state_dict(counts)
     return {mode: Measurement(reports[mode], seconds[mode], losses[mode]) for mode in reports}
 
 

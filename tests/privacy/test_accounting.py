@@ -53,7 +53,11 @@ def test_every_step_costs():
         ({"delta": 0.01}, r"delta is 0\.01 for 100 examples.*below 1/n = 0\.01.*n\^-1\.1 = 0\.00631"),
         ({"delta": 0.0}, "must be above 0"),
         ({"batch_size": 101}, "batch size is 101 for 100 examples; give one from 1 to 100"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier is -1.0"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier is -1; give a finite number of 0 or more"),
+        ({"noise_multiplier": float("inf")}, "noise_multiplier is inf; give a finite number"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier is nan; give a finite number"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm is inf; give a finite number above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0; give a finite number above 0"),
         ({"accountant": "gdp"}, "'gdp'; choose one of prv, rdp"),
     ],
     ids=str,
@@ -71,3 +75,39 @@ def test_targets_that_cannot_be_met_are_refused_in_one_sentence():
         noise_multiplier_for(target_epsilon=0, **known)
     with pytest.raises(PrivacyError, match="no noise multiplier keeps 100 steps"):
         noise_multiplier_for(target_epsilon=1e-9, **known)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sample_rate": 1.5}, r"sample rate is 1\.5; it must be above 0 and at most 1"),
+        ({"sample_rate": 0.0}, "sample rate is 0"),
+        ({"delta": 0.0}, "delta is 0; it must be above 0"),
+        ({"delta": 1e-18}, r"prv accountant cannot compute the epsilon of 60 steps .*delta 1e-18.*accountant=rdp or"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier is nan"),
+    ],
+    ids=str,
+)
+def test_an_epsilon_that_cannot_be_computed_is_a_sentence(options, words):
+    with pytest.raises(PrivacyError, match=words):
+        epsilon_of(
+            **{"noise_multiplier": 1.0, "sample_rate": 0.05, "steps": 60, "delta": 1e-5, "accountant": "prv"} | options
+        )
+
+
+def test_very_little_noise_takes_no_time_and_very_much_fails_for_no_rounding():
+    known = {"sample_rate": 0.05, "steps": 60, "delta": 1e-5, "accountant": "prv"}
+    epsilons = [
+        epsilon_of(noise_multiplier=noise, **known) for noise in (5e-324, 1e-200, 1e-3, 0.1, 0.4, 1.0, 1e4, 1e8)
+    ]
+    assert epsilons[:2] == [float("inf")] * 2
+    assert epsilons == sorted(epsilons, reverse=True)
+    assert epsilons[2] > 1e6
+    assert 1000 < epsilons[3] < 2000  # PRV would take 10 s and 1 GB for 596
+    assert epsilon_of(noise_multiplier=1.0, **{**known, "steps": 10**5}) > 100  # and here 8 GB
+
+
+def test_a_large_target_is_calibrated_for_as_fast():
+    known = {"sample_rate": 0.05, "steps": 60, "delta": 1e-5, "accountant": "prv"}
+    noise = noise_multiplier_for(target_epsilon=1000, **known)
+    assert 990 <= epsilon_of(noise_multiplier=noise, **known) <= 1000

@@ -25,7 +25,21 @@ def losses_of(model, x):
     return model(x).sin().sum(1)
 
 
+def whole_batches(model, *, size, noise_multiplier=0.0, **options):
+    """Every example is in every batch: q = 1. The first is drawn."""
+    private = PrivateGradients(model, Mechanism(size, size, noise_multiplier, 0.5, delta=1e-3), seed=0, **options)
+    assert next(private.batches()) == list(range(size))
+    return private
+
+
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+def one_step(model, private):
+    """Draw a batch and leave its private gradient."""
+    indices = next(private.batches())
+    private.backward(losses_of(model, X[indices]))
+    private.finish()
 
 
 def gradients(model):
@@ -34,7 +48,7 @@ def gradients(model):
 
 def test_without_noise_it_is_the_clipped_sum_over_the_expected_size():
     model = model_of()
-    private = private_of(model)
+    private = whole_batches(model, size=6)
     for part in X[:6].split(4):
         private.backward(losses_of(model, part))
     private.finish()
@@ -47,17 +61,19 @@ def test_without_noise_it_is_the_clipped_sum_over_the_expected_size():
         for each, g in zip(total, gradient, strict=True):
             each += g * (0.5 / norm).clamp(max=1)
     for one, other in zip(ours, total, strict=True):
-        torch.testing.assert_close(one, other / 8, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(one, other / 6, rtol=1e-4, atol=1e-7)
     assert private.examples == 6
     assert 0 < private.clipped <= 6
 
 
 def test_an_empty_batch_is_a_step_of_noise_alone():
     model = model_of()
-    private = private_of(model, noise_multiplier=2.0)
+    private = PrivateGradients(model, Mechanism(40, 1, 2.0, 0.5, delta=1e-3), seed=0)
+    while next(private.batches()):  # one in three is empty
+        private.guard.reset()
     private.finish()
     drawn = torch.cat([g.flatten() for g in gradients(model)])
-    assert drawn.std() == pytest.approx(2.0 * 0.5 / 8, rel=0.3)
+    assert drawn.std() == pytest.approx(2.0 * 0.5, rel=0.3)
     assert private.steps == 1
     assert private.epsilon > 0
 
@@ -65,12 +81,12 @@ def test_an_empty_batch_is_a_step_of_noise_alone():
 @pytest.mark.parametrize("parts", [1, 2, 6])
 def test_noise_is_added_once_however_the_batch_is_split(parts):
     model = model_of()
-    private = private_of(model, noise_multiplier=1.0)
+    private = whole_batches(model, size=6, noise_multiplier=1.0)
     for part in X[:6].chunk(parts):
         private.backward(losses_of(model, part))
     private.finish()
     whole = model_of()
-    other = private_of(whole, noise_multiplier=1.0)
+    other = whole_batches(whole, size=6, noise_multiplier=1.0)
     other.backward(losses_of(whole, X[:6]))
     other.finish()
     for one, another in zip(gradients(model), gradients(whole), strict=True):
@@ -78,12 +94,8 @@ def test_noise_is_added_once_however_the_batch_is_split(parts):
 
 
 def steps(model, private, count):
-    batches = private.batches()
     for _ in range(count):
-        indices = next(batches)
-        if indices:
-            private.backward(losses_of(model, X[indices]))
-        private.finish()
+        one_step(model, private)
         with torch.no_grad():
             for p in model.parameters():
                 p -= 0.1 * p.grad
@@ -109,7 +121,7 @@ def test_two_runs_of_the_operating_systems_entropy_differ():
     noises = []
     for _ in range(2):
         model = model_of()
-        private_of(model, noise_multiplier=1.0, seed=None).finish()
+        one_step(model, private_of(model, noise_multiplier=1.0, seed=None))
         noises.append(torch.cat([g.flatten() for g in gradients(model)]))
     assert not torch.equal(*noises)
 
@@ -146,7 +158,7 @@ def test_a_sum_that_failed_half_way_is_neither_noised_nor_counted(monkeypatch):
     from memsave.ghost import tap
 
     model = model_of()
-    private = private_of(model)
+    private = whole_batches(model, size=3)
     add_sum, calls = tap.add_sum, []
 
     def failing(*args):

@@ -1,0 +1,266 @@
+"""A loop that does not do what its epsilon is computed for is refused before a weight moves."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from memsave.ghost import GhostClipper
+from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+
+pytest.importorskip("opacus")
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Loop:
+    """A model, its private gradients and its optimizer; q is 1 unless a batch size is given."""
+
+    def __init__(self, *, batch_size: int = 12, optimizer=torch.optim.SGD):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        self.private = PrivateGradients(self.model, Mechanism(12, batch_size, 1.0, 0.5, delta=1e-3), seed=0)
+        self.optimizer = optimizer(self.model.parameters(), lr=0.1)
+        self.batches = self.private.batches()
+
+    def backward(self, indices):
+        self.private.backward(self.model(X[indices]).sin().sum(1))
+
+    def weights(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def moved(self, before):
+        return not all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_an_optimizer_does_not_step_on_a_sum_without_noise(optimizer):
+    loop = Loop(optimizer=optimizer)
+    before = loop.weights()
+    loop.backward(next(loop.batches))
+    with pytest.raises(PrivacyError, match=r"clipped sum without noise: call PrivateGradients\.finish\(\)"):
+        loop.optimizer.step()
+    assert not loop.moved(before)
+    loop.private.finish()
+    loop.optimizer.step()
+    assert loop.moved(before)
+
+
+def test_a_scaler_does_not_step_on_a_sum_without_noise():
+    loop = Loop()
+    before = loop.weights()
+    loop.backward(next(loop.batches))
+    with pytest.raises(PrivacyError, match="without noise"):
+        torch.amp.GradScaler("cpu", enabled=False).step(loop.optimizer)
+    assert not loop.moved(before)
+
+
+def test_batches_of_ones_own_loader_are_refused():
+    loop = Loop()
+    with pytest.raises(PrivacyError, match=r"no batch was drawn: take the examples .*PrivateGradients\.batches\(\)"):
+        loop.backward([3, 1, 2])
+    with pytest.raises(PrivacyError, match=r"finish\(\) was called, but no batch was drawn"):
+        loop.private.finish()
+    assert loop.private.steps == 0
+
+
+def test_more_examples_than_were_drawn_are_refused():
+    loop = Loop(batch_size=3)
+    drawn = next(loop.batches)
+    with pytest.raises(PrivacyError, match=rf"got 12 losses .* the batch drawn has {len(drawn)} examples"):
+        loop.backward(range(12))
+
+
+def test_a_step_counts_only_with_all_examples_that_were_drawn():
+    loop = Loop()
+    loop.backward(next(loop.batches)[:5])
+    with pytest.raises(PrivacyError, match=r"after 5 losses, but the batch drawn has 12 examples"):
+        loop.private.finish()
+    loop.backward(range(5, 12))
+    loop.private.finish()
+    with pytest.raises(PrivacyError, match="no batch was drawn since the last one"):
+        loop.private.finish()
+    assert loop.private.steps == 1
+
+
+def test_a_second_batch_without_finish_is_refused():
+    loop = Loop()
+    loop.backward(next(loop.batches))
+    with pytest.raises(PrivacyError, match=r"got 24 losses since the last finish\(\)"):
+        loop.backward(next(loop.batches))
+
+
+def test_gradients_that_change_before_the_noise_are_refused():
+    loop = Loop()
+    loop.backward(next(loop.batches))
+    torch.nn.utils.clip_grad_norm_(loop.model.parameters(), 1e-3)
+    with pytest.raises(PrivacyError, match=r"changed between backward\(\) and finish\(\).*after finish\(\)"):
+        loop.private.finish()
+
+
+def test_weights_that_change_before_the_noise_are_refused():
+    loop = Loop()
+    loop.backward(next(loop.batches))
+    with torch.no_grad():
+        for p in loop.model.parameters():
+            p -= 0.1 * p.grad
+    with pytest.raises(PrivacyError, match=r"parameters changed between backward\(\) and finish\(\)"):
+        loop.private.finish()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_cleared_between_micro_batches_begin_the_batch_anew(set_to_none):
+    loop = Loop()
+    next(loop.batches)
+    loop.backward(range(6))
+    loop.optimizer.zero_grad(set_to_none=set_to_none)
+    loop.backward(range(6, 12))
+    with pytest.raises(PrivacyError, match=r"after 6 losses, but the batch drawn has 12"):
+        loop.private.finish()
+    loop.optimizer.zero_grad(set_to_none=set_to_none)
+    loop.backward(range(12))
+    loop.private.finish()
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_gradients_of_the_last_step_must_be_cleared(empty):
+    loop = Loop(batch_size=1)
+    batch = next(loop.batches)
+    loop.backward(batch)
+    loop.private.finish()
+    loop.optimizer.step()
+    while bool(batch := next(loop.batches)) is empty:
+        loop.private.guard._drawn.pop()
+    with pytest.raises(PrivacyError, match=r"still there.*call optimizer\.zero_grad\(\) after optimizer\.step\(\)"):
+        loop.private.finish() if empty else loop.backward(batch)
+    loop.optimizer.zero_grad(set_to_none=False)
+    loop.backward(batch)
+    loop.private.finish()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_may_draw_ahead(workers):
+    loop = Loop(batch_size=3)
+    loader = DataLoader(TensorDataset(torch.arange(12)), batch_sampler=loop.batches, num_workers=workers)
+    for _, (indices,) in zip(range(6), loader, strict=False):
+        loop.backward(indices)
+        loop.private.finish()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    assert loop.private.steps == 6
+
+
+def test_other_models_and_a_closed_one_are_left_alone():
+    loop, other = Loop(), nn.Linear(2, 2)
+    loop.backward(next(loop.batches))
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    before = loop.weights()
+    loop.private.close()
+    loop.optimizer.step()  # the sum is gone
+    assert not loop.moved(before)
+    loop.model(X).sum().backward()
+    loop.optimizer.step()
+    assert loop.moved(before)
+
+
+def test_it_does_not_keep_the_model_alive():
+    loop = Loop()
+    model = weakref.ref(loop.model)
+    del loop
+    gc.collect()
+    assert model() is None
+
+
+def test_a_rehearsal_counts_nothing_and_takes_no_step():
+    loop = Loop()
+    before, state = loop.weights(), loop.private.state_dict()
+    with loop.private.rehearsal():
+        loop.backward(range(5))
+        loop.private.finish()
+        with pytest.raises(PrivacyError, match="steps of a rehearsal are not accounted for"):
+            loop.optimizer.step()
+    after = loop.private.state_dict()
+    assert all(torch.equal(after.pop(key), state.pop(key)) for key in ("sampling", "noise"))
+    assert after == state
+    assert not loop.moved(before)
+    assert all(p.grad is None for p in loop.model.parameters())
+    loop.backward(next(loop.batches))
+    loop.private.finish()
+    assert loop.private.steps == 1
+
+
+OPERATIONS = st.lists(
+    st.sampled_from(["draw", "backward", "half", "finish", "step", "zero_grad", "rehearse"]), max_size=14
+)
+
+
+@given(OPERATIONS)
+@settings(max_examples=60, deadline=None)
+def test_in_any_order_weights_move_only_by_noised_sums_of_drawn_batches(operations):
+    loop = Loop(batch_size=4)
+    drawn, noised = [], False
+    try:
+        for operation in operations:
+            before, steps = loop.weights(), loop.private.steps
+            try:
+                if operation == "draw":
+                    drawn.append(next(loop.batches))
+                elif operation in ("backward", "half"):
+                    batch = drawn[0] if drawn else [0]
+                    loop.backward(batch if operation == "backward" else batch[: len(batch) // 2])
+                    noised = noised and not batch
+                elif operation == "finish":
+                    loop.private.finish()
+                    drawn.pop(0)
+                    noised = True
+                elif operation == "step":
+                    loop.optimizer.step()
+                elif operation == "zero_grad":
+                    loop.optimizer.zero_grad()
+                else:
+                    with loop.private.rehearsal():
+                        loop.backward([0])
+                        loop.private.finish()
+                    noised = False
+            except PrivacyError:
+                pass
+            assert loop.private.steps - steps in ((0, 1) if operation == "finish" else (0,))
+            if loop.moved(before):
+                assert operation == "step" and noised
+    finally:
+        loop.private.close()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_several_processes_is_refused(name, monkeypatch):
+    loop = Loop()
+    loop.backward(next(loop.batches))
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(PrivacyError, match=rf"one of several \({name}=2\).*start one process"):
+        Loop()
+    with pytest.raises(PrivacyError, match="more than is accounted for"):
+        loop.private.finish()
+    with pytest.raises(ValueError, match="would clip and sum its own examples alone"):
+        GhostClipper(nn.Linear(2, 2), max_grad_norm=1.0)
+    monkeypatch.setenv(name, "1")
+    loop.private.finish()
+
+
+def test_a_process_group_of_several_is_refused():
+    store = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore()
+    loop = Loop()
+    loop.backward(next(loop.batches))
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    try:
+        for make in (Loop, lambda: GhostClipper(nn.Linear(2, 2), max_grad_norm=1.0), loop.private.finish):
+            with pytest.raises(ValueError, match="one of 2 of a process group"):
+                make()
+    finally:
+        torch.distributed.destroy_process_group()
+    loop.private.finish()
