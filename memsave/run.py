@@ -33,6 +33,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError, conf_dir, register
+from memsave.processes import several_processes
 from memsave.training.interrupt import interrupt_at_signals
 
 _exit_code = 0
@@ -41,6 +42,7 @@ _exit_code = 0
 def main() -> None:
     """Run what the command line asks for, and exit."""
     try:
+        _refuse_several_processes()
         _check_overrides(sys.argv[1:])
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
@@ -65,14 +67,24 @@ def main() -> None:
     sys.exit(_exit_code)
 
 
+def _refuse_several_processes() -> None:
+    found = several_processes()
+    if found is not None:
+        raise ConfigError(
+            f"{found}: each would make a run of its own in one folder; start one, without torchrun or srun"
+        )
+
+
 def job(config: DictConfig) -> None:
     """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
     global _exit_code
+    from memsave.training.folder import refuse_second_run
     from memsave.training.result import request_of
 
     hydra_config = HydraConfig.get()
     folder, experiment = Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices["experiment"]
     if hydra_config.mode == RunMode.RUN:
+        refuse_second_run(folder, resume=config.trainer.resume)
         code = _exit_code = execute(config, folder, experiment=experiment)
     else:
         request = request_of(config)
@@ -139,16 +151,26 @@ def execute(
     `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
     for (None: this config).
     """
+    from memsave.training.folder import alone_in
+
+    try:
+        _refuse_several_processes()
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            return _execute(config, folder, experiment=experiment, ways=ways, request=request)
+    except ConfigError as error:
+        return _complain(error, code=2)
+    except OSError as error:
+        return _complain(_no_disk(folder, error), code=1)
+
+
+def _execute(config: DictConfig, folder: Path, *, experiment: str, ways: list[str] | None, request: str | None) -> int:
     from memsave.training.progress import Progress
     from memsave.training.result import request_of, versions, write_config, write_json
 
     started = time.perf_counter()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-        write_config(config, folder, request=request or request_of(config))
-    except OSError as error:
-        return _complain(_no_disk(folder, error), code=1)
+    (folder / "result.json").unlink(missing_ok=True)
+    write_config(config, folder, request=request or request_of(config), experiment=experiment)
     status, code, outcome = _attempt(config, folder, ways=ways)
     result = {
         "status": status,
@@ -179,12 +201,12 @@ def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tup
         from memsave.training.progress import Progress
 
         return "ok", 0, run_experiment(to_objects(config), folder, ways=ways, progress=Progress())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         resume = folder / "checkpoint"
         print(
             f"interrupted; continue with trainer.resume={resume}" if resume.exists() else "interrupted", file=sys.stderr
         )
-        return "interrupted", 130, {}
+        return "interrupted", 130, getattr(stop, "outcome", {})
     except Exception as error:
         status, code, message = _explain(error, config, folder)
         return status, _complain(message, code=code), {"error": message, **getattr(error, "outcome", {})}

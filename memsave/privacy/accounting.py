@@ -11,6 +11,7 @@ under add-or-remove-one adjacency. Both answer with upper bounds.
 
 import math
 import warnings
+from typing import Any
 
 ACCOUNTANTS = ("prv", "rdp")
 PRV_LIMIT = 50.0  # epsilon above which PRV is not asked: at 600 it takes 10 s and 1 GB, and both go on growing
@@ -66,7 +67,11 @@ def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta
         return 0.0
     if noise_multiplier == 0:
         return math.inf
-    run = {"noise_multiplier": min(noise_multiplier, MOST_NOISE), "sample_rate": sample_rate, "steps": steps}
+    run: dict[str, Any] = {
+        "noise_multiplier": min(noise_multiplier, MOST_NOISE),
+        "sample_rate": sample_rate,
+        "steps": steps,
+    }
     bound = _opacus_epsilon(**run, delta=delta, accountant="rdp")
     if accountant == "rdp" or bound > PRV_LIMIT:
         return bound

@@ -16,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memsave.privacy.accounting import PrivacyError
 
-
 Version = tuple[nn.Parameter, Tensor, int]
 """A parameter, its gradient, and the version counter of that."""
 
@@ -71,7 +70,7 @@ class Guard:
         if self._seen + count > self._drawn[0]:
             raise PrivacyError(
                 f"backward() got {self._seen + count} losses since the last finish(), but the batch drawn has "
-                f"{self._drawn[0]} examples: give one loss for each drawn index, and call finish() once after each batch"
+                f"{self._drawn[0]} examples: give one loss for each drawn index, and call finish() after each batch"
             )
         if not self._unnoised:
             self._weights = [p._version for p in self._parameters]
@@ -145,8 +144,8 @@ class Guard:
         elif not all(kept):
             if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
                 raise PrivacyError(
-                    "gradients were changed between backward() and finish(), when the sum had no noise yet: clip, scale "
-                    "or replace them after finish()"
+                    "gradients were changed between backward() and finish(), when the sum had no noise yet: clip or "
+                    "scale them after finish()"
                 )
             self._seen = 0  # they were cleared: the batch begins anew
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from memsave.training.loop import State
 from memsave.training.random_state import get_random_state, set_random_state
 
+NAME = "checkpoint"
 RANDOM, PRIVATE, EMA, PREVIOUS = "random/", "private/", "ema/", ".previous"
 SECRET = """This folder is as secret as the training data: it holds the state of the generators that noise and batches
 are drawn from. What may be handed on is the folder model/.
@@ -76,11 +77,13 @@ def _write(state: State, new: Path) -> None:
 
 
 def load(state: State, folder: Path) -> None:
-    """Put the state into what `save` wrote; CheckpointError when it does not fit."""
+    """Put the state into what `save` wrote, given its folder or the run's; CheckpointError when it does not fit."""
+    if not (folder / "state.json").is_file() and any((folder / name).exists() for name in (NAME, NAME + PREVIOUS)):
+        folder = folder / NAME  # the run's folder
     if not folder.exists() and folder.with_name(folder.name + PREVIOUS).exists():
         folder = folder.with_name(folder.name + PREVIOUS)  # killed between the two renames
     if not (folder / "state.json").is_file():
-        raise CheckpointError(f"there is no checkpoint in {folder}; name a run's checkpoint/ folder")
+        raise CheckpointError(f"there is no checkpoint in {folder}; name a run's folder, or its checkpoint/")
     try:
         content = json.loads((folder / "state.json").read_text())
         step, optimizer, numbers = int(content["step"]), content["optimizer"], content["numbers"]

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from memsave.training.interrupt import asked_to_stop
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
-from memsave.training.private import make_private, write_statement
+from memsave.training.private import Spending, make_private, spent_by, told, up, write_statement
 from memsave.training.process import process_bytes, process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
 from memsave.training.task import Task
@@ -49,33 +49,53 @@ def run_experiment(
         return plan_experiment(config, folder, device, ways=ways, progress=progress)
     config, planned = fitted(config, folder, device, progress=progress)
     state, task = _prepared(config, device, progress=progress)
-    log = RunLog(folder, tensorboard=config.trainer.tensorboard, anew=state.step == 0)
+    try:
+        return planned | _trained(config, state, task, folder, progress=progress)
+    except BaseException as error:
+        spent = spent_by(config, state.private, unit=task.unit)
+        with suppress(OSError):  # a full disk may be what went wrong
+            write_statement(spent, folder)
+        error.outcome = {**planned, "privacy": spent, **getattr(error, "outcome", {})}  # type: ignore[attr-defined]
+        raise
+
+
+def _trained(config: Config, state: State, task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:
+    """Take the steps, release the model, and then evaluate, measure and draw, whose faults cost no step."""
+    log = RunLog(folder, tensorboard=config.trainer.tensorboard, step=state.step)
     first = _evaluate_first(config, state, task, log, progress=progress)
     measured = _compare(config, state, task, progress=progress)
     watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
-        loss, scores = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
+        loss = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
     except OverBudget as stop:
-        stop.outcome = {**planned, "memory": _write_memory(config, folder, watch.last, measured)}
+        stop.outcome = {"memory": _write_memory(config, folder, watch.last, measured)}
         raise
+    _release(state, task, folder)
+    spent = spent_by(config, state.private, unit=task.unit)
+    write_statement(spent, folder)
+    scores = _evaluate_last(state, task, log, progress=progress)
     memory = _write_memory(config, folder, watch.worst, measured)
     if watch.process_peak is not None:
         memory |= {"process_peak_bytes": watch.process_peak, "process_start_bytes": watch.process_start}
         start = format_bytes(watch.process_start or 0)
         progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}, {start} before")
     task.show(folder)
-    with averaged(state):
-        task.release(state.model, folder / "model")
     for line in _last_lines(config, task, scores, measured):
         progress.say(line)
-    spent = write_statement(config, state, task, folder, progress=progress)
+    if spent is not None:
+        progress.say(told(spent))
     return {
         "metrics": {"loss": loss, **scores, **first},
         "seconds_per_step": median(watch.seconds) if watch.seconds else None,
         "memory": memory,
         "privacy": spent,
-        **planned,
     }
+
+
+def _release(state: State, task: Task, folder: Path) -> None:
+    """Write `model/`."""
+    with averaged(state):
+        task.release(state.model, folder / "model")
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[State, Task]:
@@ -216,24 +236,27 @@ def _compare(config: Config, state: State, task: Task, *, progress: Progress) ->
 
 def _train(
     config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: Watch, progress: Progress
-) -> tuple[float | None, dict[str, float]]:
-    """Take the steps, log them, leave checkpoints; returns the last loss and the scores at the end."""
+) -> float | None:
+    """Take the steps, log them, leave checkpoints; returns the last loss, None where no step was left to take."""
     trainer = config.trainer
-    loss: float | None = None  # when nothing was left to train
+    loss: float | None = None
+    spending = Spending(state.private, steps=trainer.steps)
     if config.profiler.process:
         restart_peak()
         watch.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
         for done in _kept_on_fault(run_steps(state, task, trainer, watch=watch), state, folder):
-            loss = done.loss
-            log.write(asdict(done))
+            loss, spent = done.loss, spending.entry()
+            log.write({**asdict(done), **spent})
             watch.seconds.append(done.seconds)
-            bar.advance("an empty batch" if loss is None else f"loss {loss:.3f}")
+            what = "an empty batch" if loss is None else f"loss {loss:.3f}"
+            bar.advance(what + "".join(f", epsilon {up(value, '.2f')}" for value in spent.values()))
             stop, excess, last = stopping(), watch.excess(done.step), done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: its faults cost no steps
             if stop:
+                _release(state, task, folder)
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)
@@ -247,12 +270,17 @@ def _train(
                 progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
                 break
     watch.process_peak = process_peak() if config.profiler.process else None
+    return loss
+
+
+def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:
+    """The scores after the last step."""
     progress.say("evaluating on what was held out")
     started = time.perf_counter()
     with averaged(state):
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores, "seconds": time.perf_counter() - started})
-    return loss, scores
+    return scores
 
 
 def _kept_on_fault(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:

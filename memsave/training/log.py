@@ -1,5 +1,7 @@
 """The log of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard's events beside it when asked for."""
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,20 @@ from memsave.training.result import append_line
 
 
 class RunLog:
-    """Writes what is measured by the step that it was measured at."""
+    """Writes what is measured by the step that it was measured at.
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False, anew: bool = False):
+    Args:
+        folder: the run's.
+        tensorboard: write events, too.
+        step: the steps that the run has taken; lines of later ones, which it will take again, are dropped.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool = False, step: int = 0):
         self.path = folder / "metrics.jsonl"
-        if anew:  # another run may have been there
-            self.path.unlink(missing_ok=True)
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if step and _step_of(line) <= step]
+            self.path.write_text("".join(kept))
         self.events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -28,3 +38,11 @@ class RunLog:
                 if name != "step" and isinstance(value, (int, float)):
                     self.events.add_scalar(name, value, content["step"])
             self.events.flush()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity of one that was not written to its end."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,5 +1,6 @@
 """A run's privacy: the mechanism that its config asks for, and the statement of what it spent."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from memsave.config import Config, ConfigError, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.profiler import parse_bytes
-from memsave.training.loop import State, TrainingError
+from memsave.training.loop import TrainingError
 from memsave.training.progress import Progress
 from memsave.training.task import Batch, Task
 
@@ -22,6 +23,15 @@ NOT_PRIVATE = (
     "samples.md, overlay.png: they show held-out examples as they are",
     "the number of training examples, which privacy.md names: it is taken as public",
 )
+
+PARTS = 20  # of a run, after each of which its epsilon is computed anew
+LARGE = """
+At an epsilon above 20 this protects nobody in practice."""
+EARLY = """
+**It ended early,** after {steps} of {planned_steps} steps, and epsilon is that of the steps that were taken. If it was
+stopped because of a score on private data, such as a validation loss, the choice of the moment tells about these data,
+and this statement does not cover it.
+"""
 
 
 def make_private(config: Config, model: nn.Module, task: Task, *, progress: Progress) -> PrivateGradients | None:
@@ -34,7 +44,7 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
     size, batch_size = task.size, trainer.batch_size
     delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
     known: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
-    # of noise 1, to have sizes and delta refused before the calibration looks at them
+    # Validate sizes and delta with a dummy mechanism before calibrating.
     Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, **known)
     noise = privacy.noise_multiplier
     if noise is None:
@@ -47,8 +57,13 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
         f"private: {size} examples, batches of {batch_size} by Poisson sampling, noise multiplier {noise:.3f}, "
         f"C = {privacy.max_grad_norm:g}, delta = {delta:.2e}"
     )
+    planned = mechanism.epsilon(trainer.steps)  # fails here, before any step, where it cannot be computed
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
+    elif nothing := no_guarantee(noise_multiplier=noise, epsilon=planned):
+        progress.say(f"this run is NOT private: {nothing}")
+    else:
+        progress.say(f"planned: epsilon = {up(planned, '.2f')} after {trainer.steps} steps")
     if privacy.verify and privacy.passes != "direct":
         _verify(model, task, privacy, progress=progress)
     return PrivateGradients(
@@ -73,22 +88,53 @@ def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Pr
         raise TrainingError(f"clipping would not be exact: {'; '.join(report.findings)}")
 
 
-def write_statement(
-    config: Config, state: State, task: Task, folder: Path, *, progress: Progress
-) -> dict[str, Any] | None:
-    """Say what was spent, in `privacy.md` and on the terminal; returns the entry of `result.json`."""
-    private, privacy = state.private, config.privacy
+class Spending:
+    """Epsilon while a run goes on: an upper bound that is computed `PARTS` times a run and not at every step."""
+
+    def __init__(self, private: PrivateGradients | None, *, steps: int):
+        self.private = None if private is None or private.seeded else private
+        self.steps, self.stride = steps, math.ceil(steps / PARTS)
+        self._at, self._epsilon = 0, 0.0
+
+    def entry(self) -> dict[str, float]:
+        """`epsilon` for a line of the log, of the next of the parts; empty where the run promises nothing."""
+        if self.private is None:
+            return {}
+        taken = self.private.steps
+        at = min(math.ceil(taken / self.stride) * self.stride, max(taken, self.steps))
+        if at != self._at:
+            self._at, self._epsilon = at, self.private.mechanism.epsilon(at)
+        return {"epsilon": self._epsilon} if self._epsilon < math.inf else {}
+
+
+def no_guarantee(*, noise_multiplier: float, epsilon: float, seeded: bool = False) -> str | None:
+    """Why a run promises nothing; None where it promises something."""
+    if seeded:
+        return "noise and batches came from a fixed seed (privacy.seed)"
+    if noise_multiplier == 0:
+        return "no noise was added (privacy.noise_multiplier=0)"
+    if epsilon == math.inf:
+        return f"the noise is too small for any guarantee (noise multiplier {noise_multiplier:g})"
+    return None
+
+
+def spent_by(config: Config, private: PrivateGradients | None, *, unit: str) -> dict[str, Any] | None:
+    """What the steps so far have spent, as the entry `privacy` of `result.json`; None without privacy."""
+    privacy = config.privacy
     if private is None or not isinstance(privacy, GhostPrivacy):
         return None
-    mechanism = private.mechanism
-    epsilon = private.epsilon
-    spent = {
-        "epsilon": epsilon if epsilon < float("inf") and not private.seeded else None,
+    mechanism, epsilon = private.mechanism, private.epsilon
+    noise = mechanism.noise_multiplier
+    nothing = no_guarantee(noise_multiplier=noise, epsilon=epsilon, seeded=private.seeded)
+    return {
+        "epsilon": None if nothing else epsilon,
+        "no_guarantee": nothing,
         **{key: value for key, value in asdict(mechanism).items() if key != "batch_size"},
         "expected_batch_size": mechanism.batch_size,
         "sample_rate": mechanism.sample_rate,
         "steps": private.steps,
-        "unit": task.unit,
+        "planned_steps": config.trainer.steps,
+        "unit": unit,
         "adjacency": "add or remove one",
         "sampler": "poisson",
         "clipping": privacy.clipping,
@@ -98,14 +144,22 @@ def write_statement(
         "nonfinite_examples": private.nonfinite,
         "not_private": list(NOT_PRIVATE),
     }
-    (folder / "privacy.md").write_text(_statement(spent))
-    progress.say(
-        f"Privacy spent: epsilon = {up(epsilon, '.2f')} at delta = {up(mechanism.delta, '.2e')} "
-        f"({mechanism.accountant}), {private.steps} steps; model/ may be released, privacy.md says what may not"
-        if spent["epsilon"] is not None
-        else "No privacy: the noise was seeded or zero"
+
+
+def write_statement(spent: dict[str, Any] | None, folder: Path) -> None:
+    """Write `privacy.md`: what is guaranteed for what was spent; nothing without privacy."""
+    if spent is not None:
+        (folder / "privacy.md").write_text(_statement(spent))
+
+
+def told(spent: dict[str, Any]) -> str:
+    """What was spent, in one line."""
+    if spent["no_guarantee"]:
+        return f"No privacy: {spent['no_guarantee']}"
+    return (
+        f"Privacy spent: epsilon = {up(spent['epsilon'], '.2f')} at delta = {up(spent['delta'], '.2e')} "
+        f"({spent['accountant']}), {spent['steps']} steps; model/ may be released, privacy.md says what may not"
     )
-    return spent
 
 
 def up(value: float, form: str) -> str:
@@ -116,28 +170,30 @@ def up(value: float, form: str) -> str:
 
 
 def _statement(spent: dict[str, Any]) -> str:
-    if spent["epsilon"] is None:
-        return (
-            "# No privacy\n\nThis run was given a fixed seed, or no noise. Its model is not differentially private.\n"
-        )
-    odds = 2.718281828459045 ** spent["epsilon"]
+    if spent["no_guarantee"]:
+        return f"# No privacy\n\nThe model of this run is not differentially private: {spent['no_guarantee']}.\n"
+    epsilon = spent["epsilon"]
+    odds = f"{math.exp(epsilon):.3g}" if epsilon < 700 else "more than 1e304"
+    practice = LARGE if epsilon > 20 else ""
+    early = EARLY.format(**spent) if spent["steps"] < spent["planned_steps"] else ""
     hardened = "is" if spent["secure_noise"] else "is not (privacy.secure_noise=true makes it so)"
     not_private = "\n".join(f"- {each}" for each in spent["not_private"])
     return f"""# What this run guarantees
 
-The model in `model/` is ({up(spent["epsilon"], ".2f")}, {up(spent["delta"], ".2e")})-differentially private.
+The weights after {spent["steps"]} steps, those in `model/`, are
+({up(spent["epsilon"], ".2f")}, {up(spent["delta"], ".2e")})-differentially private.
 
 **Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training. If a person has
 several, that person's protection is weaker than stated.
 
-**What it means.** Whatever anyone computes from the model, any outcome is at most {odds:.3g} times as likely with one
-example as without it (e to the power of epsilon), but for a probability of delta.
+**What it means.** Whatever anyone computes from the model, any outcome is at most {odds} times as likely with one
+example as without it (e to the power of epsilon), but for a probability of delta.{practice}
 
 **How it was reached.** In {spent["steps"]} steps. In each, every example was in the batch with probability
 {spent["sample_rate"]:.4g}, whatever else was in it (Poisson sampling); its gradient was clipped to a norm of
 {spent["max_grad_norm"]:g}, and Gaussian noise of {spent["noise_multiplier"]:.4g} times that was added to the sum.
 Opacus's {spent["accountant"].upper()} accountant gives the epsilon, for adding or removing one example.
-
+{early}
 **What it assumes.** Each example's loss depends on that example alone. Noise and batches come from generators that the
 operating system seeded; they are no cryptographic ones. The noise {hardened}
 hardened against attacks on the gaps between floating-point numbers.

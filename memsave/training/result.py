@@ -52,11 +52,17 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content) + "\n")
 
 
-def write_config(config: Config | DictConfig, folder: Path, *, request: str | None = None) -> None:
-    """Write `config.yaml`; its first line keeps what was asked for (`request`: from now on that), see `request_of`."""
+def write_config(
+    config: Config | DictConfig, folder: Path, *, request: str | None = None, experiment: str | None = None
+) -> None:
+    """Write `config.yaml`. Its first lines keep the request, see `request_of`, and the name of the experiment.
+
+    Both stay as they are in the file where they are not given.
+    """
     path = folder / "config.yaml"
-    first = f"# request {request or requested_in(folder)}\n"
     found = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
+    notes = {"request": request or requested_in(folder), "experiment": experiment or experiment_in(folder)}
+    first = "".join(f"# {key} {value}\n" for key, value in notes.items() if value is not None)
     path.write_text(first + OmegaConf.to_yaml(found, resolve=True))
 
 
@@ -67,9 +73,21 @@ def request_of(config: DictConfig) -> str:
 
 def requested_in(folder: Path) -> str | None:
     """The digest of what a run's folder was made for; None where it holds no run."""
+    return _note_in(folder, "request")
+
+
+def experiment_in(folder: Path) -> str | None:
+    """The name of the experiment of a run's folder; None where it is not noted."""
+    return _note_in(folder, "experiment")
+
+
+def _note_in(folder: Path, key: str) -> str | None:
+    """What stands behind `# key ` in the first lines of `config.yaml`."""
     path = folder / "config.yaml"
-    first = path.read_text(errors="replace").partition("\n")[0] if path.is_file() else ""
-    return first.removeprefix("# request ") if first.startswith("# request ") else None
+    for line in path.read_text(errors="replace").splitlines()[:2] if path.is_file() else []:
+        if line.startswith(f"# {key} "):
+            return line.removeprefix(f"# {key} ").strip()
+    return None
 
 
 def versions() -> dict[str, str]:

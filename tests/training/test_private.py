@@ -20,8 +20,9 @@ from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
 from memsave.training import checkpoint
 from memsave.training.experiment import run_experiment
 from memsave.training.loop import TrainingError, make_state, run_steps
-from memsave.training.private import up
+from memsave.training.private import PARTS, Spending, up
 from memsave.training.progress import Progress
+from memsave.training.table_to_text import TableToText
 from tests.training.toy import Lines, line_model, trainer
 
 TINY = [
@@ -87,13 +88,106 @@ def test_a_target_is_calibrated_for(tmp_path, cache):
     assert 4.9 <= spent["epsilon"] <= 5
 
 
-@pytest.mark.parametrize("option", ["privacy.seed=3", "privacy.noise_multiplier=0"])
-def test_a_run_that_is_not_private_says_so(option, tmp_path, cache, capfd):
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("privacy.seed=3", "came from a fixed seed"),
+        ("privacy.noise_multiplier=0", "no noise was added"),
+        ("privacy.noise_multiplier=1e-200", "too small for any guarantee (noise multiplier 1e-200)"),
+    ],
+)
+def test_a_run_that_is_not_private_says_why_before_and_after(option, reason, tmp_path, cache, capfd):
     result = run([option, "privacy.accountant=rdp"], tmp_path / "run", cache)
     assert result["privacy"]["epsilon"] is None
-    assert "# No privacy" in (tmp_path / "run" / "privacy.md").read_text()
-    assert "No privacy" in capfd.readouterr().err
+    assert reason in result["privacy"]["no_guarantee"]
+    statement = (tmp_path / "run" / "privacy.md").read_text()
+    assert statement.startswith("# No privacy") and reason in statement
+    said = capfd.readouterr().err
+    assert f"No privacy: {result['privacy']['no_guarantee']}" in said
+    assert "NOT private" in said.partition("step 1 of 3")[0]
+    assert not any("epsilon" in line for line in lines_of(tmp_path / "run"))
     json.dumps(result, allow_nan=False)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_epsilon_that_cannot_be_computed_stops_a_run_before_its_first_step(tmp_path, cache):
+    with pytest.raises(PrivacyError, match=r"cannot compute the epsilon of 3 steps .*delta 1e-18"):
+        run(["privacy.noise_multiplier=1.0", "privacy.target_delta=1e-18"], tmp_path / "run", cache)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_epsilon_that_protects_nobody_is_told_as_one(tmp_path, cache, capfd):
+    spent = run(["privacy.noise_multiplier=1e-3"], tmp_path / "run", cache)["privacy"]
+    assert 1e5 < spent["epsilon"] < 1e9
+    statement = (tmp_path / "run" / "privacy.md").read_text()
+    assert "at most more than 1e304 times" not in statement
+    assert "more than 1e304 times as likely" in statement and "protects nobody in practice" in statement
+
+
+def test_every_line_of_the_log_has_the_epsilon_spent_so_far(tmp_path, cache, capfd):
+    result = run(["privacy.noise_multiplier=1.0", "profiler.compare=[]"], tmp_path / "run", cache)
+    mechanism = Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1)
+    steps = [line for line in lines_of(tmp_path / "run") if "loss" in line]
+    assert [line["epsilon"] for line in steps] == [pytest.approx(mechanism.epsilon(k)) for k in (1, 2, 3)]
+    assert f"step 2 of 3, loss {steps[1]['loss']:.3f}, epsilon {up(mechanism.epsilon(2), '.2f')}" in capfd.readouterr().err
+    assert result["privacy"]["epsilon"] == steps[-1]["epsilon"]
+
+
+def test_the_epsilon_of_a_long_run_is_computed_a_few_times_and_never_too_low(monkeypatch):
+    model, calls = line_model(), []
+    private = PrivateGradients(model, Mechanism(48, 2, 0.7, 0.5, delta=1e-3), seed=None)
+    monkeypatch.setattr(Mechanism, "epsilon", lambda self, steps: calls.append(steps) or float(steps))
+    spending, shown = Spending(private, steps=1001), []
+    for private.steps in range(1, 1002):
+        shown.append(spending.entry()["epsilon"])
+    assert len(calls) == PARTS and calls[-1] == 1001
+    assert all(taken <= told <= taken + 51 for taken, told in enumerate(shown, start=1))
+    assert shown[-1] == 1001
+
+
+def interrupted_at(step, monkeypatch):
+    """Have the run asked to stop in that step."""
+    original, calls = PrivateGradients.finish, []
+
+    def finish(self):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self)
+
+    monkeypatch.setattr(PrivateGradients, "finish", finish)
+
+
+def test_an_interrupted_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, monkeypatch):
+    interrupted_at(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(["privacy.noise_multiplier=1.0", "profiler.compare=[]"], tmp_path / "run", cache)
+    spent = stopped.value.outcome["privacy"]
+    assert (spent["steps"], spent["planned_steps"]) == (2, 3)
+    assert spent["epsilon"] == pytest.approx(Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1).epsilon(2))
+    statement = (tmp_path / "run" / "privacy.md").read_text()
+    assert "The weights after 2 steps, those in `model/`" in statement
+    assert "after 2 of 3 steps" in statement and "a score on private data" in statement
+    released = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(released[name], saved[name]) for name in released if name in saved)
+
+
+@pytest.mark.parametrize("part", ["evaluate", "show", "summary"])
+def test_faults_after_the_last_step_cost_neither_model_nor_statement(part, tmp_path, cache, monkeypatch):
+    def fail(self, *args):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(TableToText, part, fail)
+    with pytest.raises(RuntimeError, match="no such font") as failed:
+        run(["privacy.noise_multiplier=1.0", "trainer.evaluate_first=false"], tmp_path / "run", cache)
+    assert failed.value.outcome["privacy"]["steps"] == 3
+    assert "The weights after 3 steps" in (tmp_path / "run" / "privacy.md").read_text()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint" / "state.json").is_file()
 
 
 def test_without_privacy_it_runs_the_same(tmp_path, cache):
