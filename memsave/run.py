@@ -21,7 +21,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -33,6 +32,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError, conf_dir, register
+from memsave.overrides import override, parse
 from memsave.training.interrupt import interrupt_at_signals
 
 _exit_code = 0
@@ -41,7 +41,7 @@ _exit_code = 0
 def main() -> None:
     """Run what the command line asks for, and exit."""
     try:
-        _check_overrides(sys.argv[1:])
+        check_overrides(sys.argv[1:])
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
     if {"--help", "-h"} & set(sys.argv):
@@ -122,7 +122,7 @@ class SweepEnd(Callback):
         for job in bad:
             _complain(f"{job.status}: {job.folder}", code=1)
         if bad:
-            print(f"the same command with hydra.sweep.dir={folder} does what is missing", file=sys.stderr)
+            print(f"the same command with {override('hydra.sweep.dir', folder)} does what is missing", file=sys.stderr)
         _exit_code = int(bool(bad))
 
 
@@ -180,10 +180,8 @@ def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tup
 
         return "ok", 0, run_experiment(to_objects(config), folder, ways=ways, progress=Progress())
     except KeyboardInterrupt:
-        resume = folder / "checkpoint"
-        print(
-            f"interrupted; continue with trainer.resume={resume}" if resume.exists() else "interrupted", file=sys.stderr
-        )
+        saved = folder / "checkpoint"
+        print(f"interrupted; continue with {_resume(saved)}" if saved.exists() else "interrupted", file=sys.stderr)
         return "interrupted", 130, {}
     except Exception as error:
         status, code, message = _explain(error, config, folder)
@@ -201,7 +199,7 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
 
     saved = folder / "checkpoint"
     if isinstance(error, DataError) and saved.exists():
-        return "failed", 2, f"{error} Then continue with trainer.resume={saved}"
+        return "failed", 2, f"{error} Then continue with {_resume(saved)}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
         return "failed", 2, str(error)
     if isinstance(error, TrainingError):
@@ -234,8 +232,12 @@ def _no_disk(folder: Path, error: BaseException) -> str:
     cause = getattr(error, "strerror", None) or "no space is left on the device"
     where = getattr(error, "filename", None) or folder
     saved = folder / "checkpoint"
-    go_on = f", then continue with trainer.resume={saved}" if saved.exists() else ""
+    go_on = f", then continue with {_resume(saved)}" if saved.exists() else ""
     return f"{where} cannot be written ({cause}); free space or give another folder by hydra.run.dir={go_on}"
+
+
+def _resume(checkpoint: Path) -> str:
+    return override("trainer.resume", checkpoint)
 
 
 def _less_memory(config: DictConfig) -> str:
@@ -245,23 +247,23 @@ def _less_memory(config: DictConfig) -> str:
     return ", ".join([*tries, "trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"])
 
 
-def _check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str]) -> None:
     """Compose once for each choice of a sweep before anything runs; ConfigError says what is wrong."""
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) < len(arguments) - sweep:
         return  # Hydra's own flags (--cfg, --config-dir ...): it checks what it is given
-    parser = OverridesParser.create()
     options = []
-    for text in overrides:
+    for before, text in zip([None, *overrides], overrides, strict=False):
+        read = parse(text, after=before)
+        if not (sweep and read.is_sweep_override()):
+            options.append([text])
+            continue
         try:
-            override = parser.parse_override(text)
-            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+            values = list(read.sweep_string_iterator())
         except (HydraException, ValueError) as error:
-            raise ConfigError(f"{text!r} cannot be read; overrides have the form key=value") from error
-        if values and not sweep:
-            raise ConfigError(f"{text!r} gives several values; add -m to run one job for each")
-        options.append([f"{override.get_key_element()}={value}" for value in values] if values else [text])
+            raise ConfigError(f"{text!r} cannot be read; list the values, as in -m KEY=ONE,OTHER") from error
+        options.append([f"{read.get_key_element()}={value}" for value in values])
     first = [choices[0] for choices in options]
     compose(first)
     for number, choices in enumerate(options):
