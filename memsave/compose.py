@@ -4,16 +4,18 @@
 `ConfigError` that names the key, what was expected, and the closest valid name.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -26,6 +28,8 @@ from yaml import YAMLError
 
 from memsave.config import GROUPS, SCHEMAS, Config, ConfigError, conf_dir, register
 from memsave.config_checks import check, closest
+from memsave.known_keys import listed, options_with, unknown_key
+from memsave.overrides import parse, several
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -34,19 +38,20 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
+            for before, text in zip([None, *overrides], overrides, strict=False):
+                if parse(text, after=before).is_sweep_override():
+                    raise ConfigError(several(text))
             config = hydra_compose("config", overrides=list(overrides))
-            _refuse_added_keys(config)
+            _refuse_added_keys(config, choices=partial(_choices, overrides))
             to_objects(config)
             return config
         except MissingConfigException as error:
             raise ConfigError(_missing_option(error)) from error
         except ConfigCompositionException as error:
-            raise ConfigError(_bad_override(error)) from error
-        except OverrideParseException as error:
-            raise ConfigError(f"{error.override!r} cannot be read; overrides have the form key=value") from error
+            raise ConfigError(_bad_override(error, choices=partial(_choices, overrides))) from error
         except ConfigError:
             raise
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
             raise ConfigError(_first_line(error)) from error
 
 
@@ -78,20 +83,23 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path} is no config of a run ({_first_line(error)}); name a run's folder") from error
 
 
-def _refuse_added_keys(config: DictConfig, path: str = "") -> None:
+def _choices(overrides: Sequence[str]) -> dict[str, str]:
+    """The option of each group that the overrides select, whatever they do to keys; empty where that fails."""
+    groups = [text for text in overrides if text.partition("=")[0].lstrip("+") in GROUPS]
+    try:
+        return dict(hydra_compose("config", overrides=groups, return_hydra_config=True).hydra.runtime.choices)
+    except HydraException:
+        return {}
+
+
+def _refuse_added_keys(config: DictConfig, path: str = "", *, choices: Callable[[], dict[str, str]]) -> None:
     """Hydra's +key=value adds to a schema; a key that nothing reads would be a setting that does nothing."""
     names = _fields_of(OmegaConf.get_type(config))
     for key in map(str, config):
         if names and key not in names:
-            raise ConfigError(_unknown_key(f"{path}{key}", names))
+            raise ConfigError(unknown_key(f"{path}{key}", names, choices=choices()))
         if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
-            _refuse_added_keys(config[key], f"{path}{key}.")
-
-
-def _unknown_key(path: str, names: Sequence[str]) -> str:
-    parent, _, key = path.rpartition(".")
-    where = f" in {parent}" if parent else ""
-    return f"{path} is not known; valid{where} are {', '.join(names)}{closest(key, names)}"
+            _refuse_added_keys(config[key], f"{path}{key}.", choices=choices)
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -103,14 +111,20 @@ def _missing_option(error: MissingConfigException) -> str:
     return f"{group}={option} is not known; choose one of {', '.join(options)}{closest(option, options)}"
 
 
-def _bad_override(error: ConfigCompositionException) -> str:
+def _bad_override(error: ConfigCompositionException, *, choices: Callable[[], dict[str, str]]) -> str:
     """A key that no schema has, a value of another type, a group that does not exist, or one that was not chosen."""
     cause = error.__cause__
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
-        return _unknown_key(cause.full_key, _fields_of(cause.object_type) or GROUPS)
+        return unknown_key(cause.full_key, _fields_of(cause.object_type) or GROUPS, choices=choices())
     if isinstance(cause, ValidationError):
         return f"{cause.full_key!s}: {_first_line(cause)}{_expected(cause)}"
     message = _first_line(error)
+    found = re.match(r"In 'experiment/([^']+)'.*full_key: (\S+)", str(error), re.DOTALL)
+    if found:
+        experiment, key = found.groups()
+        others = options_with(key, key.partition(".")[0])
+        remedy = f"; give {key.partition('.')[0]}={listed(others)}" if others else ""
+        return f"experiment={experiment} sets {key}, which is no key of what was chosen in its place{remedy}"
     if "Could not override" in message and "'" in message:
         key = message.split("'")[1].split("@")[0]
         return f"{key} is not known; the groups are {', '.join(GROUPS)}{closest(key, GROUPS)}"

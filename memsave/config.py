@@ -7,6 +7,7 @@ wrong with the overrides into one sentence.
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
 """By group and name; of a group with kinds the name is the kind, `privacy` standing for none."""
 
 
+@cache
 def register() -> None:
     """Make the schemas known to Hydra, by the names that `conf/` starts from."""
     store = ConfigStore.instance()

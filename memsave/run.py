@@ -5,6 +5,7 @@
     python -m memsave.run experiment=brats_rev data=brats data.root=/my/BraTS2021 trainer.steps=20000
     python -m memsave.run -m experiment=brats_rev memory=stored,checkpoint,reversible
     python -m memsave.run experiment=brats_rev mode=plan budget=16GiB vary=volume
+    python -m memsave.run trainer.resume=outputs/brats_rev/2026-01-31_10-00-00
 
 Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or over budget, 130 interrupted. A sweep
 goes on past a job that fails, and exits with 1 when any did; run again with its hydra.sweep.dir, it skips what is done.
@@ -21,7 +22,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -33,7 +33,9 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError, conf_dir, register
+from memsave.overrides import override, parse
 from memsave.processes import several_processes
+from memsave.resume import Resumed, resumed
 from memsave.training.interrupt import interrupt_at_signals
 
 _exit_code = 0
@@ -43,7 +45,11 @@ def main() -> None:
     """Run what the command line asks for, and exit."""
     try:
         _refuse_several_processes()
-        _check_overrides(sys.argv[1:])
+        interrupt_at_signals()
+        rest = resumed(sys.argv[1:])
+        if rest is not None:
+            sys.exit(continue_run(rest))
+        check_overrides(sys.argv[1:])
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
     if {"--help", "-h"} & set(sys.argv):
@@ -51,7 +57,6 @@ def main() -> None:
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config.py; --cfg job prints the config that the overrides select."
         )
         sys.exit(0)
-    interrupt_at_signals()
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
@@ -73,6 +78,18 @@ def _refuse_several_processes() -> None:
         raise ConfigError(
             f"{found}: each would make a run of its own in one folder; start one, without torchrun or srun"
         )
+
+
+def continue_run(rest: Resumed) -> int:
+    """What is left of a run, by its own config; the exit code."""
+    from memsave.training.folder import refuse_second_run
+    from memsave.training.progress import Progress
+    from memsave.training.result import requested_in
+
+    refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
+    if rest.changes:
+        Progress().say(f"continuing with other settings than before: {', '.join(rest.changes)}")
+    return execute(rest.config, rest.folder, experiment=rest.experiment, request=requested_in(rest.folder))
 
 
 def job(config: DictConfig) -> None:
@@ -134,7 +151,7 @@ class SweepEnd(Callback):
         for job in bad:
             _complain(f"{job.status}: {job.folder}", code=1)
         if bad:
-            print(f"the same command with hydra.sweep.dir={folder} does what is missing", file=sys.stderr)
+            print(f"the same command with {override('hydra.sweep.dir', folder)} does what is missing", file=sys.stderr)
         _exit_code = int(bool(bad))
 
 
@@ -202,10 +219,8 @@ def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tup
 
         return "ok", 0, run_experiment(to_objects(config), folder, ways=ways, progress=Progress())
     except KeyboardInterrupt as stop:
-        resume = folder / "checkpoint"
-        print(
-            f"interrupted; continue with trainer.resume={resume}" if resume.exists() else "interrupted", file=sys.stderr
-        )
+        saved = (folder / "checkpoint").exists()
+        print(f"interrupted; continue with {_resume(folder)}" if saved else "interrupted", file=sys.stderr)
         return "interrupted", 130, getattr(stop, "outcome", {})
     except Exception as error:
         status, code, message = _explain(error, config, folder)
@@ -221,9 +236,9 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
 
-    saved = folder / "checkpoint"
-    if isinstance(error, DataError) and saved.exists():
-        return "failed", 2, f"{error} Then continue with trainer.resume={saved}"
+    saved = (folder / "checkpoint").exists()
+    if isinstance(error, DataError) and saved:
+        return "failed", 2, f"{error} Then continue with {_resume(folder)}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
         return "failed", 2, str(error)
     if isinstance(error, TrainingError):
@@ -241,7 +256,8 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     if isinstance(error, OverBudget):
         return "over_budget", 3, f"{error}; try {_less_memory(config)}"
     (folder / "error.txt").write_text(traceback.format_exc())
-    return "failed", 1, f"{type(error).__name__}: {error} (the whole story is in {folder / 'error.txt'})"
+    go_on = f"; mended, it continues with {_resume(folder)}" if saved else ""
+    return "failed", 1, f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'}){go_on}"
 
 
 def _is_disk_fault(error: BaseException, folder: Path) -> bool:
@@ -255,9 +271,12 @@ def _is_disk_fault(error: BaseException, folder: Path) -> bool:
 def _no_disk(folder: Path, error: BaseException) -> str:
     cause = getattr(error, "strerror", None) or "no space is left on the device"
     where = getattr(error, "filename", None) or folder
-    saved = folder / "checkpoint"
-    go_on = f", then continue with trainer.resume={saved}" if saved.exists() else ""
+    go_on = f", then continue with {_resume(folder)}" if (folder / "checkpoint").exists() else ""
     return f"{where} cannot be written ({cause}); free space or give another folder by hydra.run.dir={go_on}"
+
+
+def _resume(folder: Path) -> str:
+    return override("trainer.resume", folder)
 
 
 def _less_memory(config: DictConfig) -> str:
@@ -267,23 +286,23 @@ def _less_memory(config: DictConfig) -> str:
     return ", ".join([*tries, "trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"])
 
 
-def _check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str]) -> None:
     """Compose once for each choice of a sweep before anything runs; ConfigError says what is wrong."""
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) < len(arguments) - sweep:
         return  # Hydra's own flags (--cfg, --config-dir ...): it checks what it is given
-    parser = OverridesParser.create()
     options = []
-    for text in overrides:
+    for before, text in zip([None, *overrides], overrides, strict=False):
+        read = parse(text, after=before)
+        if not (sweep and read.is_sweep_override()):
+            options.append([text])
+            continue
         try:
-            override = parser.parse_override(text)
-            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+            values = list(read.sweep_string_iterator())
         except (HydraException, ValueError) as error:
-            raise ConfigError(f"{text!r} cannot be read; overrides have the form key=value") from error
-        if values and not sweep:
-            raise ConfigError(f"{text!r} gives several values; add -m to run one job for each")
-        options.append([f"{override.get_key_element()}={value}" for value in values] if values else [text])
+            raise ConfigError(f"{text!r} cannot be read; list the values, as in -m KEY=ONE,OTHER") from error
+        options.append([f"{read.get_key_element()}={value}" for value in values])
     first = [choices[0] for choices in options]
     compose(first)
     for number, choices in enumerate(options):

@@ -18,6 +18,7 @@ Files whose names start with a dot are no data. Only folders are listed here; no
 import itertools
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,8 +110,8 @@ def find_cases(
             "mask": mask,
             "labelled": None if labelled else "false",
         }
-        more = "".join(f" {key}={value}" for key, value in given.items() if value is not None)
-        command = f"python -m memsave.data.check root={root} layout={layout}{more}"
+        more = [f"{key}={value}" for key, value in given.items() if value is not None]
+        command = shlex.join(["python", "-m", "memsave.data.check", f"root={root}", f"layout={layout}", *more])
         raise DataError(f"{faults[0].removesuffix('.')}; {rest} listed by {command}.")
     if faults:
         raise DataError(faults[0])
@@ -141,16 +142,46 @@ def scan(
         raise DataError(f"mask={mask} is for layout=folder, and for none of its modalities: leave it out or change it.")
     found = _found(root, chosen, names, masks, scheme=scheme, labelled=labelled)
     if not found.cases:
-        known = [each for each in LAYOUTS.values() if each.modalities]
-        fits = [each.name for each in known if _found(root, each, each.modalities, [], labelled=labelled).cases]
-        if fits:
-            raise DataError(
-                f"No case below {root} has the files of layout {layout}, {chosen.expected}: give the layout that they "
-                f"follow, which may be {', '.join(fits)}."
-            )
+        partly = any(2 * len(case.images) > len(names) for case in found.incomplete)
+        hint = "" if layout == "folder" else _other_layout(root, labelled=labelled, partly=partly)
+        if hint:
+            raise DataError(f"No case below {root} has the files of layout {layout}, {chosen.expected}: {hint}.")
         if not found.faults:
             raise DataError(f"No NIfTI file of layout {layout} lies below {root}: expected {chosen.expected}.")
     return found
+
+
+def _other_layout(root: Path, *, labelled: bool, partly: bool) -> str:
+    """What to say of the layout that the files below the root follow; empty where they follow none.
+
+    `partly`: cases have most of the files of the layout that was given; `folder` would then be a wrong guess.
+    """
+    known = [each for each in LAYOUTS.values() if each.modalities]
+    fits = [each.name for each in known if _found(root, each, each.modalities, [], labelled=labelled).cases]
+    follow = "give the layout that they follow, which may be"
+    if fits:
+        return f"{follow} {' or '.join(fits)} (in a run, data.layout={fits[0]})"
+    if partly:
+        return ""
+    parts = ",".join(_parts_of_named_files(root))
+    if parts:
+        given = shlex.join(["data.layout=folder", f"data.modalities=[{parts}]"])
+        return f"{follow} folder with modalities=[{parts}] (in a run, {given})"
+    if any(folder == root for folder, _ in _walk(root)):
+        expected = LAYOUTS["folder"].expected
+        return f"give each case a folder, or give layout=folder (in a run, data.layout=folder), which is for {expected}"
+    return ""
+
+
+def _parts_of_named_files(root: Path) -> list[str]:
+    """What the images end in that every mask of the layout `folder` has beside it, where masks are called MASKS."""
+    common: set[str] | None = None
+    for _, names in _walk(root):
+        stems = [_stem(name) or "" for name in names]
+        for id in {stem.removesuffix(f"_{mask}") for stem in stems for mask in MASKS if stem.endswith(f"_{mask}")}:
+            parts = {stem.removeprefix(f"{id}_") for stem in stems if stem.startswith(f"{id}_")}.difference(MASKS)
+            common = parts if common is None else common & parts
+    return sorted(common or (), key=lambda part: (part not in MODALITIES, (*MODALITIES, part).index(part), part))
 
 
 def _found(

@@ -62,6 +62,8 @@ def language_config(config: LanguageModel) -> Any:
     """The architecture alone, as a config of transformers."""
     from transformers import AutoConfig, GPT2Config
 
+    import memsave.models.rev_gpt2  # noqa: F401, which makes itself known to AutoConfig
+
     if isinstance(config, SmallGPT2):
         found: Any = _small_gpt2_config(config, vocabulary=config.vocabulary, end=0, pad=1)
     elif isinstance(config, SmolLM2):
@@ -69,7 +71,7 @@ def language_config(config: LanguageModel) -> Any:
     elif config.name.removeprefix("openai-community/") in GPT2_SIZES:
         found = GPT2Config(**GPT2_SIZES[config.name.removeprefix("openai-community/")])
     else:
-        found = AutoConfig.from_pretrained(_reachable(config.name))
+        found = _causal_config(config.name, _reachable(config.name))
     return found
 
 
@@ -81,20 +83,46 @@ def _load(name: str) -> tuple[nn.Module, Any]:
 
     logging.disable_progress_bar()
     folder = _reachable(name)
+    _causal_config(name, folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{name} cannot be loaded as a causal language model with its tokenizer ({_first_line(error)}); give a "
-            f"model.name that transformers' AutoModelForCausalLM and AutoTokenizer load"
-        ) from error
+        raise ConfigError(_cannot_be_loaded(name, error)) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} has no end-of-text token; give a model whose tokenizer has one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fuse_gelu(model)
     return model, tokenizer
+
+
+def _causal_config(name: str, folder: str) -> Any:
+    """The config of a model that predicts each token from those before it; ConfigError where it is of another kind.
+
+    transformers loads an encoder such as BERT as a causal model, too, and has every token see those after it.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_be_loaded(name, error)) from error
+    causal = getattr(found, "is_decoder", False) or found.is_encoder_decoder  # of which the decoder alone is loaded
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING or (type(found) in MODEL_FOR_MASKED_LM_MAPPING and not causal):
+        architecture = (found.architectures or [found.model_type])[0]
+        raise ConfigError(
+            f"{name} is a {architecture}, which does not predict each token from those before it; give the model.name "
+            f"of a causal language model, such as openai-community/gpt2"
+        )
+    return found
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> str:
+    return (
+        f"{name} cannot be loaded as a causal language model with its tokenizer ({_first_line(error)}); give a "
+        f"model.name that transformers' AutoModelForCausalLM and AutoTokenizer load"
+    )
 
 
 def _reachable(name: str) -> str:

@@ -7,6 +7,7 @@ segmented by a sliding window and scored by Dice and HD95 per region, on the gri
 
 import csv
 import hashlib
+import shlex
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,8 +284,9 @@ def cases(data: SegmentationData) -> list[Case]:
     if data.check != "none":
         faults = check_cases(found, images=data.check == "all", workers=max(1, data.workers))
         if len(faults) > 1:
-            told = " ".join(f"{key}={_plain(value)}" for key, value in known.items() if value is not None)
-            command = f"python -m memsave.data.check root={data.root} layout={data.layout} {told}".strip()
+            told = [f"{key}={_plain(value)}" for key, value in known.items() if value is not None]
+            given = [f"root={data.root}", f"layout={data.layout}", *told]
+            command = shlex.join(["python", "-m", "memsave.data.check", *given])
             raise DataError(f"{faults[0].removesuffix('.')}; {len(faults) - 1} more faults are listed by {command}.")
         if faults:
             raise DataError(faults[0])

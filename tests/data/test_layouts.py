@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import nibabel
@@ -125,7 +126,8 @@ def test_a_file_that_belongs_to_no_case_is_named(tmp_path):
         save(tmp_path / f"{name}.nii.gz")
     with pytest.raises(DataError, match=r"/C\.nii\.gz belongs to no case: name it ID_image\.nii\.gz") as caught:
         find_cases(tmp_path, "folder", modalities=["image"], mask="label", labelled=False)
-    command = f"python -m memsave.data.check root={tmp_path} layout=folder modalities=[image] mask=label labelled=false"
+    settings = f"root={tmp_path} layout=folder 'modalities=[image]' mask=label labelled=false"
+    command = f"python -m memsave.data.check {settings}"
     assert str(caught.value).endswith(f"; 2 more faults are listed by {command}.")
     found = scan(tmp_path, "folder", modalities=["image"])
     assert [case.id for case in found.cases] == ["A"] and [case.id for case in found.incomplete] == ["B"]
@@ -171,12 +173,52 @@ def test_modalities_can_be_chosen(tmp_path, layout):
 def test_another_layout_that_fits_is_suggested(tmp_path):
     brats(tmp_path / "2023", "A", separator="-", parts=FILES_2023)
     decathlon(tmp_path / "msd", "BRATS_001")
-    with pytest.raises(DataError, match=r"of layout brats2021, .* may be brats2023, brats2024\.$"):
+    with pytest.raises(
+        DataError, match=r"brats2021, .* may be brats2023 or brats2024 \(in a run, data.layout=brats2023\)"
+    ):
         find_cases(tmp_path / "2023")
-    with pytest.raises(DataError, match=r"may be msd\.$"):
+    with pytest.raises(DataError, match=r"may be msd \(in a run, data\.layout=msd\)\.$"):
         find_cases(tmp_path / "msd", "brats2023")
-    with pytest.raises(DataError, match=r"of layout msd, .* may be brats2023, brats2024\.$"):
+    with pytest.raises(DataError, match=r"of layout msd, .* may be brats2023 or brats2024 "):
         find_cases(tmp_path / "2023", "msd")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_files_of_the_layout_folder_are_recognised(tmp_path, flat):
+    for id in ("P_1", "P_2"):
+        for part in ("adc", "t1ce", "mask"):
+            save((tmp_path if flat else tmp_path / id) / f"{id}_{part}.nii.gz")
+    save((tmp_path if flat else tmp_path / "P_2") / "P_2_extra.nii.gz")
+    words = (
+        r"may be folder with modalities=\[t1ce,adc\] \(in a run, data.layout=folder 'data.modalities=\[t1ce,adc\]'\)"
+    )
+    with pytest.raises(DataError, match=words):
+        find_cases(tmp_path)
+
+
+def test_images_without_a_folder_of_their_own_are_told_of_the_layout_folder(tmp_path):
+    save(tmp_path / "A.nii.gz")
+    with pytest.raises(
+        DataError, match=r"give each case a folder, or give layout=folder \(in a run, data.layout=folder"
+    ):
+        find_cases(tmp_path, labelled=False)
+
+
+def test_a_data_set_that_lacks_a_modality_is_not_called_one_of_another_layout(tmp_path):
+    brats(tmp_path, "A")
+    (tmp_path / "A" / "A_t1.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"A misses A_t1\.nii\.gz"):
+        find_cases(tmp_path)
+
+
+def test_a_command_that_is_told_can_be_pasted(tmp_path):
+    root = tmp_path / "my data (1)"
+    for id in "AB":
+        brats(root, id, label=None)
+    with pytest.raises(DataError, match="1 more fault") as caught:
+        find_cases(root)
+    command = str(caught.value).partition("listed by ")[2].removesuffix(".")
+    assert shlex.split(command)[3:] == [f"root={root}", "layout=brats2021"]
 
 
 def test_every_incomplete_case_is_told(tmp_path):

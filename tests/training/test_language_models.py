@@ -7,10 +7,17 @@ import pytest
 pytest.importorskip("transformers")
 
 import huggingface_hub
+import transformers
 
 from memsave.config import ConfigError, LanguageModel, SmallGPT2, SmolLM2
 from memsave.data.tables import public_records
-from memsave.training.language_models import converted_smollm2, language_model, small_gpt2, train_tokenizer
+from memsave.training.language_models import (
+    converted_smollm2,
+    language_config,
+    language_model,
+    small_gpt2,
+    train_tokenizer,
+)
 from memsave.training.progress import Progress
 
 SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
@@ -60,10 +67,36 @@ def test_what_was_downloaded_before_is_loaded_when_the_hub_is_away(folder, silen
     assert model.config.n_embd == SIZES.width
 
 
-def test_a_folder_without_a_language_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+def encoder(**options):
+    return transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=300, **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (encoder(architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
+        (encoder(), "bert"),
+        (transformers.T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration"),
+        (transformers.ViTConfig(), "vit"),
+    ],
+)
+def test_a_model_that_is_not_causal_is_refused_by_its_architecture(tmp_path, config, architecture):
+    config.save_pretrained(tmp_path)
+    for use in (load, lambda name: language_config(LanguageModel(name=name))):
+        with pytest.raises(ConfigError, match=f"is a {architecture}, which does not predict each token from those"):
+            use(str(tmp_path))
+
+
+def test_a_decoder_of_an_encoders_architecture_is_loaded(folder):
+    model = transformers.AutoModelForCausalLM.from_config(encoder(is_decoder=True))
+    model.save_pretrained(folder)
+    assert type(load(str(folder))[0]).__name__ == "BertLMHeadModel"
+
+
+@pytest.mark.parametrize("use", [load, lambda name: language_config(LanguageModel(name=name))])
+def test_a_folder_without_a_model_is_refused(tmp_path, use):
     with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
-        load(str(tmp_path))
+        use(str(tmp_path))
 
 
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(silent_hub):

@@ -132,7 +132,9 @@ def test_every_line_of_the_log_has_the_epsilon_spent_so_far(tmp_path, cache, cap
     mechanism = Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1)
     steps = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     assert [line["epsilon"] for line in steps] == [pytest.approx(mechanism.epsilon(k)) for k in (1, 2, 3)]
-    assert f"step 2 of 3, loss {steps[1]['loss']:.3f}, epsilon {up(mechanism.epsilon(2), '.2f')}" in capfd.readouterr().err
+    assert (
+        f"step 2 of 3, loss {steps[1]['loss']:.3f}, epsilon {up(mechanism.epsilon(2), '.2f')}" in capfd.readouterr().err
+    )
     assert result["privacy"]["epsilon"] == steps[-1]["epsilon"]
 
 

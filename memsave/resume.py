@@ -1,0 +1,129 @@
+"""Continuing a run by nothing but its folder:
+
+    python -m memsave.run trainer.resume=outputs/brats_rev/2026-01-31_10-00-00
+
+The run's own `config.yaml` is read back; other overrides change it, as in trainer.steps=300, and what differs is told.
+The run goes on in its own folder, or in that of hydra.run.dir.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from memsave.compose import load, to_objects
+from memsave.config import GROUPS, ConfigError, conf_dir, register
+from memsave.known_keys import unknown_key
+from memsave.overrides import parse
+
+KEY = "trainer.resume"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What is left to do of a run."""
+
+    config: DictConfig
+    folder: Path
+    """Where it goes on."""
+    experiment: str
+    changes: list[str]
+    """What differs from the run's own config, as in "trainer.steps=300 (was 150)"."""
+
+
+def resumed(arguments: Sequence[str]) -> Resumed | None:
+    """The run that the arguments of a command line continue; None where they name none that left its config.
+
+    Raises ConfigError for overrides that do not fit it.
+    """
+    if any(argument.startswith("-") for argument in arguments):
+        return None  # a sweep, or one of Hydra's own flags
+    given = [parse(text, after=before) for before, text in zip([None, *arguments], arguments, strict=False)]
+    named = [str(each.value()) for each in given if each.key_or_group == KEY and each.value() is not None]
+    run = _run_of(Path(named[-1]).expanduser()) if named else None
+    return None if run is None else _continued(run, given, named=named[-1])
+
+
+def _run_of(path: Path) -> Path | None:
+    """The folder of the run whose folder or checkpoint this is."""
+    return next((folder for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
+
+
+def _continued(run: Path, given: Sequence[Override], *, named: str) -> Resumed:
+    from memsave.training.result import experiment_in, read_result
+
+    own = OmegaConf.structured(load(run / "config.yaml"))
+    experiment = experiment_in(run) or read_result(run).get("experiment")
+    config, folder = own.copy(), run
+    for each in given:
+        key, value = each.key_or_group, each.value()
+        if each.is_sweep_override():
+            raise ConfigError(f"{each.input_line} gives several values, and one run is continued; give one")
+        if key == "hydra.run.dir":
+            folder = Path(str(value)).expanduser()
+        elif key == "experiment":
+            if experiment not in (None, value):
+                raise ConfigError(f"{run} is a run of experiment={experiment}; leave experiment={value} out")
+            experiment = str(value)
+        elif key in GROUPS:
+            config[key] = _chosen(key, str(value), own=config[key])
+        elif key != KEY:
+            _update(config, each)
+    config.trainer.resume = named
+    to_objects(config)
+    return Resumed(config, folder, experiment or run.parent.name, list(_changes(own, config)))
+
+
+def _chosen(group: str, option: str, *, own: DictConfig) -> DictConfig:
+    """An option of a group; the run's own settings where the option is of the same kind as they are."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            found = hydra_compose(f"{group}/{option}")[group]
+        except HydraException as error:
+            raise ConfigError(f"{group}={option} is not known; leave it out, and the run's own is taken") from error
+    names = [key for key in ("kind", "mode", "passes") if key in found]
+    same = all(OmegaConf.select(own, key) == found[key] for key in names)
+    return own if same else found
+
+
+def _update(config: DictConfig, override: Override) -> None:
+    key = override.key_or_group
+    if override.is_add() or override.is_delete():
+        raise ConfigError(f"{override.input_line} adds or deletes a key; change those that there are, by key=value")
+    try:
+        if OmegaConf.select(config, key.rpartition(".")[0]) is None and "." in key:
+            raise ConfigKeyError(key)
+        OmegaConf.update(config, key, override.value())
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        group = config.get(key.partition(".")[0])
+        names = list(map(str, group)) if isinstance(group, DictConfig) else GROUPS
+        raise ConfigError(unknown_key(key, names, choices={})) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _changes(own: DictConfig, config: DictConfig) -> Iterator[str]:
+    before, after = dict(_flat(own)), dict(_flat(config))
+    for key in dict.fromkeys([*before, *after]):
+        if key != KEY and before.get(key) != after.get(key):
+            yield f"{key}={after.get(key)} (was {before.get(key)})"
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    plain = OmegaConf.to_container(tree) if isinstance(tree, DictConfig) else tree
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
