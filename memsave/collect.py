@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.profiler import format_bytes
-from memsave.training.result import read_config, read_result
+from memsave.training.result import flat, read_config, read_result
 
 NOTHING = "no result"
 UNTOLD = ("trainer.resume", "data.root")  # keys that tell where a job ran, not what it did
@@ -81,7 +81,7 @@ def read_jobs(folder: Path) -> list[Job]:
     jobs = []
     for path in sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)):
         if (path / "config.yaml").exists() or (path / "result.json").exists():
-            jobs.append(Job(path, dict(_flat(read_config(path))), read_result(path)))
+            jobs.append(Job(path, dict(flat(read_config(path))), read_result(path)))
     return jobs
 
 
@@ -148,15 +148,6 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 if __name__ == "__main__":

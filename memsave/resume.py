@@ -6,10 +6,10 @@ The run's own `config.yaml` is read back; other overrides change it, as in train
 The run goes on in its own folder, or in that of hydra.run.dir.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -23,6 +23,7 @@ from memsave.compose import load, to_objects
 from memsave.config import GROUPS, ConfigError, conf_dir, register
 from memsave.known_keys import unknown_key
 from memsave.overrides import parse
+from memsave.training.result import flat
 
 KEY = "trainer.resume"
 
@@ -86,7 +87,8 @@ def _chosen(group: str, option: str, *, own: DictConfig) -> DictConfig:
     """An option of a group; the run's own settings where the option is of the same kind as they are."""
     register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra expects `_self_` in the defaults of what it composes alone
         try:
             found = hydra_compose(f"{group}/{option}")[group]
         except HydraException as error:
@@ -113,17 +115,7 @@ def _update(config: DictConfig, override: Override) -> None:
 
 
 def _changes(own: DictConfig, config: DictConfig) -> Iterator[str]:
-    before, after = dict(_flat(own)), dict(_flat(config))
+    before, after = (dict(flat(OmegaConf.to_container(each))) for each in (own, config))
     for key in dict.fromkeys([*before, *after]):
         if key != KEY and before.get(key) != after.get(key):
             yield f"{key}={after.get(key)} (was {before.get(key)})"
-
-
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
-    plain = OmegaConf.to_container(tree) if isinstance(tree, DictConfig) else tree
-    for key, value in plain.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

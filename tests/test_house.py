@@ -13,11 +13,11 @@ PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible"},
-    "ghost": {"ghost"},
+    "ghost": {"ghost", "processes"},
     "profiler": {"profiler"},
     "models": {"models", "reversible", "ghost"},
     "data": {"data"},
-    "privacy": {"privacy", "ghost"},
+    "privacy": {"privacy", "ghost", "processes"},
     "training": {"training", "models", "data", "privacy", *MECHANISMS, "config"},
 }
 HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus", "sacrebleu", "rouge_score")

@@ -99,7 +99,7 @@ def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch)
 
     monkeypatch.setattr(TrainingCrops, "example", broken)
     code, failed, folder = run("trainer.steps=3", "data.workers=0", name="broken")
-    resume = f"trainer.resume={folder / 'checkpoint'}"
+    resume = f"trainer.resume={folder}"
     assert code == 2 and failed["error"] == f"case 3 holds NaN: export it again. Then continue with {resume}"
     monkeypatch.undo()
     monkeypatch.setenv("MEMSAVE_CACHE", str(folder.parent / "cache"))

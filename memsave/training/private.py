@@ -173,7 +173,7 @@ def _statement(spent: dict[str, Any]) -> str:
     if spent["no_guarantee"]:
         return f"# No privacy\n\nThe model of this run is not differentially private: {spent['no_guarantee']}.\n"
     epsilon = spent["epsilon"]
-    odds = f"{math.exp(epsilon):.3g}" if epsilon < 700 else "more than 1e304"
+    odds = f"{math.exp(epsilon):.3g}" if epsilon < 700 else f"e^{epsilon:.3g}"
     practice = LARGE if epsilon > 20 else ""
     early = EARLY.format(**spent) if spent["steps"] < spent["planned_steps"] else ""
     hardened = "is" if spent["secure_noise"] else "is not (privacy.secure_noise=true makes it so)"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,15 @@ def _note_in(folder: Path, key: str) -> str | None:
         if line.startswith(f"# {key} "):
             return line.removeprefix(f"# {key} ").strip()
     return None
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,98 @@
+"""A run goes on by its folder alone."""
+
+import json
+import shutil
+
+import pytest
+from omegaconf import OmegaConf
+
+from memsave.config import ConfigError
+from memsave.resume import resumed
+from memsave.run import continue_run
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def killed(run):
+    """A run of four steps that was killed in its fourth, after a checkpoint at the second."""
+    _, whole, folder = run("trainer.steps=4", "trainer.checkpoint_every=2", "model.dropout=0.2", name="whole")
+    cut = folder.parent / "cut"
+    shutil.copytree(folder, cut)
+    (cut / "result.json").unlink()
+    shutil.rmtree(cut / "model")
+    shutil.rmtree(cut / "checkpoint")
+    (cut / "checkpoint.previous").rename(cut / "checkpoint")
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:10])
+    return cut, whole, folder
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoint"])
+def test_it_needs_no_other_override_and_ends_as_an_unbroken_run(killed, inside):
+    cut, whole, folder = killed
+    rest = resumed([f"trainer.resume={cut / inside}"])
+    assert (rest.folder, rest.experiment, rest.changes) == (cut, "brats_rev", [])
+    assert continue_run(rest) == 0
+    assert losses(cut) == losses(folder)
+    result = json.loads((cut / "result.json").read_text())
+    assert result["experiment"] == "brats_rev"
+    assert result["metrics"] == whole["metrics"]
+    assert (cut / "model" / "model.safetensors").read_bytes() == (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_the_whole_command_may_be_repeated(killed):
+    cut, _, _ = killed
+    again = ["experiment=brats_rev", "data=phantom", "memory=reversible", "trainer.steps=4", "model.dropout=0.2"]
+    assert resumed([*again, f"trainer.resume={cut}"]).changes == []
+
+
+def test_what_differs_is_told_and_taken(killed, tmp_path, capfd):
+    cut, _, _ = killed
+    given = ["trainer.steps=5", "memory=stored", f"trainer.resume={cut}", f"hydra.run.dir={tmp_path / 'other'}"]
+    rest = resumed(given)
+    assert rest.folder == tmp_path / "other"
+    assert {"trainer.steps=5 (was 4)", "memory.mode=stored (was reversible)"} <= set(rest.changes)
+    assert continue_run(rest) == 0
+    assert "continuing with other settings than before: " in capfd.readouterr().err
+    assert [step for step, _ in losses(rest.folder)] == [3, 4, 5]
+    assert OmegaConf.load(rest.folder / "config.yaml").memory.mode == "stored"
+    assert resumed([f"trainer.resume={rest.folder}"]).changes == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("experiment=gpt2_dp", "is a run of experiment=brats_rev; leave experiment=gpt2_dp out"),
+        ("trainer.stepz=5", r"trainer\.stepz is not known.*steps"),
+        ("trainer.lr=5", r"trainer\.optimizer\.lr"),
+        ("trainer.steps=many", r"trainer\.steps: Value 'many'"),
+        ("trainer.steps=5,6", "gives several values"),
+        ("+trainer.more=1", "adds or deletes a key"),
+        ("data=nothing", "data=nothing is not known"),
+        ("trainer.steps=0", r"trainer\.steps is 0; it must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(killed, override, words):
+    cut, _, _ = killed
+    with pytest.raises(ConfigError, match=words):
+        resumed([override, f"trainer.resume={cut}"])
+
+
+def test_other_commands_are_not_concerned(tmp_path):
+    assert resumed(["experiment=brats_rev"]) is None
+    assert resumed(["experiment=brats_rev", "trainer.resume=null"]) is None
+    assert resumed(["experiment=brats_rev", f"trainer.resume={tmp_path / 'nowhere'}"]) is None
+
+
+def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
+    from memsave.training.folder import alone_in
+
+    cut, _, _ = killed
+    before = (cut / "metrics.jsonl").read_bytes()
+    with alone_in(cut):
+        assert continue_run(resumed([f"trainer.resume={cut}"])) == 2
+    assert (cut / "metrics.jsonl").read_bytes() == before
