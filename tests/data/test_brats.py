@@ -137,7 +137,7 @@ def test_another_shape_is_named(write_case, part):
 def test_another_affine_is_named(write_case, part):
     shifted = np.eye(4)
     shifted[0, 3] = 2.5
-    with pytest.raises(DataError, match=rf"A_{part}\.nii\.gz has an affine that differs .* 2\.5 mm"):
+    with pytest.raises(DataError, match=rf"A_{part}\.nii\.gz has an affine that moves voxels by up to 2\.5 mm"):
         read_case(write_case(affines={part: shifted}))
 
 
@@ -275,12 +275,4 @@ def test_voxels_without_a_size_are_named(write_case, value):
     content[296:312] = np.float32([0, value, 0, 0]).tobytes()  # the second row of the affine
     case.images[0].write_bytes(gzip.compress(bytes(content)))
     with pytest.raises(DataError, match=r"A_t1\.nii\.gz has an affine that gives its voxels no size"):
-        read_case(case)
-
-
-def test_a_colour_image_is_named(write_case):
-    case = write_case()
-    colours = np.zeros((6, 5, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), case.images[0])
-    with pytest.raises(DataError, match=r"A_t1\.nii\.gz is not a readable NIfTI file"):
         read_case(case)
