@@ -5,7 +5,8 @@
     checkpoint  a run's folder: its model/ and config.yaml are read
     input       the folder of the cases, in the layout that the run was trained on, with segmentations or without
     output      where to write ID.nii.gz, with the case's own affine and the data set's labels
-    layout, modalities, mask   of the input, where they differ from the run's; a challenge's layout brings its labels
+    layout, mask  of the input, where they differ from the run's; a challenge's layout brings its labels
+    modalities  what the input calls those of training, in any order, as in modalities=[t1c,t1n]; another set is refused
     window      the sliding window in voxels, as in window=[96,96,96] (that of training); whole: the volume at once
     overlap     of neighbouring windows (0.5)
     flips       true: average over the volume's eight reflections (false)
@@ -34,6 +35,7 @@ from memsave.compose import load
 from memsave.config import BratsData, Config, ConfigError, SegmentationData
 from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
+from memsave.data.schemes import LabelScheme
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.training.interrupt import interrupt_at_signals
 from memsave.training.loop import autocast
@@ -97,9 +99,10 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     """Segment every case of the input folder; the exit code."""
     from memsave.data.layouts import duplicates, scan
+    from memsave.data.nifti import read_header
     from memsave.data.segmentation import Volumes
     from memsave.training.experiment import choose_device
-    from memsave.training.segmentation import channels, without_small
+    from memsave.training.segmentation import without_small
 
     config, model = load_run(Path(given["checkpoint"]).expanduser())
     data, options = config.data, _options(given, config)
@@ -109,12 +112,6 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     found, faults = there.cases, there.faults + duplicates(there.cases)
     if not found or duplicates(found):  # which would be written to one file
         raise DataError(faults[0])
-    has, needs = found[0].modalities, channels(data)[0]
-    if len(has) != needs:
-        raise ConfigError(
-            f"the input's modalities are {', '.join(has)} ({len(has)}), and the model was trained on {needs}; give "
-            f"modalities= those of the run, in its order"
-        )
     output = _output(given["output"])
     for fault in faults:
         progress.say(f"failed: {fault}")
@@ -124,12 +121,13 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     failed, total = len(there.incomplete), len(found) + len(there.incomplete)
     for number, case in enumerate(found, start=1):
         try:
+            reference = read_header(case.images[0])  # before the work, for the file is needed after it
             volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=data.spacing)[0]
             with autocast(model, precision):
                 masks = segment(model, volume, options, device=device)
             masks = without_small(masks, case.scheme.names, smallest_et=data.smallest_et)
             path = output / f"{case.id}.nii.gz"
-            write_labels(path, masks, case=case)
+            write_labels(path, masks, scheme=case.scheme, reference=reference)
             progress.say(f"{number} of {len(found)}: {path}")
         except Exception as error:  # of this case alone, whatever it is
             failed += 1
@@ -219,18 +217,18 @@ def _reflections() -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations((1, 2, 3), count) for count in range(4))
 
 
-def write_labels(path: Path, masks: Tensor, *, case: Any) -> None:
-    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of the case's first file.
+def write_labels(path: Path, masks: Tensor, *, scheme: LabelScheme, reference: Any) -> None:
+    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of `reference`.
 
-    Its header is kept, for programs differ in which of the two affines of a header they read.
+    That is an image of the case (`memsave.data.nifti.read_header`). Its header is kept, for programs differ in which of
+    the two affines of a header they read.
     """
     import nibabel
 
     from memsave.data.brats import labels_of
 
-    reference: Any = nibabel.load(case.images[0])
-    labels = labels_of(masks, case.scheme).squeeze(0).numpy()
-    image = nibabel.Nifti1Image(labels, reference.affine, reference.header, dtype=np.uint8)
+    labels = labels_of(masks, scheme).squeeze(0).numpy()
+    image = type(reference)(labels, reference.affine, reference.header, dtype=np.uint8)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of an intensity
     image.header["descrip"], image.header["intent_code"] = b"", 0
     draft = path.with_name(f".{path.name.removesuffix('.nii.gz')}.new.nii.gz")
@@ -267,16 +265,39 @@ def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
     Another layout brings its own labels along where they make up the regions that the model knows.
     """
     from memsave.data.layouts import LAYOUTS
-    from memsave.data.schemes import SCHEMES
+    from memsave.training.segmentation import modalities_of, scheme_of
 
-    own: dict[str, Any] = {"layout": "brats2021"}
-    if isinstance(data, BratsData):
-        own = {"layout": data.layout, "scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
-    known: dict[str, Any] = own | {key: given[key] for key in ("layout", "modalities", "mask") if key in given}
-    scheme = SCHEMES[own["scheme"]] if own.get("scheme") else LAYOUTS[own["layout"]].scheme
-    other = LAYOUTS[known["layout"]].scheme if known["layout"] in LAYOUTS else scheme
-    use = other if known["layout"] != own["layout"] and other.names == scheme.names else scheme
-    return {**known, "scheme": use.name}
+    own, mask = (data.layout, data.mask) if isinstance(data, BratsData) else ("brats2021", None)
+    layout, scheme = str(given.get("layout", own)), scheme_of(data)
+    mask = given.get("mask", mask if layout == own else None)
+    other = LAYOUTS[layout].scheme if layout in LAYOUTS else scheme
+    use = other if layout != own and other.names == scheme.names else scheme
+    modalities = _modalities(given.get("modalities"), layout, trained=modalities_of(data))
+    return {"layout": layout, "modalities": modalities, "mask": mask, "scheme": use.name}
+
+
+def _modalities(given: Any, layout: str, *, trained: Sequence[str]) -> list[str]:
+    """The input's names for the modalities that the model was trained on, in the order of its input channels."""
+    from memsave.data.layouts import LAYOUTS, in_order, meaning
+
+    several = given if isinstance(given, list) else str(given).split(",")
+    names = [str(name).strip() for name in several] if given else list(trained)
+    known = LAYOUTS[layout].modalities if layout in LAYOUTS else {}
+    ordered = in_order(names, trained)
+    if ordered is None:
+        raise ConfigError(
+            f"the input's modalities are {', '.join(names)}, and the run was trained on {', '.join(trained)}; give "
+            f"these, in any order, as in modalities=[{','.join(trained)}]"
+        )
+    if not known:
+        return ordered
+    lacking = [name for name in ordered if meaning(name) not in known]
+    if lacking:
+        raise ConfigError(
+            f"the run was trained on {', '.join(trained)}, and layout={layout} has no {lacking[0]}; give layout=folder "
+            f"and files whose names end in these"
+        )
+    return list(map(meaning, ordered))
 
 
 if __name__ == "__main__":

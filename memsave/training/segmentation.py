@@ -24,7 +24,7 @@ from memsave.data.errors import DataError
 from memsave.data.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
-from memsave.data.schemes import BRATS_2021, REGIONS, SCHEMES, LabelScheme
+from memsave.data.schemes import BRATS_2021, SCHEMES, LabelScheme
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, train_loader
 from memsave.data.splits import fold, split_cases, split_from_file
@@ -88,8 +88,8 @@ class Segmentation:
         A file counts by its size and by pieces of it, its end among them, where gzip has the checksum of the whole.
         """
         cases = [(case.id, [_pieces(path) for path in case.files]) for case in self.crops.volumes.cases]
-        data = self.data
-        drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing)
+        data, order = self.data, self.crops.volumes.cases[0].channels or ()  # of modalities that share a file
+        drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing, *order)
         return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
 
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
@@ -306,12 +306,17 @@ def split(found: Sequence[Case], data: SegmentationData) -> tuple[list[Case], li
 
 def channels(data: SegmentationData) -> tuple[int, int]:
     """(modalities, regions) of the data, without a look at it."""
+    return len(modalities_of(data)), len(scheme_of(data).names)
+
+
+def modalities_of(data: SegmentationData) -> tuple[str, ...]:
+    """The modalities of the data, in the order of the network's input channels, without a look at it."""
     if not isinstance(data, BratsData):
-        return len(MODALITIES), len(REGIONS)
-    layout = LAYOUTS[data.layout]
-    if not (data.modalities or layout.modalities):
+        return MODALITIES
+    names = tuple(data.modalities or LAYOUTS[data.layout].modalities)
+    if not names:
         raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
-    return len(data.modalities or layout.modalities), len(scheme_of(data).names)
+    return names
 
 
 def scheme_of(data: SegmentationData) -> LabelScheme:
