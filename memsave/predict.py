@@ -2,7 +2,7 @@
 
     python -m memsave.predict checkpoint=outputs/brats_rev/2026-01-31_10-00-00 input=/my/new output=/my/segmentations
 
-    checkpoint  a run's folder: its model/ and config.yaml are read
+    checkpoint  a run's folder, or its model/ copied anywhere
     input       the folder of the cases, in the layout that the run was trained on, with segmentations or without
     output      where to write ID.nii.gz, with the case's own affine and the data set's labels
     layout, mask  of the input, where they differ from the run's; a challenge's layout brings its labels
@@ -24,23 +24,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-from memsave.compose import load
-from memsave.config import BratsData, Config, ConfigError, SegmentationData
+from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
 from memsave.data.schemes import LabelScheme
+from memsave.loading import load_unet
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.training.interrupt import interrupt_at_signals
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.progress import Progress
+
+if TYPE_CHECKING:
+    from memsave.training.unet_config import UNetConfig
 
 KEYS = (
     "checkpoint", "input", "output", "layout", "modalities", "mask", "window", "overlap", "flips", "budget", "device"
@@ -104,9 +107,9 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     from memsave.training.experiment import choose_device
     from memsave.training.segmentation import without_small
 
-    config, model = load_run(Path(given["checkpoint"]).expanduser())
-    data, options = config.data, _options(given, config)
-    known = _input(given, data)
+    model = load_unet(Path(given["checkpoint"]).expanduser())
+    config, options = model.config, _options(given, model.config)
+    known = _input(given, config)
     device = choose_device(str(given.get("device", "auto")), key="device")
     there = scan(given["input"], **known, labelled=False)
     found, faults = there.cases, there.faults + duplicates(there.cases)
@@ -115,17 +118,17 @@ def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     output = _output(given["output"])
     for fault in faults:
         progress.say(f"failed: {fault}")
-    model = model.to(device).eval()
-    precision = config.trainer.precision
+    model = model.to(device)
+    precision = config.precision
     precision = "float32" if precision == "float16" and device.type != "cuda" else precision
     failed, total = len(there.incomplete), len(found) + len(there.incomplete)
     for number, case in enumerate(found, start=1):
         try:
             reference = read_header(case.images[0])  # before the work, for the file is needed after it
-            volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=data.spacing)[0]
+            volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=config.spacing)[0]
             with autocast(model, precision):
                 masks = segment(model, volume, options, device=device)
-            masks = without_small(masks, case.scheme.names, smallest_et=data.smallest_et)
+            masks = without_small(masks, case.scheme.names, smallest_et=config.smallest_et)
             path = output / f"{case.id}.nii.gz"
             write_labels(path, masks, scheme=case.scheme, reference=reference)
             progress.say(f"{number} of {len(found)}: {path}")
@@ -153,32 +156,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in NO_PLACE and error.filename is None:
         return f"its file cannot be written ({error.strerror}); free space or give another output="
     return str(error) if isinstance(error, (ConfigError, DataError, OSError)) else f"{type(error).__name__}: {error}"
-
-
-def load_run(folder: Path) -> tuple[Config, nn.Module]:
-    """(config, trained model) of a run's folder, or of the checkpoint/ or model/ inside it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from memsave.training.experiment import make_model
-    from memsave.training.segmentation import WEIGHTS
-
-    run = folder if (folder / "config.yaml").is_file() else folder.parent
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"there is no config.yaml in {folder} or above it; give checkpoint= a run's folder")
-    config = load(run / "config.yaml")
-    if not isinstance(config.data, SegmentationData):
-        raise ConfigError(f"{run} is a run of task={config.task}, which segments nothing; give one of segmentation")
-    inside = folder / WEIGHTS if (folder / WEIGHTS).is_file() else run / "model" / WEIGHTS
-    weights = inside if inside.is_file() else run / "checkpoint" / WEIGHTS
-    if not weights.is_file():
-        raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
-    model, _ = make_model(config)
-    try:
-        model.load_state_dict(load_file(weights))
-    except (RuntimeError, SafetensorError, OSError) as error:
-        raise ConfigError(f"{weights} cannot be read as the model of its config.yaml; copy the run again") from error
-    return config, model
 
 
 def segment(model: nn.Module, volume: dict[str, Any], options: Options, *, device: torch.device) -> Tensor:
@@ -239,8 +216,8 @@ def write_labels(path: Path, masks: Tensor, *, scheme: LabelScheme, reference: A
         draft.unlink(missing_ok=True)
 
 
-def _options(given: dict[str, Any], config: Config) -> Options:
-    window = given.get("window", list(config.data.crop_size))
+def _options(given: dict[str, Any], config: "UNetConfig") -> Options:
+    window = given.get("window", list(config.crop_size))
     whole = window == "whole"
     if not whole and not (
         isinstance(window, list) and len(window) == 3 and all(type(n) is int and n > 0 for n in window)
@@ -259,20 +236,18 @@ def _options(given: dict[str, Any], config: Config) -> Options:
     return Options(None if whole else window, overlap=overlap, flips=flips, budget=budget)
 
 
-def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
+def _input(given: dict[str, Any], config: "UNetConfig") -> dict[str, Any]:
     """How to read the input's cases: as the run's own, but for what is given.
 
     Another layout brings its own labels along where they make up the regions that the model knows.
     """
     from memsave.data.layouts import LAYOUTS
-    from memsave.training.segmentation import modalities_of, scheme_of
 
-    own, mask = (data.layout, data.mask) if isinstance(data, BratsData) else ("brats2021", None)
-    layout, scheme = str(given.get("layout", own)), scheme_of(data)
-    mask = given.get("mask", mask if layout == own else None)
+    layout, scheme = str(given.get("layout", config.layout)), config.regions
     other = LAYOUTS[layout].scheme if layout in LAYOUTS else scheme
-    use = other if layout != own and other.names == scheme.names else scheme
-    modalities = _modalities(given.get("modalities"), layout, trained=modalities_of(data))
+    use = other if layout != config.layout and other.names == scheme.names else scheme
+    mask = given.get("mask", config.mask if layout == config.layout else None)
+    modalities = _modalities(given.get("modalities"), layout, trained=config.modalities)
     return {"layout": layout, "modalities": modalities, "mask": mask, "scheme": use.name}
 
 
@@ -285,9 +260,10 @@ def _modalities(given: Any, layout: str, *, trained: Sequence[str]) -> list[str]
     known = LAYOUTS[layout].modalities if layout in LAYOUTS else {}
     ordered = in_order(names, trained)
     if ordered is None:
+        files = "" if known else ", and have the files' names end in them"
         raise ConfigError(
             f"the input's modalities are {', '.join(names)}, and the run was trained on {', '.join(trained)}; give "
-            f"these, in any order, as in modalities=[{','.join(trained)}]"
+            f"these, in any order, as in modalities=[{','.join(trained)}]{files}"
         )
     if not known:
         return ordered

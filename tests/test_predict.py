@@ -5,6 +5,7 @@ import errno
 import gzip
 import itertools
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ pytest.importorskip("monai")
 
 import nibabel
 
-from memsave.compose import compose
 from memsave.config import BratsData, ConfigError
 from memsave.data.brats import read_label, regions
 from memsave.data.layouts import MODALITIES, find_cases
@@ -24,21 +24,9 @@ from memsave.data.schemes import SCHEMES
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Volumes
 from memsave.predict import main, write_labels
-from memsave.run import execute
-from tests.training.test_segmentation import TINY
+from memsave.training.unet_config import UNetConfig
 
 MASKS = torch.zeros(3, 1, 1, 1, dtype=torch.bool)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(a run's folder, the folder of its phantoms)"""
-    folder = tmp_path_factory.mktemp("run")
-    data = tmp_path_factory.mktemp("data")
-    overrides = [*TINY, f"data.root={data}", "trainer.steps=12", "profiler.compare=[]"]
-    assert execute(compose(overrides), folder, experiment="brats_rev") == 0
-    (phantoms,) = (path for path in data.iterdir() if path.is_dir())
-    return folder, phantoms
 
 
 @pytest.fixture
@@ -156,7 +144,8 @@ def test_modalities_in_every_order_give_one_segmentation(trained, one_case, tmp_
     """The network knows them by the place in which they come, and the user by their names."""
     from memsave import predict as module
 
-    seen = []
+    seen, network = [], module.load_unet(trained[0])
+    monkeypatch.setattr(module, "load_unet", lambda folder: network)
     monkeypatch.setattr(module, "segment", lambda model, volume, *_, **__: seen.append(volume["image"]) or MASKS)
     monkeypatch.setattr(module, "write_labels", lambda *_, **__: None)
     assert predict(trained, tmp_path / "out", source=one_case) == 0
@@ -193,7 +182,8 @@ def test_a_run_on_a_folder_reads_a_challenge_by_what_its_names_mean(tmp_path):
 
     def ask(*trained, **given):
         data = BratsData(layout="folder", modalities=list(trained), mask="label")
-        return _input(given, data)
+        config = UNetConfig.of(data, model=SimpleNamespace(arguments={}), precision="float32")
+        return _input(given, config)
 
     found = ask("t2f", "t1c", layout="brats2021")
     assert found == {"layout": "brats2021", "modalities": ["flair", "t1ce"], "mask": None, "scheme": "binary"}
@@ -308,7 +298,7 @@ def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
     ("arguments", "words"),
     [
         (["device=gpu"], "device is 'gpu'; give auto, cpu, cuda"),
-        (["checkpoint=/no/such/run"], "there is no config.yaml in /no/such/run or above it"),
+        (["checkpoint=/no/such/run"], "/no/such/run holds no trained model; give a run's folder"),
         (["input=/no/such/folder"], "/no/such/folder does not exist"),
         (["windo=3"], "did you mean window?"),
         (["window=[3,4]"], "give three numbers of voxels"),

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.config import BratsData, ConfigError, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
+from memsave.config import BratsData, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
 from memsave.data.brats import labels_of, masks_of, regions
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
-from memsave.data.layouts import LAYOUTS, MODALITIES, Case, find_cases
+from memsave.data.layouts import Case, find_cases
 from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
-from memsave.data.schemes import BRATS_2021, SCHEMES, LabelScheme
+from memsave.data.schemes import LabelScheme
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, train_loader
 from memsave.data.splits import fold, split_cases, split_from_file
@@ -33,6 +33,7 @@ from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
 from memsave.training.progress import Progress
 from memsave.training.task import Batch
+from memsave.training.unet_config import CONFIG, UNetConfig, modalities_of, scheme_of
 
 WEIGHTS = "model.safetensors"
 TABLE = "scores.csv"
@@ -161,9 +162,10 @@ class Segmentation:
         return [path, table]
 
     def release(self, model: nn.Module, folder: Path) -> None:
-        """Write the weights as `model.safetensors`."""
+        """Write the weights as `model.safetensors`, and how they are used as `config.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+        UNetConfig.of(self.data, model=model, precision=self.precision).write(folder / CONFIG)
 
     def summary(self, scores: dict[str, float]) -> str:
         """Dice of each region, with the 95% interval of the mean where there are several cases."""
@@ -307,23 +309,6 @@ def split(found: Sequence[Case], data: SegmentationData) -> tuple[list[Case], li
 def channels(data: SegmentationData) -> tuple[int, int]:
     """(modalities, regions) of the data, without a look at it."""
     return len(modalities_of(data)), len(scheme_of(data).names)
-
-
-def modalities_of(data: SegmentationData) -> tuple[str, ...]:
-    """The modalities of the data, in the order of the network's input channels, without a look at it."""
-    if not isinstance(data, BratsData):
-        return MODALITIES
-    names = tuple(data.modalities or LAYOUTS[data.layout].modalities)
-    if not names:
-        raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
-    return names
-
-
-def scheme_of(data: SegmentationData) -> LabelScheme:
-    """What the labels of the data mean, without a look at it."""
-    if not isinstance(data, BratsData):
-        return BRATS_2021
-    return LAYOUTS[data.layout].scheme if data.scheme is None else SCHEMES[data.scheme]
 
 
 def _pieces(path: Path) -> tuple[int, str]:

@@ -204,6 +204,8 @@ def test_regions_refuse_what_the_scheme_does_not_have():
     label = torch.tensor([0, 3]).reshape(1, 1, 2)
     with pytest.raises(DataError, match=r"regions\(\) got the labels 0, 3, and scheme brats2021 .* brats2023 or"):
         regions(label)
+    with pytest.raises(DataError, match=r"got the labels 0, 3\.9999999999999996, and scheme brats2021 has 0, 1, 2, 4"):
+        regions(torch.tensor([0, 4 - 4e-16], dtype=torch.float64).reshape(1, 1, 2))
     assert regions(label, scheme=SCHEMES["msd"]).flatten().tolist() == [False, True] * 3
     assert regions(label, scheme=SCHEMES["binary"]).flatten().tolist() == [False, True]
 
