@@ -2,10 +2,11 @@
 
     python -m memsave.predict checkpoint=outputs/brats_rev/2026-01-31_10-00-00 input=/my/new output=/my/segmentations
 
-    checkpoint  a run's folder: its model/ and config.yaml are read
+    checkpoint  a run's folder, or its model/ copied anywhere
     input       the folder of the cases, in the layout that the run was trained on, with segmentations or without
     output      where to write ID.nii.gz, with the case's own affine and the data set's labels
-    layout, modalities, mask   of the input, where they differ from the run's; a challenge's layout brings its labels
+    layout, mask  of the input, where they differ from the run's; a challenge's layout brings its labels
+    modalities  what the input calls those of training, in any order, as in modalities=[t1c,t1n]; another set is refused
     window      the sliding window in voxels, as in window=[96,96,96] (that of training); whole: the volume at once
     overlap     of neighbouring windows (0.5)
     flips       true: average over the volume's eight reflections (false)
@@ -23,22 +24,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-from memsave.compose import load
-from memsave.config import BratsData, Config, ConfigError, SegmentationData
+from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
+from memsave.data.schemes import LabelScheme
+from memsave.loading import load_unet
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.training.interrupt import interrupt_at_signals
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.progress import Progress
+
+if TYPE_CHECKING:
+    from memsave.training.unet_config import UNetConfig
 
 KEYS = (
     "checkpoint", "input", "output", "layout", "modalities", "mask", "window", "overlap", "flips", "budget", "device"
@@ -97,39 +102,35 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     """Segment every case of the input folder; the exit code."""
     from memsave.data.layouts import duplicates, scan
+    from memsave.data.nifti import read_header
     from memsave.data.segmentation import Volumes
     from memsave.training.experiment import choose_device
-    from memsave.training.segmentation import channels, without_small
+    from memsave.training.segmentation import without_small
 
-    config, model = load_run(Path(given["checkpoint"]).expanduser())
-    data, options = config.data, _options(given, config)
-    known = _input(given, data)
+    model = load_unet(Path(given["checkpoint"]).expanduser())
+    config, options = model.config, _options(given, model.config)
+    known = _input(given, config)
     device = choose_device(str(given.get("device", "auto")), key="device")
     there = scan(given["input"], **known, labelled=False)
     found, faults = there.cases, there.faults + duplicates(there.cases)
     if not found or duplicates(found):  # which would be written to one file
         raise DataError(faults[0])
-    has, needs = found[0].modalities, channels(data)[0]
-    if len(has) != needs:
-        raise ConfigError(
-            f"the input's modalities are {', '.join(has)} ({len(has)}), and the model was trained on {needs}; give "
-            f"modalities= those of the run, in its order"
-        )
     output = _output(given["output"])
     for fault in faults:
         progress.say(f"failed: {fault}")
-    model = model.to(device).eval()
-    precision = config.trainer.precision
+    model = model.to(device)
+    precision = config.precision
     precision = "float32" if precision == "float16" and device.type != "cuda" else precision
     failed, total = len(there.incomplete), len(found) + len(there.incomplete)
     for number, case in enumerate(found, start=1):
         try:
-            volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=data.spacing)[0]
+            reference = read_header(case.images[0])  # before the work, for the file is needed after it
+            volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=config.spacing)[0]
             with autocast(model, precision):
                 masks = segment(model, volume, options, device=device)
-            masks = without_small(masks, case.scheme.names, smallest_et=data.smallest_et)
+            masks = without_small(masks, case.scheme.names, smallest_et=config.smallest_et)
             path = output / f"{case.id}.nii.gz"
-            write_labels(path, masks, case=case)
+            write_labels(path, masks, scheme=case.scheme, reference=reference)
             progress.say(f"{number} of {len(found)}: {path}")
         except Exception as error:  # of this case alone, whatever it is
             failed += 1
@@ -155,32 +156,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in NO_PLACE and error.filename is None:
         return f"its file cannot be written ({error.strerror}); free space or give another output="
     return str(error) if isinstance(error, (ConfigError, DataError, OSError)) else f"{type(error).__name__}: {error}"
-
-
-def load_run(folder: Path) -> tuple[Config, nn.Module]:
-    """(config, trained model) of a run's folder, or of the checkpoint/ or model/ inside it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from memsave.training.experiment import make_model
-    from memsave.training.segmentation import WEIGHTS
-
-    run = folder if (folder / "config.yaml").is_file() else folder.parent
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"there is no config.yaml in {folder} or above it; give checkpoint= a run's folder")
-    config = load(run / "config.yaml")
-    if not isinstance(config.data, SegmentationData):
-        raise ConfigError(f"{run} is a run of task={config.task}, which segments nothing; give one of segmentation")
-    inside = folder / WEIGHTS if (folder / WEIGHTS).is_file() else run / "model" / WEIGHTS
-    weights = inside if inside.is_file() else run / "checkpoint" / WEIGHTS
-    if not weights.is_file():
-        raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
-    model, _ = make_model(config)
-    try:
-        model.load_state_dict(load_file(weights))
-    except (RuntimeError, SafetensorError, OSError) as error:
-        raise ConfigError(f"{weights} cannot be read as the model of its config.yaml; copy the run again") from error
-    return config, model
 
 
 def segment(model: nn.Module, volume: dict[str, Any], options: Options, *, device: torch.device) -> Tensor:
@@ -219,18 +194,18 @@ def _reflections() -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations((1, 2, 3), count) for count in range(4))
 
 
-def write_labels(path: Path, masks: Tensor, *, case: Any) -> None:
-    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of the case's first file.
+def write_labels(path: Path, masks: Tensor, *, scheme: LabelScheme, reference: Any) -> None:
+    """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of `reference`.
 
-    Its header is kept, for programs differ in which of the two affines of a header they read.
+    That is an image of the case (`memsave.data.nifti.read_header`). Its header is kept, for programs differ in which of
+    the two affines of a header they read.
     """
     import nibabel
 
     from memsave.data.brats import labels_of
 
-    reference: Any = nibabel.load(case.images[0])
-    labels = labels_of(masks, case.scheme).squeeze(0).numpy()
-    image = nibabel.Nifti1Image(labels, reference.affine, reference.header, dtype=np.uint8)
+    labels = labels_of(masks, scheme).squeeze(0).numpy()
+    image = type(reference)(labels, reference.affine, reference.header, dtype=np.uint8)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of an intensity
     image.header["descrip"], image.header["intent_code"] = b"", 0
     draft = path.with_name(f".{path.name.removesuffix('.nii.gz')}.new.nii.gz")
@@ -241,8 +216,8 @@ def write_labels(path: Path, masks: Tensor, *, case: Any) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _options(given: dict[str, Any], config: Config) -> Options:
-    window = given.get("window", list(config.data.crop_size))
+def _options(given: dict[str, Any], config: "UNetConfig") -> Options:
+    window = given.get("window", list(config.crop_size))
     whole = window == "whole"
     if not whole and not (
         isinstance(window, list) and len(window) == 3 and all(type(n) is int and n > 0 for n in window)
@@ -261,22 +236,44 @@ def _options(given: dict[str, Any], config: Config) -> Options:
     return Options(None if whole else window, overlap=overlap, flips=flips, budget=budget)
 
 
-def _input(given: dict[str, Any], data: SegmentationData) -> dict[str, Any]:
+def _input(given: dict[str, Any], config: "UNetConfig") -> dict[str, Any]:
     """How to read the input's cases: as the run's own, but for what is given.
 
     Another layout brings its own labels along where they make up the regions that the model knows.
     """
     from memsave.data.layouts import LAYOUTS
-    from memsave.data.schemes import SCHEMES
 
-    own: dict[str, Any] = {"layout": "brats2021"}
-    if isinstance(data, BratsData):
-        own = {"layout": data.layout, "scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
-    known: dict[str, Any] = own | {key: given[key] for key in ("layout", "modalities", "mask") if key in given}
-    scheme = SCHEMES[own["scheme"]] if own.get("scheme") else LAYOUTS[own["layout"]].scheme
-    other = LAYOUTS[known["layout"]].scheme if known["layout"] in LAYOUTS else scheme
-    use = other if known["layout"] != own["layout"] and other.names == scheme.names else scheme
-    return {**known, "scheme": use.name}
+    layout, scheme = str(given.get("layout", config.layout)), config.regions
+    other = LAYOUTS[layout].scheme if layout in LAYOUTS else scheme
+    use = other if layout != config.layout and other.names == scheme.names else scheme
+    mask = given.get("mask", config.mask if layout == config.layout else None)
+    modalities = _modalities(given.get("modalities"), layout, trained=config.modalities)
+    return {"layout": layout, "modalities": modalities, "mask": mask, "scheme": use.name}
+
+
+def _modalities(given: Any, layout: str, *, trained: Sequence[str]) -> list[str]:
+    """The input's names for the modalities that the model was trained on, in the order of its input channels."""
+    from memsave.data.layouts import LAYOUTS, in_order, meaning
+
+    several = given if isinstance(given, list) else str(given).split(",")
+    names = [str(name).strip() for name in several] if given else list(trained)
+    known = LAYOUTS[layout].modalities if layout in LAYOUTS else {}
+    ordered = in_order(names, trained)
+    if ordered is None:
+        files = "" if known else ", and have the files' names end in them"
+        raise ConfigError(
+            f"the input's modalities are {', '.join(names)}, and the run was trained on {', '.join(trained)}; give "
+            f"these, in any order, as in modalities=[{','.join(trained)}]{files}"
+        )
+    if not known:
+        return ordered
+    lacking = [name for name in ordered if meaning(name) not in known]
+    if lacking:
+        raise ConfigError(
+            f"the run was trained on {', '.join(trained)}, and layout={layout} has no {lacking[0]}; give layout=folder "
+            f"and files whose names end in these"
+        )
+    return list(map(meaning, ordered))
 
 
 if __name__ == "__main__":

@@ -25,3 +25,17 @@ def run(tmp_path, monkeypatch):
         return code, json.loads((folder / "result.json").read_text()), folder
 
     return call
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(the folder of a run that segments a little, the folder of its four phantoms); for tests that only read them."""
+    from memsave.compose import compose
+    from memsave.run import execute
+    from tests.training.test_segmentation import TINY
+
+    folder, data = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("data")
+    overrides = [*TINY, f"data.root={data}", "trainer.steps=12", "profiler.compare=[]"]
+    assert execute(compose(overrides), folder, experiment="brats_rev") == 0
+    (phantoms,) = (path for path in data.iterdir() if path.is_dir())
+    return folder, phantoms

@@ -2,7 +2,10 @@
 
 import csv
 import errno
+import gzip
+import itertools
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,26 +16,27 @@ pytest.importorskip("monai")
 
 import nibabel
 
-from memsave.compose import compose
+from memsave.config import BratsData, ConfigError
 from memsave.data.brats import read_label, regions
-from memsave.data.layouts import Case, find_cases
+from memsave.data.layouts import MODALITIES, find_cases
+from memsave.data.nifti import read_header
 from memsave.data.schemes import SCHEMES
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Volumes
 from memsave.predict import main, write_labels
-from memsave.run import execute
-from tests.training.test_segmentation import TINY
+from memsave.training.unet_config import UNetConfig
+
+MASKS = torch.zeros(3, 1, 1, 1, dtype=torch.bool)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(a run's folder, the folder of its phantoms)"""
-    folder = tmp_path_factory.mktemp("run")
-    data = tmp_path_factory.mktemp("data")
-    overrides = [*TINY, f"data.root={data}", "trainer.steps=12", "profiler.compare=[]"]
-    assert execute(compose(overrides), folder, experiment="brats_rev") == 0
-    (phantoms,) = (path for path in data.iterdir() if path.is_dir())
-    return folder, phantoms
+@pytest.fixture
+def one_case(trained, tmp_path):
+    """The folder of a copy of one phantom, called A."""
+    first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
+    (tmp_path / "one" / "A").mkdir(parents=True)
+    for path in first.iterdir():
+        shutil.copy(path, tmp_path / "one" / "A" / path.name.replace(first.name, "A"))
+    return tmp_path / "one"
 
 
 def predict(trained, output, *arguments, source=None):
@@ -86,6 +90,40 @@ def test_flips_and_windows(trained, tmp_path):
     assert (found["flips=true"] != found[""]).any()
 
 
+def as_plain(path):
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+
+
+def as_gzip_without_suffix(path):
+    path.rename(path.with_suffix(""))
+
+
+def as_nifti2(path):
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti2Image(np.asarray(image.dataobj), image.affine), path)
+
+
+@pytest.mark.parametrize("change", [as_plain, as_gzip_without_suffix, as_nifti2])
+def test_whatever_can_be_read_can_be_segmented(trained, one_case, tmp_path, change):
+    assert predict(trained, tmp_path / "before", source=one_case) == 0
+    for path in (one_case / "A").glob("A_t*.nii.gz"):
+        change(path)
+    assert predict(trained, tmp_path / "after", source=one_case) == 0
+    before, after = (nibabel.load(tmp_path / name / "A.nii.gz") for name in ("before", "after"))
+    assert np.array_equal(before.dataobj, after.dataobj) and np.array_equal(before.affine, after.affine)
+
+
+def test_a_file_that_cannot_be_read_is_told_before_the_work(trained, one_case, tmp_path, monkeypatch, capfd):
+    from memsave import predict as module
+
+    path = one_case / "A" / "A_t1.nii.gz"
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata() * (1 + 1j), image.affine), path)
+    monkeypatch.setattr(module, "segment", lambda *arguments, **options: pytest.fail("segmented"))
+    assert predict(trained, tmp_path / "out", source=one_case) == 1
+    assert "A_t1.nii.gz holds voxels of type complex128, and float32 cannot" in capfd.readouterr().err
+
+
 def test_another_layout_brings_its_labels(trained, tmp_path):
     source = tmp_path / "new"
     first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
@@ -99,6 +137,69 @@ def test_another_layout_brings_its_labels(trained, tmp_path):
         for path in (tmp_path / "new2023" / "A.nii.gz", tmp_path / "old" / f"{first.name}.nii.gz")
     )
     assert (new == np.where(old == 4, 3, old)).all() and (old == 4).any()
+
+
+@pytest.mark.parametrize("layout", ["brats2021", "brats2023", "msd", "folder", "folder, as in 2023"])
+def test_modalities_in_every_order_give_one_segmentation(trained, one_case, tmp_path, monkeypatch, layout):
+    """The network knows them by the place in which they come, and the user by their names."""
+    from memsave import predict as module
+
+    seen, network = [], module.load_unet(trained[0])
+    monkeypatch.setattr(module, "load_unet", lambda folder: network)
+    monkeypatch.setattr(module, "segment", lambda model, volume, *_, **__: seen.append(volume["image"]) or MASKS)
+    monkeypatch.setattr(module, "write_labels", lambda *_, **__: None)
+    assert predict(trained, tmp_path / "out", source=one_case) == 0
+    names = dict(zip(MODALITIES, ("t1n", "t1c", "t2w", "t2f") if "2023" in layout else MODALITIES))
+    source, theirs, layout = as_layout(one_case, layout, names), list(names.values()), layout.partition(",")[0]
+    for order in itertools.permutations(theirs):
+        arguments = [f"layout={layout}", f"modalities=[{','.join(order)}]"]
+        assert predict(trained, tmp_path / "out", *arguments, source=source) == 0
+        assert torch.equal(seen.pop(), seen[0]), order
+    if layout != "folder":  # which names them by itself
+        assert predict(trained, tmp_path / "out", f"layout={layout}", source=source) == 0
+        assert torch.equal(seen.pop(), seen[0])
+    assert len(seen) == 1
+
+
+def as_layout(source, layout, names):
+    """The case A of the BraTS 2021 layout in another one; its folder."""
+    root, own = source.parent / "other", source / "A"
+    (root / "A").mkdir(parents=True)
+    if layout == "msd":
+        images = [nibabel.load(own / f"A_{name}.nii.gz") for name in ("flair", "t1", "t1ce", "t2")]
+        (root / "imagesTs").mkdir()
+        stacked = np.stack([image.get_fdata(dtype=np.float32) for image in images], axis=-1)
+        nibabel.save(nibabel.Nifti1Image(stacked, images[0].affine), root / "imagesTs" / "A.nii.gz")
+        return root
+    for ours, theirs in names.items():
+        separator = "-" if layout == "brats2023" else "_"
+        shutil.copy(own / f"A_{ours}.nii.gz", root / "A" / f"A{separator}{theirs}.nii.gz")
+    return root
+
+
+def test_a_run_on_a_folder_reads_a_challenge_by_what_its_names_mean(tmp_path):
+    from memsave.predict import _input
+
+    def ask(*trained, **given):
+        data = BratsData(layout="folder", modalities=list(trained), mask="label")
+        config = UNetConfig.of(data, model=SimpleNamespace(arguments={}), precision="float32")
+        return _input(given, config)
+
+    found = ask("t2f", "t1c", layout="brats2021")
+    assert found == {"layout": "brats2021", "modalities": ["flair", "t1ce"], "mask": None, "scheme": "binary"}
+    assert ask("t2f", "t1c", layout="brats2023", modalities=["t1c", "t2f"])["modalities"] == ["flair", "t1ce"]
+    assert ask("flair", "CE", modalities=["CE", "flair"])["modalities"] == ["flair", "CE"]
+    assert ask("flair", "CE") == {
+        "layout": "folder",
+        "modalities": ["flair", "CE"],
+        "mask": "label",
+        "scheme": "binary",
+    }
+    assert ask("t1c", "t1ce", modalities=["t1ce", "t1c"])["modalities"] == ["t1c", "t1ce"]  # names before meanings
+    with pytest.raises(ConfigError, match=r"trained on flair, CE, and layout=brats2021 has no CE; give layout=folder"):
+        ask("flair", "CE", layout="brats2021")
+    with pytest.raises(ConfigError, match=r"modalities are t1n, t1, and the run was trained on t1ce, t1; give these,"):
+        ask("t1ce", "t1", layout="folder", modalities=["t1n", "t1"])
 
 
 def test_whatever_befalls_one_case_the_others_go_on(trained, tmp_path, monkeypatch, capfd):
@@ -179,11 +280,11 @@ def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
     image.header.set_slope_inter(2.0, 5.0)
     image.header["cal_max"] = 900
     nibabel.save(image, tmp_path / "A_t1ce.nii.gz")
-    case = Case("A", (tmp_path / "A_t1ce.nii.gz",), None, modalities=("t1ce",), scheme=SCHEMES["binary"])
     mask = torch.zeros(1, 4, 5, 6, dtype=torch.bool)
     mask[0, 1, 2, 3] = True
-    write_labels(tmp_path / "A.nii.gz", mask, case=case)
-    written, read = nibabel.load(tmp_path / "A.nii.gz"), nibabel.load(case.images[0])
+    reference = read_header(tmp_path / "A_t1ce.nii.gz")
+    write_labels(tmp_path / "A.nii.gz", mask, scheme=SCHEMES["binary"], reference=reference)
+    written, read = nibabel.load(tmp_path / "A.nii.gz"), nibabel.load(tmp_path / "A_t1ce.nii.gz")
     assert written.get_data_dtype() == np.uint8 and written.header["cal_max"] == 0
     np.testing.assert_array_equal(written.get_fdata(), mask[0].numpy())
     for affine in ("get_sform", "get_qform"):
@@ -197,14 +298,23 @@ def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
     ("arguments", "words"),
     [
         (["device=gpu"], "device is 'gpu'; give auto, cpu, cuda"),
-        (["checkpoint=/no/such/run"], "there is no config.yaml in /no/such/run or above it"),
+        (["checkpoint=/no/such/run"], "/no/such/run holds no trained model; give a run's folder"),
         (["input=/no/such/folder"], "/no/such/folder does not exist"),
         (["windo=3"], "did you mean window?"),
         (["window=[3,4]"], "give three numbers of voxels"),
         (["flips=perhaps"], "give flips=true or flips=false"),
         (["overlap=2"], "from 0 to below 1"),
         (["budget=much"], "budget: 'much' is no size"),
-        (["modalities=[t1,t2]"], "the input's modalities are t1, t2 (2), and the model was trained on 4"),
+        (
+            ["modalities=[t1,t2]"],
+            "the input's modalities are t1, t2, and the run was trained on t1, t1ce, t2, flair; give these, in any "
+            "order, as in modalities=[t1,t1ce,t2,flair]",
+        ),
+        (["modalities=[t1,t1,t2,flair]"], "the input's modalities are t1, t1, t2, flair, and the run was trained on"),
+        (["modalities=[t1,t1ce,t2,adc]"], "the input's modalities are t1, t1ce, t2, adc, and the run was trained on"),
+        (["modalities=7"], "the input's modalities are 7, and the run was trained on"),
+        (["layout=folder", "modalities=[a,b,c,d]"], "the input's modalities are a, b, c, d, and the run was trained"),
+        (["layout=[1]"], "layout is '[1]': choose one of"),
         (["nonsense"], "have the form key=value"),
         (["input="], "input is not given"),
     ],

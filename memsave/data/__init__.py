@@ -2,6 +2,7 @@
 
     layouts        how data sets name their files; finding cases
     schemes        how their labels are numbered, and the regions that are scored
+    nifti          reading a file
     brats          reading and checking a case; regions and labels
     splits         which cases train and which are held out
     check          every fault of a data set, on the command line

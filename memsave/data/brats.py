@@ -1,13 +1,10 @@
 """Cases in memory: reading and checking their files, and regions from labels and back.
 
-Which files they are is a matter of `layouts.py`, and what their labels mean of `schemes.py`. Every label file is
-checked against its scheme when it is read. nibabel is imported when a file is read.
+Which files they are is a matter of `layouts.py`, how a file is read of `nifti.py`, and what its labels mean of
+`schemes.py`. Every label file is checked against its scheme when it is read.
 """
 
-import gzip
-import math
-import os
-import zlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,11 @@ import torch
 
 from memsave.data.errors import DataError
 from memsave.data.layouts import Case
+from memsave.data.nifti import read_header, read_intensities, read_nifti, read_values, step_of
 from memsave.data.schemes import BRATS_2021, LabelScheme, fitting
+
+MOST_VOXELS_MOVED = 0.1
+"""By how much the affines of two files of one case may differ: rounding an affine moves its voxels by less."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ def inspect_case(case: Case, *, scheme: LabelScheme | None = None, images: bool 
     found = Inspection()
     for path in case.images:
         try:
-            image = _load(path) if images else _header(path)
+            image = read_nifti(path) if images else read_header(path)
             _check_grid(path, image, found, channels=case.channels)
             if not images:
                 continue
-            voxels = _voxels(path, image)
+            voxels = read_intensities(path, image)
         except DataError as error:
             found.faults.append(str(error))
             continue
@@ -77,9 +78,9 @@ def inspect_case(case: Case, *, scheme: LabelScheme | None = None, images: bool 
                 found.faults.append(f"{what} {fault}: export it again or leave case {case.id} out.")
     if case.label is not None:
         try:
-            image = _load(case.label)
+            image = read_nifti(case.label)
             _check_grid(case.label, image, found)
-            found.label = _checked_label(case.label, _voxels(case.label, image), scheme=scheme or case.scheme)
+            found.label = _checked_label(case.label, image, scheme=scheme or case.scheme)
         except DataError as error:
             found.faults.append(str(error))
     return found
@@ -89,9 +90,9 @@ def read_label(case: Case, *, scheme: LabelScheme | None = None) -> np.ndarray:
     """The label of a case on its original grid, (X, Y, Z) uint8, checked against `scheme` (None: the case's own)."""
     if case.label is None:
         raise DataError(f"Case {case.id} has no segmentation: add its file or leave the case out.")
-    image = _load(case.label)
+    image = read_nifti(case.label)
     _check_grid(case.label, image, Inspection())
-    return _checked_label(case.label, _voxels(case.label, image), scheme=scheme or case.scheme)
+    return _checked_label(case.label, image, scheme=scheme or case.scheme)
 
 
 def regions(label: torch.Tensor, *, scheme: LabelScheme = BRATS_2021) -> torch.Tensor:
@@ -159,69 +160,6 @@ def _by_modality(case: Case, path: Path, voxels: np.ndarray) -> Iterator[tuple[s
         yield name, voxels[..., channel]
 
 
-def _load(path: Path):
-    """The NIfTI image at `path`, from its complete bytes: gzip then verifies the checksum of the whole file."""
-    import nibabel
-
-    with _Readable(path):
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        return nibabel.Nifti1Image.from_bytes(content)
-
-
-def _header(path: Path):
-    """The NIfTI image at `path` of which only the header is read, and the length compared with what it promises."""
-    import nibabel
-
-    with _Readable(path):
-        image = nibabel.Nifti1Image.from_filename(path)
-        voxels: Any = image.dataobj  # not read yet
-        promised = voxels.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
-    if _length(path) != promised:
-        _voxels(path, _load(path))  # tells what is missing; where nothing is, the file is only longer than it need be
-    return image
-
-
-def _length(path: Path) -> int:
-    """The bytes of a file, uncompressed: gzip ends with their number modulo 2^32."""
-    with _Readable(path), path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-        size = file.seek(0, os.SEEK_END)
-        if not compressed:
-            return size
-        file.seek(-4, os.SEEK_END)
-        return int.from_bytes(file.read(4), "little")
-
-
-def _voxels(path: Path, image) -> np.ndarray:
-    """The voxels as float32, which holds every label and every int16 intensity exactly."""
-    with _Readable(path):  # there may be fewer bytes than the header promises
-        return image.get_fdata(dtype=np.float32, caching="unchanged")
-
-
-class _Readable:
-    """Whatever reading a damaged file raises, as a DataError."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        from nibabel.filebasedimages import ImageFileError
-        from nibabel.spatialimages import HeaderDataError
-        from nibabel.wrapstruct import WrapStructError
-
-        of_nibabel = (ImageFileError, HeaderDataError, WrapStructError)
-        if isinstance(error, (OSError, EOFError, ValueError, TypeError, zlib.error, *of_nibabel)):
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{self.path} is not a readable NIfTI file ({cause}): download or copy it again."
-            ) from error
-
-
 def _check_grid(path: Path, image, found: Inspection, *, channels: Sequence[int] | None = None) -> None:
     """Compare a file with the grid of the case; the first file that has one sets it."""
     shape = tuple(image.shape)
@@ -238,29 +176,62 @@ def _check_grid(path: Path, image, found: Inspection, *, channels: Sequence[int]
         raise DataError(
             f"{path} has shape {shape[:3]} but {found.grid.name} has {found.shape}: resample it to that grid."
         )
-    if not np.allclose(affine, found.affine, atol=1e-3):
-        difference = float(np.abs(affine - found.affine).max())
+    moved, voxels = _displacement(affine, found.affine, shape=found.shape)
+    if voxels > MOST_VOXELS_MOVED:
         raise DataError(
-            f"{path} has an affine that differs from that of {found.grid.name} by up to {difference:g} mm: "
-            f"register it to that image."
+            f"{path} has an affine that moves voxels by up to {moved:.3g} mm against that of {found.grid.name}, which "
+            f"is {voxels:.2g} times their width and may be {MOST_VOXELS_MOVED:g}: register it to that image."
         )
 
 
-def _checked_label(path: Path, label: np.ndarray, *, scheme: LabelScheme) -> np.ndarray:
+def _displacement(affine: np.ndarray, other: np.ndarray, *, shape: Sequence[int]) -> tuple[float, float]:
+    """How far apart two affines put the voxel for which this is most: (in mm, in voxels of `other`)."""
+    corners = np.array(list(itertools.product(*((0, length - 1) for length in shape))))  # (8, 3): the most is at one
+    difference = affine - other
+    moved = corners @ difference[:3, :3].T + difference[:3, 3]  # (8, 3), mm
+    voxels = moved @ np.linalg.inv(other[:3, :3]).T
+    return float(np.linalg.norm(moved, axis=1).max()), float(np.abs(voxels).max())
+
+
+def _checked_label(path: Path, image: Any, *, scheme: LabelScheme) -> np.ndarray:
+    label = read_values(path, image)
     with np.errstate(invalid="ignore"):
         small = label.astype(np.uint8)
+        same = np.array_equal(small, label)
+        if not same and label.dtype.kind == "f":
+            label = _rounded(label, step=step_of(image))
+            small = label.astype(np.uint8)
+            same = np.array_equal(small, label)
     # counting bytes is many times as fast as sorting the voxels
-    values = np.flatnonzero(np.bincount(small.ravel())) if np.array_equal(small, label) else np.unique(label)
+    values = np.flatnonzero(np.bincount(small.ravel())) if same else np.unique(label)
     found = values.tolist()
     if not scheme.fits(found):
         raise DataError(f"{path} holds {_misfit(found, scheme=scheme)}.")
     return (label != 0).astype(np.uint8) if scheme.any_value else small
 
 
+def _rounded(label: np.ndarray, *, step: float) -> np.ndarray:
+    """The labels with integers where they differ from one by rounding alone; interpolated labels differ by more.
+
+    A program that saves labels as scaled integers puts `step` between neighbouring values (4/255 where it spreads 0 to
+    4 over bytes), and an integer comes back off by up to half of it. A file of floats is off by float arithmetic. At 0
+    the tolerance is smallest: a mask that holds 1/255 or 1/65535 for 1 must not become an empty one.
+    """
+    whole = np.rint(label)
+    near = np.abs(label - whole) <= np.clip(1e-3 * np.abs(whole) + step / 2, 1e-5, 0.01)
+    return np.where(near, whole, label)
+
+
 def _misfit(found: Sequence[float], *, scheme: LabelScheme) -> str:
     """The end of a sentence: which labels were found, what the scheme has, and what would fit."""
-    listed = ", ".join(f"{value:g}" for value in found[:8]) + (", ..." if len(found) > 8 else "")
+    listed = ", ".join(map(_told, found[:8])) + (", ..." if len(found) > 8 else "")
     takes = "one lesion label" if scheme.any_value else ", ".join(map(str, scheme.values))
     others = fitting(found)
     remedy = f"give the scheme that they follow, perhaps {' or '.join(others)}" if others else "map them to that scheme"
     return f"the labels {listed}, and scheme {scheme.name} has {takes}: {remedy}"
+
+
+def _told(value: float) -> str:
+    """The number in six digits, or in all of them where it would look like an integer that it is not."""
+    short = f"{value:g}"
+    return short if float(short) == value or not float(short).is_integer() else repr(value)

@@ -22,6 +22,28 @@ def encode(record: Record, tokenizer: Any, *, max_length: int) -> tuple[list[int
     return table, text[: max_length - len(table)]
 
 
+def prompt_format(tokenizer: Any, *, max_length: int, beams: int) -> dict[str, Any]:
+    """How a model that was trained on `encode`'s examples is prompted: `prompt.json` in its folder.
+
+    `prompt` with a table in it has the tokens that `encode` gives the table, up to `max_table_tokens` and the end, and
+    `generate` are the options of transformers' `generate` that evaluations take.
+    """
+    return {
+        "prompt": f"{{table}}{tokenizer.eos_token}",
+        "completion": f"{{text}}{tokenizer.eos_token}",
+        "example_table": "name[Blue Spice], near[the river]",
+        "add_special_tokens": False,
+        "max_table_tokens": max_length - 2,
+        "generate": {
+            "max_length": max_length,
+            "num_beams": beams,
+            "do_sample": False,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    }
+
+
 def collate(examples: Sequence[tuple[list[int], list[int]]], *, pad: int) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, (B, T) each, padded on the right to the longest; (0, 1) for none."""
     longest = max((len(table) + len(text) for table, text in examples), default=1)

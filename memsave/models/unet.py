@@ -49,6 +49,9 @@ class ReversibleUNet3d(nn.Module):
     does not divide the groups of a norm).
     """
 
+    config: Any = None
+    """How a trained network is used, where `memsave.load` has loaded it."""
+
     def __init__(
         self,
         in_channels: int = 4,
@@ -67,7 +70,9 @@ class ReversibleUNet3d(nn.Module):
         chunks: int = 4,
         deep_supervision: bool = False,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self._given = given
         depths = _check_levels(channels, blocks, skip)
         if chunks < 1:
             raise ValueError(f"chunks is {chunks}; give at least 1")
@@ -122,6 +127,11 @@ class ReversibleUNet3d(nn.Module):
             for each, blocks in zip(levels, way):
                 assert isinstance(blocks, ReversibleSequence)
                 blocks.recompute = each == "reversible"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a network of the same architecture is built with: `ReversibleUNet3d(**network.arguments)`."""
+        return {**self._given, "memory": self.memory}
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, D, H, W) to logits (B, out_channels, D, H, W); in training, with side heads, to a list.

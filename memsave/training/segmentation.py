@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.config import BratsData, ConfigError, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
+from memsave.config import BratsData, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
 from memsave.data.brats import labels_of, masks_of, regions
 from memsave.data.check import check_cases
 from memsave.data.errors import DataError
-from memsave.data.layouts import LAYOUTS, MODALITIES, Case, find_cases
+from memsave.data.layouts import Case, find_cases
 from memsave.data.lesion_scores import lesion_region_scores
 from memsave.data.phantom import ensure_phantoms
-from memsave.data.schemes import BRATS_2021, REGIONS, SCHEMES, LabelScheme
+from memsave.data.schemes import LabelScheme
 from memsave.data.scores import region_scores
 from memsave.data.segmentation import Item, TrainingCrops, Volumes, restore, train_loader
 from memsave.data.splits import fold, split_cases, split_from_file
@@ -34,6 +34,7 @@ from memsave.training.loop import autocast, evaluating
 from memsave.training.overlay import Picture, draw_overlay
 from memsave.training.progress import Progress
 from memsave.training.task import Batch
+from memsave.training.unet_config import CONFIG, UNetConfig, modalities_of, scheme_of
 
 WEIGHTS = "model.safetensors"
 TABLE = "scores.csv"
@@ -89,8 +90,8 @@ class Segmentation:
         A file counts by its size and by pieces of it, its end among them, where gzip has the checksum of the whole.
         """
         cases = [(case.id, [_pieces(path) for path in case.files]) for case in self.crops.volumes.cases]
-        data = self.data
-        drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing)
+        data, order = self.data, self.crops.volumes.cases[0].channels or ()  # of modalities that share a file
+        drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing, *order)
         return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
 
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
@@ -162,9 +163,10 @@ class Segmentation:
         return [path, table]
 
     def release(self, model: nn.Module, folder: Path) -> None:
-        """Write the weights as `model.safetensors`."""
+        """Write the weights as `model.safetensors`, and how they are used as `config.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+        UNetConfig.of(self.data, model=model, precision=self.precision).write(folder / CONFIG)
 
     def summary(self, scores: dict[str, float]) -> str:
         """Dice of each region, with the 95% interval of the mean where there are several cases."""
@@ -308,19 +310,7 @@ def split(found: Sequence[Case], data: SegmentationData) -> tuple[list[Case], li
 
 def channels(data: SegmentationData) -> tuple[int, int]:
     """(modalities, regions) of the data, without a look at it."""
-    if not isinstance(data, BratsData):
-        return len(MODALITIES), len(REGIONS)
-    layout = LAYOUTS[data.layout]
-    if not (data.modalities or layout.modalities):
-        raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
-    return len(data.modalities or layout.modalities), len(scheme_of(data).names)
-
-
-def scheme_of(data: SegmentationData) -> LabelScheme:
-    """What the labels of the data mean, without a look at it."""
-    if not isinstance(data, BratsData):
-        return BRATS_2021
-    return LAYOUTS[data.layout].scheme if data.scheme is None else SCHEMES[data.scheme]
+    return len(modalities_of(data)), len(scheme_of(data).names)
 
 
 def _pieces(path: Path) -> tuple[int, str]:

@@ -5,6 +5,7 @@ Held out are the perplexity per target token, and BLEU and ROUGE-L of sentences 
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.config import E2EData, TextData, TrainerConfig, VisitsData
-from memsave.data.table_to_text import collate, encode, prompts
+from memsave.data.table_to_text import collate, encode, prompt_format, prompts
 from memsave.data.tables import Record, private_records, references
 from memsave.models.language import IGNORED, causal_lm_losses
 from memsave.training.loop import autocast, evaluating
@@ -155,9 +156,11 @@ class TableToText:
         return [path]
 
     def release(self, model: Any, folder: Path) -> None:
-        """Write what may be handed on: weights, config and tokenizer, for `from_pretrained(folder)`."""
+        """Write what may be handed on: weights, config and tokenizer, for `from_pretrained(folder)`, and the prompt."""
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        prompt = prompt_format(self.tokenizer, max_length=self.data.max_length, beams=self.data.beams)
+        (folder / "prompt.json").write_text(json.dumps(prompt, indent=2) + "\n")
 
     def summary(self, scores: dict[str, float]) -> str:
         """The scores, before and after."""

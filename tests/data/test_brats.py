@@ -137,7 +137,7 @@ def test_another_shape_is_named(write_case, part):
 def test_another_affine_is_named(write_case, part):
     shifted = np.eye(4)
     shifted[0, 3] = 2.5
-    with pytest.raises(DataError, match=rf"A_{part}\.nii\.gz has an affine that differs .* 2\.5 mm"):
+    with pytest.raises(DataError, match=rf"A_{part}\.nii\.gz has an affine that moves voxels by up to 2\.5 mm"):
         read_case(write_case(affines={part: shifted}))
 
 
@@ -204,6 +204,8 @@ def test_regions_refuse_what_the_scheme_does_not_have():
     label = torch.tensor([0, 3]).reshape(1, 1, 2)
     with pytest.raises(DataError, match=r"regions\(\) got the labels 0, 3, and scheme brats2021 .* brats2023 or"):
         regions(label)
+    with pytest.raises(DataError, match=r"got the labels 0, 3\.9999999999999996, and scheme brats2021 has 0, 1, 2, 4"):
+        regions(torch.tensor([0, 4 - 4e-16], dtype=torch.float64).reshape(1, 1, 2))
     assert regions(label, scheme=SCHEMES["msd"]).flatten().tolist() == [False, True] * 3
     assert regions(label, scheme=SCHEMES["binary"]).flatten().tolist() == [False, True]
 
@@ -275,12 +277,4 @@ def test_voxels_without_a_size_are_named(write_case, value):
     content[296:312] = np.float32([0, value, 0, 0]).tobytes()  # the second row of the affine
     case.images[0].write_bytes(gzip.compress(bytes(content)))
     with pytest.raises(DataError, match=r"A_t1\.nii\.gz has an affine that gives its voxels no size"):
-        read_case(case)
-
-
-def test_a_colour_image_is_named(write_case):
-    case = write_case()
-    colours = np.zeros((6, 5, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), case.images[0])
-    with pytest.raises(DataError, match=r"A_t1\.nii\.gz is not a readable NIfTI file"):
         read_case(case)

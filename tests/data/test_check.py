@@ -51,7 +51,7 @@ def damage_all(root):
     save(root / "B" / "B_t1ce.nii.gz", np.ones((6, 5, 3), dtype=np.float32))
     yield r"B_t1ce.nii.gz has shape \(6, 5, 3\) but B_t1.nii.gz has \(6, 5, 4\)"
     save(root / "C" / "C_flair.nii.gz", np.ones(SHAPE, dtype=np.float32), np.diag([1, 1, 1.5, 1]))
-    yield "C_flair.nii.gz has an affine that differs from that of C_t1.nii.gz by up to 0.5 mm"
+    yield "C_flair.nii.gz has an affine that moves voxels by up to 1.5 mm against that of C_t1.nii.gz"
     save(root / "D" / "D_seg.nii.gz", np.full(SHAPE, 3, dtype=np.uint8))
     yield "D_seg.nii.gz holds the labels 3, and scheme brats2021 has 0, 1, 2, 4: .* brats2023"
     path = root / "E" / "E_t1.nii.gz"

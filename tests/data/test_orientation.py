@@ -8,6 +8,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from memsave.data.brats import regions
 from memsave.data.layouts import find_cases
+from memsave.data.nifti import read_header
 from memsave.data.orientation import Orientation
 from memsave.data.segmentation import Volumes, restore
 from memsave.predict import write_labels
@@ -71,7 +72,8 @@ def test_a_prediction_lies_where_the_tumour_does(write, tmp_path):
     for codes in ("LPS", "RAS", "SAL"):
         (case,) = write(codes)
         item = Volumes([case])[0]
-        write_labels(tmp_path / f"{codes}.nii.gz", restore(item["label"].bool(), item), case=case)
+        known = {"scheme": case.scheme, "reference": read_header(case.images[0])}
+        write_labels(tmp_path / f"{codes}.nii.gz", restore(item["label"].bool(), item), **known)
         written = nibabel.load(tmp_path / f"{codes}.nii.gz")
         voxels = np.argwhere(np.asarray(written.dataobj) == 1)
         places.append(sorted(map(tuple, (voxels @ written.affine[:3, :3].T + written.affine[:3, 3]).round(4))))

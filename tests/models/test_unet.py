@@ -1,5 +1,7 @@
 """The U-Net: one function and one set of gradients in every memory mode, at every size."""
 
+import json
+
 import pytest
 import torch
 
@@ -28,6 +30,17 @@ def step(net, x, mode):
     y = y if isinstance(y, torch.Tensor) else torch.cat([each.flatten() for each in y])
     y.square().mean().backward()
     return y.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}, torch.rand(2)
+
+
+def test_its_arguments_make_the_same_architecture():
+    """By way of JSON, in which they are kept beside the weights."""
+    options = {"skip": "concat", "squeeze_excitation": 0.25, "deep_supervision": True, "blocks": (1, 2, 3), "chunks": 2}
+    net, x = network(**options, memory=["stored", "reversible", "reversible"]).eval(), volume(8, 9, 7)
+    net.memory = ("checkpoint", "stored", "reversible")
+    other = ReversibleUNet3d(**json.loads(json.dumps(net.arguments))).to(torch.float64).eval()
+    assert other.memory == net.memory
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), net(x))
 
 
 @pytest.mark.parametrize(

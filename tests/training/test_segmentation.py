@@ -21,6 +21,7 @@ from memsave.training.segmentation import (
     supervised_losses,
     without_small,
 )
+from tests.data.test_layouts import SHAPE, decathlon
 
 TINY = [
     "experiment=brats_rev",
@@ -62,6 +63,16 @@ def test_the_fingerprint_is_of_what_is_in_the_files(tiny):
         assert task.fingerprint != before
         path.write_bytes(content)
     assert task.fingerprint == before
+
+
+def test_the_fingerprint_is_of_the_order_of_modalities(tmp_path):
+    """Of those that share a file, too: a run that goes on has the input channels it began with."""
+    for name in ("A", "B"):
+        decathlon(tmp_path / "msd", name, label=np.resize(np.uint8([1, 2, 3, ord(name) % 2]), SHAPE))
+    known = ["experiment=brats_rev", "data=brats", "data.layout=msd", f"data.root={tmp_path / 'msd'}"]
+    configs = [compose([*known, f"data.modalities={order}"]) for order in ("[t1,flair]", "[flair,t1]")]
+    tasks = [make_task(to_objects(config), torch.device("cpu")) for config in configs]
+    assert tasks[0].fingerprint != tasks[1].fingerprint
 
 
 @pytest.fixture

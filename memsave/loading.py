@@ -1,0 +1,92 @@
+"""Loading what a run left in `model/`, for one's own script and for prediction: see `memsave.load`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from memsave.compose import load as load_config
+from memsave.config import ConfigError, SegmentationData
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def load_model(folder: str | Path) -> Any:
+    """The trained model in a run's folder, or in a copy of its `model/`, in eval mode on the CPU."""
+    folder = Path(folder).expanduser()
+    released = _released(folder)
+    return load_unet(folder) if released is None or not _is_language(released) else _language_model(released)
+
+
+def load_unet(folder: Path) -> Any:
+    """A trained U-Net in eval mode, with its `UNetConfig` as `config`; ConfigError where the folder holds none.
+
+    Runs of older versions have no `config.json`, and unfinished ones only a checkpoint: those are built from the run's
+    `config.yaml`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from memsave.training.unet_config import UNetConfig
+
+    released = _released(folder)
+    if released is None:
+        weights, network, config = _from_run(folder)
+    elif _is_language(released):
+        raise ConfigError(f"{folder} holds a language model, which segments nothing; give a run of task=segmentation")
+    else:
+        weights, config = released / WEIGHTS, UNetConfig.read(released / CONFIG)
+        network = config.build()
+    if not weights.is_file():
+        raise ConfigError(f"{weights.parent} holds no {WEIGHTS}; copy the model's folder again")
+    try:
+        network.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise ConfigError(f"{weights} cannot be read as the model of its config; copy the folder again") from error
+    network.config = config
+    return network.eval()
+
+
+def _released(folder: Path) -> Path | None:
+    """The folder itself or its `model/`, whichever has a `config.json`."""
+    return next((each for each in (folder, folder / "model") if (each / CONFIG).is_file()), None)
+
+
+def _is_language(released: Path) -> bool:
+    """Whether the config is one of transformers."""
+    path = released / CONFIG
+    try:
+        return "model_type" in json.loads(path.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy the model's folder again") from error
+
+
+def _language_model(released: Path) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    import memsave.models.rev_gpt2  # noqa: F401, which makes itself known to AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(released).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
+
+
+def _from_run(folder: Path) -> tuple[Path, Any, Any]:
+    """(weights, network to load them into, its config) of a run without `config.json`, or of a folder inside it."""
+    from memsave.training.experiment import make_model
+    from memsave.training.unet_config import UNetConfig
+
+    run = folder if (folder / "config.yaml").is_file() else folder.parent
+    if not (run / "config.yaml").is_file():
+        what = f"holds weights without their {CONFIG}" if (folder / WEIGHTS).is_file() else "holds no trained model"
+        raise ConfigError(f"{folder} {what}; give a run's folder, which has config.yaml, or a copy of its model/")
+    config = load_config(run / "config.yaml")
+    if not isinstance(config.data, SegmentationData):
+        raise ConfigError(f"{run} is an unfinished run of task={config.task}; give one that has ended")
+    places = (folder, run / "model", run / "checkpoint")
+    weights = next((each / WEIGHTS for each in places if (each / WEIGHTS).is_file()), None)
+    if weights is None:
+        raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
+    network, _ = make_model(config)
+    return weights, network, UNetConfig.of(config.data, model=network, precision=config.trainer.precision)
