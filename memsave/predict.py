@@ -36,6 +36,7 @@ from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
 from memsave.data.schemes import LabelScheme
 from memsave.loading import load_unet
+from memsave.processes import several_processes
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.training.interrupt import interrupt_at_signals
 from memsave.training.loop import autocast
@@ -69,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if given else 2
     try:
+        found = several_processes()
+        if found is not None:
+            raise ConfigError(f"{found}, and each would write the same files; start one, without torchrun or srun")
         return predict_folder(parse(given), progress=Progress())
     except (ConfigError, DataError) as error:
         message: object = error

@@ -244,3 +244,29 @@ def test_a_fault_of_evaluation_drawing_or_release_costs_no_step(run, monkeypatch
     assert code == 0
     left = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if '"lr"' in line]
     assert taken + left == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("command", [["memsave.run", "experiment=brats_rev"], ["memsave.predict", "checkpoint=a"]])
+def test_one_of_several_processes_is_refused_before_anything_is_written(command, tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "this process is one of several (WORLD_SIZE=2)" in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_used_twice(tmp_path):
+    from tests.test_run import QUICK, command
+
+    again = [*QUICK, "trainer.steps=1", "profiler.compare=[]", "hydra.run.dir=there"]
+    assert command(tmp_path, *again).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()}
+    done = command(tmp_path, *again)
+    assert done.returncode == 2
+    assert "there holds a run already (checkpoint); continue it with trainer.resume=" in done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()} == before
+    done = command(tmp_path, "trainer.resume=there", "trainer.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "trainer.steps=2 (was 1)" in done.stderr
