@@ -89,7 +89,18 @@ def continue_run(rest: Resumed) -> int:
     refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
     if rest.changes:
         Progress().say(f"continuing with other settings than before: {', '.join(rest.changes)}")
-    return execute(rest.config, rest.folder, experiment=rest.experiment, request=requested_in(rest.folder))
+    kept = _contents(rest.folder)
+    code = execute(rest.config, rest.folder, experiment=rest.experiment, request=requested_in(rest.folder))
+    if code == 2 and _contents(rest.folder)["metrics.jsonl"] == kept.pop("metrics.jsonl"):
+        for name, content in kept.items():  # refused before a step: what the run left stays as it was
+            if content is not None:
+                (rest.folder / name).write_bytes(content)
+    return code
+
+
+def _contents(folder: Path) -> dict[str, bytes | None]:
+    paths = [folder / name for name in ("metrics.jsonl", "config.yaml", "result.json")]
+    return {path.name: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def job(config: DictConfig) -> None:

@@ -96,3 +96,11 @@ def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
     with alone_in(cut):
         assert continue_run(resumed([f"trainer.resume={cut}"])) == 2
     assert (cut / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_is_refused_stays_as_it_was(killed):
+    cut, _, _ = killed
+    (cut / "result.json").write_text(json.dumps({"status": "interrupted"}))
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    assert continue_run(resumed(["trainer.batch_size=1", f"trainer.resume={cut}"])) == 2
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before

@@ -78,10 +78,7 @@ def _write(state: State, new: Path) -> None:
 
 def load(state: State, folder: Path) -> None:
     """Put the state into what `save` wrote, given its folder or the run's; CheckpointError when it does not fit."""
-    if not (folder / "state.json").is_file() and any((folder / name).exists() for name in (NAME, NAME + PREVIOUS)):
-        folder = folder / NAME  # the run's folder
-    if not folder.exists() and folder.with_name(folder.name + PREVIOUS).exists():
-        folder = folder.with_name(folder.name + PREVIOUS)  # killed between the two renames
+    folder = _found(folder)
     if not (folder / "state.json").is_file():
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's folder, or its checkpoint/")
     try:
@@ -133,6 +130,23 @@ def load(state: State, folder: Path) -> None:
     _restore_optimizer(state, tensors, numbers)
     state.step = step
     _restore_schedule(state)
+
+
+def noise_multiplier_in(folder: Path) -> float | None:
+    """That of a private run's checkpoint, given its folder or the run's; None where there is none to be read."""
+    try:
+        private = json.loads((_found(folder) / "state.json").read_text())["private"]
+        return None if private is None else float(private["mechanism"]["noise_multiplier"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _found(folder: Path) -> Path:
+    """The checkpoint's folder, of a run's folder or of itself, whichever of the two kept ones is whole."""
+    if not (folder / "state.json").is_file() and any((folder / name).exists() for name in (NAME, NAME + PREVIOUS)):
+        folder = folder / NAME  # the run's folder
+    previous = folder.with_name(folder.name + PREVIOUS)
+    return previous if previous.exists() and not folder.exists() else folder  # killed between the two renames
 
 
 def _named_once(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from memsave.config import Config, ConfigError, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.profiler import parse_bytes
+from memsave.training.checkpoint import noise_multiplier_in
 from memsave.training.loop import TrainingError
 from memsave.training.progress import Progress
 from memsave.training.task import Batch, Task
@@ -47,6 +48,8 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
     # Validate sizes and delta with a dummy mechanism before calibrating.
     Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, **known)
     noise = privacy.noise_multiplier
+    if noise is None and trainer.resume:
+        noise = noise_multiplier_in(Path(trainer.resume).expanduser())
     if noise is None:
         progress.say(f"looking for the noise of {trainer.steps} steps within epsilon {privacy.target_epsilon:g}")
         noise = noise_multiplier_for(
@@ -58,6 +61,12 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
         f"C = {privacy.max_grad_norm:g}, delta = {delta:.2e}"
     )
     planned = mechanism.epsilon(trainer.steps)  # fails here, before any step, where it cannot be computed
+    if privacy.noise_multiplier is None and planned > privacy.target_epsilon + 1e-6:
+        raise ConfigError(
+            f"{trainer.steps} steps with the checkpoint's noise multiplier {noise:.4g} would spend epsilon "
+            f"{up(planned, '.2f')}, more than privacy.target_epsilon={privacy.target_epsilon:g}; give fewer "
+            f"trainer.steps, or privacy.target_epsilon={up(planned, '.2f')}"
+        )
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
     elif nothing := no_guarantee(noise_multiplier=noise, epsilon=planned):
@@ -91,7 +100,7 @@ def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Pr
 class Spending:
     """Epsilon while a run goes on: an upper bound, that of up to `AHEAD` times the steps that were taken.
 
-    Each computation takes PRV a good part of a second, so it is made when the last one is outrun, and not at every step.
+    PRV takes a good part of a second, so epsilon is computed when the steps outrun the last bound, and not at each.
     """
 
     def __init__(self, private: PrivateGradients | None, *, steps: int):

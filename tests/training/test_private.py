@@ -363,3 +363,15 @@ def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
     assert spent["steps"] == 3
     assert spent["unit"].startswith("one patient")
     assert spent["epsilon"] > 0
+
+
+def test_another_number_of_steps_keeps_the_checkpoints_noise_and_the_target(tmp_path, cache):
+    first = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
+    known = ["privacy.target_epsilon=5", "privacy.accountant=rdp", f"trainer.resume={tmp_path / 'run'}"]
+    with pytest.raises(
+        ConfigError, match=r"5 steps with the checkpoint's noise multiplier .* would spend epsilon 6\.\d+, "
+    ):
+        run([*known, "trainer.steps=5"], tmp_path / "more", cache)
+    more = run([*known, "trainer.steps=5", "privacy.target_epsilon=7"], tmp_path / "more", cache)["privacy"]
+    assert more["noise_multiplier"] == first["noise_multiplier"]
+    assert (more["steps"], first["epsilon"] < more["epsilon"] < 7) == (5, True)
