@@ -5,4 +5,8 @@ lives; both meet a model in autograd alone. Importing memsave costs what importi
 and other heavy libraries are imported where they are used.
 """
 
+from memsave.startup import quit_at_interrupt
+
 __version__ = "0.1.0"
+
+quit_at_interrupt()

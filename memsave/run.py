@@ -35,6 +35,13 @@ from memsave.config import ConfigError, conf_dir, register
 from memsave.overrides import override, parse
 from memsave.training.interrupt import interrupt_at_signals
 
+SHOWN = (
+    "plan.md", "plan.png", "overlay.png", "scores.csv", "samples.md", "memory.png", "memory.html", "privacy.md",
+    "model", "tensorboard", "result.json", "error.txt",
+)  # fmt: skip
+"""What a run leaves for people, in the order in which it is named."""
+TOLD = "told"
+"""The argument of an interrupt that the run has already told of."""
 _exit_code = 0
 
 
@@ -54,7 +61,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if TOLD not in stop.args:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
@@ -80,7 +89,7 @@ def job(config: DictConfig) -> None:
         done = is_done(folder, config, request=request)
         code = 0 if done else execute(config, folder, experiment=experiment, ways=ways, request=request)
     if code == 130:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(TOLD)
 
 
 def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
@@ -167,9 +176,13 @@ def execute(
         told = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
         return code if told else _complain(_no_disk(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md", ".html"))
-    Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
+    Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(worth_a_look(folder))}")
     return code
+
+
+def worth_a_look(folder: Path) -> list[str]:
+    """What a person wants of a run's folder, most telling first; logs and checkpoints are left out."""
+    return [f"{name}/" if (folder / name).is_dir() else name for name in SHOWN if (folder / name).exists()]
 
 
 def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tuple[str, int, dict[str, Any]]:

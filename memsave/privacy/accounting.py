@@ -33,8 +33,18 @@ def check_delta(delta: float, *, size: int) -> None:
         )
 
 
+def check_sample_rate(sample_rate: float) -> None:
+    """Refuse a rate that is no probability."""
+    if not 0 < sample_rate <= 1:
+        raise PrivacyError(
+            f"sample_rate is {sample_rate:g}; it is the probability that an example is in a batch: give one above 0 "
+            f"and at most 1, the batch size over the number of examples"
+        )
+
+
 def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str) -> float:
     """The epsilon that `steps` steps have spent, an upper bound; 0.0 for none, infinity for no noise."""
+    check_sample_rate(sample_rate)
     if steps == 0:
         return 0.0
     if noise_multiplier == 0:
@@ -52,6 +62,7 @@ def noise_multiplier_for(
     *, target_epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str
 ) -> float:
     """The smallest noise multiplier that keeps `steps` steps within the target, to `EPSILON_TOLERANCE` in epsilon."""
+    check_sample_rate(sample_rate)
     if not target_epsilon > 0:
         raise PrivacyError(f"target_epsilon is {target_epsilon}; give a positive one, such as 8 or 3")
     from opacus.accountants.utils import get_noise_multiplier

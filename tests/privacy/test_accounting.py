@@ -42,6 +42,15 @@ def test_no_step_spends_nothing_and_no_noise_everything():
     assert epsilon_of(noise_multiplier=0.0, steps=1, **known) == float("inf")
 
 
+@pytest.mark.parametrize("rate", [1.5, 0.0, -0.1, float("nan")])
+def test_a_sample_rate_is_a_probability(rate):
+    known = {"sample_rate": rate, "steps": 10, "delta": 1e-5, "accountant": "prv"}
+    with pytest.raises(PrivacyError, match=rf"sample_rate is {rate:g}; .* above 0 and at most 1"):
+        epsilon_of(noise_multiplier=1.0, **known)
+    with pytest.raises(PrivacyError, match=rf"sample_rate is {rate:g}"):
+        noise_multiplier_for(target_epsilon=3.0, **known)
+
+
 def test_every_step_costs():
     mechanism = Mechanism(1000, 100, 1.0, 0.1, delta=1e-5)
     assert 0 < mechanism.epsilon(10) < mechanism.epsilon(20) < mechanism.epsilon(40)
