@@ -7,11 +7,15 @@ what importing torch costs: MONAI, matplotlib and other heavy libraries are impo
 
 from typing import TYPE_CHECKING, Any
 
+from memsave.startup import quit_at_interrupt
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 __version__ = "0.1.0"
 __all__ = ["load"]
+
+quit_at_interrupt()
 
 
 def load(folder: "str | Path") -> Any:

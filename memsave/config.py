@@ -221,6 +221,11 @@ class PrivacyConfig:
 
     kind: str = "none"
 
+    @property
+    def option(self) -> str:
+        """What the group's option is called: none | ghost | direct."""
+        return "direct" if getattr(self, "passes", None) == "direct" else self.kind
+
 
 @dataclass
 class GhostPrivacy(PrivacyConfig):

@@ -121,6 +121,8 @@ def _check_together(config: Config) -> None:
             f"privacy.passes=direct trainer.micro_batch_size=1"
         )
     privacy: Any = config.privacy
+    if privacy.option == "direct" and trainer.micro_batch_size != 1:
+        raise ConfigError("privacy.passes=direct takes one example at a time; give trainer.micro_batch_size=1")
     if private and privacy.clipping == "per_layer" and privacy.passes == 2:
         raise ConfigError("privacy.clipping=per_layer forms its sums in one pass; give privacy.passes=auto")
     if trainer.precision == "float16" and private:
@@ -135,6 +137,10 @@ def _check_variation(config: Config) -> None:
         raise ConfigError(f"vary={config.vary} is not of task={config.task}; give vary={other}")
     if config.vary is not None and config.budget is None:
         raise ConfigError(f"vary={config.vary} needs a budget, as in budget=16GiB or budget=auto")
+    if config.vary == "batch" and config.privacy.option == "direct":
+        raise ConfigError(
+            "vary=batch tries more examples at once than the one of privacy=direct; give another privacy="
+        )
     if config.vary in ("depth", "channels") and config.mode == "train" and not images:
         raise ConfigError(f"vary={config.vary} is another model than the pretrained one; give mode=plan")
 

@@ -38,6 +38,13 @@ from memsave.processes import several_processes
 from memsave.resume import Resumed, resumed
 from memsave.training.interrupt import interrupt_at_signals
 
+SHOWN = (
+    "plan.md", "plan.png", "overlay.png", "scores.csv", "samples.md", "memory.png", "memory.html", "privacy.md",
+    "model", "tensorboard", "result.json", "error.txt",
+)  # fmt: skip
+"""What a run leaves for people, in the order in which it is named."""
+TOLD = "told"
+"""The argument of an interrupt that the run has already told of."""
 _exit_code = 0
 
 
@@ -61,7 +68,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if TOLD not in stop.args:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
@@ -82,7 +91,7 @@ def _refuse_several_processes() -> None:
 
 def continue_run(rest: Resumed) -> int:
     """What is left of a run, by its own config; the exit code."""
-    from memsave.training.folder import refuse_second_run
+    from memsave.run_folder import refuse_second_run
     from memsave.training.progress import Progress
     from memsave.training.result import requested_in
 
@@ -106,7 +115,7 @@ def _contents(folder: Path) -> dict[str, bytes | None]:
 def job(config: DictConfig) -> None:
     """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
     global _exit_code
-    from memsave.training.folder import refuse_second_run
+    from memsave.run_folder import refuse_second_run
     from memsave.training.result import request_of
 
     hydra_config = HydraConfig.get()
@@ -120,7 +129,7 @@ def job(config: DictConfig) -> None:
         done = is_done(folder, config, request=request)
         code = 0 if done else execute(config, folder, experiment=experiment, ways=ways, request=request)
     if code == 130:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(TOLD)
 
 
 def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
@@ -179,7 +188,7 @@ def execute(
     `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
     for (None: this config).
     """
-    from memsave.training.folder import alone_in
+    from memsave.run_folder import alone_in
 
     try:
         _refuse_several_processes()
@@ -217,9 +226,13 @@ def _execute(config: DictConfig, folder: Path, *, experiment: str, ways: list[st
         told = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
         return code if told else _complain(_no_disk(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".json", ".md", ".html"))
-    Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(files)}")
+    Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(worth_a_look(folder))}")
     return code
+
+
+def worth_a_look(folder: Path) -> list[str]:
+    """What a person wants of a run's folder, most telling first; logs and checkpoints are left out."""
+    return [f"{name}/" if (folder / name).is_dir() else name for name in SHOWN if (folder / name).exists()]
 
 
 def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tuple[str, int, dict[str, Any]]:

@@ -74,6 +74,7 @@ def test_memory_is_chosen_by_one_word(memory):
         (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
+        (["privacy=direct"], r"passes=direct takes one example at a time; give trainer\.micro_batch_size=1"),
         (["privacy=ghosts"], r"privacy=ghosts is not known; choose one of .*did you mean ghost\?"),
         (["trainer.micro_batch_size=0"], r"micro_batch_size is 0; it must be at least 1"),
         (["data.cache_bytes=-1"], "at least 0"),

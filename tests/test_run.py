@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 from memsave.ghost import GhostClipper
+from memsave.overrides import override
+from memsave.run import worth_a_look
 from tests.training.test_segmentation import TINY
 
 QUICK = [*TINY, "trainer.steps=2"]
@@ -66,18 +69,21 @@ def test_one_run_leaves_its_result(tmp_path):
     assert OmegaConf.load(folder / "config.yaml").trainer.steps == 2
     assert "Dice on 1 held-out cases: WT" in done.stderr
     assert "stored would take" in done.stderr
+    last = done.stderr.splitlines()[-1].partition("; look at outputs/brats_rev/")[2].partition(": ")[2]
+    assert last == "overlay.png, scores.csv, memory.png, memory.html, model/, result.json"
 
 
 def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
-    (tmp_path / "empty").mkdir()
-    arguments = ["experiment=brats_rev", "data=brats", f"data.root={tmp_path / 'empty'}", "memory=stored,reversible"]
-    done = command(tmp_path, "-m", *arguments)
+    root, sweep = tmp_path / "empty (a), b", tmp_path / "sweep, a=b"
+    root.mkdir()
+    paths = [shlex.split(override(key, path))[0] for key, path in (("data.root", root), ("hydra.sweep.dir", sweep))]
+    done = command(tmp_path, "-m", "experiment=brats_rev", "data=brats", "memory=stored,reversible", *paths)
     assert done.returncode == 1
-    (sweep,) = (tmp_path / "multirun" / "brats_rev").iterdir()
     for number in "01":
         result = json.loads((sweep / number / "result.json").read_text())
         assert result["status"] == "failed"
         assert "No NIfTI file" in result["error"]
+    assert f"the same command with {override('hydra.sweep.dir', sweep)} does what is missing" in done.stderr
 
 
 def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
@@ -176,6 +182,34 @@ def test_a_run_in_the_folder_of_another_has_a_log_of_its_own(run):
     run()
     _, _, folder = run()
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("privacy", ["none", "ghost", "direct"])
+def test_the_first_line_names_the_options(run, monkeypatch, capfd, privacy):
+    monkeypatch.setattr(
+        "memsave.training.experiment.make_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    run(f"privacy={privacy}", "trainer.micro_batch_size=1")
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first == f"data=phantom, memory=reversible, privacy={privacy}, on cpu"
+
+
+def test_the_last_line_names_what_a_person_wants_and_no_more(tmp_path):
+    for name in ("checkpoint", "checkpoint.previous", "model", "tensorboard"):
+        (tmp_path / name).mkdir()
+    for name in (
+        "privacy.md",
+        "samples.md",
+        "scores.csv",
+        "memory.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+    ):
+        (tmp_path / name).touch()
+    assert worth_a_look(tmp_path) == [
+        "scores.csv", "samples.md", "privacy.md", "model/", "tensorboard/", "result.json"
+    ]  # fmt: skip
 
 
 def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,11 +33,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys)
         return original(self, model, batch)
 
     monkeypatch.setattr(Segmentation, "per_example_losses", signalled)
-    code, result, folder = run("trainer.steps=3", "model.dropout=0.2", name="stopped")
+    code, result, folder = run("trainer.steps=3", "model.dropout=0.2", name="stopped (a), b=c")
     assert (code, result["status"]) == (130, "interrupted")
-    assert f"trainer.resume={folder}" in capsys.readouterr().err
+    told = capsys.readouterr().err.partition("interrupted; continue with ")[2].splitlines()[0]
     monkeypatch.undo()
-    resume = f"trainer.resume={folder / 'checkpoint'}"
+    (resume,) = shlex.split(told)  # as it is pasted
+    assert resume == f'trainer.resume="{folder}"'
     _, resumed, folder = run("trainer.steps=3", "model.dropout=0.2", resume, name="resumed")
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] == curve[2]
     assert resumed["metrics"] == whole["metrics"]

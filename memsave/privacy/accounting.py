@@ -49,6 +49,15 @@ def check_delta(delta: float, *, size: int) -> None:
         )
 
 
+def check_sample_rate(sample_rate: float) -> None:
+    """Refuse a rate that is no probability."""
+    if not 0 < sample_rate <= 1:
+        raise PrivacyError(
+            f"sample_rate is {sample_rate:g}; it is the probability that an example is in a batch: give one above 0 "
+            f"and at most 1, the batch size over the number of examples"
+        )
+
+
 def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str) -> float:
     """The epsilon that `steps` steps spend, an upper bound; 0.0 for no steps, infinity for no noise.
 
@@ -59,8 +68,7 @@ def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta
     """
     check_accountant(accountant)
     check_noise(noise_multiplier)
-    if not 0 < sample_rate <= 1:
-        raise PrivacyError(f"the sample rate is {sample_rate:g}; it must be above 0 and at most 1")
+    check_sample_rate(sample_rate)
     if not 0 < delta < 1:
         raise PrivacyError(f"delta is {delta:g}; it must be above 0 and below 1")
     if steps == 0:
@@ -104,6 +112,7 @@ def noise_multiplier_for(
 ) -> float:
     """The smallest noise multiplier that keeps `steps` steps within the target, to `EPSILON_TOLERANCE` in epsilon."""
     check_accountant(accountant)
+    check_sample_rate(sample_rate)
     if not 0 < target_epsilon < math.inf:
         raise PrivacyError(f"target_epsilon is {target_epsilon}; give a positive one, such as 8 or 3")
     if target_epsilon > PRV_LIMIT:

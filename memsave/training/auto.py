@@ -118,7 +118,8 @@ def _largest_micro_batch(config: Config, device: torch.device, calibration: Cali
         return blank_step(config, device=device)
 
     known = {"budget": config.budget, "reserve": config.reserve, "calibration": calibration}
-    return largest(step_at, low=1, high=config.trainer.batch_size, **known)  # type: ignore[arg-type]
+    most = 1 if config.privacy.option == "direct" else config.trainer.batch_size
+    return largest(step_at, low=1, high=most, **known)  # type: ignore[arg-type]
 
 
 def texts_in_order(config: Config, device: torch.device) -> list[Config]:

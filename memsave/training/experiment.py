@@ -101,7 +101,7 @@ def _release(state: State, task: Task, folder: Path) -> None:
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[State, Task]:
     """(model, optimizer and clipping before the first step, or where `trainer.resume` left them; the task)."""
     torch.manual_seed(config.trainer.seed)
-    progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.kind}, on {device}")
+    progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.option}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
     task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
     config.trainer.steps = config.trainer.steps_for(task.size)

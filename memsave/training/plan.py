@@ -109,7 +109,7 @@ def make_plan(config: Config, device: torch.device, *, ways: list[str] | None = 
 def ways_of(config: Config) -> list[str]:
     """The ways to train that are compared."""
     if config.task != "segmentation":
-        return list(LANGUAGE_WAYS)
+        return [own_way(config) if way == "ghost" and _is_private(config) else way for way in LANGUAGE_WAYS]
     return list(dict.fromkeys([*config.profiler.compare, config.memory.mode]))
 
 
@@ -117,7 +117,11 @@ def own_way(config: Config) -> str:
     """The config's own way to train, by the name that it has in the table."""
     if config.task == "segmentation":
         return config.memory.mode
-    return "ghost" if isinstance(config.privacy, GhostPrivacy) else "plain"
+    return config.privacy.option if _is_private(config) else "plain"
+
+
+def _is_private(config: Config) -> bool:
+    return isinstance(config.privacy, GhostPrivacy)
 
 
 def _row(
@@ -155,9 +159,9 @@ def in_way(config: Config, way: str) -> Config:
     if config.task == "segmentation":
         if way != config.memory.mode:
             config.memory.mode, config.memory.levels = way, None
-    elif way != "ghost":
+    elif way in ("plain", PER_EXAMPLE):
         config.privacy = PrivacyConfig()
-    elif not isinstance(config.privacy, GhostPrivacy):
+    elif not _is_private(config):
         config.privacy = GhostPrivacy()
     return config
 
@@ -203,7 +207,8 @@ def _small(config: Config) -> tuple[Config, dict[str, Any]]:
     from memsave.training.language_models import language_config
     from memsave.training.variation import wider
 
-    config.trainer.batch_size, config.trainer.micro_batch_size = 2, None
+    micro = 1 if config.privacy.option == "direct" else None
+    config.trainer.batch_size, config.trainer.micro_batch_size = 2, micro
     found = language_config(config.model)
     heads = min(SMALL_HEADS, found.num_attention_heads)
     config.data.max_length = min(config.data.max_length, SMALL_LENGTH)

@@ -42,6 +42,15 @@ def test_no_step_spends_nothing_and_no_noise_everything():
     assert epsilon_of(noise_multiplier=0.0, steps=1, **known) == float("inf")
 
 
+@pytest.mark.parametrize("rate", [1.5, 0.0, -0.1, float("nan")])
+def test_a_sample_rate_is_a_probability(rate):
+    known = {"sample_rate": rate, "steps": 10, "delta": 1e-5, "accountant": "prv"}
+    with pytest.raises(PrivacyError, match=rf"sample_rate is {rate:g}; .* above 0 and at most 1"):
+        epsilon_of(noise_multiplier=1.0, **known)
+    with pytest.raises(PrivacyError, match=rf"sample_rate is {rate:g}"):
+        noise_multiplier_for(target_epsilon=3.0, **known)
+
+
 def test_every_step_costs():
     mechanism = Mechanism(1000, 100, 1.0, 0.1, delta=1e-5)
     assert 0 < mechanism.epsilon(10) < mechanism.epsilon(20) < mechanism.epsilon(40)
@@ -80,8 +89,8 @@ def test_targets_that_cannot_be_met_are_refused_in_one_sentence():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sample_rate": 1.5}, r"sample rate is 1\.5; it must be above 0 and at most 1"),
-        ({"sample_rate": 0.0}, "sample rate is 0"),
+        ({"sample_rate": 1.5}, r"sample_rate is 1\.5; it is the probability"),
+        ({"sample_rate": 0.0}, "sample_rate is 0"),
         ({"delta": 0.0}, "delta is 0; it must be above 0"),
         ({"delta": 1e-18}, r"prv accountant cannot compute the epsilon of 60 steps .*delta 1e-18.*accountant=rdp or"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier is nan"),

@@ -271,6 +271,10 @@ def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
         (["vary=length", "budget=1GiB"], "vary=length is not of task=segmentation; give vary=volume"),
         (["vary=volumes", "budget=1GiB"], "did you mean volume"),
         (["mode=plans"], "did you mean plan"),
+        (
+            ["vary=batch", "budget=1GiB", "privacy=direct", "trainer.micro_batch_size=1"],
+            "more examples at once than the one of privacy=direct",
+        ),
         (["budget=much"], "budget: 'much' is no size; give one such as 16GiB"),
         (["reserve=auto"], "reserve: 'auto' is no size"),
     ],
@@ -278,6 +282,14 @@ def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
 def test_mistakes_are_one_sentence(overrides, words):
     with pytest.raises(ConfigError, match=words):
         config_of(*overrides)
+
+
+@pytest.mark.parametrize("memory", ["memory=stored", "memory=auto"])
+def test_privacy_by_each_examples_own_gradient_is_planned_as_what_it_is(tmp_path, memory, capfd):
+    direct = ["privacy=direct", "trainer.micro_batch_size=1", "budget=1GiB", "mode=plan", memory]
+    result = run_experiment(config_of(*direct, base=TEXT), tmp_path, progress=Progress())
+    assert [row["way"] for row in result["plan"]["rows"]] == ["plain", PER_EXAMPLE, "direct"]
+    assert result["plan"]["way"] == "direct" and "planning direct" in capfd.readouterr().err
 
 
 def test_another_depth_is_not_the_pretrained_model():

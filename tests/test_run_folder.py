@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from memsave.config import ConfigError
-from memsave.training.folder import WORK, alone_in, refuse_second_run
+from memsave.run_folder import WORK, alone_in, refuse_second_run
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -25,7 +25,7 @@ def test_a_second_run_is_refused_unless_it_resumes(tmp_path, name):
 def test_a_folder_is_one_process_s_until_that_has_ended(tmp_path):
     hold = f"""
 from pathlib import Path
-from memsave.training.folder import alone_in
+from memsave.run_folder import alone_in
 with alone_in(Path({str(tmp_path)!r})):
     print("held", flush=True)
     input()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memsave.config import ConfigError
+from memsave.overrides import override
 from memsave.training.result import read_result
 
 LOCK = ".lock"
@@ -21,7 +22,7 @@ def refuse_second_run(folder: Path, *, resume: str | None) -> None:
         return
     raise ConfigError(
         f"{folder} holds a run already ({holds[0] if holds else 'result.json'}); continue it with "
-        f"trainer.resume={folder}, or give another folder by hydra.run.dir="
+        f"{override('trainer.resume', folder)}, or give another folder by hydra.run.dir="
     )
 
 
