@@ -155,6 +155,7 @@ def execute(
         "experiment": experiment,
         "seconds": round(time.perf_counter() - started, 2),
         "seconds_per_step": None,
+        "data": {},
         "metrics": {},
         "memory": {},
         "privacy": None,
