@@ -18,6 +18,7 @@ from memsave.profiler import format_bytes
 from memsave.training.result import flat, read_config, read_result
 
 NOTHING = "no result"
+UNSEEN = ("size", "budget_bytes")  # columns of sweep.csv that repeat others of the table for people
 UNTOLD = ("trainer.resume", "data.root")  # keys that tell where a job ran, not what it did
 
 
@@ -34,7 +35,7 @@ class Job:
     @property
     def status(self) -> str:
         """How it ended."""
-        return self.result.get("status", NOTHING)
+        return str(self.result.get("status") or NOTHING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,32 +97,49 @@ def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The lines of a job in the table: one for a run, one for each way to train of a plan; sizes in bytes."""
     told = {"job": job.folder.name, **{key: job.config.get(key) for key in keys}}
     status = {"status": job.status, "seconds": job.result.get("seconds")}
-    plan, memory = job.result.get("plan"), job.result.get("memory") or {}
-    if plan and job.config.get("mode") == "plan":
-        for row in plan["rows"]:
+    plan, memory, privacy, metrics = (_mapping(job.result, name) for name in ("plan", "memory", "privacy", "metrics"))
+    rows = [row for row in plan.get("rows") or () if isinstance(row, Mapping)]
+    vary = plan.get("vary")
+    if rows and job.config.get("mode") == "plan":
+        for row in rows:
             yield {
                 **told,
-                "way": row["way"],
-                **({f"largest {plan['vary']}": row["described"], "size": row["size"]} if plan["vary"] else {}),
-                "fits": row["fits"],
-                **{key: row[key] for key in ("exact_bytes", "calibrated_bytes", "reserve_bytes")},
+                "way": row.get("way"),
+                **(
+                    {f"largest {vary}": _largest(row), "size": row.get("size"), "limit": row.get("limit")}
+                    if vary
+                    else {}
+                ),
+                "each step": plan.get("fixed"),
+                "fits": row.get("fits"),
+                **{key: row.get(key) for key in ("exact_bytes", "calibrated_bytes", "reserve_bytes")},
                 "smallest_budget_bytes": row.get("smallest_budget_bytes"),
+                **({"budget_bytes": plan.get("budget_bytes")} if "budget" in told else {}),
                 **status,
             }
         return
-    planned = plan["rows"][0] if plan else {}
-    at = {f"trained at ({plan['vary']})": planned["described"]} if plan and plan["vary"] else {}
-    privacy = job.result.get("privacy") or {}
+    planned = rows[0] if rows else {}
     yield {
         **told,
-        **at,
-        **({"predicted_bytes": planned["exact_bytes"]} if planned else {}),
+        **({f"trained at ({vary})": planned.get("described")} if vary else {}),
+        **({"predicted_bytes": planned.get("exact_bytes")} if planned else {}),
         "peak_bytes": memory.get("peak_bytes"),
         "allocator_peak_bytes": memory.get("allocator_peak_bytes"),
         **({"epsilon": privacy["epsilon"]} if "epsilon" in privacy else {}),
-        **{name: value for name, value in job.result.get("metrics", {}).items() if not name.endswith("_before")},
+        **{name: value for name, value in metrics.items() if not name.endswith("_before")},
         **status,
     }
+
+
+def _mapping(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry of a result; empty where it is missing or of another kind."""
+    found = result.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _largest(row: Mapping[str, Any]) -> str | None:
+    """The largest size of a plan's row in words."""
+    return f"at least {row['described']}" if row.get("timed_out") else row.get("described")
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -133,7 +151,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table for people; empty columns are left out."""
-    names = [name for name in columns_of(rows) if any(row.get(name) is not None for row in rows) and name != "size"]
+    names = [name for name in columns_of(rows) if any(row.get(name) is not None for row in rows) and name not in UNSEEN]
     heads = [name.removesuffix("_bytes").replace("_", " ") for name in names]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += ["| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in rows]
@@ -143,10 +161,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name.endswith("_bytes"):
-        return format_bytes(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if name.endswith("_bytes") and isinstance(value, int):
+        return format_bytes(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

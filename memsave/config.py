@@ -101,7 +101,7 @@ class TextData:
     root: str | None = None
     """Folder of the files, where there are any."""
     max_length: int = 100
-    """Tokens of table and sentence together; longer examples are cut."""
+    """Tokens of table and sentence together; longer examples are cut, and counted in `data` of result.json."""
     evaluate: int = 500
     """Held-out records, the first ones, that perplexity is of."""
     generate: int = 64
@@ -319,6 +319,10 @@ class ProfilerConfig:
     """Training steps, from the first on, that the recorder watches; the others run at full speed."""
     compare: list[str] = field(default_factory=list)
     """Memory modes that are measured beside the run's own, on its first batch and its own model."""
+    compare_seconds: float = 60.0
+    """Time for `compare` before training; modes for which it is too short are left out, and named."""
+    plan_seconds: float = 120.0
+    """CPU time after which a plan with `vary` tries no size above those that fit, for each way to train."""
     process: bool = False
     """Measure the most that the process takes while it trains, malloc returning what is freed at once (Linux)."""
 

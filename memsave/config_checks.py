@@ -219,6 +219,8 @@ def _numbers(config: Config) -> Iterator[Number]:
         ("memory.chunks", config.memory.chunks, 1, MOST),
         ("memory.anchor_every", 1 if config.memory.anchor_every is None else config.memory.anchor_every, 1, MOST),
         ("profiler.record_steps", config.profiler.record_steps, 1, MOST),
+        ("profiler.compare_seconds", config.profiler.compare_seconds, 0, MOST),
+        ("profiler.plan_seconds", config.profiler.plan_seconds, 0, MOST),
     )
     yield from _data_numbers(config.data)
     yield from _model_numbers(config.model)

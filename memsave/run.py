@@ -214,6 +214,7 @@ def _execute(config: DictConfig, folder: Path, *, experiment: str, ways: list[st
         "experiment": experiment,
         "seconds": round(time.perf_counter() - started, 2),
         "seconds_per_step": None,
+        "data": {},
         "metrics": {},
         "memory": {},
         "privacy": None,

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memsave.profiler import format_bytes, parse_bytes
+from memsave.profiler import format_bytes
 from memsave.profiler.plot import FAINT, INK
 
 LINES = ("#5b6770", "#4f81a8", "#e08e45", "#4d9a94", "#a35d8f")
-MARKS = ("status", "seconds", "job", "peak_bytes", "allocator_peak_bytes", "epsilon", "loss")
+MARKS = ("status", "seconds", "job", "each step", "limit", "peak_bytes", "allocator_peak_bytes", "epsilon", "loss")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -17,9 +17,11 @@ def draw(rows: Rows, path: Path) -> None:
     """Lines of the largest size over the budget for plans of several budgets; else a bar for each row."""
     from matplotlib.figure import Figure
 
-    sized = [row for row in rows if row.get("size") is not None and row.get("budget")]
-    whats = {key for row in sized for key in row if key.startswith("largest ") and row[key] is not None}
-    by_budget = len({row["budget"] for row in sized}) > 1 and len(whats) == 1  # sizes of several kinds have no axis
+    sized = [row for row in rows if row.get("size") is not None and row.get("budget_bytes")]
+    whats = {key for row in sized for key in row if key.startswith("largest ")}
+    by_budget = (
+        len({row["budget_bytes"] for row in sized}) > 1 and len(whats) == 1
+    )  # sizes of several kinds have no axis
     height = 4.4 if by_budget else 1.2 + 0.34 * len(rows)
     figure = Figure(figsize=(8.6, height), dpi=160, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
@@ -43,7 +45,7 @@ def _lines(axes: Any, rows: Rows) -> None:
     written: dict[int, list[int]] = {}  # by budget, the sizes that have their words
     named: list[int] = []
     for number, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
-        points = sorted((parse_bytes(row["budget"]), row["size"], row[what]) for row in rows if row["way"] == way)
+        points = sorted((row["budget_bytes"], row["size"], _words(row, what)) for row in rows if row["way"] == way)
         colour = LINES[number % len(LINES)]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", color=colour, linewidth=1.8)
         for budget, size, words in points:
@@ -61,13 +63,19 @@ def _lines(axes: Any, rows: Rows) -> None:
             fontsize=10,
             color=colour,
         )
-    budgets = sorted({parse_bytes(row["budget"]) for row in rows})
+    budgets = sorted({row["budget_bytes"] for row in rows})
     axes.set_xscale("log")
     axes.set_xticks(budgets, [format_bytes(each).replace(".00", "") for each in budgets])
     axes.minorticks_off()
     axes.margins(x=0.16, y=0.14)
     axes.set_xlabel("budget", fontsize=10, color=FAINT)
     axes.set_title(f"The {what} that fits, predicted on fake tensors", loc="left", fontsize=12, color=INK)
+
+
+def _words(row: Mapping[str, Any], what: str) -> str:
+    """A plan's size, and why no larger one was tried, where the words for the size leave that open."""
+    timed_out = str(row[what]).startswith("at least")
+    return f"{row[what]} ({row['limit']})" if row.get("limit") and not timed_out else str(row[what])
 
 
 def _bars(axes: Any, rows: Rows) -> None:
@@ -82,6 +90,7 @@ def _bars(axes: Any, rows: Rows) -> None:
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         scores = [f"{key} {row[key]:.3g}" for key in row if key not in MARKS and isinstance(row[key], float)][:2]
         words = [format_bytes(size) if size else "", *scores, *([] if row["status"] == "ok" else [row["status"]])]
+        words += [row["limit"]] if row.get("limit") else []
         axes.text(size, number, "  " + ", ".join(word for word in words if word), va="center", fontsize=8.5, color=INK)
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)

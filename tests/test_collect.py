@@ -26,7 +26,7 @@ def write_job(folder, *overrides, result):
 
 def planned(way, size, total):
     row = {"way": way, "fits": size is not None, "exact_bytes": total, "calibrated_bytes": total, "reserve_bytes": 0}
-    return {"status": "ok", "seconds": 1.5, "plan": {"vary": "volume", "rows": [
+    return {"status": "ok", "seconds": 1.5, "plan": {"vary": "volume", "budget_bytes": total, "rows": [
         {**row, "size": size, "described": f"{size}x{size}x{size}", "smallest_budget_bytes": None}
     ]}}  # fmt: skip
 
@@ -39,7 +39,7 @@ def sweep(tmp_path):
         for way, size in (("stored", 32), ("reversible", 64)):
             write_job(
                 tmp_path / str(number), f"memory={way}", f"budget={budget}", "mode=plan", "vary=volume",
-                result=planned(way, size * scale, 2**30),
+                result=planned(way, size * scale, scale * 2**30),
             )  # fmt: skip
             number += 1
     write_job(tmp_path / "10", "memory=stored", "budget=4GiB", "vary=volume", result={"status": "failed", "seconds": 1})
@@ -54,7 +54,7 @@ def test_one_table_and_one_picture(sweep, capsys):
     rows = list(csv.DictReader((sweep / "sweep.csv").open()))
     assert [row["status"] for row in rows] == [*["ok"] * 4, "failed", "no result"]
     assert rows[3]["largest volume"] == "128x128x128"
-    assert rows[3]["calibrated_bytes"] == str(2**30)
+    assert rows[3]["calibrated_bytes"] == str(2**31)
     text = (sweep / "sweep.md").read_text()
     assert "1.00 GiB" in text
     assert f"Left no result: {sweep / '11'}" in text
@@ -171,3 +171,58 @@ def test_the_folder_of_one_run_is_no_sweep(tmp_path, capsys):
     assert main([str(tmp_path / "run")]) == 2
     assert "is one run, not a sweep; name a sweep's folder" in capsys.readouterr().err
     assert not (tmp_path / "run" / "sweep.md").exists()
+
+
+def test_where_a_search_ended_is_in_table_and_picture(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    words = []
+    annotate = Axes.annotate
+    monkeypatch.setattr(Axes, "annotate", lambda *args, **known: words.append(args[1]) or annotate(*args, **known))
+    ends = ({"timed_out": True, "limit": "search ended after profiler.plan_seconds=9"}, {"limit": "so many positions"})
+    for number, end in enumerate(ends):
+        result = planned("stored", 32 + number, (number + 1) * 2**30)
+        result["plan"]["fixed"] = "2 at once"
+        result["plan"]["rows"][0] |= end
+        write_job(tmp_path / str(number), "mode=plan", "vary=volume", f"budget={number + 1}GiB", result=result)
+    collect(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["largest volume"] for row in rows] == ["at least 32x32x32", "33x33x33"]
+    assert [row["limit"] for row in rows] == [end["limit"] for end in ends]
+    assert {row["each step"] for row in rows} == {"2 at once"}
+    assert {"at least 32x32x32", "33x33x33 (so many positions)"} <= set(words)
+
+
+def test_budgets_that_were_measured_have_their_place_in_the_picture(tmp_path):
+    for number, budget in enumerate(("auto", "8GiB")):
+        result = planned("stored", 32 + number, (number + 7) * 2**30)
+        write_job(tmp_path / str(number), "mode=plan", "vary=volume", f"budget={budget}", result=result)
+    collect(tmp_path)
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+
+
+UNFINISHED = [
+    {"status": "interrupted"},
+    {"status": None, "plan": [], "memory": [], "metrics": None, "privacy": "none"},
+    {"status": "ok", "plan": {"vary": "volume", "rows": [{}]}},
+    {"status": "ok", "plan": {"vary": "volume", "rows": []}},
+    {"status": "ok", "plan": {"vary": None, "rows": [None, {"way": "stored", "calibrated_bytes": None}]}},
+    {"status": "ok", "metrics": {"loss": None, "dice": float("nan")}, "memory": {"peak_bytes": None}},
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "plan"])
+def test_results_that_lack_entries_are_collected(tmp_path, mode):
+    vary = ["budget=1GiB", "vary=volume"] if mode == "plan" else []
+    for number, result in enumerate([planned("stored", 32, 2**30), *UNFINISHED, None]):
+        write_job(tmp_path / str(number), f"mode={mode}", f"trainer.seed={number}", *vary, result=result)
+    text = ["experiment=gpt2_dp", "trainer.seed=99"]
+    (tmp_path / "99").mkdir()
+    write_config(compose(text), tmp_path / "99", request="other")
+    (tmp_path / "99" / "result.json").write_text(
+        '{"status": "ok", "metrics": {"loss": 0.5}, "privacy": {"epsilon": 3}}'
+    )
+    assert main([str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert len(rows) == len({row["job"] for row in rows}) == 9
+    assert [row["status"] for row in rows[:3]] == ["ok", "interrupted", "no result"]

@@ -65,7 +65,14 @@ def main(chosen: list[str]) -> None:
 def run(overrides: list[str]) -> dict[str, Any]:
     """What is kept of a run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "memsave.run", "experiment=brats_rev_dp", *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "memsave.run",
+            "experiment=brats_rev_dp",
+            *overrides,
+            "profiler.compare_seconds=100000",
+        ]
         print(" ".join(["python", *command[1:]]), flush=True)
         subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
         result = json.loads((Path(folder) / "result.json").read_text())

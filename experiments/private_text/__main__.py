@@ -33,6 +33,7 @@ RUNS = {
         ["experiment=gpt2_dp_e2e", "model=smollm2", "trainer.epochs=null", "trainer.steps=4", *SMOLLM2],
     ),
 }
+MEASURED = ["profiler.compare=[stored]", "profiler.compare_seconds=100000"]
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
         overrides = RUNS[name][1]
         root = [f"data.root={given['e2e']}"] if "experiment=gpt2_dp_e2e" in overrides else []
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "memsave.run", *overrides, *root, "profiler.compare=[stored]"]
+            command = [sys.executable, "-m", "memsave.run", *overrides, *root, *MEASURED]
             print(" ".join(["python", *command[1:]]), flush=True)
             subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
             rows[name] = {"overrides": overrides, "machine": machine(), **read(Path(folder))}

@@ -1,6 +1,7 @@
 """Tables and sentences as tokens: `table <eos> text <eos>`, in which the text alone is a target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,60 @@ from memsave.data.tables import Record
 IGNORED = -100  # what transformers takes for no target
 
 
-def encode(record: Record, tokenizer: Any, *, max_length: int) -> tuple[list[int], list[int]]:
+Tokens = tuple[list[int], list[int]]
+"""Of the table and its end, and of the text and its end."""
+
+
+@dataclass
+class Cuts:
+    """What the greatest length takes from examples."""
+
+    examples: int = 0
+    cut_examples: int = 0
+    cut_tokens: int = 0
+    cut_tables: int = 0
+    """Examples whose table is too long by itself: one token of their text is left."""
+
+    def told(self, *, max_length: int) -> str:
+        """The same in words."""
+        if not self.cut_examples:
+            return f"none cut to {max_length} tokens (data.max_length)"
+        lost = f"{self.cut_examples} cut to {max_length} tokens (data.max_length), which drops {self.cut_tokens} tokens"
+        return lost + (f"; {self.cut_tables} of them keep a single token of their text" if self.cut_tables else "")
+
+
+def encode(record: Record, tokenizer: Any, *, max_length: int) -> Tokens:
     """(tokens of the table and its end, tokens of the text and its end), cut to `max_length` together.
 
     The text is cut first, then the table; at least one token of the text stays a target.
     """
-    end = tokenizer.eos_token_id
-    table = [*tokenizer(record.table, add_special_tokens=False).input_ids[: max_length - 2], end]
-    text = [*tokenizer(record.text, add_special_tokens=False).input_ids, end]
+    return _cut(_tokens(record, tokenizer), max_length=max_length)
+
+
+def encode_all(records: Iterable[Record], tokenizer: Any, *, max_length: int) -> tuple[list[Tokens], Cuts]:
+    """`encode` of each record, and what was cut."""
+    found, cuts = [], Cuts()
+    for record in records:
+        whole = _tokens(record, tokenizer)
+        kept = _cut(whole, max_length=max_length)
+        lost = sum(map(len, whole)) - sum(map(len, kept))
+        cuts.examples += 1
+        cuts.cut_examples += lost > 0
+        cuts.cut_tokens += lost
+        cuts.cut_tables += len(kept[0]) < len(whole[0])
+        found.append(kept)
+    return found, cuts
+
+
+def _tokens(record: Record, tokenizer: Any) -> Tokens:
+    table, text = (tokenizer(part, add_special_tokens=False).input_ids for part in (record.table, record.text))
+    return [*table, tokenizer.eos_token_id], [*text, tokenizer.eos_token_id]
+
+
+def _cut(tokens: Tokens, *, max_length: int) -> Tokens:
+    table, text = tokens
+    if len(table) > max_length - 1:
+        table = [*table[: max_length - 2], table[-1]]
     return table, text[: max_length - len(table)]
 
 

@@ -23,6 +23,7 @@ process, its libraries, a GPU's context. A size fits when calibrated and reserve
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -37,6 +38,7 @@ from memsave.profiler.calibration import Calibration, TrainingStep, has_state
 from memsave.profiler.recorder import MemoryRecorder
 from memsave.profiler.report import MemoryReport, format_bytes, parse_bytes
 
+ENDLESS = 2**62  # the end of sizes that have none
 GROWTH = 8  # at most so many times the size is tried next: what parameters take hides the growth of small sizes
 
 
@@ -99,9 +101,11 @@ class Answer:
     need: Need
     """At `size`; at the lowest size where nothing fits, whose `total` is then the smallest budget that would do."""
     above: Need | None
-    """One step above `size`, more than the budget has; None where `size` is the highest that was allowed."""
+    """One step above `size`, more than the budget has; None where no larger size was tried."""
     monotone: bool
     """Whether larger sizes took more at all sizes that were tried; where not, every size was tried."""
+    timed_out: bool = False
+    """Whether the search ended by its time: larger sizes may fit, too."""
     tried: dict[int, int] = field(default_factory=dict)
     """Total bytes by size."""
 
@@ -120,7 +124,11 @@ class Answer:
                 f"nothing fits into {format_bytes(self.budget)}: the lowest size, {min(self.tried)}, needs "
                 f"{format_bytes(self.need.total)} ({parts})"
             )
-        beyond = "the highest that was allowed" if self.above is None else f"next {format_bytes(self.above.total)}"
+        beyond = "the highest that was allowed"
+        if self.timed_out:
+            beyond = "the search ended by its time, so larger ones may fit"
+        elif self.above is not None:
+            beyond = f"next {format_bytes(self.above.total)}"
         return f"{self.size} fits into {format_bytes(self.budget)} ({parts}; {beyond})"
 
 
@@ -129,64 +137,92 @@ def largest(
     *,
     budget: str | int,
     low: int,
-    high: int,
+    high: int | None = None,
     multiple: int = 1,
     reserve: str | int = 0,
     calibration: Calibration | None = None,
     start: int | None = None,
     power: float = 1.0,
+    seconds: float = math.inf,
 ) -> Answer:
-    """The largest size of `low` to `high`, in steps of `multiple`, whose training step fits into the budget.
+    """The largest size from `low` on, in steps of `multiple`, whose training step fits into the budget.
 
     Sizes are tried by interpolation, four or five of them as a rule. The answer and the size one step above are always
     among them, and so it is verified, not computed. Should a larger size take less than a smaller one at any two that
-    were tried, all are tried, from the highest down.
+    were tried, all are tried, from the highest down (without `high`: from the highest that was tried).
 
     Args:
         step_at: makes the step of a size; called under fake tensors.
         budget, reserve: bytes, or a text such as "16GiB"; the reserve is left free.
-        low, high, multiple: the sizes; the lowest is `low`, and they end at `high`.
+        low, high, multiple: the sizes; the lowest is `low`, and they end at `high`, or nowhere (None).
         calibration: what the allocator takes over the exact bytes; None: nothing.
-        start: the size that is tried first; None: the middle, as powers go.
+        start: the size that is tried first; None: the middle, as powers go; without `high` the lowest.
         power: of the size that bytes are about proportional to, such as 3 for the side of a volume: for the second try.
+        seconds: of the process's CPU time. After so many no size is tried that is larger than all that are known to
+            fit, nor one whose step alone might take as long; the answer then says that it timed out.
 
     Raises ValueError where there is no size, or the budget cannot be read.
     """
-    if not (0 < low <= high and multiple > 0):
+    if not (0 < low <= (low if high is None else high) and multiple > 0):
         raise ValueError(
             f"sizes go from {low} to {high} in steps of {multiple}; give 0 < low <= high and a positive step"
         )
     limit, kept_free = (parse_bytes(each) if isinstance(each, str) else each for each in (budget, reserve))
-    sizes = range(low, high + 1, multiple)
+    sizes = range(low, ENDLESS if high is None else high + 1, multiple)
     known: dict[int, Need] = {}
+    began = last = time.process_time()  # of the search, of the last trial
 
     def need(size: int) -> Need:
+        nonlocal last
         if size not in known:
+            last = time.process_time()
             report = peak_on_fake(lambda: step_at(size))
             known[size] = Need(report, (calibration or Calibration()).allocator_bytes(report), kept_free)
         return known[size]
 
-    first = round(math.sqrt(low * high)) if start is None else start
-    found = search(sizes, lambda size: need(size).total, limit=limit, start=first, power=power)
+    def growth() -> float:
+        """How many times as large the next size may be: its trial takes at most as many times as long as the last."""
+        now = time.process_time()
+        return 1.0 if now - began > seconds else seconds / max(now - last, 1e-9)
+
+    first = round(math.sqrt(low * (low if high is None else high))) if start is None else start
+    found = search(sizes, lambda size: need(size).total, limit=limit, start=first, power=power, growth=growth)
     totals = [known[size].total for size in sorted(known)]
     monotone = totals == sorted(totals)
+    timed_out = found is not None and max(totals) <= limit and found != sizes[-1]
     if not monotone:
-        found = next((size for size in reversed(sizes) if need(size).total <= limit), None)
+        found = None
+        for size in reversed(range(low, (max(known) if high is None else high) + 1, multiple)):
+            if size not in known and time.process_time() - began > seconds:
+                timed_out = True
+            elif need(size).total <= limit:
+                found = size
+                break
     return Answer(
         budget=limit,
         size=found,
         need=need(low if found is None else found),
-        above=None if found is None or found == sizes[-1] else need(found + multiple),
+        above=None if found is None or found == sizes[-1] or timed_out else need(found + multiple),
         monotone=monotone,
+        timed_out=timed_out and found is not None,
         tried={size: known[size].total for size in sorted(known)},
     )
 
 
-def search(sizes: range, total: Callable[[int], int], *, limit: int, start: int, power: float = 1.0) -> int | None:
+def search(
+    sizes: range,
+    total: Callable[[int], int],
+    *,
+    limit: int,
+    start: int,
+    power: float = 1.0,
+    growth: Callable[[], float] = lambda: math.inf,
+) -> int | None:
     """The largest of the sizes with total(size) <= limit, if totals grow with sizes; None for none.
 
     Totals grow about as a power of the size, so the next one to try follows from the last two. A guess that is off by
-    less than a step ends the search with its neighbour. Every fifth time what is left is halved instead.
+    less than a step ends the search with its neighbour. Every fifth time what is left is halved instead. While all that
+    was tried fits, the next size is at most `growth()` times as large; where that leaves none, the search ends.
     """
     fits, fails = -1, len(sizes)  # numbers of sizes; what lies beyond the ends needs no trial
     points: list[tuple[int, int]] = []
@@ -195,10 +231,15 @@ def search(sizes: range, total: Callable[[int], int], *, limit: int, start: int,
             wanted = start
         elif len(points) == 1:
             wanted = int(points[0][0] * min(GROWTH, (limit / max(1, points[0][1])) ** (1 / power)))
-        elif len(points) % 5 == 0:
+        elif len(points) % 5 == 0 and fails < len(sizes):
             wanted = sizes.start + (fits + fails) // 2 * sizes.step
         else:
             wanted = _foreseen(*points[-2:], limit=limit)
+        if fits >= 0 and fails == len(sizes):
+            reach = sizes[fits] * growth()
+            if reach < sizes[fits + 1]:
+                break
+            wanted = int(min(wanted, reach))
         number = min(max((wanted - sizes.start) // sizes.step, fits + 1), fails - 1)
         points.append((sizes[number], total(sizes[number])))
         if points[-1][1] <= limit:

@@ -19,11 +19,12 @@ from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_b
 from memsave.training import checkpoint
 from memsave.training.auto import resolved
 from memsave.training.budget import OverBudget, free_bytes, over_budget
+from memsave.training.compare import compare_modes
 from memsave.training.fit import fitted, plan_experiment
 from memsave.training.interrupt import asked_to_stop
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
-from memsave.training.measure import PLAIN, Measurement, measure_modes, set_memory
+from memsave.training.measure import PLAIN, Measurement, set_memory
 from memsave.training.private import Spending, make_private, spent_by, told, up, write_statement
 from memsave.training.process import process_bytes, process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
@@ -63,7 +64,7 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     """Take the steps, release the model, and then evaluate, measure and draw, whose faults cost no step."""
     log = RunLog(folder, tensorboard=config.trainer.tensorboard, step=state.step)
     first = _evaluate_first(config, state, task, log, progress=progress)
-    measured = _compare(config, state, task, progress=progress)
+    measured = compare_modes(config, state, task, progress=progress)
     watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
         loss = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
@@ -80,11 +81,12 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
         start = format_bytes(watch.process_start or 0)
         progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}, {start} before")
     task.show(folder)
-    for line in _last_lines(config, task, scores, measured):
+    for line in _last_lines(config, task, scores, measured, memory):
         progress.say(line)
     if spent is not None:
         progress.say(told(spent))
     return {
+        "data": task.counts,
         "metrics": {"loss": loss, **scores, **first},
         "seconds_per_step": median(watch.seconds) if watch.seconds else None,
         "memory": memory,
@@ -104,6 +106,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.option}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
     task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
+    progress.say(task.told_counts())
     config.trainer.steps = config.trainer.steps_for(task.size)
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, config.trainer, private=private)
@@ -219,21 +222,6 @@ def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, pr
     return before
 
 
-def _compare(config: Config, state: State, task: Task, *, progress: Progress) -> dict[str, Measurement]:
-    modes = config.profiler.compare
-    if not modes:
-        return {}
-    progress.say(f"measuring one step as {', '.join(modes)}")
-    batches = task.batches(start=0)
-    batch = next(batches)  # of the size that is expected in a private run, too
-    batches.close()
-    measured = measure_modes(state, task, batch, config.trainer, modes=modes)
-    for mode in modes:
-        if mode not in measured:
-            progress.say(f"  {mode} does not fit into memory here")
-    return measured
-
-
 def _train(
     config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: Watch, progress: Progress
 ) -> float | None:
@@ -345,18 +333,21 @@ def _write_memory(
 
 
 def _last_lines(
-    config: Config, task: Task, scores: dict[str, float], measured: dict[str, Measurement]
+    config: Config, task: Task, scores: dict[str, float], measured: dict[str, Measurement], memory: dict[str, Any]
 ) -> Iterator[str]:
     """What was reached, and what was saved."""
     yield task.summary(scores)
     own = measured.get(config.memory.mode)
     if own is None:
+        if memory:
+            peak = format_bytes(memory["peak_bytes"])
+            yield f"Peak of live memory of a training step, measured: {memory['mode']} {peak}"
         return
-    peak = own.report.peak_bytes
-    yield f"Peak of live memory, forward and backward, measured: {config.memory.mode} {format_bytes(peak)}"
+    held = own.report.peak_bytes
+    yield f"Peak of live memory, forward and backward, measured: {config.memory.mode} {format_bytes(held)}"
     for name, other in measured.items():
         if name != config.memory.mode:
-            ratio, slower = other.report.peak_bytes / peak, own.seconds / other.seconds
+            ratio, slower = other.report.peak_bytes / held, own.seconds / other.seconds
             yield (
                 f"  {name} would take {format_bytes(other.report.peak_bytes)}, {ratio:.2f} times as much; "
                 f"{config.memory.mode} took {slower:.2f} times its time per step"

@@ -52,7 +52,8 @@ def fitted(config: Config, folder: Path, device: torch.device, *, progress: Prog
         return config, entry
     if plan.own.answer is None or plan.own.answer.size is None:
         raise OverBudget(nothing_fits(plan), **entry)
-    progress.say(f"training at {plan.own.size}, the largest that fits into {format_bytes(plan.own.answer.budget)}")
+    why = f" ({plan.own.limit})" if plan.own.limit else ""
+    progress.say(f"training at {plan.own.size}, the largest that fits into {format_bytes(plan.own.answer.budget)}{why}")
     config = variation(config).at(plan.own.answer.size)
     config.vary = None
     write_config(config, folder)

@@ -231,6 +231,8 @@ def _pretrain(model: nn.Module, tokenizer: Any, records: list, config: SmallGPT2
     data = VisitsData(max_length=config.positions)
     task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
     progress.say(f"pretraining model={config.kind} on {len(records)} generated public records, once; it is then cached")
+    if task.cuts.cut_examples:
+        progress.say(f"  {task.cuts.cut_examples} of them are cut to model.positions={config.positions} tokens")
     state = make_state(model, trainer)
     for group in state.optimizer.param_groups:
         group["betas"] = (0.9, 0.99)  # few steps: a shorter memory of squares

@@ -14,14 +14,16 @@ from typing import Any
 
 from memsave.config import TrainerConfig
 from memsave.models.language import is_checkpointing, set_checkpointing
-from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak
-from memsave.training.loop import State, accumulate
+from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak, format_bytes
+from memsave.training.loop import State, accumulate, autocast, evaluating
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.random_state import get_random_state, set_random_state
-from memsave.training.task import Batch, Task
+from memsave.training.task import Batch, Task, examples, split
 
+FORWARDS = 4  # that a step takes as long as, about: forward, rebuilding, and a backward of two
+RECORDED_STEPS = 2  # one under the recorder, one under the allocator's measurement
 TIMED_ROUNDS = 2
-UNTIMED_STEPS = 2  # of a private run: in these the clipper tests whether examples are apart
+UNTIMED_STEPS = 3  # of a private run: in these the clipper tests whether examples are apart
 PLAIN = "without privacy"
 
 
@@ -36,61 +38,106 @@ class Measurement:
 
 
 def measure_modes(
-    state: State, task: Task, batch: Batch, config: TrainerConfig, *, modes: Sequence[str]
+    state: State,
+    task: Task,
+    batch: Batch,
+    config: TrainerConfig,
+    *,
+    modes: Sequence[str],
+    refuse: Callable[[str, float], str | None] = lambda mode, seconds: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measurement]:
     """Forward and backward in each mode; modes that do not fit are left out.
 
     Of a private run, clipping and noise included, and once more in the run's own mode "without privacy".
+
+    Args:
+        state, task, batch, config: of the run, before its first step.
+        modes: memory modes.
+        refuse: why a mode is left out, if it is, from its name and about how many seconds it would take.
+        say: is told what each mode holds, or why it is left out, as soon as that is known.
     """
-    with nullcontext() if state.private is None else state.private.rehearsal():
-        return _measure(state, task, batch, config, modes=modes)
-
-
-def _measure(
-    state: State, task: Task, batch: Batch, config: TrainerConfig, *, modes: Sequence[str]
-) -> dict[str, Measurement]:
-    model, private = state.model, state.private
-    before, random = get_memory(model), get_random_state(model)
-
-    def step(mode: str) -> float:
-        set_random_state(model, random)
-        set_memory(model, before if mode == PLAIN else mode)
-        try:
-            if private is None or mode != PLAIN:
-                loss = accumulate(model, task, batch, config, private=private)
-            else:
-                with private.paused():
-                    loss = accumulate(model, task, batch, config)
-            assert loss is not None
-            return loss.item()
-        finally:
-            state.optimizer.zero_grad(set_to_none=True)
-
     reports: dict[str, MemoryReport] = {}
-    losses: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-    try:
-        if private is not None:
-            step(before)  # the first backward also looks whether examples are apart
-        for mode in [*modes, *([PLAIN] if private is not None else [])]:
+    with _Steps(state, task, batch, config) as steps:
+        try:
+            expected = steps.expected_seconds()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            say(f"  no mode is measured: the run's own step ({steps.own}) does not fit into memory here")
+            return {}
+        for mode in [*modes, *([PLAIN] if state.private is not None else [])]:
+            untimed = 0 if state.private is None or mode == PLAIN or reports else UNTIMED_STEPS
+            why = refuse(mode, expected * (RECORDED_STEPS + untimed + TIMED_ROUNDS * (len(reports) + 1)))
+            if why is not None:
+                say(f"  {mode} is not measured: {why}")
+                continue
             try:
-                reports[mode] = _record(state, partial(step, mode))
+                if untimed:
+                    steps.take(steps.own)  # the first backward also looks whether examples are apart
+                reports[mode] = _record(state, partial(steps.take, mode))
+                say(f"  {mode}: {format_bytes(reports[mode].peak_bytes)} of live memory at the peak")
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-        # Plain steps come last: the clipper is closed for them, and after that tests again whether examples are apart.
-        for timed in ([mode for mode in reports if mode != PLAIN], [mode for mode in reports if mode == PLAIN]):
-            for _ in range(0 if private is None or timed == [PLAIN] else UNTIMED_STEPS):
-                step(before)
+                say(f"  {mode} does not fit into memory here")
+        return {mode: Measurement(reports[mode], *timed) for mode, timed in steps.timed(list(reports)).items()}
+
+
+class _Steps:
+    """Forward and backward of a run's batch in any mode; on exit, model and randomness are as they were on entry."""
+
+    def __init__(self, state: State, task: Task, batch: Batch, config: TrainerConfig):
+        self.state, self.task, self.batch, self.config = state, task, batch, config
+        self.own, self.random = get_memory(state.model), get_random_state(state.model)
+        self.rehearsal = nullcontext() if state.private is None else state.private.rehearsal()
+
+    def __enter__(self) -> "_Steps":
+        self.rehearsal.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        set_memory(self.state.model, self.own)
+        set_random_state(self.state.model, self.random)
+        self.rehearsal.__exit__(*error)
+
+    def take(self, mode: str) -> float:
+        """One step in this mode; returns its loss."""
+        model, private = self.state.model, self.state.private
+        set_random_state(model, self.random)
+        set_memory(model, self.own if mode == PLAIN else mode)
+        plain = private is None or mode == PLAIN
+        try:
+            with private.paused() if private is not None and plain else nullcontext():
+                loss = accumulate(model, self.task, self.batch, self.config, private=None if plain else private)
+            assert loss is not None
+            return loss.item()
+        finally:
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+    def expected_seconds(self) -> float:
+        """About what a step takes, by one forward of one micro-batch: a whole step could take minutes."""
+        model, micro = self.state.model, next(split(self.batch, self.config.micro_batch_size))
+        started = time.perf_counter()
+        with evaluating(model), autocast(model, self.config.precision):
+            self.task.per_example_losses(model, micro).sum().item()
+        return FORWARDS * (time.perf_counter() - started) * examples(self.batch) / examples(micro)
+
+    def timed(self, modes: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """(seconds of the faster round, loss) of each mode.
+
+        Plain steps come last: the clipper is closed for them, and after that tests again whether examples are apart.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        for group in ([mode for mode in modes if mode != PLAIN], [mode for mode in modes if mode == PLAIN]):
+            for _ in range(0 if self.state.private is None or group == [PLAIN] or not group else UNTIMED_STEPS - 1):
+                self.take(self.own)
             for _ in range(TIMED_ROUNDS):
-                for mode in timed:
+                for mode in group:
                     started = time.perf_counter()
-                    losses[mode] = step(mode)
-                    seconds[mode] = min(time.perf_counter() - started, seconds.get(mode, math.inf))
-    finally:
-        set_memory(model, before)
-        set_random_state(model, random)
-    return {mode: Measurement(reports[mode], seconds[mode], losses[mode]) for mode in reports}
+                    loss = self.take(mode)
+                    found[mode] = min(time.perf_counter() - started, found.get(mode, (math.inf, loss))[0]), loss
+        return {mode: found[mode] for mode in modes}
 
 
 def set_memory(model: Any, mode: str) -> None:

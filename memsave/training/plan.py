@@ -25,7 +25,7 @@ from memsave.profiler.calibration import TrainingStep, read_calibrations, write_
 from memsave.training.blank import blank_step
 from memsave.training.progress import Progress
 from memsave.training.result import hardware, versions
-from memsave.training.variation import Variation, variation
+from memsave.training.variation import Variation, variation, what_is_fixed
 
 PER_EXAMPLE = "per-example gradients"
 LANGUAGE_WAYS = ("plain", PER_EXAMPLE, "ghost")
@@ -47,6 +47,14 @@ class Row:
     size: str | None = None
     """The largest that fits, for people; without `vary`, or where none fits, None."""
     next_size: str | None = None
+    limit: str | None = None
+    """Why no larger size was tried, where none was."""
+
+    @property
+    def described(self) -> str | None:
+        """The largest size in words; "at least" where the search ended by its time."""
+        timed_out = self.answer is not None and self.answer.timed_out
+        return f"at least {self.size}" if timed_out else self.size
 
     def as_dict(self) -> dict[str, Any]:
         """The row as it stands in `result.json`; sizes in bytes."""
@@ -66,6 +74,8 @@ class Row:
             **content,
             "size": self.answer.size,
             "described": self.size,
+            "timed_out": self.answer.timed_out,
+            "limit": self.limit,
             "next": {"described": self.next_size, "total_bytes": above},
             "smallest_budget_bytes": self.answer.smallest_budget,
             "monotone": self.answer.monotone,
@@ -82,12 +92,15 @@ class Plan:
     rows: list[Row]
     own: Row
     """Of the way that the config has."""
+    fixed: str = ""
+    """What every size is for, such as 2 at once."""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry `plan` of `result.json`."""
         return {
             "predicted": "on fake tensors",
             "vary": self.vary,
+            "fixed": self.fixed,
             "budget_bytes": self.budget,
             "way": self.own.way,
             "rows": [row.as_dict() for row in self.rows],
@@ -103,7 +116,7 @@ def make_plan(config: Config, device: torch.device, *, ways: list[str] | None = 
         progress.say(f"planning {way}, on fake tensors")
         rows.append(_row(config, way, varied, budget=budget, device=device, progress=progress))
     own = next(row for row in rows if row.way == own_way(config))
-    return Plan(config.vary, budget, rows, own)
+    return Plan(config.vary, budget, rows, own, what_is_fixed(config))
 
 
 def ways_of(config: Config) -> list[str]:
@@ -146,11 +159,15 @@ def _row(
         multiple=varied.multiple,
         start=varied.start,
         power=varied.power,
+        seconds=config.profiler.plan_seconds,
     )
     seconds = (time.perf_counter() - started) / len(answer.tried)
     size = None if answer.size is None else varied.describe(answer.size)
     above = None if answer.size is None or answer.above is None else varied.describe(answer.size + varied.multiple)
-    return Row(way, answer.need, answer.size is not None, seconds, answer, size, above)
+    limit = None if answer.size is None or answer.above is not None else varied.limit
+    if answer.timed_out:
+        limit = f"search ended after profiler.plan_seconds={config.profiler.plan_seconds:g}"
+    return Row(way, answer.need, answer.size is not None, seconds, answer, size, above, limit)
 
 
 def in_way(config: Config, way: str) -> Config:

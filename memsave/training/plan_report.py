@@ -18,6 +18,7 @@ def lines(plan: Plan) -> Iterator[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield f"each step: {plan.fixed}"
     yield (
         "exact: live tensors, predicted on fake tensors; calibrated: with what operators take inside themselves; "
         "calibrated and reserve together must fit"
@@ -33,7 +34,9 @@ def markdown(plan: Plan) -> str:
         peak = row.need.report.peak_by_category
         rows.append("| " + " | ".join([*_cells(plan, row), *(format_bytes(peak[name]) for name in names)]) + " |")
     budget = "" if plan.budget is None else f" in {format_bytes(plan.budget)}"
-    return f"# What fits{budget}\n\nPredicted on fake tensors; nothing was trained.\n\n" + "\n".join(rows) + "\n"
+    return f"# What fits{budget}\n\nPredicted on fake tensors; nothing was trained. Each step: {plan.fixed}.\n\n" + (
+        "\n".join(rows) + "\n"
+    )
 
 
 def _heads(plan: Plan) -> list[str]:
@@ -45,13 +48,15 @@ def _heads(plan: Plan) -> list[str]:
 def _cells(plan: Plan, row: Row) -> list[str]:
     cells = [row.way]
     if plan.vary is not None:
-        cells.append(row.size or f"none: {format_bytes(row.need.total)} for the smallest")
+        cells.append(row.described or f"none: {format_bytes(row.need.total)} for the smallest")
     elif plan.budget is not None:
         cells.append("yes" if row.fits else "no")
     cells += [format_bytes(each) for each in (row.need.exact, row.need.calibrated, row.need.reserve)]
     if plan.vary is not None:
         above = None if row.answer is None else row.answer.above
-        cells.append("" if above is None else f"{row.next_size}: {format_bytes(above.total)}")
+        cells.append(f"not tried: {row.limit}" if row.limit else "")
+        if above is not None:
+            cells[-1] = f"{row.next_size}: {format_bytes(above.total)}"
     return [*cells, f"{row.seconds:.1f} s"]
 
 
@@ -93,7 +98,11 @@ def draw(plan: Plan, path: Path) -> None:
     title = "Peak of one training step" if plan.vary is None else f"The largest {plan.vary} that fits"
     figure.text(0.02, top, title, fontsize=12.5, color=INK, weight="bold")
     figure.text(
-        0.98, 1 - 0.3 / figure.get_figheight(), "predicted on fake tensors", fontsize=9, color=FAINT, ha="right"
+        *(0.98, 1 - 0.3 / figure.get_figheight()),
+        f"{plan.fixed}; predicted on fake tensors",
+        fontsize=9,
+        color=FAINT,
+        ha="right",
     )
     figure.savefig(path)
 
@@ -106,11 +115,17 @@ def _parts(row: Row) -> Sequence[tuple[str, int, str]]:
 
 
 def _right(plan: Plan) -> float:
-    return max([plan.budget or 0, *(row.need.total for row in plan.rows)]) * 1.45
+    return max([plan.budget or 0, *(row.need.total for row in plan.rows)]) * (
+        1.65 if any(row.limit for row in plan.rows) else 1.45
+    )
 
 
 def _note(plan: Plan, row: Row) -> str:
     total = format_bytes(row.need.total)
     if plan.vary is None:
         return total
-    return f"{row.size}, {total}" if row.size else f"none fits: {total} at the smallest"
+    if not row.size:
+        return f"none fits: {total} at the smallest"
+    timed_out = row.answer is not None and row.answer.timed_out
+    limit = "search ended by its time" if timed_out else row.limit
+    return f"{row.described}, {total}" + (f"\n{limit}" if limit else "")

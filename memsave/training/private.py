@@ -17,6 +17,7 @@ from memsave.training.loop import TrainingError
 from memsave.training.progress import Progress
 from memsave.training.task import Batch, Task
 
+LARGE_DELTA = 1e-3  # above, delta is no negligible probability
 VERIFIED = 4  # examples of the first batch that are differentiated one by one
 NOT_PRIVATE = (
     "everything but model/ and privacy.md: losses, scores, memory and the share of clipped examples follow the data",
@@ -67,6 +68,8 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
             f"{up(planned, '.2f')}, more than privacy.target_epsilon={privacy.target_epsilon:g}; give fewer "
             f"trainer.steps, or privacy.target_epsilon={up(planned, '.2f')}"
         )
+    if delta > LARGE_DELTA:
+        progress.say(f"warning: {_large_delta(delta, size)}")
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
     elif nothing := no_guarantee(noise_multiplier=noise, epsilon=planned):
@@ -83,6 +86,13 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
         memory_budget=parse_bytes(privacy.memory_budget),
         secure_noise=privacy.secure_noise,
         seed=privacy.seed,
+    )
+
+
+def _large_delta(delta: float, size: int) -> str:
+    return (
+        f"delta is {delta:.2g} for {size} examples: with up to that probability epsilon limits nothing, so that the "
+        f"guarantee is weak whatever epsilon is; give a smaller privacy.target_delta, such as 1e-5"
     )
 
 
@@ -189,6 +199,8 @@ def _statement(spent: dict[str, Any]) -> str:
     practice = LARGE if epsilon > 20 else ""
     early = EARLY.format(**spent) if spent["steps"] < spent["planned_steps"] else ""
     hardened = "is" if spent["secure_noise"] else "is not (privacy.secure_noise=true makes it so)"
+    large = spent["delta"] > LARGE_DELTA
+    weak = f"\n\n**Warning.** Here {_large_delta(spent['delta'], spent['size'])}." if large else ""
     not_private = "\n".join(f"- {each}" for each in spent["not_private"])
     return f"""# What this run guarantees
 
@@ -199,7 +211,7 @@ The weights after {spent["steps"]} steps, those in `model/`, are
 several, that person's protection is weaker than stated.
 
 **What it means.** Whatever anyone computes from the model, any outcome is at most {odds} times as likely with one
-example as without it (e to the power of epsilon), but for a probability of delta.{practice}
+example as without it (e to the power of epsilon), but for a probability of delta.{practice}{weak}
 
 **How it was reached.** In {spent["steps"]} steps. In each, every example was in the batch with probability
 {spent["sample_rate"]:.4g}, whatever else was in it (Poisson sampling); its gradient was clipped to a norm of

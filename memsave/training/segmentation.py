@@ -58,7 +58,9 @@ class Segmentation:
         self.progress = progress or Progress()
         self.data, self.device = data, device
         self.batch_size, self.precision = trainer.batch_size, trainer.precision
-        train, held_out = split(cases(data), data)
+        found = cases(data)
+        train, held_out = split(found, data)
+        self.left_out = len(found) - len(train) - len(held_out)
         self.crops = TrainingCrops(
             train,
             crop_size=data.crop_size,
@@ -93,6 +95,16 @@ class Segmentation:
         data, order = self.data, self.crops.volumes.cases[0].channels or ()  # of modalities that share a file
         drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing, *order)
         return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Cases that train, that are scored, and that are used for nothing (`test` of a split file)."""
+        return {"examples": self.size, "held_out": len(self.held_out), "left_out": self.left_out}
+
+    def told_counts(self) -> str:
+        """The same in one line."""
+        left_out = f", left out: {self.left_out} (test of data.split_file)" if self.left_out else ""
+        return f"training cases: {self.size}, held-out cases: {len(self.held_out)}{left_out}"
 
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
         """The crops of each of these cases; for none, images (0, C, 1, 1, 1)."""

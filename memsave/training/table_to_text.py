@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.config import E2EData, TextData, TrainerConfig, VisitsData
-from memsave.data.table_to_text import collate, encode, prompt_format, prompts
+from memsave.data.table_to_text import collate, encode, encode_all, prompt_format, prompts
 from memsave.data.tables import Record, private_records, references
 from memsave.models.language import IGNORED, causal_lm_losses
 from memsave.training.loop import autocast, evaluating
@@ -56,7 +56,9 @@ class TableToText:
         self.tokenizer, self.data, self.device = tokenizer, data, device
         self.batch_size, self.seed, self.precision = trainer.batch_size, trainer.seed, trainer.precision
         self.held_out = list(held_out)
-        self.tokens = [encode(record, tokenizer, max_length=data.max_length) for record in train]
+        self.tokens, self.cuts = encode_all(train, tokenizer, max_length=data.max_length)
+        scored = self.held_out[: data.evaluate]
+        self.held_out_tokens, self.held_out_cuts = encode_all(scored, tokenizer, max_length=data.max_length)
         self.evaluations: list[Written] = []
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch that was asked for
 
@@ -69,6 +71,23 @@ class TableToText:
     def fingerprint(self) -> str:
         """A digest of the training tokens."""
         return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Examples, and how many of them and of their tokens are cut; of held-out records those that are scored."""
+        tables = len(references(self.held_out))
+        held_out = {"records": len(self.held_out), "tables": tables, "written_tables": min(tables, self.data.generate)}
+        return {**asdict(self.cuts), "held_out": {**held_out, **asdict(self.held_out_cuts)}}
+
+    def told_counts(self) -> str:
+        """The same in one line."""
+        length, held_out = self.data.max_length, self.counts["held_out"]
+        return (
+            f"training examples: {self.size}, {self.cuts.told(max_length=length)}; held-out records: "
+            f"{held_out['records']}, of which {held_out['examples']} are scored (data.evaluate), "
+            f"{self.held_out_cuts.told(max_length=length)}; of {held_out['tables']} held-out tables "
+            f"{held_out['written_tables']} are written about (data.generate)"
+        )
 
     def batches(self, *, start: int) -> Generator[Batch]:
         """Shuffled anew in each epoch, of which the last batch runs into the next; input_ids, labels, ... (B, T)."""
@@ -108,8 +127,7 @@ class TableToText:
 
     def perplexity(self, model: nn.Module) -> float:
         """exp of the mean cross-entropy over the target tokens of the first held-out records."""
-        total, count, records = 0.0, 0, self.held_out[: self.data.evaluate]
-        held_out = [encode(record, self.tokenizer, max_length=self.data.max_length) for record in records]
+        total, count, held_out = 0.0, 0, self.held_out_tokens
         with evaluating(model), autocast(model, self.precision):
             for first in range(0, len(held_out), EVALUATION_BATCH):
                 part = collate(held_out[first : first + EVALUATION_BATCH], pad=self.tokenizer.pad_token_id)

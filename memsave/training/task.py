@@ -38,6 +38,13 @@ class Task(Losses, Protocol):
     def fingerprint(self) -> str:
         """A digest of the training examples, and of whatever else batches follow from but seed and batch size."""
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Training examples, and what of the data is cut or left out, for `result.json`."""
+
+    def told_counts(self) -> str:
+        """The same in one line."""
+
     def gather(self, indices: Sequence[int], *, step: int) -> Batch:
         """The training examples of these indices, none perhaps, as step number `step` sees them."""
 

@@ -15,8 +15,6 @@ from typing import Any
 from memsave.config import Config, UNetModel
 
 VOXELS, CHANNELS, TOKENS = 16, 8, 8  # the steps
-MOST_VOXELS, MOST_BLOCKS, MOST_LAYERS, MOST_CHANNELS, MOST_EXAMPLES = 1024, 32, 192, 1024, 4096
-WIDER = 16  # times a language model's own width
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class Variation:
     """One number of a config that a plan varies."""
 
     low: int
-    high: int
+    high: int | None
+    """None: larger sizes are tried until one does not fit."""
     multiple: int
     start: int
     """The config's own size, or near it."""
@@ -36,13 +35,28 @@ class Variation:
     """Of the size that memory is about proportional to."""
     architecture: Callable[[int], Mapping[str, Any]] = lambda size: {}
     """What changes in a language model's architecture, by the names of transformers."""
+    limit: str = ""
+    """Why there is no size above `high`."""
 
 
 def variation(config: Config) -> Variation:
     """What `vary=` asks for."""
     kinds = {"volume": _volume, "depth": _depth, "channels": _channels, "batch": _batch, "length": _length}
     made = kinds[str(config.vary)](config)
-    return replace(made, start=min(max(made.start, made.low), made.high))
+    start = max(made.start, made.low)
+    return replace(made, start=start if made.high is None else min(start, made.high))
+
+
+def what_is_fixed(config: Config) -> str:
+    """What a step of the plan holds beside what is varied: examples at once, and the size of one."""
+    trainer, data = config.trainer, config.data
+    parts = [] if config.vary == "batch" else [f"{trainer.micro_batch_size or trainer.batch_size} at once"]
+    if config.task == "segmentation":
+        parts += [] if config.vary == "volume" else [f"crops of {'x'.join(map(str, data.crop_size))}"]
+        parts += [] if data.crops_per_case == 1 else [f"{data.crops_per_case} crops a case"]
+    elif config.vary != "length":
+        parts.append(f"{data.max_length} tokens")
+    return ", ".join(parts)
 
 
 def _changed(config: Config, change: Callable[[Config], None]) -> Config:
@@ -61,7 +75,7 @@ def _volume(config: Config) -> Variation:
     def at(size: int) -> Config:
         return _changed(config, lambda changed: setattr(changed.data, "crop_size", crop(size)))
 
-    return Variation(VOXELS, MOST_VOXELS, VOXELS, longest, at, lambda size: "x".join(map(str, crop(size))), 3.0)
+    return Variation(VOXELS, None, VOXELS, longest, at, lambda size: "x".join(map(str, crop(size))), 3.0)
 
 
 def _depth(config: Config) -> Variation:
@@ -71,9 +85,9 @@ def _depth(config: Config) -> Variation:
         def at(size: int) -> Config:
             return _changed(config, lambda changed: setattr(changed.model, "blocks", [size] * levels))
 
-        return Variation(1, MOST_BLOCKS, 1, max(config.model.blocks), at, lambda size: f"{size} blocks a level")
+        return Variation(1, None, 1, max(config.model.blocks), at, lambda size: f"{size} blocks a level")
     return Variation(
-        *(1, MOST_LAYERS, 1, _architecture(config).num_hidden_layers),
+        *(1, None, 1, _architecture(config).num_hidden_layers),
         at=lambda size: config,
         describe=lambda size: f"{size} layers",
         architecture=lambda size: {"num_hidden_layers": size},
@@ -90,11 +104,11 @@ def _channels(config: Config) -> Variation:
         def at(size: int) -> Config:
             return _changed(config, lambda changed: setattr(changed.model, "channels", wide(size)))
 
-        return Variation(CHANNELS, MOST_CHANNELS, CHANNELS, own[0], at, lambda size: "-".join(map(str, wide(size))))
+        return Variation(CHANNELS, None, CHANNELS, own[0], at, lambda size: "-".join(map(str, wide(size))))
     found = _architecture(config)
     head = found.hidden_size // found.num_attention_heads
     return Variation(
-        *(head, WIDER * found.hidden_size, head, found.hidden_size),
+        *(head, None, head, found.hidden_size),
         at=lambda size: config,
         describe=lambda size: f"width {size}",
         architecture=lambda size: wider(found, size),
@@ -116,18 +130,20 @@ def _batch(config: Config) -> Variation:
 
     own, most = config.trainer.micro_batch_size, config.trainer.batch_size
     return Variation(
-        *(1, MOST_EXAMPLES if config.mode == "plan" else most, 1, most if own is None else own),
+        *(1, None if config.mode == "plan" else most, 1, most if own is None else own),
         at=lambda size: _changed(config, lambda changed: change(changed, size)),
         describe=lambda size: f"{size} at once",
+        limit=f"trainer.batch_size is {most}",
     )
 
 
 def _length(config: Config) -> Variation:
-    positions = getattr(_architecture(config), "max_position_embeddings", None) or 2**17
+    positions = getattr(_architecture(config), "max_position_embeddings", None)
     return Variation(
-        *(TOKENS, positions // TOKENS * TOKENS, TOKENS, config.data.max_length),
+        *(TOKENS, None if positions is None else positions // TOKENS * TOKENS, TOKENS, config.data.max_length),
         at=lambda size: _changed(config, lambda changed: setattr(changed.data, "max_length", size)),
         describe=lambda size: f"{size} tokens",
+        limit=f"the model has {positions} positions",
     )
 
 

@@ -82,6 +82,34 @@ def test_the_top_of_the_range_is_told_as_such():
     assert "the highest that was allowed" in str(answer)
 
 
+def test_without_a_top_sizes_grow_until_one_does_not_fit():
+    answer = largest(line_step, budget="24MiB", low=8, multiple=8, power=2)
+    assert measured(answer.size).peak_bytes <= 24 * MIB < measured(answer.size + 8).peak_bytes
+    assert answer.size > 4096
+    assert not answer.timed_out
+
+
+def test_a_search_without_time_names_what_is_known_to_fit():
+    answer = largest(line_step, budget="24MiB", low=8, multiple=8, start=80, seconds=0)
+    assert (answer.size, answer.above, answer.timed_out) == (80, None, True)
+    assert "the search ended by its time, so larger ones may fit" in str(answer)
+    assert largest(line_step, budget="1MiB", low=8, multiple=8, start=8000, seconds=0).above.total > MIB  # not upward
+
+
+def test_a_size_whose_step_would_take_too_long_is_not_tried(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(planner.time, "process_time", lambda: now[0])
+
+    def step_at(size):
+        now[0] += size / 100  # as of a depth
+        return line_step(size)
+
+    answer = largest(step_at, budget="1GiB", low=1, start=100, seconds=10)
+    assert answer.timed_out
+    assert 100 < answer.size <= 1000
+    assert now[0] < 20 + 1
+
+
 def test_exact_calibrated_and_reserve_are_three_numbers():
     plain = largest(line_step, budget="3MiB", low=8, high=4096, multiple=8)
     assert plain.need.exact == plain.need.calibrated == plain.need.total
@@ -140,6 +168,35 @@ def test_sizes_that_were_found_out_of_order_are_all_tried(totals, limit):
         assert answer.above is None or answer.above.total > limit
     else:
         assert answer.size == max((size for size in known if known[size] <= limit), default=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(limit=st.integers(0, 10**9), slope=st.integers(1, 50), start=st.integers(1, 10**4), multiple=st.integers(1, 64))
+def test_the_search_without_a_top_finds_the_largest(limit, slope, start, multiple):
+    class Totals:
+        def __getitem__(self, size):
+            return slope * size
+
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, Totals())
+        answer = largest(lambda size: size, budget=limit, low=1, multiple=multiple, start=start)
+    fits = (limit // slope - 1) // multiple * multiple + 1
+    assert answer.size == (fits if limit >= slope else None)
+    assert len(answer.tried) < 60
+
+
+def test_sizes_out_of_order_are_tried_up_to_the_highest_that_was(monkeypatch):
+    class Totals:
+        def __getitem__(self, size):
+            return 5000 if 40 <= size <= 50 else 10 * size
+
+    pretend(monkeypatch, Totals())
+    answer = largest(lambda size: size, budget=450, low=1, start=300)
+    assert (answer.monotone, answer.timed_out) == (False, False)
+    assert (answer.size, max(answer.tried), answer.above.total) == (39, 300, 5000)
+    hurried = largest(lambda size: size, budget=450, low=1, start=300, seconds=0)
+    assert hurried.timed_out
+    assert hurried.need.total <= 450
 
 
 def test_a_step_that_looks_at_values_says_so():

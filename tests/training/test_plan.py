@@ -16,10 +16,10 @@ from memsave.training import plan as planning
 from memsave.training.blank import blank_step, blank_task
 from memsave.training.budget import OverBudget, free_bytes
 from memsave.training.experiment import run_experiment
-from memsave.training.plan import PER_EXAMPLE, make_plan
-from memsave.training.plan_report import lines, markdown
+from memsave.training.plan import PER_EXAMPLE, Plan, Row, make_plan
+from memsave.training.plan_report import draw, lines, markdown
 from memsave.training.progress import Progress
-from memsave.training.variation import variation
+from memsave.training.variation import variation, what_is_fixed
 from tests.training.test_private import TINY as TINY_TEXT
 from tests.training.test_segmentation import TINY
 
@@ -152,7 +152,55 @@ def test_what_a_language_model_can_vary(model, vary, sizes, words):
     )
     assert less.peak_bytes < more.peak_bytes
     assert varied.describe(sizes[1]) == words
-    assert varied.low <= varied.start <= varied.high
+    assert varied.low <= varied.start
+    assert (varied.high, varied.limit) == ((200, "the model has 200 positions") if vary == "length" else (None, ""))
+
+
+def test_a_search_ends_where_no_more_fits_and_not_at_a_number_of_ours():
+    (row,) = plan_of("mode=plan", "vary=channels", "budget=8GiB", "memory=stored", "profiler.compare=[]").rows
+    assert row.answer.size > 1024
+    assert row.answer.above.total > 8 * 2**30
+    assert (row.limit, row.as_dict()["timed_out"]) == (None, False)
+
+
+def test_where_the_model_itself_has_an_end_the_plan_says_so(tmp_path):
+    config = config_of("mode=plan", "vary=length", "budget=1GiB", base=TEXT)
+    plan = make_plan(config, CPU, progress=Progress())
+    assert [row.described for row in plan.rows] == ["200 tokens"] * 3
+    assert plan.rows[0].as_dict()["limit"] == "the model has 200 positions"
+    for text in (markdown(plan), "\n".join(lines(plan))):
+        assert text.count("not tried: the model has 200 positions") == 3
+    draw(plan, tmp_path / "plan.png")
+
+
+def test_a_search_that_runs_out_of_time_says_so(tmp_path):
+    config = config_of("mode=plan", "vary=depth", "budget=1GiB", "profiler.plan_seconds=0", "profiler.compare=[]")
+    content = run_experiment(config, tmp_path, progress=Progress())["plan"]
+    assert (content["rows"][0]["size"], content["rows"][0]["timed_out"]) == (1, True)
+    text = (tmp_path / "plan.md").read_text()
+    assert "at least 1 blocks a level" in text
+    assert "not tried: search ended after profiler.plan_seconds=0" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "base", "words"),
+    [
+        (("vary=volume",), TINY, "2 at once"),
+        (("vary=depth", "data.crops_per_case=3"), TINY, "2 at once, crops of 16x16x16, 3 crops a case"),
+        (("vary=batch",), TINY, "crops of 16x16x16"),
+        (("vary=length",), TEXT, "5 at once"),
+        (("vary=channels", "trainer.micro_batch_size=null"), TEXT, "8 at once, 60 tokens"),
+    ],
+    ids=str,
+)
+def test_a_plan_says_what_every_size_is_for(overrides, base, words):
+    config = config_of("mode=plan", "budget=1GiB", *overrides, base=base)
+    assert what_is_fixed(config) == words
+    row = Row("stored", None, True, 1.0)
+    plan = Plan(config.vary, 2**30, [], row, what_is_fixed(config))
+    assert f"Each step: {words}." in markdown(plan)
+    assert f"each step: {words}" in list(lines(plan))
+    assert plan.as_dict()["fixed"] == words
 
 
 def test_volumes_keep_their_proportions():

@@ -68,6 +68,8 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
     assert {"perplexity", "bleu", "rouge_l", "perplexity_before", "bleu_before"} <= set(result["metrics"])
     assert set(result["memory"]["compared"]) == {"stored", "without privacy"}
     said = capfd.readouterr().err
+    assert result["data"]["examples"] == 40
+    assert f"training examples: 40, {result['data']['cut_examples']} cut to 60 tokens" in said
     assert f"epsilon = {up(spent['epsilon'], '.2f')}" in said
     statement = (tmp_path / "run" / "privacy.md").read_text()
     for words in (
@@ -81,6 +83,15 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
     assert (tmp_path / "run" / "checkpoint" / "SECRET.txt").is_file()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "samples.md").is_file()
+
+
+@pytest.mark.parametrize(("delta", "warned"), [("null", True), ("1e-5", False)])
+def test_a_delta_that_promises_little_is_told(delta, warned, tmp_path, cache, capfd):
+    run([f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"], tmp_path / "run", cache)
+    words = "delta is 0.017 for 40 examples: with up to that probability epsilon limits nothing"
+    said = capfd.readouterr().err
+    assert (f"warning: {words}" in said) == warned
+    assert (words in (tmp_path / "run" / "privacy.md").read_text()) == warned
 
 
 def test_a_target_is_calibrated_for(tmp_path, cache):

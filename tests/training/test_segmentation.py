@@ -1,5 +1,6 @@
 """The segmentation task: its loss by hand, and three memory modes that train alike."""
 
+import json
 import math
 
 import numpy as np
@@ -79,6 +80,16 @@ def test_the_fingerprint_is_of_the_order_of_modalities(tmp_path):
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
     return lambda *overrides: to_objects(compose([*TINY, *overrides]))
+
+
+def test_cases_that_are_used_for_nothing_are_counted_and_told(tiny, tmp_path):
+    names = [case.id for case in make_task(tiny(), torch.device("cpu")).crops.volumes.cases]
+    every = [*names, *(case.id for case in make_task(tiny(), torch.device("cpu")).held_out.cases)]
+    split = {"train": every[:2], "validation": every[2:3], "test": every[3:]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    task = make_task(tiny(f"data.split_file={tmp_path / 'split.json'}"), torch.device("cpu"))
+    assert task.counts == {"examples": 2, "held_out": 1, "left_out": 1}
+    assert task.told_counts() == "training cases: 2, held-out cases: 1, left out: 1 (test of data.split_file)"
 
 
 def test_memory_modes_train_alike_for_twenty_steps(tiny):

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")
 
 from memsave.config import SmallGPT2, TrainerConfig, VisitsData
-from memsave.data.table_to_text import collate, encode, prompts
+from memsave.data.table_to_text import collate, encode, encode_all, prompts
 from memsave.data.tables import Record, private_records, public_records
 from memsave.models.language import causal_lm_losses
 from memsave.training.language_models import small_gpt2, train_tokenizer
@@ -133,3 +133,24 @@ def test_an_evaluation_scores_shows_and_releases(task, tokenizer, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_is_cut_is_counted_and_told(tokenizer):
+    records, length = private_records(20), 60
+    whole = [sum(map(len, encode(each, tokenizer, max_length=10**6))) for each in records]
+    tokens, cuts = encode_all(records, tokenizer, max_length=length)
+    assert tokens == [encode(each, tokenizer, max_length=length) for each in records]
+    assert cuts.examples == 20
+    assert 0 < cuts.cut_examples == sum(each > length for each in whole)
+    assert cuts.cut_tokens == sum(max(0, each - length) for each in whole)
+    assert encode_all(records, tokenizer, max_length=8)[1].cut_tables == 20
+    task = task_of(tokenizer, VisitsData(max_length=length, evaluate=4, generate=3))
+    assert task.counts["cut_tokens"] == cuts.cut_tokens
+    assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_tables": 3} == task.counts["held_out"]
+    told = task.told_counts()
+    assert f"{cuts.cut_examples} cut to 60 tokens (data.max_length), which drops {cuts.cut_tokens} tokens" in told
+    assert "held-out records: 5, of which 4 are scored (data.evaluate)" in told
+    assert "3 are written about (data.generate)" in told
+    tight = task_of(tokenizer, VisitsData(max_length=8))
+    assert "20 of them keep a single token of their text" in tight.told_counts()
+    assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).told_counts()
