@@ -44,9 +44,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} is {value!r}; choose one of {named}{closest(str(value), map(str, valid))}")
     for name, kind in zip(("data", "model"), TASKS[config.task], strict=True):
         if not isinstance(getattr(config, name), kind):
-            raise ConfigError(
-                f"task={config.task} does not go with {name}={getattr(config, name).kind}; give {OPTIONS[config.task]}"
-            )
+            chosen = _option(getattr(config, name))
+            raise ConfigError(f"task={config.task} does not go with {name}={chosen}; give {OPTIONS[config.task]}")
     for key, number, least, limit in _numbers(config):
         if not least <= number <= limit:
             above = "" if limit == MOST else f" and at most {limit:g}"
@@ -73,18 +72,23 @@ def check(config: Config) -> None:
         _check_reversible_text(config)
 
 
+def _option(chosen: Any) -> str:
+    """What the option of a group is called whose schema this is."""
+    return "gpt2" if chosen.kind == "language" else chosen.kind
+
+
 def _check_reversible_text(config: Config) -> None:
     """Of the language models one is reversible, and without anchors."""
     asked = "reversible" in (config.memory.mode, *config.profiler.compare)
     if asked and not isinstance(config.model, RevGPT2):
         raise ConfigError(
-            f"model={config.model.kind} has no reversible mode; give memory=stored or memory=checkpoint, or "
+            f"model={_option(config.model)} has no reversible mode; give memory=stored or memory=checkpoint, or "
             f"model=rev_gpt2"
         )
     if config.memory.anchor_every is not None:
-        raise ConfigError(f"memory.anchor_every is for model=rev_unet; leave it out of model={config.model.kind}")
+        raise ConfigError(f"memory.anchor_every is for model=rev_unet; leave it out of model={_option(config.model)}")
     if config.memory.engine != "auto":
-        raise ConfigError(f"memory.engine is for model=rev_unet; leave it out of model={config.model.kind}")
+        raise ConfigError(f"memory.engine is for model=rev_unet; leave it out of model={_option(config.model)}")
 
 
 def _check_memory(config: Config) -> None:

@@ -115,6 +115,8 @@ def test_no_experiment_lists_them():
 def test_of_language_models_one_has_a_reversible_mode():
     with pytest.raises(ConfigError, match=r"model=small_gpt2 has no reversible mode; give .* or model=rev_gpt2"):
         compose(["experiment=gpt2_dp", "memory=reversible"])
+    with pytest.raises(ConfigError, match="model=gpt2 has no reversible mode"):
+        compose(["experiment=gpt2_dp", "model=gpt2", "memory=reversible"])
     reversible = ["experiment=gpt2_dp", "model=rev_gpt2", "memory=reversible"]
     assert to_objects(compose([*reversible, "profiler.compare=[stored,reversible]"])).model.kind == "rev_gpt2"
     with pytest.raises(ConfigError, match=r"memory\.anchor_every is for model=rev_unet"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, ConfigError, GhostPrivacy
+from memsave.config import Config, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.profiler import parse_bytes
@@ -41,8 +41,6 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
     privacy, trainer = config.privacy, config.trainer
     if not isinstance(privacy, GhostPrivacy):
         return None
-    if privacy.passes == "direct" and trainer.micro_batch_size != 1:
-        raise ConfigError("privacy.passes=direct takes one example at a time; give trainer.micro_batch_size=1")
     size, batch_size = task.size, trainer.batch_size
     delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
     known: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
