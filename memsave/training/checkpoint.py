@@ -111,8 +111,8 @@ def load(state: State, folder: Path) -> None:
             )
     if (private is None) != (state.private is None):
         raise CheckpointError(
-            f"the checkpoint in {folder} is of a run with privacy={'none' if private is None else 'ghost'}; continue "
-            f"with the same, for what it spent is accounted for together"
+            f"the checkpoint in {folder} is of a run {'without' if private is None else 'with'} privacy; continue with "
+            f"the same privacy=, for what it spent is accounted for together"
         )
     generators = {key.removeprefix(PRIVATE): tensors.pop(key) for key in list(tensors) if key.startswith(PRIVATE)}
     if state.private is not None:

@@ -304,7 +304,7 @@ def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_p
     next(steps)
     checkpoint.save(state, tmp_path / "checkpoint")
     list(steps)
-    with pytest.raises(checkpoint.CheckpointError, match="of a run with privacy=ghost; continue with the same"):
+    with pytest.raises(checkpoint.CheckpointError, match="of a run with privacy; continue with the same privacy="):
         checkpoint.load(make_state(line_model(), config), tmp_path / "checkpoint")
     continued = private_state(7, config=config)
     checkpoint.load(continued, tmp_path / "checkpoint")
