@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, GhostPrivacy
+from memsave.config import Config, ConfigError, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.profiler import parse_bytes
