@@ -121,7 +121,11 @@ def job(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder, experiment = Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices["experiment"]
     if hydra_config.mode == RunMode.RUN:
-        refuse_second_run(folder, resume=config.trainer.resume)
+        try:
+            refuse_second_run(folder, resume=config.trainer.resume)
+        except ConfigError as error:  # Hydra would print a line of its own
+            _exit_code = _complain(error, code=2)
+            return
         code = _exit_code = execute(config, folder, experiment=experiment)
     else:
         request = request_of(config)

@@ -268,6 +268,7 @@ def test_a_folder_is_not_used_twice(tmp_path):
     done = command(tmp_path, *again)
     assert done.returncode == 2
     assert "there holds a run already (checkpoint); continue it with trainer.resume=" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()} == before
     done = command(tmp_path, "trainer.resume=there", "trainer.steps=2")
     assert done.returncode == 0, done.stderr
