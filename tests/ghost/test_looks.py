@@ -1,0 +1,239 @@
+"""When a clipper looks whether examples are apart, and that looking changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memsave.ghost import GhostClipper
+from memsave.profiler import MemoryRecorder
+from tests.ghost.test_layers import draw, losses_of
+
+
+class Counted:
+    """Counts the backwards of each step."""
+
+    def __init__(self, monkeypatch):
+        grad = torch.autograd.grad
+        self.backwards = 0
+        monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (self.add(), grad(*a, **k))[1])
+
+    def add(self):
+        self.backwards += 1
+
+    def of(self, step):
+        self.backwards = 0
+        step()
+        return self.backwards
+
+
+def never_again(clipper):
+    """No look at random steps."""
+    clipper._separation._wait = 10**9
+
+
+def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypatch):
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x, *, other=False):
+            return self.two(x) if other else self.one(x)
+
+    model, count = Either(), Counted(monkeypatch)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    counts = []
+    for batch, other in ((1, False), (4, False), (5, False), (4, True), (4, True)):
+        counts.append(count.of(lambda b=batch, o=other: clipper.backward(model(torch.randn(b, 3), other=o).sum(1))))
+        never_again(clipper)
+    assert counts == [1, 5, 1, 5, 1]  # of four examples: two bits, each way
+
+
+def test_it_is_looked_at_again_after_each_change_of_mode_and_after_attach(monkeypatch):
+    model, count = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0)), Counted(monkeypatch)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+
+    def step():
+        found = count.of(lambda: clipper.backward(model(torch.randn(4, 3)).sum(1)))
+        never_again(clipper)
+        return found
+
+    assert [step(), step()] == [5, 1]
+    model.eval()
+    assert [step(), step()] == [5, 1]
+    model.train()
+    with torch.no_grad():  # an evaluation in between is no change
+        model.eval()
+        model(torch.randn(4, 3))
+        model.train()
+    assert [step(), step()] == [5, 1]
+    clipper.close()
+    clipper.attach()
+    assert [step(), step()] == [5, 1]
+
+
+def test_mixing_in_train_mode_is_found_after_a_first_batch_in_eval_mode():
+    class OnlyInTraining(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y - y.mean(0) if self.training else y
+
+    model = OnlyInTraining().double().eval()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 3)))
+    never_again(clipper)
+    model.train()
+    with pytest.raises(ValueError, match="examples are not apart at layer"):
+        clipper.backward(losses_of(model, draw(4, 3)))
+
+
+class Centred(nn.Module):
+    """Mixes examples before a head that starts at zero."""
+
+    def __init__(self, mixes=True):
+        super().__init__()
+        self.layer, self.head, self.mixes = nn.Linear(3, 3), nn.Linear(3, 2), mixes
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.head(y - y.mean(0) if self.mixes else y)
+
+
+def test_layers_below_a_head_of_zeros_are_looked_at_when_a_gradient_reaches_them(monkeypatch):
+    model = Centred().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 3)))
+    assert clipper._separation.seen == {"head"}
+    never_again(clipper)
+    with torch.no_grad():
+        model.head.weight += 0.1
+    with pytest.raises(ValueError, match="examples are not apart at layer"):
+        clipper.backward(losses_of(model, draw(4, 3)))
+    apart, count = Centred(mixes=False).double(), Counted(monkeypatch)
+    clipper = GhostClipper(apart, max_grad_norm=1.0)
+
+    def step():
+        return count.of(lambda: clipper.backward(losses_of(apart, draw(4, 3))))
+
+    assert [step() for _ in range(10)] == [5] * 9 + [3]  # a layer that is never reached costs less after a while
+    with torch.no_grad():
+        apart.head.weight += 0.1
+    step()
+    assert clipper._separation.seen == {"head", "layer"}
+
+
+def test_an_example_without_a_gradient_is_not_waited_for_and_a_layer_outside_the_loss_is_not_looked_at(monkeypatch):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.aside = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.aside(x)
+            return self.layer(x)
+
+    model, count = Aside().double(), Counted(monkeypatch)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    wanted = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    counts = []
+    for _ in range(2):
+        counts.append(count.of(lambda: clipper.backward(losses_of(model, draw(4, 3)) * wanted)))
+        never_again(clipper)
+    assert counts == [5, 1]
+
+
+class Sorting(nn.Module):
+    """Sorts its rows by length for one layer, as packed sequences are."""
+
+    def __init__(self):
+        super().__init__()
+        self.look, self.mix, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids):
+        order = (ids != 0).sum(1).argsort(descending=True, stable=True)
+        return self.head(self.mix(self.look(ids)[order]).tanh()[order.argsort()])
+
+
+@pytest.mark.parametrize("batches_before", [1, 20])
+def test_rows_that_are_sorted_by_length_are_found_though_the_first_batches_were_sorted(batches_before):
+    torch.manual_seed(0)
+    model = Sorting().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    for _ in range(batches_before):
+        clipper.backward(losses_of(model, ids))
+    with pytest.raises(ValueError, match="examples are not apart at mix"):
+        for _ in range(257):  # the longest time between two looks; the first one follows at once
+            clipper.backward(losses_of(model, ids.flip(0)))
+            if batches_before == 1:
+                pytest.fail("the second batch was not looked at")
+
+
+def test_a_loss_that_mixes_later_is_found():
+    model = nn.Linear(3, 2).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for _ in range(3):
+        clipper.backward(losses_of(model, draw(4, 3)))
+    with pytest.raises(ValueError, match="examples are not apart at the model"):
+        for _ in range(257):
+            losses = losses_of(model, draw(4, 3))
+            clipper.backward(losses / losses.sum())
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["complete", "quick"])
+def test_under_checkpoints_a_look_takes_no_more_memory_than_the_norms(kind, passes):
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(12)
+            )
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    def peak(look):
+        torch.manual_seed(0)
+        model = Deep()
+        clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
+        x = torch.randn(16, 64, 32)
+        clipper.backward(losses_of(model, x))
+        clipper._separation._wait = 1 if look == "quick" else 10**9
+        if look == "complete":
+            clipper._separation.seen.clear()
+        with MemoryRecorder(model) as recorder:
+            clipper.backward(losses_of(model, x))
+        return recorder.report().peak_bytes
+
+    assert peak(kind) <= 1.1 * peak("none")
+
+
+def test_looks_at_random_steps_change_no_random_numbers():
+    def run(wait):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2)).double()
+        clipper = GhostClipper(model, max_grad_norm=0.1)
+        for _ in range(5):
+            clipper._separation._wait = wait
+            clipper.backward(losses_of(model, draw(4, 3)))
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert torch.equal(run(1), run(100))
+
+
+def test_an_example_that_is_not_finite_is_no_sign_of_mixing():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+    x = draw(4, 3)
+    x[1:3] = torch.tensor([[float("nan")], [float("inf")]])
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, x))
+    assert clipper.nonfinite == 2
