@@ -21,6 +21,7 @@ from memsave.training.random_state import get_random_state, set_random_state
 from memsave.training.task import Batch, Task, examples, split
 
 FORWARDS = 4  # that a step takes as long as, about: forward, rebuilding, and a backward of two
+SHORT = 10.0  # seconds
 RECORDED_STEPS = 2  # one under the recorder, one under the allocator's measurement
 TIMED_ROUNDS = 2
 UNTIMED_STEPS = 3  # of a private run: in these the clipper tests whether examples are apart
@@ -66,7 +67,8 @@ def measure_modes(
                 raise
             say(f"  no mode is measured: the run's own step ({steps.own}) does not fit into memory here")
             return {}
-        for mode in [*modes, *([PLAIN] if state.private is not None else [])]:
+        wanted = [*modes, *([PLAIN] if state.private is not None else [])]
+        for mode in sorted(wanted, key=lambda mode: mode != steps.own):  # the run's own first: others stand beside it
             untimed = 0 if state.private is None or mode == PLAIN or reports else UNTIMED_STEPS
             why = refuse(mode, expected * (RECORDED_STEPS + untimed + TIMED_ROUNDS * (len(reports) + 1)))
             if why is not None:
@@ -81,7 +83,8 @@ def measure_modes(
                 if not is_out_of_memory(error):
                     raise
                 say(f"  {mode} does not fit into memory here")
-        return {mode: Measurement(reports[mode], *timed) for mode, timed in steps.timed(list(reports)).items()}
+        timed = steps.timed(list(reports))
+        return {mode: Measurement(reports[mode], *timed[mode]) for mode in wanted if mode in reports}
 
 
 class _Steps:
@@ -116,12 +119,20 @@ class _Steps:
             self.state.optimizer.zero_grad(set_to_none=True)
 
     def expected_seconds(self) -> float:
-        """About what a step takes, by one forward of one micro-batch: a whole step could take minutes."""
+        """About what a step takes, by the forward of one micro-batch: a whole step could take minutes.
+
+        A short forward is taken again, since the first one of a process takes several times as long.
+        """
         model, micro = self.state.model, next(split(self.batch, self.config.micro_batch_size))
-        started = time.perf_counter()
+        seconds = math.inf
         with evaluating(model), autocast(model, self.config.precision):
-            self.task.per_example_losses(model, micro).sum().item()
-        return FORWARDS * (time.perf_counter() - started) * examples(self.batch) / examples(micro)
+            for _ in range(2):
+                started = time.perf_counter()
+                self.task.per_example_losses(model, micro).sum().item()
+                seconds = min(seconds, time.perf_counter() - started)
+                if seconds > SHORT:
+                    break
+        return FORWARDS * seconds * examples(self.batch) / examples(micro)
 
     def timed(self, modes: Sequence[str]) -> dict[str, tuple[float, float]]:
         """(seconds of the faster round, loss) of each mode.
