@@ -23,15 +23,15 @@ class Cuts:
     examples: int = 0
     cut_examples: int = 0
     cut_tokens: int = 0
-    cut_tables: int = 0
-    """Examples whose table is too long by itself: one token of their text is left."""
+    lost_texts: int = 0
+    """Examples whose table takes all the room: one token of their text is left as a target."""
 
     def told(self, *, max_length: int) -> str:
         """The same in words."""
         if not self.cut_examples:
             return f"none cut to {max_length} tokens (data.max_length)"
         lost = f"{self.cut_examples} cut to {max_length} tokens (data.max_length), which drops {self.cut_tokens} tokens"
-        return lost + (f"; {self.cut_tables} of them keep a single token of their text" if self.cut_tables else "")
+        return lost + (f"; {self.lost_texts} of them keep a single token of their text" if self.lost_texts else "")
 
 
 def encode(record: Record, tokenizer: Any, *, max_length: int) -> Tokens:
@@ -52,7 +52,7 @@ def encode_all(records: Iterable[Record], tokenizer: Any, *, max_length: int) ->
         cuts.examples += 1
         cuts.cut_examples += lost > 0
         cuts.cut_tokens += lost
-        cuts.cut_tables += len(kept[0]) < len(whole[0])
+        cuts.lost_texts += len(kept[1]) == 1 < len(whole[1])
         found.append(kept)
     return found, cuts
 

@@ -21,7 +21,7 @@ from memsave.training.random_state import get_random_state, set_random_state
 from memsave.training.task import Batch, Task, examples, split
 
 FORWARDS = 4  # that a step takes as long as, about: forward, rebuilding, and a backward of two
-SHORT = 5.0  # seconds
+SHORT = 10.0  # seconds
 RECORDED_STEPS = 2  # one under the recorder, one under the allocator's measurement
 TIMED_ROUNDS = 2
 UNTIMED_STEPS = 3  # of a private run: in these the clipper tests whether examples are apart
@@ -67,7 +67,8 @@ def measure_modes(
                 raise
             say(f"  no mode is measured: the run's own step ({steps.own}) does not fit into memory here")
             return {}
-        for mode in [*modes, *([PLAIN] if state.private is not None else [])]:
+        wanted = [*modes, *([PLAIN] if state.private is not None else [])]
+        for mode in sorted(wanted, key=lambda mode: mode != steps.own):  # the run's own first: others stand beside it
             untimed = 0 if state.private is None or mode == PLAIN or reports else UNTIMED_STEPS
             why = refuse(mode, expected * (RECORDED_STEPS + untimed + TIMED_ROUNDS * (len(reports) + 1)))
             if why is not None:
@@ -82,7 +83,8 @@ def measure_modes(
                 if not is_out_of_memory(error):
                     raise
                 say(f"  {mode} does not fit into memory here")
-        return {mode: Measurement(reports[mode], *timed) for mode, timed in steps.timed(list(reports)).items()}
+        timed = steps.timed(list(reports))
+        return {mode: Measurement(reports[mode], *timed[mode]) for mode in wanted if mode in reports}
 
 
 class _Steps:

@@ -48,13 +48,31 @@ def test_no_time_at_all_takes_not_even_a_step(run, capfd):
     assert "measuring" not in capfd.readouterr().err
 
 
-def test_what_time_there_is_goes_to_the_first_modes(run, monkeypatch, capfd):
+def test_what_time_there_is_goes_to_the_runs_own_mode_first(run, monkeypatch, capfd):
     from memsave.training.measure import _Steps
 
     monkeypatch.setattr(_Steps, "expected_seconds", lambda self: 10.0)
-    code, result, _ = run(ALL, "profiler.compare_seconds=70")  # four steps of the first mode, six of the second
-    assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint"})
-    assert "reversible is not measured: it would take about 80 s, and " in capfd.readouterr().err
+    code, result, _ = run(ALL, "profiler.compare_seconds=75")  # four steps of the first mode, six of the second
+    assert (code, list(result["memory"]["compared"])) == (0, ["stored", "reversible"])
+    assert "checkpoint is not measured: it would take about 80 s, and " in capfd.readouterr().err
+
+
+def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):
+    from memsave.training import measure
+    from memsave.training.segmentation import Segmentation
+
+    now, calls, losses = [0.0], [], Segmentation.per_example_losses
+
+    def slow_at_first(self, model, batch):
+        calls.append(now[0])
+        now[0] += 4.0 if len(calls) == 1 else 0.5
+        return losses(self, model, batch)
+
+    monkeypatch.setattr(Segmentation, "per_example_losses", slow_at_first)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(compare.time, "monotonic", lambda: now[0])
+    code, result, _ = run(ALL)  # 8 steps of 4 forwards of 0.5 s are within 60 s, of 4 s not
+    assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint", "reversible"})
 
 
 def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):

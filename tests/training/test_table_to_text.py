@@ -143,7 +143,7 @@ def test_what_is_cut_is_counted_and_told(tokenizer):
     assert cuts.examples == 20
     assert 0 < cuts.cut_examples == sum(each > length for each in whole)
     assert cuts.cut_tokens == sum(max(0, each - length) for each in whole)
-    assert encode_all(records, tokenizer, max_length=8)[1].cut_tables == 20
+    assert encode_all(records, tokenizer, max_length=8)[1].lost_texts == 20
     task = task_of(tokenizer, VisitsData(max_length=length, evaluate=4, generate=3))
     assert task.counts["cut_tokens"] == cuts.cut_tokens
     assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_tables": 3} == task.counts["held_out"]
