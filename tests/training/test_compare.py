@@ -75,24 +75,6 @@ def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):
     assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint", "reversible"})
 
 
-def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):
-    from memsave.training import measure
-    from memsave.training.segmentation import Segmentation
-
-    now, calls, losses = [0.0], [], Segmentation.per_example_losses
-
-    def slow_at_first(self, model, batch):
-        calls.append(now[0])
-        now[0] += 4.0 if len(calls) == 1 else 0.5
-        return losses(self, model, batch)
-
-    monkeypatch.setattr(Segmentation, "per_example_losses", slow_at_first)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(compare.time, "monotonic", lambda: now[0])
-    code, result, _ = run(ALL)  # 8 steps of 4 forwards of 0.5 s are within 60 s, of 4 s not
-    assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint", "reversible"})
-
-
 def test_what_is_not_free_is_not_taken(run, monkeypatch, capfd):
     monkeypatch.setattr(compare, "free_bytes", lambda device: 10 * 2**20)
     code, result, _ = run(ALL)
