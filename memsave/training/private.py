@@ -11,6 +11,7 @@ from torch import nn
 from memsave.config import Config, ConfigError, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
+from memsave.privacy.accounting import PRV_LIMIT
 from memsave.profiler import parse_bytes
 from memsave.training.checkpoint import noise_multiplier_in
 from memsave.training.loop import TrainingError
@@ -27,8 +28,9 @@ NOT_PRIVATE = (
 )
 
 AHEAD = 1.2  # epsilon grows with the root of the steps: what the log shows is at most about a tenth too high
-LARGE = """
-At an epsilon above 20 this protects nobody in practice."""
+LARGE_EPSILON = 20.0
+PRACTICE = f"""
+At an epsilon above {LARGE_EPSILON:g} this protects nobody in practice."""
 EARLY = """
 **It ended early,** after {steps} of {planned_steps} steps, and epsilon is that of the steps that were taken. If it was
 stopped because of a score on private data, such as a validation loss, the choice of the moment tells about these data,
@@ -150,6 +152,7 @@ def spent_by(config: Config, private: PrivateGradients | None, *, unit: str) -> 
         "epsilon": None if nothing else epsilon,
         "no_guarantee": nothing,
         **{key: value for key, value in asdict(mechanism).items() if key != "batch_size"},
+        "accountant": "rdp" if mechanism.accountant == "prv" and epsilon > PRV_LIMIT else mechanism.accountant,
         "expected_batch_size": mechanism.batch_size,
         "sample_rate": mechanism.sample_rate,
         "steps": private.steps,
@@ -176,9 +179,12 @@ def told(spent: dict[str, Any]) -> str:
     """What was spent, in one line."""
     if spent["no_guarantee"]:
         return f"No privacy: {spent['no_guarantee']}"
+    hint = "model/ may be released, privacy.md says what may not"
+    if spent["epsilon"] > LARGE_EPSILON:
+        hint = "an epsilon this large protects nobody in practice"
     return (
         f"Privacy spent: epsilon = {up(spent['epsilon'], '.2f')} at delta = {up(spent['delta'], '.2e')} "
-        f"({spent['accountant']}), {spent['steps']} steps; model/ may be released, privacy.md says what may not"
+        f"({spent['accountant']}), {spent['steps']} steps; {hint}"
     )
 
 
@@ -194,7 +200,7 @@ def _statement(spent: dict[str, Any]) -> str:
         return f"# No privacy\n\nThe model of this run is not differentially private: {spent['no_guarantee']}.\n"
     epsilon = spent["epsilon"]
     odds = f"{math.exp(epsilon):.3g}" if epsilon < 700 else f"e^{epsilon:.3g}"
-    practice = LARGE if epsilon > 20 else ""
+    practice = PRACTICE if epsilon > LARGE_EPSILON else ""
     early = EARLY.format(**spent) if spent["steps"] < spent["planned_steps"] else ""
     hardened = "is" if spent["secure_noise"] else "is not (privacy.secure_noise=true makes it so)"
     large = spent["delta"] > LARGE_DELTA

@@ -133,6 +133,8 @@ def test_an_epsilon_that_cannot_be_computed_stops_a_run_before_its_first_step(tm
 def test_an_epsilon_that_protects_nobody_is_told_as_one(tmp_path, cache, capfd):
     spent = run(["privacy.noise_multiplier=1e-3"], tmp_path / "run", cache)["privacy"]
     assert 1e5 < spent["epsilon"] < 1e9
+    assert spent["accountant"] == "rdp"  # beyond what PRV is asked for
+    assert "(rdp), 3 steps; an epsilon this large protects nobody" in capfd.readouterr().err
     statement = (tmp_path / "run" / "privacy.md").read_text()
     assert (
         f"at most e^{spent['epsilon']:.3g} times as likely" in statement and "protects nobody in practice" in statement
