@@ -16,7 +16,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +99,26 @@ def continue_run(rest: Resumed) -> int:
     refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
     if rest.changes:
         Progress().say(f"continuing with other settings than before: {', '.join(rest.changes)}")
-    kept = _contents(rest.folder)
-    code = execute(rest.config, rest.folder, experiment=rest.experiment, request=requested_in(rest.folder))
-    if code == 2 and _contents(rest.folder)["metrics.jsonl"] == kept.pop("metrics.jsonl"):
-        for name, content in kept.items():  # refused before a step: what the run left stays as it was
-            if content is not None:
-                (rest.folder / name).write_bytes(content)
-    return code
+    if rest.changes and rest.config.privacy.kind != "none":
+        Progress().say(
+            "of one private checkpoint, never keep two runs with different settings: their noise is the same"
+        )
+    request = None if rest.changes else requested_in(rest.folder)
+    return execute(rest.config, rest.folder, experiment=rest.experiment, request=request, continued=True)
 
 
-def _contents(folder: Path) -> dict[str, bytes | None]:
-    paths = [folder / name for name in ("metrics.jsonl", "config.yaml", "result.json")]
-    return {path.name: path.read_bytes() if path.is_file() else None for path in paths}
+@contextmanager
+def _kept_as_it_was(folder: Path) -> Iterator[None]:
+    """Put back what a run's folder tells where the attempt within leaves no newer checkpoint and no result."""
+    from memsave.training.result import read_result
+
+    names = ("checkpoint/state.json", "metrics.jsonl", "config.yaml", "result.json", "privacy.md")
+    before = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    yield
+    saved = folder / names[0]
+    if read_result(folder).get("status") != "ok" and saved.is_file() and saved.read_bytes() == before.get(names[0]):
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
 
 
 def job(config: DictConfig) -> None:
@@ -186,18 +195,19 @@ def execute(
     experiment: str,
     ways: list[str] | None = None,
     request: str | None = None,
+    continued: bool = False,
 ) -> int:
     """Run the config into `folder`, leave `result.json` there in any case, and return the exit code.
 
     `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
-    for (None: this config).
+    for (None: this config). A run that is `continued` keeps its last result where nothing comes of it.
     """
     from memsave.run_folder import alone_in
 
     try:
         _refuse_several_processes()
         folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder):
+        with alone_in(folder), _kept_as_it_was(folder) if continued else nullcontext():
             return _execute(config, folder, experiment=experiment, ways=ways, request=request)
     except ConfigError as error:
         return _complain(error, code=2)

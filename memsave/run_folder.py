@@ -1,5 +1,6 @@
 """A run's folder belongs to one run: a second run there, at the same time or later, is refused unless it resumes."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,12 +42,15 @@ def alone_in(folder: Path) -> Iterator[None]:
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            mine = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            mine = True
+        if not mine:  # held, or freed in this very moment
             raise ConfigError(
                 f"another process runs in {folder}; wait for its end, or give another folder by hydra.run.dir="
-            ) from error
-        except OSError:
-            pass
+            )
         try:
             yield
         finally:

@@ -104,3 +104,11 @@ def test_a_run_that_is_refused_stays_as_it_was(killed):
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
     assert continue_run(resumed(["trainer.batch_size=1", f"trainer.resume={cut}"])) == 2
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
+
+
+def test_an_attempt_that_fails_after_some_steps_leaves_the_run_as_it_was(killed):
+    cut, _, _ = killed
+    assert continue_run(resumed([f"trainer.resume={cut}"])) == 0
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    assert continue_run(resumed(["trainer.steps=7", "trainer.optimizer.lr=1e30", f"trainer.resume={cut}"])) == 1
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before

@@ -113,6 +113,7 @@ class PrivateGradients:
         self.examples = 0
         """Examples seen so far. Not private."""
         self.guard = Guard(parameters)
+        self._closed = False
         self._clipped: int | Tensor = 0
         self._nonfinite: int | Tensor = 0
         self._device = parameters[0].device
@@ -185,21 +186,28 @@ class PrivateGradients:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Within, steps on any batch may be measured, but not taken; afterwards counts and generators are as before."""
-        before, self.guard.rehearsing = self.state_dict(), True
+        before, outer, self.guard.rehearsing = self.state_dict(), self.guard.rehearsing, True
         try:
             yield
         finally:
-            self.guard.rehearsing = False
+            self.guard.rehearsing = outer
             self._drop_gradients()
             self._restore(before)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, the model is as it was without clipping; gradients of an ordinary backward are dropped after."""
+        """Within, the model is as it was without clipping; gradients of an ordinary backward are dropped after.
+
+        An optimizer's step within is refused: it would be neither clipped nor noised.
+        """
+        if self._closed:
+            raise PrivacyError("these PrivateGradients were closed; make new ones")
+        outer, self.guard.rehearsing = self.guard.rehearsing, True
         self.clipper.close()
         try:
             yield
         finally:
+            self.guard.rehearsing = outer
             self.clipper.attach()
             self._drop_gradients()
 
@@ -207,6 +215,7 @@ class PrivateGradients:
         """Leave the model as it was; a sum that was not noised is dropped."""
         if self.guard.unnoised:
             self._drop_gradients()
+        self._closed = True
         self.guard.close()
         self.clipper.close()
 
@@ -239,6 +248,8 @@ class PrivateGradients:
             raise PrivacyError(
                 f"the checkpoint's noise was drawn on another kind of device than {self._device}; continue on that one"
             )
+        if self.guard.unnoised:  # a part of a batch, which the state knows nothing of
+            self._drop_gradients()
         self.guard.reset()
         self._restore(state)
 

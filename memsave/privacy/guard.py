@@ -31,7 +31,7 @@ class Guard:
         self.enabled = True
         """False for a step that is neither taken nor counted, such as one on fake tensors."""
         self.rehearsing = False
-        """Whether steps are only measured; no optimizer may then take one."""
+        """Whether steps are only measured, or clipping is paused; no optimizer may then take one."""
         self._parameters = list(parameters)
         self.reset()
         self._hook = register_optimizer_step_pre_hook(_refusing(weakref.ref(self)))
@@ -55,7 +55,8 @@ class Guard:
 
     def draw(self, size: int) -> None:
         """Note that a batch of this size was drawn."""
-        self._drawn.append(size)
+        if self._watching:
+            self._drawn.append(size)
 
     def before_backward(self, count: int) -> None:
         """Refuse losses that belong to no drawn batch, and gradients that would be added to what they should not."""
@@ -71,6 +72,7 @@ class Guard:
             raise PrivacyError(
                 f"backward() got {self._seen + count} losses since the last finish(), but the batch drawn has "
                 f"{self._drawn[0]} examples: give one loss for each drawn index, and call finish() after each batch"
+                f"{self._left_over}"
             )
         if not self._unnoised:
             self._weights = [p._version for p in self._parameters]
@@ -95,13 +97,10 @@ class Guard:
         if self._seen != self._drawn[0]:
             raise PrivacyError(
                 f"finish() was called after {self._seen} losses, but the batch drawn has {self._drawn[0]} examples: "
-                f"give one loss for each drawn index (to leave an example out, multiply its loss by 0)"
+                f"give one loss for each drawn index (to leave an example out, multiply its loss by 0){self._left_over}"
             )
-        if self._unnoised and self._weights != [p._version for p in self._parameters]:
-            raise PrivacyError(
-                "parameters changed between backward() and finish(), when the sum had no noise yet: update them after "
-                "finish()"
-            )
+        if self._unnoised:
+            self._check_weights()
 
     def after_finish(self) -> None:
         """Note that `.grad` is private now."""
@@ -111,19 +110,39 @@ class Guard:
         self._seen, self._unnoised = 0, False
         self._left = self._gradients()
 
-    def refuse_step(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer's step on gradients without noise, or on those of a rehearsal."""
-        if not self.enabled or not (self._unnoised or self.rehearsing):
+    def refuse_step(self, optimizer: Optimizer, *, closure: bool) -> None:
+        """Refuse an optimizer's step on gradients without noise, on those of a rehearsal, or on those of a closure."""
+        if not self.enabled or not (self._unnoised or self.rehearsing or closure):
             return
-        ours = {id(p) for p in self._parameters if p.grad is not None}
-        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+        ours = {id(each) for p in self._parameters for each in ((p, p.grad) if closure or p.grad is not None else ())}
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in ours or (p.grad is not None and id(p.grad) in ours) for p in stepped):
             return
+        if closure:
+            raise PrivacyError(
+                "optimizer.step(closure) computes gradients within the step, where they get no noise: compute them "
+                "before, call finish(), and then optimizer.step() without a closure"
+            )
         if self.rehearsing:
-            raise PrivacyError("steps of a rehearsal are not accounted for: call optimizer.step() outside of it")
+            raise PrivacyError(
+                "steps of a rehearsal or a pause are not accounted for: call optimizer.step() outside of it"
+            )
         raise PrivacyError(
             "the optimizer was about to step on a clipped sum without noise: call PrivateGradients.finish() once after "
             "the last backward() of a batch, before optimizer.step()"
         )
+
+    @property
+    def _left_over(self) -> str:
+        more = len(self._drawn) - 1
+        return f"; {more} more were drawn since, and must be used in this order" if more else ""
+
+    def _check_weights(self) -> None:
+        if self._weights != [p._version for p in self._parameters]:
+            raise PrivacyError(
+                "parameters changed between backward() and finish(), when the sum had no noise yet: update them after "
+                "finish()"
+            )
 
     @property
     def _watching(self) -> bool:
@@ -139,7 +158,7 @@ class Guard:
             if any(kept):
                 raise PrivacyError(
                     "the gradients of the last step are still there, and the next ones would be added to them: call "
-                    "optimizer.zero_grad() after optimizer.step()"
+                    "optimizer.zero_grad() after optimizer.step(), or model.zero_grad() where it has not all parameters"
                 )
         elif not all(kept):
             if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
@@ -147,6 +166,7 @@ class Guard:
                     "gradients were changed between backward() and finish(), when the sum had no noise yet: clip or "
                     "scale them after finish()"
                 )
+            self._check_weights()
             self._seen = 0  # they were cleared: the batch begins anew
 
 
@@ -156,6 +176,6 @@ def _refusing(guard: "weakref.ref[Guard]") -> Any:
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         alive = guard()
         if alive is not None:
-            alive.refuse_step(optimizer)
+            alive.refuse_step(optimizer, closure=any(each is not None for each in (*args[1:], kwargs.get("closure"))))
 
     return hook

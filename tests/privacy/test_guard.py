@@ -183,7 +183,7 @@ def test_a_rehearsal_counts_nothing_and_takes_no_step():
     with loop.private.rehearsal():
         loop.backward(range(5))
         loop.private.finish()
-        with pytest.raises(PrivacyError, match="steps of a rehearsal are not accounted for"):
+        with pytest.raises(PrivacyError, match="steps of a rehearsal or a pause are not accounted for"):
             loop.optimizer.step()
     after = loop.private.state_dict()
     assert all(torch.equal(after.pop(key), state.pop(key)) for key in ("sampling", "noise"))
@@ -193,6 +193,84 @@ def test_a_rehearsal_counts_nothing_and_takes_no_step():
     loop.backward(next(loop.batches))
     loop.private.finish()
     assert loop.private.steps == 1
+
+
+def test_a_closure_is_refused_for_it_would_skip_the_noise():
+    loop = Loop()
+    before, batch = loop.weights(), next(loop.batches)
+    for step in (
+        lambda: loop.optimizer.step(lambda: loop.backward(batch)),
+        torch.optim.LBFGS(loop.model.parameters()).step,
+    ):
+        with pytest.raises(PrivacyError, match=r"step\(closure\) computes gradients within the step"):
+            step() if step.__name__ == "<lambda>" else step(lambda: loop.backward(batch))
+    assert not loop.moved(before)
+
+
+def test_weights_moved_by_hand_and_gradients_cleared_do_not_begin_a_batch_anew():
+    loop = Loop()
+    batch = next(loop.batches)
+    loop.backward(batch)
+    with torch.no_grad():
+        for p in loop.model.parameters():
+            p -= 0.1 * p.grad
+    loop.model.zero_grad()
+    with pytest.raises(PrivacyError, match=r"parameters changed between backward\(\) and finish\(\)"):
+        loop.backward(batch)
+
+
+def test_another_copy_of_the_weights_does_not_step_on_the_sum_either():
+    loop = Loop()
+    masters = [nn.Parameter(p.detach().clone()) for p in loop.model.parameters()]
+    loop.backward(next(loop.batches))
+    for master, p in zip(masters, loop.model.parameters(), strict=True):
+        master.grad = p.grad
+    with pytest.raises(PrivacyError, match="without noise"):
+        torch.optim.SGD(masters, lr=0.1).step()
+
+
+def test_a_state_that_is_loaded_within_a_batch_drops_its_sum():
+    loop = Loop()
+    state, before = loop.private.state_dict(), loop.weights()
+    loop.backward(next(loop.batches))
+    loop.private.load_state_dict(state)
+    loop.optimizer.step()
+    assert not loop.moved(before)
+    assert all(p.grad is None for p in loop.model.parameters())
+
+
+def test_a_pause_takes_no_step_and_a_closed_one_is_not_opened():
+    loop = Loop()
+    before = loop.weights()
+    with loop.private.paused():
+        loop.model(X).sum().backward()
+        with pytest.raises(PrivacyError, match="a rehearsal or a pause are not accounted for"):
+            loop.optimizer.step()
+    assert not loop.moved(before)
+    loop.private.close()
+    with pytest.raises(PrivacyError, match="were closed"), loop.private.paused():
+        pass
+
+
+def test_rehearsals_may_be_nested_and_draw():
+    loop = Loop()
+    with loop.private.rehearsal():
+        with loop.private.rehearsal():
+            loop.backward(next(loop.batches))
+        loop.backward(range(3))
+        loop.private.finish()
+        with pytest.raises(PrivacyError, match="rehearsal"):
+            loop.optimizer.step()
+    loop.backward(next(loop.batches))
+    loop.private.finish()
+    assert loop.private.steps == 1
+
+
+def test_batches_that_were_left_over_are_named():
+    loop = Loop(batch_size=4)
+    next(loop.batches), next(loop.batches)
+    with pytest.raises(PrivacyError, match="; 1 more were drawn since, and must be used in this order"):
+        loop.backward(range(12))
 
 
 OPERATIONS = st.lists(
