@@ -321,7 +321,7 @@ class ProfilerConfig:
     """Memory modes that are measured beside the run's own, on its first batch and its own model."""
     compare_seconds: float = 60.0
     """Time for `compare` before training; modes for which it is too short are left out, and named."""
-    plan_seconds: float = 30.0
+    plan_seconds: float = 120.0
     """CPU time after which a plan with `vary` tries no size above those that fit, for each way to train."""
     process: bool = False
     """Measure the most that the process takes while it trains, malloc returning what is freed at once (Linux)."""
