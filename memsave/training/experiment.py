@@ -272,12 +272,15 @@ def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress)
 
 
 def _kept_on_fault(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
-    """The steps; data that cannot be read, which is found between two of them, costs none of those that were taken."""
+    """The steps. On DataError, which comes between two steps, save a checkpoint of those that were taken, and re-raise.
+
+    A private run has then drawn a batch that it did not use. Continued, it draws another one, independent of that.
+    """
     began = state.step
     try:
         yield from steps
     except DataError:
-        if state.step > began and state.private is None:  # a sampler has drawn what was not used
+        if state.step > began:
             checkpoint.save(state, folder / "checkpoint")
         raise
 

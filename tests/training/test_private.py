@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from memsave.compose import compose, to_objects
 from memsave.config import ConfigError
+from memsave.data import DataError
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
 from memsave.training import checkpoint
 from memsave.training.experiment import run_experiment
@@ -387,3 +388,23 @@ def test_another_number_of_steps_keeps_the_checkpoints_noise_and_the_target(tmp_
     more = run([*known, "trainer.steps=5", "privacy.target_epsilon=7"], tmp_path / "more", cache)["privacy"]
     assert more["noise_multiplier"] == first["noise_multiplier"]
     assert (more["steps"], first["epsilon"] < more["epsilon"] < 7) == (5, True)
+
+
+def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path, cache, monkeypatch):
+    gather, calls = TableToText.gather, []
+
+    def broken(self, indices, *, step):
+        calls.append(step)
+        if step == 2:
+            raise DataError("record 3 cannot be read: mend it.")
+        return gather(self, indices, step=step)
+
+    known = ["privacy.noise_multiplier=1.0", "profiler.compare=[]", "privacy.verify=false"]
+    monkeypatch.setattr(TableToText, "gather", broken)
+    with pytest.raises(DataError, match="record 3") as failed:
+        run(known, tmp_path / "run", cache)
+    assert failed.value.outcome["privacy"]["steps"] == 2
+    monkeypatch.undo()
+    rest = run([*known, f"trainer.resume={tmp_path / 'run'}"], tmp_path / "run", cache)["privacy"]
+    assert (rest["steps"], [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]) == (3, [1, 2, 3])
+    assert rest["epsilon"] == pytest.approx(Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1).epsilon(3))
