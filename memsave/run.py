@@ -53,9 +53,9 @@ def main() -> None:
     """Run what the command line asks for, and exit."""
     try:
         _refuse_several_processes()
-        interrupt_at_signals()
         rest = resumed(sys.argv[1:])
         if rest is not None:
+            interrupt_at_signals()  # until here an interrupt ends the process quietly, see startup.py
             sys.exit(continue_run(rest))
         check_overrides(sys.argv[1:])
     except ConfigError as error:
@@ -65,6 +65,7 @@ def main() -> None:
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config.py; --cfg job prints the config that the overrides select."
         )
         sys.exit(0)
+    interrupt_at_signals()
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
