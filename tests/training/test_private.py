@@ -21,7 +21,7 @@ from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
 from memsave.training import checkpoint
 from memsave.training.experiment import run_experiment
 from memsave.training.loop import TrainingError, make_state, run_steps
-from memsave.training.private import AHEAD, Spending, up
+from memsave.training.private import up
 from memsave.training.progress import Progress
 from memsave.training.table_to_text import TableToText
 from tests.training.toy import Lines, line_model, trainer
@@ -150,18 +150,6 @@ def test_every_line_of_the_log_has_the_epsilon_spent_so_far(tmp_path, cache, cap
     said = f"step 3 of 3, loss {steps[2]['loss']:.3f}, epsilon {up(mechanism.epsilon(3), '.2f')}"
     assert said in capfd.readouterr().err
     assert result["privacy"]["epsilon"] == steps[-1]["epsilon"]
-
-
-def test_the_epsilon_of_a_long_run_is_computed_a_few_times_and_never_too_low(monkeypatch):
-    model, calls = line_model(), []
-    private = PrivateGradients(model, Mechanism(48, 2, 0.7, 0.5, delta=1e-3), seed=None)
-    monkeypatch.setattr(Mechanism, "epsilon", lambda self, steps: calls.append(steps) or float(steps))
-    spending, shown = Spending(private, steps=1001), []
-    for private.steps in range(1, 1002):
-        shown.append(spending.entry()["epsilon"])
-    assert len(calls) < 40 and calls[-1] == 1001
-    assert all(taken <= told <= AHEAD * taken for taken, told in enumerate(shown, start=1))
-    assert shown[-1] == 1001
 
 
 def interrupted_at(step, monkeypatch):
