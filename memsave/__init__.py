@@ -21,11 +21,11 @@ quit_at_interrupt()
 def load(folder: "str | Path") -> Any:
     """The trained model in a run's folder, or in its `model/` copied anywhere, in eval mode on the CPU.
 
-    A U-Net comes as `memsave.models.ReversibleUNet3d`; its `config` (`memsave.training.unet_config.UNetConfig`) names
-    the modalities that its input channels are, the regions that its output channels are, and how volumes are prepared.
+    A U-Net comes as `memsave.models.ReversibleUNet3d`; its `config` (a `UNetConfig`) names the modalities
+    of its input channels, the regions of its output channels, and how volumes are prepared.
     A language model comes as that of transformers, and `AutoTokenizer.from_pretrained` loads its tokenizer from
-    `model/`; `prompt.json` there says how it is prompted. Raises `memsave.config.ConfigError`, in one sentence, where
-    the folder holds no model.
+    `model/`; `prompt.json` there says how it is prompted. Raises `memsave.config.ConfigError` where the folder
+    holds no model.
     """
     from memsave.loading import load_model
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memsave.compose import load as load_config
-from memsave.config import ConfigError, SegmentationData
+from memsave.config import ConfigError
+from memsave.config.compose import load as load_config
+from memsave.config.schema import SegmentationData
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -26,7 +27,7 @@ def load_unet(folder: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from memsave.training.unet_config import UNetConfig
+    from memsave.tasks.segmentation.unet_config import UNetConfig
 
     released = _released(folder)
     if released is None:
@@ -74,8 +75,8 @@ def _language_model(released: Path) -> Any:
 
 def _from_run(folder: Path) -> tuple[Path, Any, Any]:
     """(weights, network to load them into, its config) of a run without `config.json`, or of a folder inside it."""
-    from memsave.training.experiment import make_model
-    from memsave.training.unet_config import UNetConfig
+    from memsave.experiment import make_model
+    from memsave.tasks.segmentation.unet_config import UNetConfig
 
     run = folder if (folder / "config.yaml").is_file() else folder.parent
     if not (run / "config.yaml").is_file():

@@ -34,17 +34,17 @@ from torch import Tensor, nn
 from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
-from memsave.data.schemes import LabelScheme
+from memsave.data.volumes.schemes import LabelScheme
 from memsave.loading import load_unet
 from memsave.processes import several_processes
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
-from memsave.training.interrupt import interrupt_at_signals
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.progress import Progress
+from memsave.training.signals import interrupt_at_signals
 
 if TYPE_CHECKING:
-    from memsave.training.unet_config import UNetConfig
+    from memsave.tasks.segmentation.unet_config import UNetConfig
 
 KEYS = (
     "checkpoint", "input", "output", "layout", "modalities", "mask", "window", "overlap", "flips", "budget", "device"
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The key=value arguments, values read as YAML; ConfigError for what is none, unknown or missing."""
-    from memsave.config_checks import closest
+    from memsave.config.checks import closest
 
     found: dict[str, Any] = {}
     for each in arguments:
@@ -105,11 +105,11 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 def predict_folder(given: dict[str, Any], *, progress: Progress) -> int:
     """Segment every case of the input folder; the exit code."""
-    from memsave.data.layouts import duplicates, scan
-    from memsave.data.nifti import read_header
-    from memsave.data.segmentation import Volumes
-    from memsave.training.experiment import choose_device
-    from memsave.training.segmentation import without_small
+    from memsave.data.volumes.dataset import Volumes
+    from memsave.data.volumes.layouts import duplicates, scan
+    from memsave.data.volumes.nifti import read_header
+    from memsave.experiment import choose_device
+    from memsave.tasks.segmentation.task import without_small
 
     model = load_unet(Path(given["checkpoint"]).expanduser())
     config, options = model.config, _options(given, model.config)
@@ -164,8 +164,8 @@ def _reason(error: Exception) -> str:
 
 def segment(model: nn.Module, volume: dict[str, Any], options: Options, *, device: torch.device) -> Tensor:
     """Regions (R, X, Y, Z), boolean, of an item of `Volumes`, on the case's own grid."""
-    from memsave.data.segmentation import restore
-    from memsave.training.segmentation import predict
+    from memsave.data.volumes.dataset import restore
+    from memsave.tasks.segmentation.task import predict
 
     image = volume["image"].to(device)
     window = options.window or image.shape[1:]
@@ -201,12 +201,12 @@ def _reflections() -> Iterator[tuple[int, ...]]:
 def write_labels(path: Path, masks: Tensor, *, scheme: LabelScheme, reference: Any) -> None:
     """The masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of `reference`.
 
-    That is an image of the case (`memsave.data.nifti.read_header`). Its header is kept, for programs differ in which of
-    the two affines of a header they read.
+    That is an image of the case (`memsave.data.volumes.nifti.read_header`). Its header is kept, because programs differ
+    in which of the two affines of a header they read.
     """
     import nibabel
 
-    from memsave.data.brats import labels_of
+    from memsave.data.volumes.reader import labels_of
 
     labels = labels_of(masks, scheme).squeeze(0).numpy()
     image = type(reference)(labels, reference.affine, reference.header, dtype=np.uint8)
@@ -245,7 +245,7 @@ def _input(given: dict[str, Any], config: "UNetConfig") -> dict[str, Any]:
 
     Another layout brings its own labels along where they make up the regions that the model knows.
     """
-    from memsave.data.layouts import LAYOUTS
+    from memsave.data.volumes.layouts import LAYOUTS
 
     layout, scheme = str(given.get("layout", config.layout)), config.regions
     other = LAYOUTS[layout].scheme if layout in LAYOUTS else scheme
@@ -257,7 +257,7 @@ def _input(given: dict[str, Any], config: "UNetConfig") -> dict[str, Any]:
 
 def _modalities(given: Any, layout: str, *, trained: Sequence[str]) -> list[str]:
     """The input's names for the modalities that the model was trained on, in the order of its input channels."""
-    from memsave.data.layouts import LAYOUTS, in_order, meaning
+    from memsave.data.volumes.layouts import LAYOUTS, in_order, meaning
 
     several = given if isinstance(given, list) else str(given).split(",")
     names = [str(name).strip() for name in several] if given else list(trained)

@@ -19,10 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from memsave.compose import load, to_objects
-from memsave.config import GROUPS, ConfigError, conf_dir, register
-from memsave.known_keys import unknown_key
-from memsave.overrides import parse
+from memsave.config import ConfigError
+from memsave.config.compose import load, to_objects
+from memsave.config.known_keys import unknown_key
+from memsave.config.overrides import parse
+from memsave.config.schema import GROUPS, conf_dir, register
 from memsave.training.result import flat
 
 KEY = "trainer.resume"

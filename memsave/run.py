@@ -32,12 +32,13 @@ from omegaconf.errors import OmegaConfBaseException
 # read when torch is loaded: its C++ part otherwise tells people that the profiler missed what came before it
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from memsave.compose import compose, to_objects
-from memsave.config import ConfigError, conf_dir, register
-from memsave.overrides import override, parse
+from memsave.config import ConfigError
+from memsave.config.compose import compose, to_objects
+from memsave.config.overrides import override, parse
+from memsave.config.schema import conf_dir, register
 from memsave.processes import several_processes
 from memsave.resume import Resumed, resumed
-from memsave.training.interrupt import interrupt_at_signals
+from memsave.training.signals import interrupt_at_signals
 
 SHOWN = (
     "plan.md", "plan.png", "overlay.png", "scores.csv", "samples.md", "memory.png", "memory.html", "privacy.md",
@@ -62,7 +63,8 @@ def main() -> None:
         sys.exit(_complain(error, code=2))
     if {"--help", "-h"} & set(sys.argv):
         print(
-            f"{__doc__}\nKeys: {conf_dir()}, memsave/config.py; --cfg job prints the config that the overrides select."
+            f"{__doc__}\nKeys: {conf_dir()}, memsave/config/schema.py; --cfg job prints the config that the overrides "
+            "select."
         )
         sys.exit(0)
     interrupt_at_signals()
@@ -93,9 +95,9 @@ def _refuse_several_processes() -> None:
 
 def continue_run(rest: Resumed) -> int:
     """What is left of a run, by its own config; the exit code."""
-    from memsave.run_folder import refuse_second_run
     from memsave.training.progress import Progress
     from memsave.training.result import requested_in
+    from memsave.training.run_folder import refuse_second_run
 
     refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
     if rest.changes:
@@ -125,8 +127,8 @@ def _kept_as_it_was(folder: Path) -> Iterator[None]:
 def job(config: DictConfig) -> None:
     """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
     global _exit_code
-    from memsave.run_folder import refuse_second_run
     from memsave.training.result import request_of
+    from memsave.training.run_folder import refuse_second_run
 
     hydra_config = HydraConfig.get()
     folder, experiment = Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices["experiment"]
@@ -165,7 +167,7 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
 def _swept_way(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
     """The one way to train that a job of a sweep plans, where the sweep says which; None plans all."""
-    from memsave.training.plan import own_way
+    from memsave.planning.plan import own_way
 
     key = "memory" if config.task == "segmentation" else "privacy"
     chosen = any(override.partition("=")[0] in (key, f"{key}.mode") for override in overrides)
@@ -203,7 +205,7 @@ def execute(
     `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
     for (None: this config). A run that is `continued` keeps its last result where nothing comes of it.
     """
-    from memsave.run_folder import alone_in
+    from memsave.training.run_folder import alone_in
 
     try:
         _refuse_several_processes()
@@ -254,7 +256,7 @@ def worth_a_look(folder: Path) -> list[str]:
 def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tuple[str, int, dict[str, Any]]:
     """(status, exit code, what stands in the result) of the run."""
     try:
-        from memsave.training.experiment import run_experiment
+        from memsave.experiment import run_experiment
         from memsave.training.progress import Progress
 
         return "ok", 0, run_experiment(to_objects(config), folder, ways=ways, progress=Progress())
@@ -270,8 +272,8 @@ def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tup
 def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
     """(status, exit code, one sentence) for an error."""
     from memsave.data import DataError
+    from memsave.planning.budget import OverBudget
     from memsave.privacy import PrivacyError
-    from memsave.training.budget import OverBudget
     from memsave.training.checkpoint import CheckpointError
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory

@@ -11,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run two steps of a tiny brats_rev in this process; returns (exit code, result, folder)."""
-    from memsave.compose import compose
+    from memsave.config.compose import compose
     from memsave.run import execute
-    from tests.training.test_segmentation import TINY
+    from tests.tasks.segmentation.test_task import TINY
 
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path / "cache"))
 
@@ -30,9 +30,9 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """(the folder of a run that segments a little, the folder of its four phantoms); for tests that only read them."""
-    from memsave.compose import compose
+    from memsave.config.compose import compose
     from memsave.run import execute
-    from tests.training.test_segmentation import TINY
+    from tests.tasks.segmentation.test_task import TINY
 
     folder, data = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("data")
     overrides = [*TINY, f"data.root={data}", "trainer.steps=12", "profiler.compare=[]"]

@@ -7,12 +7,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from memsave.collect import collect, main, read_jobs, varied_keys
-from memsave.compose import compose
 from memsave.config import ConfigError
+from memsave.config.compose import compose
 from memsave.run import is_done
 from memsave.training.result import request_of, requested_in, write_config
+from tests.tasks.segmentation.test_task import TINY
 from tests.test_run import command
-from tests.training.test_segmentation import TINY
 
 
 def write_job(folder, *overrides, result):

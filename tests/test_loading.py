@@ -15,13 +15,14 @@ pytest.importorskip("monai")
 pytest.importorskip("transformers")
 
 import memsave
-from memsave.compose import load as load_config
-from memsave.config import ConfigError, RevGPT2, SmallGPT2, TrainerConfig, VisitsData
-from memsave.data.tables import Record, private_records, public_records
+from memsave.config import ConfigError
+from memsave.config.compose import load as load_config
+from memsave.config.schema import RevGPT2, SmallGPT2, TrainerConfig, VisitsData
+from memsave.data.text.records import Record, private_records, public_records
+from memsave.experiment import make_model
 from memsave.predict import main
-from memsave.training.experiment import make_model
-from memsave.training.language_models import small_gpt2, train_tokenizer
-from memsave.training.table_to_text import TableToText
+from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
+from memsave.tasks.language.table_to_text import TableToText
 
 SIZES = {"layers": 2, "heads": 2, "width": 16, "vocabulary": 400, "positions": 200}
 PAGE = Path(__file__).parents[1] / "docs" / "using.md"
@@ -173,7 +174,7 @@ def test_a_language_model_comes_as_that_of_transformers(written, tmp_path):
 def test_the_prompt_has_the_tokens_of_training(written):
     from transformers import AutoTokenizer
 
-    from memsave.data.table_to_text import encode
+    from memsave.data.text.collate import encode
 
     folder, task, _ = written
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

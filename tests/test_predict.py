@@ -16,15 +16,16 @@ pytest.importorskip("monai")
 
 import nibabel
 
-from memsave.config import BratsData, ConfigError
-from memsave.data.brats import read_label, regions
-from memsave.data.layouts import MODALITIES, find_cases
-from memsave.data.nifti import read_header
-from memsave.data.schemes import SCHEMES
-from memsave.data.scores import region_scores
-from memsave.data.segmentation import Volumes
+from memsave.config import ConfigError
+from memsave.config.schema import BratsData
+from memsave.data.volumes.dataset import Volumes
+from memsave.data.volumes.layouts import MODALITIES, find_cases
+from memsave.data.volumes.metrics import region_scores
+from memsave.data.volumes.nifti import read_header
+from memsave.data.volumes.reader import read_label, regions
+from memsave.data.volumes.schemes import SCHEMES
 from memsave.predict import main, write_labels
-from memsave.training.unet_config import UNetConfig
+from memsave.tasks.segmentation.unet_config import UNetConfig
 
 MASKS = torch.zeros(3, 1, 1, 1, dtype=torch.bool)
 

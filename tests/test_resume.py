@@ -89,7 +89,7 @@ def test_other_commands_are_not_concerned(tmp_path):
 
 
 def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
-    from memsave.run_folder import alone_in
+    from memsave.training.run_folder import alone_in
 
     cut, _, _ = killed
     before = (cut / "metrics.jsonl").read_bytes()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from memsave.config.overrides import override
 from memsave.ghost import GhostClipper
-from memsave.overrides import override
 from memsave.run import worth_a_look
-from tests.training.test_segmentation import TINY
+from tests.tasks.segmentation.test_task import TINY
 
 QUICK = [*TINY, "trainer.steps=2"]
 
@@ -186,9 +186,7 @@ def test_a_run_in_the_folder_of_another_has_a_log_of_its_own(run):
 
 @pytest.mark.parametrize("privacy", ["none", "ghost", "direct"])
 def test_the_first_line_names_the_options(run, monkeypatch, capfd, privacy):
-    monkeypatch.setattr(
-        "memsave.training.experiment.make_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr("memsave.experiment.make_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     run(f"privacy={privacy}", "trainer.micro_batch_size=1")
     first = capfd.readouterr().err.splitlines()[0]
     assert first == f"data=phantom, memory=reversible, privacy={privacy}, on cpu"
@@ -213,7 +211,7 @@ def test_the_last_line_names_what_a_person_wants_and_no_more(tmp_path):
 
 
 def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):
-    from memsave.training.segmentation import Segmentation
+    from memsave.tasks.segmentation.task import Segmentation
 
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.25])
     monkeypatch.setattr(Segmentation, "evaluate", lambda self, model: {"dice": next(scores)})

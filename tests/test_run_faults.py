@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from memsave.compose import compose
-from memsave.data import DataError, mni
+from memsave.config.compose import compose
+from memsave.data import DataError
+from memsave.data.volumes.phantoms import mni
 from memsave.run import execute
-from tests.training.test_segmentation import TINY
+from tests.tasks.segmentation.test_task import TINY
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys):
-    from memsave.training.segmentation import Segmentation
+    from memsave.tasks.segmentation.task import Segmentation
 
     _, whole, folder = run("trainer.steps=3", "model.dropout=0.2", name="whole")
     curve = [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +89,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
 
 
 def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch):
-    from memsave.data.segmentation import TrainingCrops
+    from memsave.data.volumes.dataset import TrainingCrops
 
     _, whole, _ = run("trainer.steps=3", "data.workers=0", name="whole")
     original, calls = TrainingCrops.example, []
@@ -127,7 +128,7 @@ def test_float16_is_for_cuda(run):
 
 
 def test_a_file_that_may_not_be_read_is_not_called_a_full_disk(run, monkeypatch):
-    from memsave.training import experiment
+    from memsave import experiment
 
     denied = PermissionError(errno.EACCES, "Permission denied", "/somewhere/else.csv")
     monkeypatch.setattr(experiment, "make_task", lambda *args, **options: (_ for _ in ()).throw(denied))
@@ -136,7 +137,7 @@ def test_a_file_that_may_not_be_read_is_not_called_a_full_disk(run, monkeypatch)
 
 
 def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
-    from memsave.training import experiment
+    from memsave import experiment
 
     monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     code, result, _ = run()
@@ -160,7 +161,7 @@ def test_a_mode_that_does_not_fit_does_not_stop_the_run(run, monkeypatch):
 
 
 def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
-    from memsave.training import experiment
+    from memsave import experiment
 
     def fail(error):
         monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(error))
@@ -180,7 +181,7 @@ def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
     [("stored", "memory=reversible, trainer"), ("reversible", "trainer"), ("auto", "trainer")],
 )
 def test_the_remedy_for_full_memory_is_one_that_is_not_taken_yet(run, monkeypatch, memory, remedy):
-    from memsave.training import experiment
+    from memsave import experiment
 
     full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(experiment, "make_task", lambda *args, **options: (_ for _ in ()).throw(full))
@@ -190,7 +191,7 @@ def test_the_remedy_for_full_memory_is_one_that_is_not_taken_yet(run, monkeypatc
 
 
 def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch):
-    monkeypatch.setattr("memsave.training.experiment.fitted", lambda config, *args, **known: (config, {}))
+    monkeypatch.setattr("memsave.experiment.fitted", lambda config, *args, **known: (config, {}))
     code, result, folder = run("budget=1MiB", "trainer.steps=3")
     assert (code, result["status"]) == (3, "over_budget")
     assert re.search(
@@ -202,7 +203,7 @@ def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch)
 
 
 def test_a_run_that_grows_over_its_budget_names_what_grew(run, monkeypatch):
-    from memsave.training.segmentation import Segmentation
+    from memsave.tasks.segmentation.task import Segmentation
 
     code, result, _ = run("budget=1GiB", "trainer.steps=3", name="within")
     assert code == 0
@@ -230,7 +231,7 @@ def test_a_model_that_cannot_be_built_is_bad_input(run):
 
 @pytest.mark.parametrize("part", ["evaluate", "show", "release"])
 def test_a_fault_of_evaluation_drawing_or_release_costs_no_step(run, monkeypatch, part):
-    from memsave.training.segmentation import Segmentation
+    from memsave.tasks.segmentation.task import Segmentation
 
     def fault(*_, **__):
         raise DataError("a held-out volume is damaged inside")

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 
 from experiments.record import earlier, insert, keep, machine
-from memsave.compose import compose, to_objects
-from memsave.config import Config
+from memsave.config.compose import compose, to_objects
+from memsave.config.schema import Config
+from memsave.planning.budget import free_bytes
+from memsave.planning.fake_step import blank_step
+from memsave.planning.variation import variation
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import has_state
 from memsave.profiler.planner import search
-from memsave.training.blank import blank_step
-from memsave.training.budget import free_bytes
 from memsave.training.process import process_peak, restart_peak, return_freed_memory
-from memsave.training.variation import variation
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

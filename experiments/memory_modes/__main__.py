@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from experiments.record import insert, keep, machine, median
-from memsave.compose import compose, to_objects
+from memsave.config.compose import compose, to_objects
+from memsave.experiment import make_model, make_task
 from memsave.models import ReversibleUNet3d
 from memsave.profiler import MemoryRecorder, format_bytes, plot_reports
-from memsave.training.experiment import make_model, make_task
 from memsave.training.loop import State, make_state, run_steps
 
 MODES = ("stored", "checkpoint", "reversible")

@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from memsave.data.brats import read_case
-from memsave.data.layouts import MODALITIES, Case
-from memsave.data.phantom import write_phantoms
-from memsave.data.segmentation import TrainingCrops
-from memsave.training.overlay import COLOURS
+from memsave.data.volumes.dataset import TrainingCrops
+from memsave.data.volumes.layouts import MODALITIES, Case
+from memsave.data.volumes.phantoms.generate import write_phantoms
+from memsave.data.volumes.reader import read_case
+from memsave.tasks.segmentation.overlay import COLOURS
 
 DOCS = Path(__file__).parents[2] / "docs"
 REGIONS = {"wt": (1, 2, 4), "tc": (1, 4), "et": (4,)}

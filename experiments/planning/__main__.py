@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from experiments.record import insert, keep, machine
-from memsave.compose import compose, to_objects
-from memsave.config import Config
+from memsave.config.compose import compose, to_objects
+from memsave.config.schema import Config
+from memsave.planning.fake_step import blank_step
+from memsave.planning.plan import calibration_of, make_plan, own_way
+from memsave.planning.report import draw
+from memsave.planning.variation import variation
 from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
-from memsave.training.blank import blank_step
-from memsave.training.plan import calibration_of, make_plan, own_way
-from memsave.training.plan_report import draw
 from memsave.training.progress import Progress
-from memsave.training.variation import variation
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.record import insert, keep, machine
-from memsave.compose import compose, to_objects
+from memsave.config.compose import compose, to_objects
+from memsave.experiment import make_model
 from memsave.privacy import default_delta, noise_multiplier_for
 from memsave.profiler import format_bytes
-from memsave.training.experiment import make_model
 from memsave.training.measure import PLAIN
 from memsave.training.private import up
 

@@ -23,7 +23,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from memsave.config import OptimizerConfig, TrainerConfig
+from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.privacy import PrivateGradients
 from memsave.training.ema import Ema
 from memsave.training.task import Batch, Losses, Task, examples, split

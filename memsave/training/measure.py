@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from memsave.config import TrainerConfig
+from memsave.config.schema import TrainerConfig
 from memsave.models.language import is_checkpointing, set_checkpointing
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak, format_bytes
 from memsave.training.loop import State, accumulate, autocast, evaluating

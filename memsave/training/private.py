@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import Config, ConfigError, GhostPrivacy
+from memsave.config import ConfigError
+from memsave.config.schema import Config, GhostPrivacy
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT

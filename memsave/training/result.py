@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import memsave
-from memsave.config import Config
+from memsave.config.schema import Config
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,8 +2,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from memsave.data.layouts import MODALITIES, find_cases
-from memsave.data.phantom import write_phantoms
+from memsave.data.volumes.layouts import MODALITIES, find_cases
+from memsave.data.volumes.phantoms.generate import write_phantoms
 
 SIZE = (24, 24, 20)
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from memsave.config import OptimizerConfig
+from memsave.config.schema import OptimizerConfig
 from memsave.training import checkpoint
 from memsave.training.loop import make_state, run_steps
 from tests.training.toy import Lines, line_model, trainer

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from memsave.config import OptimizerConfig
+from memsave.config.schema import OptimizerConfig
 from memsave.training.loop import TrainingError, accumulate, make_optimizer, make_schedule, make_state, run_steps
 from memsave.training.task import examples, split
 from tests.training.toy import Lines, line_model, trainer

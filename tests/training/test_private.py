@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 pytest.importorskip("opacus")
 pytest.importorskip("transformers")
 
-from memsave.compose import compose, to_objects
 from memsave.config import ConfigError
+from memsave.config.compose import compose, to_objects
 from memsave.data import DataError
+from memsave.experiment import run_experiment
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.tasks.language.table_to_text import TableToText
 from memsave.training import checkpoint
-from memsave.training.experiment import run_experiment
 from memsave.training.loop import TrainingError, make_state, run_steps
 from memsave.training.private import up
 from memsave.training.progress import Progress
-from memsave.training.table_to_text import TableToText
 from tests.training.toy import Lines, line_model, trainer
 
 TINY = [
@@ -306,9 +306,9 @@ def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_p
 
 
 def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
-    from memsave.config import SmallGPT2
-    from memsave.data.tables import public_records
-    from memsave.training.language_models import small_gpt2, train_tokenizer
+    from memsave.config.schema import SmallGPT2
+    from memsave.data.text.records import public_records
+    from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
 
     sizes = SmallGPT2(layers=1, heads=2, width=16, vocabulary=400)
     tokenizer = train_tokenizer([each.text for each in public_records(50)], size=400)

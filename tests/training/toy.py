@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from memsave.config import OptimizerConfig, TrainerConfig
+from memsave.config.schema import OptimizerConfig, TrainerConfig
 
 
 class Lines:

@@ -1,0 +1,154 @@
+"""Composing a config with errors that a person can act on.
+
+`compose` is what the command line goes through before anything runs: whatever is wrong with the overrides becomes one
+`ConfigError` that names the key, what was expected, and the closest valid name.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from memsave.config.checks import check, closest
+from memsave.config.errors import ConfigError
+from memsave.config.known_keys import listed, options_with, unknown_key
+from memsave.config.overrides import parse, several
+from memsave.config.schema import GROUPS, SCHEMAS, Config, conf_dir, register
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the config that the overrides select; ConfigError says what is wrong with them."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            for before, text in zip([None, *overrides], overrides, strict=False):
+                if parse(text, after=before).is_sweep_override():
+                    raise ConfigError(several(text))
+            config = hydra_compose("config", overrides=list(overrides))
+            _refuse_added_keys(config, choices=partial(_choices, overrides))
+            to_objects(config)
+            return config
+        except MissingConfigException as error:
+            raise ConfigError(_missing_option(error)) from error
+        except ConfigCompositionException as error:
+            raise ConfigError(_bad_override(error, choices=partial(_choices, overrides))) from error
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+            raise ConfigError(_first_line(error)) from error
+
+
+def to_objects(config: DictConfig) -> Config:
+    """The composed config as dataclasses; ConfigError for a value that must be given and was not."""
+    try:
+        plain = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give one, as in {error.full_key}=...") from error
+    assert isinstance(plain, Config)
+    check(plain)
+    return plain
+
+
+def load(path: Path) -> Config:
+    """The config that a run left as `config.yaml`; ConfigError where it is none."""
+    try:
+        found = OmegaConf.load(path)
+        if not isinstance(found, DictConfig):
+            raise ValueError("it is a list")
+        config = OmegaConf.structured(Config)
+        for group in GROUPS[1:]:
+            kind = found[group].get("kind", group)
+            schema = SCHEMAS[group, group if (group, kind) not in SCHEMAS else kind]
+            config[group] = OmegaConf.merge(OmegaConf.structured(schema), found[group])
+        rest = {key: value for key, value in found.items() if key not in GROUPS}
+        return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
+    except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path} is no config of a run ({_first_line(error)}); name a run's folder") from error
+
+
+def _choices(overrides: Sequence[str]) -> dict[str, str]:
+    """The option of each group that the overrides select, whatever they do to keys; empty where that fails."""
+    groups = [text for text in overrides if text.partition("=")[0].lstrip("+") in GROUPS]
+    try:
+        return dict(hydra_compose("config", overrides=groups, return_hydra_config=True).hydra.runtime.choices)
+    except HydraException:
+        return {}
+
+
+def _refuse_added_keys(config: DictConfig, path: str = "", *, choices: Callable[[], dict[str, str]]) -> None:
+    """Hydra's +key=value adds to a schema; a key that nothing reads would be a setting that does nothing."""
+    names = _fields_of(OmegaConf.get_type(config))
+    for key in map(str, config):
+        if names and key not in names:
+            raise ConfigError(unknown_key(f"{path}{key}", names, choices=choices()))
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            _refuse_added_keys(config[key], f"{path}{key}.", choices=choices)
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    """A group has no such option."""
+    group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+    options = [name for name in error.options or () if not name.endswith("_schema")]
+    if not group:
+        return _first_line(error)
+    return f"{group}={option} is not known; choose one of {', '.join(options)}{closest(option, options)}"
+
+
+def _bad_override(error: ConfigCompositionException, *, choices: Callable[[], dict[str, str]]) -> str:
+    """A key that no schema has, a value of another type, a group that does not exist, or one that was not chosen."""
+    cause = error.__cause__
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
+        return unknown_key(cause.full_key, _fields_of(cause.object_type) or GROUPS, choices=choices())
+    if isinstance(cause, ValidationError):
+        return f"{cause.full_key!s}: {_first_line(cause)}{_expected(cause)}"
+    message = _first_line(error)
+    found = re.match(r"In 'experiment/([^']+)'.*full_key: (\S+)", str(error), re.DOTALL)
+    if found:
+        experiment, key = found.groups()
+        others = options_with(key, key.partition(".")[0])
+        remedy = f"; give {key.partition('.')[0]}={listed(others)}" if others else ""
+        return f"experiment={experiment} sets {key}, which is no key of what was chosen in its place{remedy}"
+    if "Could not override" in message and "'" in message:
+        key = message.split("'")[1].split("@")[0]
+        return f"{key} is not known; the groups are {', '.join(GROUPS)}{closest(key, GROUPS)}"
+    if "You must specify 'experiment'" in message:
+        names = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+        return f"no experiment is chosen; give experiment=NAME with one of {', '.join(names)}"
+    return message
+
+
+def _fields_of(schema: Any) -> list[str]:
+    return [f.name for f in fields(schema)] if schema is not None and is_dataclass(schema) else []
+
+
+def _expected(error: ValidationError) -> str:
+    """The declared type of the field and its default, where the error knows them."""
+    name = (error.full_key or "").rpartition(".")[2].partition("[")[0]
+    for known in fields(error.object_type) if is_dataclass(error.object_type) else ():
+        if known.name == name:
+            kind = known.type if isinstance(known.type, str) else getattr(known.type, "__name__", str(known.type))
+            default = known.default if known.default is not MISSING_DEFAULT else ""
+            return f"; expected {kind}" + (f", as in {error.full_key}={default}" if default not in ("", None) else "")
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

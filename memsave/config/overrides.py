@@ -1,0 +1,83 @@
+"""Overrides as text: `key=value`, ready to paste into a shell, and what is said of one that Hydra reads otherwise.
+
+Hydra's grammar gives a meaning to commas, brackets, `=`, `#` and more; between double quotes it takes a value as it is.
+The shell needs quotes of its own around those: 'data.root="/my/a,b (c)"'.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from memsave.config.errors import ConfigError
+
+TEXTS = (
+    "data.root", "data.split_file", "data.mask", "model.name", "model.cache", "trainer.resume", "hydra.run.dir",
+    "hydra.sweep.dir",
+)  # fmt: skip
+"""Keys whose values are paths and names that a person chose; other texts are words of ours or sizes."""
+LISTS = ("data.modalities",)
+"""Keys of lists of such names."""
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` as it can be pasted into a shell: the value, a text or a list of texts, arrives as it is here."""
+    written = f"[{','.join(map(_written, value))}]" if isinstance(value, (list, tuple)) else _written(value)
+    return shlex.quote(f"{key}={written}")
+
+
+def parse(text: str, *, after: str | None = None) -> Override:
+    """Hydra's reading of an override; ConfigError where it has none, or reads another text than the one given.
+
+    `after` is the argument before it: a path with a blank in it arrives as two.
+    """
+    key, equals, value = text.partition("=")
+    try:
+        found = OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"{text!r} cannot be read; {_remedy(text, after=after)}") from error
+    if _is_one_of(TEXTS, key) and equals and not found.is_sweep_override():
+        read = found.value()
+        if read is not None and not value.startswith(("'", '"')) and str(read) != value:
+            raise ConfigError(f"{text!r} would be read as {str(read)!r}; quote the value, as in {override(key, value)}")
+    return found
+
+
+def several(text: str) -> str:
+    """What is said of an override with several values where there is one job."""
+    key, _, value = text.partition("=")
+    whole = f", or quote what is one value, as in {override(key, value)}" if _is_one_of(TEXTS, key) else ""
+    return f"{text!r} gives several values; add -m to run one job for each{whole}"
+
+
+def _remedy(text: str, *, after: str | None) -> str:
+    key, equals, value = text.partition("=")
+    before, _, begun = (after or "").partition("=")
+    if equals and _is_one_of(TEXTS, key):
+        return f"quote the value, as in {override(key, value)}"
+    if equals and _is_one_of(LISTS, key):
+        return f"quote the names, as in {override(key, [each.strip() for each in value.strip('[]').split(',')])}"
+    if not equals and _is_one_of(TEXTS, before):
+        return f"if it belongs to the value before it, quote that, as in {override(before, f'{begun} {text}')}"
+    return "overrides have the form key=value"
+
+
+def _is_one_of(keys: Sequence[str], key: str) -> bool:
+    """Whether it is one of the keys, or the last part of one: what is unknown is told apart later."""
+    return any(each in (key.lstrip("+"), f"{each.rpartition('.')[0]}.{key.lstrip('+')}") for each in keys)
+
+
+def _written(value: object) -> str:
+    """The value in Hydra's grammar: as it is where that is read as this very text, else between double quotes."""
+    text = str(value)
+    try:
+        found = OverridesParser.create().parse_override(f"key={text}")
+        if text and "${" not in text and not found.is_sweep_override() and found.value() == text:
+            return text
+    except (HydraException, ValueError):
+        pass
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # or it would be an interpolation
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), escaped) + '"'

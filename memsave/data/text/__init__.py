@@ -1,0 +1,1 @@
+"""Text as training data: records of tables and sentences, token batches, and metrics."""

@@ -1,0 +1,112 @@
+"""Tables and sentences as tokens: `table <eos> text <eos>`, in which the text alone is a target."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memsave.data.text.records import Record
+
+IGNORED = -100  # what transformers takes for no target
+
+
+Tokens = tuple[list[int], list[int]]
+"""Of the table and its end, and of the text and its end."""
+
+
+@dataclass
+class Cuts:
+    """What the greatest length takes from examples."""
+
+    examples: int = 0
+    cut_examples: int = 0
+    cut_tokens: int = 0
+    lost_texts: int = 0
+    """Examples whose table takes all the room: one token of their text is left as a target."""
+
+    def told(self, *, max_length: int) -> str:
+        """The same in words."""
+        if not self.cut_examples:
+            return f"none cut to {max_length} tokens (data.max_length)"
+        lost = f"{self.cut_examples} cut to {max_length} tokens (data.max_length), which drops {self.cut_tokens} tokens"
+        return lost + (f"; {self.lost_texts} of them keep a single token of their text" if self.lost_texts else "")
+
+
+def encode(record: Record, tokenizer: Any, *, max_length: int) -> Tokens:
+    """(tokens of the table and its end, tokens of the text and its end), cut to `max_length` together.
+
+    The text is cut first, then the table; at least one token of the text stays a target.
+    """
+    return _cut(_tokens(record, tokenizer), max_length=max_length)
+
+
+def encode_all(records: Iterable[Record], tokenizer: Any, *, max_length: int) -> tuple[list[Tokens], Cuts]:
+    """`encode` of each record, and what was cut."""
+    found, cuts = [], Cuts()
+    for record in records:
+        whole = _tokens(record, tokenizer)
+        kept = _cut(whole, max_length=max_length)
+        lost = sum(map(len, whole)) - sum(map(len, kept))
+        cuts.examples += 1
+        cuts.cut_examples += lost > 0
+        cuts.cut_tokens += lost
+        cuts.lost_texts += len(kept[1]) == 1 < len(whole[1])
+        found.append(kept)
+    return found, cuts
+
+
+def _tokens(record: Record, tokenizer: Any) -> Tokens:
+    table, text = (tokenizer(part, add_special_tokens=False).input_ids for part in (record.table, record.text))
+    return [*table, tokenizer.eos_token_id], [*text, tokenizer.eos_token_id]
+
+
+def _cut(tokens: Tokens, *, max_length: int) -> Tokens:
+    table, text = tokens
+    if len(table) > max_length - 1:
+        table = [*table[: max_length - 2], table[-1]]
+    return table, text[: max_length - len(table)]
+
+
+def prompt_format(tokenizer: Any, *, max_length: int, beams: int) -> dict[str, Any]:
+    """How a model that was trained on `encode`'s examples is prompted: `prompt.json` in its folder.
+
+    `prompt` with a table in it has the tokens that `encode` gives the table, up to `max_table_tokens` and the end, and
+    `generate` are the options of transformers' `generate` that evaluations take.
+    """
+    return {
+        "prompt": f"{{table}}{tokenizer.eos_token}",
+        "completion": f"{{text}}{tokenizer.eos_token}",
+        "example_table": "name[Blue Spice], near[the river]",
+        "add_special_tokens": False,
+        "max_table_tokens": max_length - 2,
+        "generate": {
+            "max_length": max_length,
+            "num_beams": beams,
+            "do_sample": False,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    }
+
+
+def collate(examples: Sequence[tuple[list[int], list[int]]], *, pad: int) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, (B, T) each, padded on the right to the longest; (0, 1) for none."""
+    longest = max((len(table) + len(text) for table, text in examples), default=1)
+    ids = torch.full((len(examples), longest), pad)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, (table, text) in enumerate(examples):
+        length = len(table) + len(text)
+        ids[row, :length] = torch.tensor([*table, *text])
+        mask[row, :length] = 1
+        labels[row, len(table) : length] = torch.tensor(text)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def prompts(tables: Sequence[list[int]], *, pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (B, T), padded on the left, for generation."""
+    longest = max(map(len, tables))
+    ids = torch.tensor([[pad] * (longest - len(table)) + table for table in tables])
+    mask = torch.tensor([[0] * (longest - len(table)) + [1] * len(table) for table in tables])
+    return {"input_ids": ids, "attention_mask": mask}

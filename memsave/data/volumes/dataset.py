@@ -1,0 +1,273 @@
+"""Datasets of cases: random crops to train on, whole volumes to evaluate on, and a loader that prefetches.
+
+Item i of `TrainingCrops` depends on (seed, i) and the cases alone: its case comes from a permutation drawn per epoch,
+its crop and augmentation from a generator seeded with (seed, i). A run therefore sees the same data whatever the
+number of workers or the memory mode, and a resumed run continues with `start` instead of replaying.
+
+Workers are threads. The work is done by zlib and torch, which release the interpreter lock, and a thread keeps one
+cache for all workers, hands over tensors without shared memory (64 MiB in a container by default), never forks a
+process that already uses CUDA or OpenMP, and passes a DataError on as it is.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from memsave.data.errors import DataError
+from memsave.data.volumes.layouts import MODALITIES, Case
+from memsave.data.volumes.orientation import Orientation
+from memsave.data.volumes.reader import read_case, read_label
+from memsave.data.volumes.schemes import BRATS_2021, LabelScheme
+from memsave.data.volumes.transforms import AUGMENTATIONS, KEYS, START, augment, grid_size, preprocess, resample
+
+Item = dict[str, Any]
+
+
+class Volumes(Dataset):
+    """Whole preprocessed volumes, one per case, with what it takes to put a prediction back where it belongs.
+
+    An item holds `image` (C, x, y, z) float32 and, where the case has one, `label` (1, x, y, z) uint8, both turned to
+    the orientation of BraTS, and `id`; of the original grid `affine` (4, 4), `spacing` in mm, `shape` and
+    `orientation`; of the turned one `start` and `cropped`, the first voxel that was not cropped and the voxels from
+    there on; and `image_spacing`, the mm of a voxel of `image`. That is the file's own or, given as `spacing` here,
+    what images (trilinear) and labels (nearest) are resampled to after cropping and normalising; `restore` undoes all.
+
+    `modalities` and `scheme` are those that all cases share (`scheme` given: that one). Up to `cache_bytes` of volumes
+    are kept, the least recently used leave first; cached tensors are not to be written to.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        *,
+        scheme: LabelScheme | None = None,
+        spacing: Sequence[float] | None = None,
+        cache_bytes: int = 0,
+    ):
+        _check_alike(cases, scheme=scheme)
+        if spacing is not None and not (len(spacing) == 3 and all(0 < mm < float("inf") for mm in spacing)):
+            raise DataError(f"spacing is {list(spacing)}: give three voxel sizes in mm, such as [1, 1, 1].")
+        self.cases = list(cases)
+        self.scheme = scheme or (cases[0].scheme if cases else BRATS_2021)
+        self.modalities = cases[0].modalities if cases else MODALITIES
+        self.spacing = None if spacing is None else tuple(float(mm) for mm in spacing)
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[int, Item] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Volume {index} was asked for and there are {len(self)}: count from 0.")
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return dict(self._cache[index])
+        item = _prepare(self.cases[index], scheme=self.scheme, spacing=self.spacing)
+        with self._lock:
+            self._cache[index] = item
+            while self.cached_bytes() > self.cache_bytes:
+                self._cache.popitem(last=False)
+        return dict(item)
+
+    def truth(self, index: int) -> torch.Tensor:
+        """The label of a case on its original grid, (1, X, Y, Z) uint8, to score a restored prediction against."""
+        return torch.from_numpy(read_label(self.cases[index], scheme=self.scheme))[None]
+
+    def cached_bytes(self) -> int:
+        """The bytes of all volumes that are kept."""
+        return sum(item[key].nbytes for item in self._cache.values() for key in KEYS if key in item)
+
+
+class TrainingCrops(Dataset):
+    """`length` augmented crops: `image` (C, *crop_size) float32, `label` (1, *crop_size) uint8, and the case's `id`.
+
+    A fraction `foreground` of them is centred on a labelled voxel, `augmentation` is "light" or "full" (`augment`), and
+    `spacing` resamples the volumes first, as in `Volumes`; `crop_size` is then in voxels of that spacing. With `count`
+    above one an item is so many crops of one case, (count, C, *crop_size).
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        *,
+        crop_size: Sequence[int],
+        length: int,
+        seed: int,
+        scheme: LabelScheme | None = None,
+        spacing: Sequence[float] | None = None,
+        foreground: float = 1 / 3,
+        augmentation: str = "light",
+        count: int = 1,
+        cache_bytes: int = 4 * 2**30,
+    ):
+        if not cases:
+            raise DataError("There is no case to train on: add cases or lower validation_fraction.")
+        unlabelled = [case.id for case in cases if case.label is None]
+        if unlabelled:
+            raise DataError(f"Case {unlabelled[0]} has no segmentation to train on: add its seg file or leave it out.")
+        if len(crop_size) != 3 or min(crop_size) < 1:
+            raise DataError(f"crop_size is {tuple(crop_size)}: choose three positive numbers, such as (96, 96, 96).")
+        if not 0 <= foreground <= 1:
+            raise DataError(f"foreground is {foreground}: choose a fraction between 0 and 1.")
+        if augmentation not in AUGMENTATIONS:
+            raise DataError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
+        self.volumes = Volumes(cases, scheme=scheme, spacing=spacing, cache_bytes=cache_bytes)
+        self.crop_size = tuple(crop_size)
+        self.length = length
+        self.seed = seed
+        self.foreground = foreground
+        self.augmentation = augmentation
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.length:
+            raise IndexError(f"Crop {index} was asked for and the run draws {self.length}: count from 0.")
+        epoch, position = divmod(index, len(self.volumes))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.volumes))
+        return self.example(int(order[position]), draw=index)
+
+    def example(self, case: int, *, draw: int) -> Item:
+        """What training sees of a case at once: `crop`, or, where `count` is more than one, `crops`."""
+        return self.crop(case, draw=draw) if self.count == 1 else self.crops(case, draw=draw, count=self.count)
+
+    def crop(self, case: int, *, draw: int) -> Item:
+        """An augmented crop of a case, by its number; another `draw` gives another crop."""
+        crops = self.crops(case, draw=draw, count=1)
+        return {**crops, **{key: crops[key][0] for key in KEYS}}
+
+    def crops(self, case: int, *, draw: int, count: int) -> Item:
+        """`count` different crops of one case: `image` (count, C, *crop_size), `label` (count, 1, *crop_size), `id`."""
+        if count < 1:
+            raise DataError(f"{count} crops of a case were asked for: ask for at least 1.")
+        volume = self.volumes[case]
+        # built per item, for a MONAI transform holds its random state and workers are threads
+        transform = augment(
+            self.crop_size,
+            foreground=self.foreground,
+            augmentation=self.augmentation,
+            spacing=volume["image_spacing"],
+            count=count,
+        ).set_random_state(_item_seed(self.seed, draw))
+        crops = transform({key: volume[key] for key in KEYS})
+        # stacking copies: a crop that nothing has changed is a view of the cached volume
+        return {**{key: torch.stack([_plain(crop[key]) for crop in crops]) for key in KEYS}, "id": volume["id"]}
+
+
+def train_loader(dataset: TrainingCrops, *, batch_size: int, workers: int = 1, start: int = 0) -> Iterator[Item]:
+    """Batches of consecutive items from item `start * batch_size` on; the last one may be smaller.
+
+    `workers` threads load ahead, one batch more than there are threads; with 0 the caller's thread loads. They end
+    with the iterator, when it is exhausted, closed or dropped.
+    """
+
+    def load(batch: int) -> Item:
+        first = batch * batch_size
+        return default_collate([dataset[item] for item in range(first, min(first + batch_size, len(dataset)))])
+
+    batches = range(start, -(-len(dataset) // batch_size))
+    if workers == 0:
+        yield from map(load, batches)
+        return
+    loading: deque[Future[Item]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="memsave-data") as pool:
+        try:
+            for batch in batches:
+                loading.append(pool.submit(load, batch))
+                if len(loading) > workers:
+                    yield loading.popleft().result()
+            while loading:
+                yield loading.popleft().result()
+        finally:
+            for future in loading:
+                future.cancel()
+
+
+def uncrop(volume: torch.Tensor, *, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Put (..., x, y, z) back into zeros of (..., *shape), from voxel `start` on: the crop to the brain undone."""
+    whole = volume.new_zeros((*volume.shape[:-3], *shape))
+    x, y, z = (slice(first, first + length) for first, length in zip(start, volume.shape[-3:]))
+    whole[..., x, y, z] = volume
+    return whole
+
+
+def restore(prediction: torch.Tensor, item: Item, *, threshold: float = 0.5) -> torch.Tensor:
+    """Put a prediction (R, x, y, z) for an item's image back onto the case's original grid: boolean (R, X, Y, Z).
+
+    Boolean masks go to the nearest voxel. Probabilities are interpolated trilinearly and true above `threshold`; so are
+    logits, with threshold 0. What was cropped is False.
+    """
+    if prediction.dim() != 4 or prediction.shape[1:] != item["image"].shape[1:]:
+        shapes = f"{tuple(prediction.shape)} for an image {tuple(item['image'].shape)}"
+        raise DataError(f"restore() got a prediction {shapes}: pass (R, x, y, z) of that size.")
+    if not (prediction.dtype == torch.bool or prediction.is_floating_point()):
+        raise DataError(f"restore() got {prediction.dtype}: pass boolean masks or probabilities.")
+    orientation = item["orientation"]
+    step = [mm / new for mm, new in zip(orientation.reorder(item["spacing"]), item["image_spacing"])]
+    masks = prediction.dtype == torch.bool
+    cropped = resample(prediction if masks else prediction.float(), size=item["cropped"], step=step, nearest=masks)
+    shape = orientation.reorder(item["shape"])
+    return orientation.undo(uncrop(cropped if masks else cropped > threshold, start=item["start"], shape=shape))
+
+
+def _check_alike(cases: Sequence[Case], *, scheme: LabelScheme | None) -> None:
+    for case in cases[1:]:
+        for what, one, other in (
+            ("modalities", cases[0].modalities, case.modalities),
+            ("label schemes", scheme or cases[0].scheme, scheme or case.scheme),
+        ):
+            if one != other:
+                raise DataError(f"Cases {cases[0].id} and {case.id} have other {what}: train on one kind of case.")
+
+
+def _prepare(case: Case, *, scheme: LabelScheme, spacing: Sequence[float] | None) -> Item:
+    scan = read_case(case, scheme=scheme)
+    arrays = {"image": torch.from_numpy(scan.image)}
+    if scan.label is not None:
+        arrays["label"] = torch.from_numpy(scan.label)[None]  # (1, X, Y, Z)
+    orientation = Orientation.of(scan.affine)
+    prepared = preprocess()({key: orientation.apply(volume) for key, volume in arrays.items()})
+    stored = tuple(np.linalg.norm(scan.affine[:3, :3], axis=0).tolist())
+    voxel = orientation.reorder(stored)
+    target = voxel if spacing is None else tuple(spacing)
+    cropped = tuple(prepared["image"].shape[1:])
+    size = grid_size(cropped, spacing=voxel, target=target)
+    step = [new / mm for mm, new in zip(voxel, target)]
+    # cloned, so that the cache does not keep a whole volume alive behind the view of its crop
+    tensors = {
+        key: resample(_plain(prepared[key]), size=size, step=step, nearest=key == "label").clone(
+            memory_format=torch.contiguous_format
+        )
+        for key in arrays
+    }
+    return {
+        **tensors,
+        "id": case.id,
+        "affine": torch.from_numpy(scan.affine),
+        "spacing": stored,
+        "orientation": orientation,
+        "image_spacing": target,
+        "start": tuple(int(first) for first in prepared[START]),
+        "cropped": cropped,
+        "shape": tuple(scan.image.shape[1:]),
+    }
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without MONAI's metadata, which neither collates cheaply nor survives every operation."""
+    return tensor.as_subclass(torch.Tensor)
+
+
+def _item_seed(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

@@ -1,0 +1,131 @@
+"""A plan as a person reads it: lines for the terminal, `plan.md` and `plan.png`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from memsave.planning.plan import Plan, Row
+from memsave.profiler import CATEGORIES, format_bytes
+from memsave.profiler.plot import COLOURS, DARK, FAINT, INK
+
+WORKSPACE_COLOUR = "#c98a86"
+SEEN = 0.004  # of the width: what is thinner is not in the legend
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The table for the terminal, and how to read it."""
+    cells = [_heads(plan), *(_cells(plan, row) for row in plan.rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield f"each step: {plan.fixed}"
+    yield (
+        "exact: live tensors, predicted on fake tensors; calibrated: with what operators take inside themselves; "
+        "calibrated and reserve together must fit"
+    )
+
+
+def markdown(plan: Plan) -> str:
+    """The same as a table, with what the peak is made of."""
+    names = [name for name in CATEGORIES if any(row.need.report.peak_by_category[name] for row in plan.rows)]
+    heads = [*_heads(plan), *names]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in plan.rows:
+        peak = row.need.report.peak_by_category
+        rows.append("| " + " | ".join([*_cells(plan, row), *(format_bytes(peak[name]) for name in names)]) + " |")
+    budget = "" if plan.budget is None else f" in {format_bytes(plan.budget)}"
+    return f"# What fits{budget}\n\nPredicted on fake tensors; nothing was trained. Each step: {plan.fixed}.\n\n" + (
+        "\n".join(rows) + "\n"
+    )
+
+
+def _heads(plan: Plan) -> list[str]:
+    first = ["way"] if plan.budget is None else ["way", "fits" if plan.vary is None else f"largest {plan.vary}"]
+    last = [] if plan.vary is None else ["one step above"]
+    return [*first, "exact", "calibrated", "reserve", *last, "one fake step"]
+
+
+def _cells(plan: Plan, row: Row) -> list[str]:
+    cells = [row.way]
+    if plan.vary is not None:
+        cells.append(row.described or f"none: {format_bytes(row.need.total)} for the smallest")
+    elif plan.budget is not None:
+        cells.append("yes" if row.fits else "no")
+    cells += [format_bytes(each) for each in (row.need.exact, row.need.calibrated, row.need.reserve)]
+    if plan.vary is not None:
+        above = None if row.answer is None else row.answer.above
+        cells.append(f"not tried: {row.limit}" if row.limit else "")
+        if above is not None:
+            cells[-1] = f"{row.next_size}: {format_bytes(above.total)}"
+    return [*cells, f"{row.seconds:.1f} s"]
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """What the peak of each way is made of, and the budget as a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(9.0, 1.45 + 0.62 * len(plan.rows)), dpi=160, facecolor="white")
+    axes = figure.add_axes((0.19, 0.55 / figure.get_figheight(), 0.79, 1 - 1.3 / figure.get_figheight()))
+    seen: dict[str, str] = {}
+    for number, row in enumerate(plan.rows):
+        left = 0
+        for name, size, colour in _parts(row):
+            if size:
+                axes.barh(number, size, left=left, height=0.62, color=colour, linewidth=0)
+                if size > SEEN * _right(plan):
+                    seen[name] = colour
+                if size > 0.11 * _right(plan):
+                    ink = "white" if name in DARK else INK
+                    axes.text(left + size / 2, number, name, ha="center", va="center", fontsize=9, color=ink)
+                left += size
+        beside = max(left, plan.budget or 0) + 0.012 * _right(plan)
+        axes.text(beside, number, _note(plan, row), va="center", fontsize=9.5, color=INK)
+    if plan.budget is not None:
+        axes.axvline(plan.budget, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.text(plan.budget, -0.58, f"budget {format_bytes(plan.budget)}", ha="center", fontsize=9, color=INK)
+    axes.set_xlim(0, _right(plan))
+    axes.set_ylim(len(plan.rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(plan.rows)), [row.way for row in plan.rows], fontsize=10, color=INK)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    handles = [Patch(color=colour, label=name) for name, colour in seen.items()]
+    figure.legend(handles=handles, loc="lower left", ncols=max(1, len(handles)), frameon=False, fontsize=8.5,
+                  labelcolor=INK, handlelength=1.0, handleheight=1.0, bbox_to_anchor=(0.18, 0.0))  # fmt: skip
+    top = 1 - 0.32 / figure.get_figheight()
+    title = "Peak of one training step" if plan.vary is None else f"The largest {plan.vary} that fits"
+    figure.text(0.02, top, title, fontsize=12.5, color=INK, weight="bold")
+    figure.text(
+        *(0.98, 1 - 0.3 / figure.get_figheight()),
+        f"{plan.fixed}; predicted on fake tensors",
+        fontsize=9,
+        color=FAINT,
+        ha="right",
+    )
+    figure.savefig(path)
+
+
+def _parts(row: Row) -> Sequence[tuple[str, int, str]]:
+    """(name, bytes, colour) from the left to the right of a bar."""
+    own: list[Any] = [(name, row.need.report.peak_by_category[name], COLOURS[name]) for name in CATEGORIES]
+    workspace = row.need.calibrated - row.need.exact
+    return [*own, ("inside operators", workspace, WORKSPACE_COLOUR), ("reserve", row.need.reserve, "#eef0f2")]
+
+
+def _right(plan: Plan) -> float:
+    return max([plan.budget or 0, *(row.need.total for row in plan.rows)]) * (
+        1.65 if any(row.limit for row in plan.rows) else 1.45
+    )
+
+
+def _note(plan: Plan, row: Row) -> str:
+    total = format_bytes(row.need.total)
+    if plan.vary is None:
+        return total
+    if not row.size:
+        return f"none fits: {total} at the smallest"
+    timed_out = row.answer is not None and row.answer.timed_out
+    limit = "search ended by its time" if timed_out else row.limit
+    return f"{row.described}, {total}" + (f"\n{limit}" if limit else "")

@@ -1,0 +1,82 @@
+"""The files of conf/: what goes together composes, and so does every command that they and the documents give."""
+
+import re
+import shlex
+from itertools import cycle, islice
+from pathlib import Path
+
+import pytest
+
+from memsave.config.compose import compose, to_objects
+from memsave.config.schema import conf_dir
+from memsave.run import check_overrides
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+TEXTS = {"visits", "e2e"}
+
+
+def options(group):
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def going_with(experiment):
+    """Runs in which every option of every group that goes with the experiment occurs, as few as that takes."""
+    text = experiment.startswith("gpt2")
+    data = [name for name in options("data") if (name in TEXTS) == text]
+    model = [name for name in options("model") if (name != "rev_unet") == text]
+    varies = experiment.endswith("_budget")
+    memory = [name for name in options("memory") if not (name == "auto" and varies)]
+    privacy = [name for name in options("privacy") if not (name == "direct" and text and varies)]
+    count = max(map(len, (data, model, memory, privacy)))
+    for row in islice(zip(*map(cycle, (data, model, memory, privacy))), count):
+        found = dict(zip(("data", "model", "memory", "privacy"), row))
+        if text and found["memory"] == "reversible":
+            found["model"] = "rev_gpt2"
+        yield [f"experiment={experiment}", *(f"{group}={name}" for group, name in found.items())]
+
+
+@pytest.mark.parametrize("overrides", [each for name in EXPERIMENTS for each in going_with(name)], ids=" ".join)
+def test_an_experiment_composes_with_all_that_goes_with_it(overrides):
+    more = ["budget=8GiB"] if "memory=auto" in overrides else []
+    more += ["trainer.micro_batch_size=1"] if "privacy=direct" in overrides else []
+    config = to_objects(compose([*overrides, *more, "data.root=/my/data"]))
+    chosen = dict(each.split("=") for each in overrides)
+    assert config.data.kind == chosen["data"].removesuffix("_full").removesuffix("_small")
+    assert (config.memory.mode, config.privacy.option) == (chosen["memory"], chosen["privacy"])
+
+
+def commands():
+    """(file, overrides) of each command that a file of conf/, a document or the command's help gives."""
+    for path in sorted((conf_dir() / "experiment").glob("*.yaml")):
+        for found in overrides_in(path):
+            yield path.name, found if found[0].startswith("experiment=") else [f"experiment={path.stem}", *found]
+    for path in sorted((conf_dir() / "data").glob("*.yaml")) + sorted((conf_dir() / "memory").glob("*.yaml")):
+        for found in overrides_in(path):
+            yield path.name, [f"experiment={'gpt2_dp' if 'data=e2e' in found else 'brats_rev'}", *found]
+    for path in [ROOT / "README.md", ROOT / "memsave" / "run.py", *sorted(ROOT.glob("docs/*.md"))]:
+        for found in re.findall(r"python -m memsave\.run ((?:.*\\\n)*.*)", path.read_text()):
+            words = shlex.split(found.replace("\\\n", " ").partition("`")[0], comments=True)
+            yield path.name, [word for word in words if "=" in word]
+
+
+def overrides_in(path):
+    """The overrides that stand beside each other in the comment at the top of a file."""
+    head = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    for found in re.findall(r"(?<![^ (])[a-z_.]+=[^ ]+(?: [a-z_.]+=[^ ]+)*", head):
+        yield [word.rstrip(".,:;)") for word in found.split()]
+
+
+COMMANDS = [each for each in commands() if len(each[1]) > 1 and not any("launcher" in word for word in each[1])]
+
+
+@pytest.mark.parametrize("overrides", dict.fromkeys(tuple(found) for _, found in COMMANDS), ids=" ".join)
+def test_a_command_that_is_given_composes(overrides):
+    made_up = [] if any(word.startswith("data.root=") for word in overrides) else ["data.root=/made/up"]
+    check_overrides(["-m", *overrides, *made_up])
+
+
+def test_commands_are_found_where_they_stand():
+    files = {file for file, _ in COMMANDS}
+    assert {"brats_rev.yaml", "brats_rev_dp.yaml", "gpt2_dp_e2e.yaml", "auto.yaml", "e2e.yaml", "run.py"} <= files
+    assert ("brats_rev_dp.yaml", ["experiment=brats_rev_dp", "privacy=none"]) in COMMANDS

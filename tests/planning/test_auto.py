@@ -1,0 +1,130 @@
+"""memory=auto: the fastest way that fits, and the same training."""
+
+import pytest
+import torch
+
+pytest.importorskip("monai")
+pytest.importorskip("transformers")
+
+from memsave.config import ConfigError
+from memsave.config.compose import compose, load, to_objects
+from memsave.experiment import make_model, run_experiment
+from memsave.planning import plan as planning
+from memsave.planning.auto import Flops, in_order, level_flops, resolved, texts_in_order, with_levels
+from memsave.planning.budget import OverBudget
+from memsave.planning.fake_step import blank_step
+from memsave.profiler import parse_bytes, peak_on_fake
+from memsave.training.progress import Progress
+from tests.tasks.segmentation.test_task import TINY
+from tests.training.test_private import TINY as TINY_TEXT
+
+CPU = torch.device("cpu")
+BRATS = [*TINY, "memory=auto", "memory.engine=hooks", "data.crop_size=[32,32,32]", "profiler.compare=[]"]
+TEXT = ["experiment=gpt2_dp", *TINY_TEXT, "memory=auto"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning, "SMALL_CROP", 16)
+
+
+def config_of(*overrides, base=BRATS):
+    return to_objects(compose([*base, *overrides]))
+
+
+def peak_of(config):
+    return peak_on_fake(lambda: blank_step(config, device=CPU)).peak_bytes
+
+
+def test_flops_are_those_of_products():
+    with Flops() as flops:
+        torch.zeros(3, 4) @ torch.zeros(4, 5)
+    assert flops.total == 2 * 3 * 4 * 5
+
+
+def test_a_level_costs_what_its_blocks_take_and_finer_ones_more():
+    fine, coarse = level_flops(config_of("budget=1GiB", "memory.levels=[stored,stored]"), CPU)
+    assert fine > 2 * coarse > 0
+
+
+def test_ways_come_in_the_order_of_their_costs():
+    ways = [tuple(each.memory.levels) for each in in_order(config_of("budget=1GiB"), CPU)]
+    assert ways[0] == ("stored", "stored")
+    assert ways[1] == ("stored", "reversible")
+    assert ways[-1] == ("reversible", "reversible")
+    assert len(set(ways)) == 4
+
+
+def test_the_first_that_fits_is_taken_and_fits(tmp_path):
+    peaks = {tuple(way.memory.levels): peak_of(way) for way in in_order(config_of("budget=1GiB"), CPU)}
+    for budget in (int(1.2 * peak) for peak in peaks.values()):  # with room for what operators take inside themselves
+        chosen = resolved(config_of(f"budget={budget}"), tmp_path, CPU, progress=Progress())
+        levels = tuple(chosen.memory.levels)
+        assert peaks[levels] <= budget
+        for earlier in list(peaks)[: list(peaks).index(levels)]:
+            assert peaks[earlier] > 0.8 * budget
+        assert load(tmp_path / "config.yaml").memory.levels == list(levels)
+
+
+def test_where_nothing_fits_the_smallest_budget_is_told(tmp_path):
+    with pytest.raises(
+        OverBudget, match=r"no way to keep activations fits into 1\.00 MiB: the least needs a budget of"
+    ):
+        resolved(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
+
+
+def test_levels_can_be_passed_back_in_and_change_no_loss(tmp_path):
+    losses = {}
+    for name, overrides in {
+        "auto": ["budget=30MiB"],
+        "given": ["memory.levels=[reversible,stored]"],
+        "stored": ["memory=stored", "memory.engine=auto"],
+    }.items():
+        (tmp_path / name).mkdir()
+        config = config_of("trainer.steps=2", *overrides)
+        losses[name] = run_experiment(config, tmp_path / name, progress=Progress())["metrics"]["loss"]
+    assert losses["auto"] == pytest.approx(losses["stored"], rel=1e-5)
+    assert losses["given"] == pytest.approx(losses["stored"], rel=1e-5)
+
+
+def test_each_level_is_put_into_its_mode():
+    model, _ = make_model(with_levels(config_of("budget=1GiB"), ["reversible", "stored"]))
+    assert model.memory == ("reversible", "stored")
+    assert [level.recompute for level in model.encoder] == [True, False]
+    model.memory = "stored"
+    assert not any(level.recompute for level in model.encoder)
+    with pytest.raises(ValueError, match="memory has 1 entries for 2 levels; give one a level"):
+        model.memory = ["stored"]
+
+
+def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
+    wide = config_of("budget=1GiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
+    ways = [(each.memory.mode, each.model.head) for each in texts_in_order(wide, CPU)]
+    assert ways[0] == ("stored", "logits")
+    assert set(ways) == {(mode, head) for mode in ("stored", "checkpoint") for head in ("logits", "chunked")}
+    chosen = resolved(wide, tmp_path, CPU, progress=Progress())
+    assert (chosen.memory.mode, chosen.model.head, chosen.trainer.micro_batch_size) == ("stored", "logits", 8)
+    tight = config_of("budget=12MiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
+    chosen = resolved(tight, tmp_path, CPU, progress=Progress())
+    assert chosen.trainer.batch_size == wide.trainer.batch_size  # the effective batch is never another
+    assert chosen.trainer.micro_batch_size < 8 or chosen.model.head == "chunked"
+    assert peak_of(chosen) <= parse_bytes("12MiB")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "memory=auto needs a budget, as in budget=8GiB"),
+        (["budget=1GiB", "vary=volume"], "memory=auto is for one size; leave vary=volume out"),
+        (["memory.levels=[stored]", "budget=1GiB"], "give a mode for each level of a U-Net, finest first"),
+        (["memory.levels=[stored,kept]", "budget=1GiB"], "choose one of stored, checkpoint, reversible"),
+        (
+            ["memory=stored", "memory.engine=auto", "memory.levels=[stored,stored]"],
+            r"memory\.levels is for memory=auto; leave it out",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        config_of(*overrides)

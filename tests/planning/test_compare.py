@@ -1,0 +1,118 @@
+"""Comparisons before training: measured where they can be afforded, else left out with a sentence; the run trains."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("monai")
+
+from memsave.config.compose import compose, to_objects
+from memsave.experiment import run_experiment
+from memsave.planning import compare
+from memsave.planning.budget import free_bytes
+from memsave.planning.compare import in_mode
+from memsave.training.measure import PLAIN
+from memsave.training.progress import Progress
+from tests.training.test_private import DP
+
+ALL = "profiler.compare=[stored,checkpoint,reversible]"
+
+
+def test_each_mode_is_told_as_it_is_measured(run, capfd):
+    code, result, _ = run(ALL)
+    assert code == 0
+    assert set(result["memory"]["compared"]) == {"stored", "checkpoint", "reversible"}
+    said = capfd.readouterr().err
+    assert "at most (profiler.compare_seconds)" in said
+    for mode in ("stored", "checkpoint", "reversible"):
+        assert f"  {mode}: " in said
+        assert f"  {mode} is not measured" not in said
+
+
+def test_without_time_nothing_is_measured_and_the_run_trains(run, capfd):
+    code, result, folder = run(ALL, "profiler.compare_seconds=0.0001")
+    assert code == 0
+    assert result["memory"]["compared"] == {}
+    assert result["memory"]["peak_bytes"] > 0
+    said = capfd.readouterr().err
+    for mode in ("stored", "checkpoint", "reversible"):
+        assert f"  {mode} is not measured: it would take about " in said
+    assert "Peak of live memory of a training step, measured: reversible" in said
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["step"] == 2
+
+
+def test_no_time_at_all_takes_not_even_a_step(run, capfd):
+    code, result, _ = run(ALL, "profiler.compare_seconds=0")
+    assert (code, result["memory"]["compared"]) == (0, {})
+    assert "measuring" not in capfd.readouterr().err
+
+
+def test_what_time_there_is_goes_to_the_runs_own_mode_first(run, monkeypatch, capfd):
+    from memsave.training.measure import _Steps
+
+    monkeypatch.setattr(_Steps, "expected_seconds", lambda self: 10.0)
+    code, result, _ = run(ALL, "profiler.compare_seconds=75")  # four steps of the first mode, six of the second
+    assert (code, list(result["memory"]["compared"])) == (0, ["stored", "reversible"])
+    assert "checkpoint is not measured: it would take about 80 s, and " in capfd.readouterr().err
+
+
+def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):
+    from memsave.tasks.segmentation.task import Segmentation
+    from memsave.training import measure
+
+    now, calls, losses = [0.0], [], Segmentation.per_example_losses
+
+    def slow_at_first(self, model, batch):
+        calls.append(now[0])
+        now[0] += 4.0 if len(calls) == 1 else 0.5
+        return losses(self, model, batch)
+
+    monkeypatch.setattr(Segmentation, "per_example_losses", slow_at_first)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(compare.time, "monotonic", lambda: now[0])
+    code, result, _ = run(ALL)  # 8 steps of 4 forwards of 0.5 s are within 60 s, of 4 s not
+    assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint", "reversible"})
+
+
+def test_what_is_not_free_is_not_taken(run, monkeypatch, capfd):
+    monkeypatch.setattr(compare, "free_bytes", lambda device: 10 * 2**20)
+    code, result, _ = run(ALL)
+    assert (code, set(result["memory"]["compared"])) == (0, {"reversible"})  # the run's own, which is trained anyway
+    said = capfd.readouterr().err
+    assert "stored is not measured: its step would hold " in said
+    assert "and 10.00 MiB are free" in said
+
+
+def test_a_budget_holds_for_what_is_compared(run, capfd):
+    code, result, _ = run(ALL, "budget=6MiB", "memory.engine=hooks")
+    assert code == 0
+    assert "stored" not in result["memory"]["compared"]
+    assert "predicted, more than budget=6MiB" in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_be_predicted_trains(run, monkeypatch, capfd):
+    def fail(step):
+        raise ValueError("the step looks at the values of a tensor")
+
+    monkeypatch.setattr(compare, "peak_on_fake", fail)
+    code, result, _ = run(ALL)
+    assert (code, set(result["memory"]["compared"])) == (0, {"reversible"})
+    assert "stored is not measured: its memory cannot be predicted on fake tensors" in capfd.readouterr().err
+
+
+def test_the_step_without_privacy_is_held_to_the_same(tmp_path, monkeypatch, capfd):
+    overrides = [*DP, f"model.cache={tmp_path}", "privacy.noise_multiplier=1.0", "trainer.steps=1"]
+    monkeypatch.setattr(compare, "free_bytes", lambda device: 2**10)
+    result = run_experiment(to_objects(compose(overrides)), tmp_path, progress=Progress())
+    assert set(result["memory"]["compared"]) == {"stored"}
+    assert f"{PLAIN} is not measured: its step would hold " in capfd.readouterr().err
+    assert result["privacy"]["steps"] == 1
+
+
+def test_a_mode_is_the_run_but_for_what_is_compared():
+    config = to_objects(compose(["experiment=brats_rev", "memory=auto", "memory.levels=[stored,stored,reversible]"]))
+    assert (in_mode(config, "stored").memory.mode, in_mode(config, "stored").memory.levels) == ("stored", None)
+    assert in_mode(config, PLAIN).privacy.kind == "none"
+    assert config.memory.mode == "auto"
+    assert free_bytes(torch.device("cpu")) > 0

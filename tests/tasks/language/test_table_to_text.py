@@ -1,0 +1,156 @@
+"""Sentences from tables: tokens, losses, sampling, evaluation; on a tiny model."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("sacrebleu")
+
+from memsave.config.schema import SmallGPT2, TrainerConfig, VisitsData
+from memsave.data.text.collate import collate, encode, encode_all, prompts
+from memsave.data.text.records import Record, private_records, public_records
+from memsave.models.language import causal_lm_losses
+from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
+from memsave.tasks.language.table_to_text import TableToText
+from tests.ghost.reference import assert_exact
+
+SIZES = SmallGPT2(layers=2, heads=2, width=16, vocabulary=400, positions=200)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([f"{each.table} {each.text}" for each in public_records(200)], size=SIZES.vocabulary)
+
+
+@pytest.fixture
+def task(tokenizer):
+    data = VisitsData(max_length=120, generate=3, beams=2)
+    return task_of(tokenizer, data)
+
+
+def task_of(tokenizer, data):
+    train, held_out = private_records(20), private_records(5, seed=1)
+    trainer = TrainerConfig(batch_size=8)
+    return TableToText(train, held_out, tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
+
+
+def model_of(tokenizer):
+    return small_gpt2(SIZES, tokenizer)
+
+
+def test_the_text_alone_is_a_target(tokenizer):
+    record = Record("patient[Ada Lee]", "Ada Lee came.")
+    table, text = encode(record, tokenizer, max_length=100)
+    assert tokenizer.decode(table) == "patient[Ada Lee]<|endoftext|>"
+    assert tokenizer.decode(text) == "Ada Lee came.<|endoftext|>"
+    batch = collate([(table, text), (table[:3], text[:2])], pad=tokenizer.pad_token_id)
+    assert batch["labels"][0].tolist() == [-100] * len(table) + text
+    assert batch["labels"][1].tolist() == [-100] * 3 + text[:2] + [-100] * (len(table) + len(text) - 5)
+    assert batch["attention_mask"].sum(1).tolist() == [len(table) + len(text), 5]
+
+
+@pytest.mark.parametrize("max_length", [8, 20, 40])
+def test_long_examples_are_cut_and_keep_a_target(tokenizer, max_length):
+    record = private_records(1)[0]
+    table, text = encode(record, tokenizer, max_length=max_length)
+    assert len(table) + len(text) == max_length
+    assert table[-1] == tokenizer.eos_token_id
+    assert text
+
+
+def test_an_empty_batch_has_no_rows(task):
+    assert task.gather([], step=0)["input_ids"].shape[0] == 0
+
+
+def test_losses_are_the_mean_over_each_examples_own_targets(task, tokenizer):
+    model, batch = model_of(tokenizer).double(), task.gather(range(4), step=0)
+    losses = task.per_example_losses(model, batch)
+    for row in range(4):
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
+        logits = model(input_ids=ids[None, : int(batch["attention_mask"][row].sum())]).logits[0].log_softmax(-1)
+        each = [-logits[t - 1, labels[t]] for t in range(1, len(ids)) if labels[t] != -100]
+        assert losses[row].item() == pytest.approx((sum(each) / len(each)).item(), rel=1e-9)
+
+
+def test_an_example_without_targets_has_loss_zero(tokenizer):
+    model, ids = model_of(tokenizer), torch.randint(0, 300, (2, 5))
+    labels = ids.clone()
+    labels[1] = -100
+    assert causal_lm_losses(model, ids, labels)[1] == 0
+
+
+def test_norms_and_clipped_sums_are_exact(task, tokenizer):
+    torch.manual_seed(0)
+    assert_exact(model_of(tokenizer).double(), task.gather(range(4), step=0), task.per_example_losses)
+
+
+def test_epochs_shuffle_every_record_once_and_a_run_may_start_anywhere(task):
+    batches = task.batches(start=0)
+    five = [next(batches) for _ in range(5)]  # 40 of 20 records
+    rows = [tuple(row[row != task.tokenizer.pad_token_id].tolist()) for batch in five for row in batch["input_ids"]]
+    assert len(set(rows[:20])) == len(set(rows[20:])) == 20
+    assert rows[:20] != rows[20:]
+    again = next(task.batches(start=3))
+    assert torch.equal(again["input_ids"], five[3]["input_ids"])
+
+
+def test_generation_is_left_padded_and_the_same_alone(task, tokenizer):
+    tables = [record.table for record in task.held_out]
+    model = model_of(tokenizer)
+    together = task.write(model, tables)
+    assert list(together) == tables
+    for table in tables[:2]:
+        assert task.write(model, [table])[table].startswith(together[table])  # the longest table decides where all end
+    batch = prompts([[5, 6, 7], [8]], pad=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 1, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(task, tokenizer):
+    model = model_of(tokenizer)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert task.perplexity(model) == pytest.approx(len(tokenizer), rel=1e-4)
+
+
+def test_an_evaluation_scores_shows_and_releases(task, tokenizer, tmp_path):
+    model = model_of(tokenizer)
+    before = task.evaluate(model)
+    after = task.evaluate(model)
+    assert before == after
+    assert set(after) == {"perplexity", "bleu", "rouge_l"}
+    assert all(math.isfinite(each) for each in after.values())
+    text = task.show(tmp_path)[0].read_text()
+    for record in task.held_out[:3]:
+        assert record.table in text
+        assert record.text in text
+    assert "before: " in text
+    task.release(model, tmp_path / "model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_is_cut_is_counted_and_told(tokenizer):
+    records, length = private_records(20), 60
+    whole = [sum(map(len, encode(each, tokenizer, max_length=10**6))) for each in records]
+    tokens, cuts = encode_all(records, tokenizer, max_length=length)
+    assert tokens == [encode(each, tokenizer, max_length=length) for each in records]
+    assert cuts.examples == 20
+    assert 0 < cuts.cut_examples == sum(each > length for each in whole)
+    assert cuts.cut_tokens == sum(max(0, each - length) for each in whole)
+    assert encode_all(records, tokenizer, max_length=8)[1].lost_texts == 20
+    task = task_of(tokenizer, VisitsData(max_length=length, evaluate=4, generate=3))
+    assert task.counts["cut_tokens"] == cuts.cut_tokens
+    assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_tables": 3} == task.counts["held_out"]
+    told = task.told_counts()
+    assert f"{cuts.cut_examples} cut to 60 tokens (data.max_length), which drops {cuts.cut_tokens} tokens" in told
+    assert "held-out records: 5, of which 4 are scored (data.evaluate)" in told
+    assert "3 are written about (data.generate)" in told
+    tight = task_of(tokenizer, VisitsData(max_length=8))
+    assert "20 of them keep a single token of their text" in tight.told_counts()
+    assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).told_counts()
