@@ -16,10 +16,10 @@ from torch import nn
 from memsave.config import ConfigError
 from memsave.config.schema import Config, MemoryConfig, SegmentationData, UNetModel
 from memsave.data import DataError
-from memsave.planning.auto import resolved
+from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes, over_budget
 from memsave.planning.compare import compare_modes
-from memsave.planning.fit import fitted, plan_experiment
+from memsave.planning.fit import fit_to_budget, plan_experiment
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
 from memsave.training import checkpoint
 from memsave.training.log import RunLog
@@ -46,10 +46,10 @@ def run_experiment(
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
     if config.budget == "auto":
         config.budget = str(free_bytes(device))
-    config = resolved(config, folder, device, progress=progress)
+    config = choose_memory(config, folder, device, progress=progress)
     if config.mode == "plan":
         return plan_experiment(config, folder, device, ways=ways, progress=progress)
-    config, planned = fitted(config, folder, device, progress=progress)
+    config, planned = fit_to_budget(config, folder, device, progress=progress)
     state, task = _prepared(config, device, progress=progress)
     try:
         return planned | _trained(config, state, task, folder, progress=progress)
@@ -66,7 +66,7 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     log = RunLog(folder, tensorboard=config.trainer.tensorboard, step=state.step)
     first = _evaluate_first(config, state, task, log, progress=progress)
     measured = compare_modes(config, state, task, progress=progress)
-    watch = Watch(state, steps=config.profiler.record_steps, budget=config.budget)
+    watch = MemoryMonitor(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
         loss = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
     except OverBudget as stop:
@@ -178,7 +178,7 @@ def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> 
         raise ConfigError(f"model: {error}") from error
 
 
-class Watch:
+class MemoryMonitor:
     """Records the first steps of a run, under a budget all of them, and keeps the report of the largest."""
 
     def __init__(self, state: State, *, steps: int, budget: str | None):
@@ -224,7 +224,7 @@ def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, pr
 
 
 def _train(
-    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: Watch, progress: Progress
+    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: MemoryMonitor, progress: Progress
 ) -> float | None:
     """Take the steps, log them, leave checkpoints; returns the last loss, None where no step was left to take."""
     trainer = config.trainer

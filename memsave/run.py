@@ -167,11 +167,11 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
 def _swept_way(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
     """The one way to train that a job of a sweep plans, where the sweep says which; None plans all."""
-    from memsave.planning.plan import own_way
+    from memsave.planning.plan import current_strategy
 
     key = "memory" if config.task == "segmentation" else "privacy"
     chosen = any(override.partition("=")[0] in (key, f"{key}.mode") for override in overrides)
-    return [own_way(to_objects(config))] if chosen else None
+    return [current_strategy(to_objects(config))] if chosen else None
 
 
 class SweepEnd(Callback):

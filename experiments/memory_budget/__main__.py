@@ -24,7 +24,7 @@ from experiments.record import earlier, insert, keep, machine
 from memsave.config.compose import compose, to_objects
 from memsave.config.schema import Config
 from memsave.planning.budget import free_bytes
-from memsave.planning.fake_step import blank_step
+from memsave.planning.fake_step import fake_step
 from memsave.planning.variation import variation
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import has_state
@@ -62,7 +62,7 @@ def config_of(way: str, vary: str) -> Config:
 def predicted(way: str, vary: str, size: int) -> int:
     """Live bytes at the peak of a step."""
     config = variation(config_of(way, vary)).at(size)
-    found = peak_on_fake(lambda: blank_step(config, device=CPU)).peak_bytes
+    found = peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
     print(f"{way}, {vary} {size}: {format_bytes(found)}", flush=True)
     return found
 
@@ -96,7 +96,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
     if row["predicted_bytes"] * ALLOCATOR > free_bytes(CPU):
         print(f"no room for {row['way']}, {row['vary']} {row['described']}", flush=True)
         return None
-    made = blank_step(variation(config_of(row["way"], row["vary"])).at(row["size"]), device=CPU)
+    made = fake_step(variation(config_of(row["way"], row["vary"])).at(row["size"]), device=CPU)
     if not has_state(made.optimizer):
         raise RuntimeError("the optimizer could not make its state, and a first step holds less than the others")
     gc.collect()

@@ -20,8 +20,8 @@ import torch
 from experiments.record import insert, keep, machine
 from memsave.config.compose import compose, to_objects
 from memsave.config.schema import Config
-from memsave.planning.fake_step import blank_step
-from memsave.planning.plan import calibration_of, make_plan, own_way
+from memsave.planning.fake_step import fake_step
+from memsave.planning.plan import calibration_of, current_strategy, make_plan
 from memsave.planning.report import draw
 from memsave.planning.variation import variation
 from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
@@ -83,7 +83,7 @@ def config_of(overrides: list[str]) -> Config:
 
 
 def step_of(config: Config) -> TrainingStep:
-    return blank_step(config, device=CPU)
+    return fake_step(config, device=CPU)
 
 
 def measured(config: Config) -> dict[str, int]:
@@ -101,7 +101,7 @@ def measured(config: Config) -> dict[str, int]:
 def compare(overrides: list[str]) -> dict[str, Any]:
     """Predicted and measured bytes of one configuration."""
     config = config_of(overrides)
-    calibration = calibration_of(config, own_way(config), CPU, progress=Progress())
+    calibration = calibration_of(config, current_strategy(config), CPU, progress=Progress())
     predicted = peak_on_fake(lambda: step_of(config))
     row = {
         "overrides": overrides,
@@ -118,7 +118,7 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
     """The size that a plan names for a budget, and what a real step there holds and takes."""
     config = config_of([*overrides, "profiler.compare=[]"])
     config.mode = "plan"
-    way = own_way(config)
+    way = current_strategy(config)
     answer = make_plan(config, CPU, ways=[way], progress=Progress()).own.answer
     assert answer is not None and answer.size is not None
     varied = variation(config)

@@ -20,12 +20,12 @@ from torch.utils.flop_counter import flop_registry
 
 from memsave.config.schema import Config
 from memsave.planning.budget import OverBudget
-from memsave.planning.fake_step import blank_model, blank_step, blank_task
-from memsave.planning.plan import calibration_of, in_way, own_way
+from memsave.planning.fake_step import dummy_task, fake_model, fake_step
+from memsave.planning.plan import calibration_of, current_strategy, with_strategy
 from memsave.profiler import (
-    Answer,
     Calibration,
-    Need,
+    MemoryEstimate,
+    SearchResult,
     TrainingStep,
     format_bytes,
     largest,
@@ -56,7 +56,7 @@ def level_flops(config: Config, device: torch.device) -> list[int]:
     """FLOPs of the forward of each level's blocks, on the way down and up: what rebuilding them adds to a step."""
     totals = [0] * len(config.model.channels)
     with FakeTensorMode(), device, torch.no_grad(), Flops() as flops:
-        model, batch = blank_model(config), blank_task(config, device=device).batch
+        model, batch = fake_model(config), dummy_task(config, device=device).batch
         for way in (model.encoder, model.decoder):
             for level, blocks in enumerate(way):  # type: ignore[arg-type]
                 blocks.register_forward_pre_hook(lambda *_, level=level: _add(totals, level, -flops.total))
@@ -69,7 +69,7 @@ def _add(totals: list[int], level: int, amount: int) -> None:
     totals[level] += amount
 
 
-def resolved(config: Config, folder: Path, device: torch.device, *, progress: Progress) -> Config:
+def choose_memory(config: Config, folder: Path, device: torch.device, *, progress: Progress) -> Config:
     """The config with all that `memory=auto` leaves open, written into the folder; as it is where nothing is open.
 
     Raises OverBudget, with the smallest budget that would do, where no way fits.
@@ -80,14 +80,14 @@ def resolved(config: Config, folder: Path, device: torch.device, *, progress: Pr
     images = config.task == "segmentation"
     budget, reserve, least = parse_bytes(config.budget), parse_bytes(config.reserve), []
     for candidate in in_order(config, device) if images else texts_in_order(config, device):
-        ways = ("stored", "reversible") if images else (own_way(candidate),)
+        ways = ("stored", "reversible") if images else (current_strategy(candidate),)
         calibration = max(
-            (calibration_of(in_way(candidate, way), way, device, progress=progress) for way in ways),
+            (calibration_of(with_strategy(candidate, way), way, device, progress=progress) for way in ways),
             key=lambda each: each.workspace_ratio,
         )
         if images:
-            report = peak_on_fake(partial(blank_step, candidate, device=device))
-            need = Need(report, calibration.allocator_bytes(report), reserve)
+            report = peak_on_fake(partial(fake_step, candidate, device=device))
+            need = MemoryEstimate(report, calibration.allocator_bytes(report), reserve)
             fits = need.total <= budget
         else:
             answer = _largest_micro_batch(candidate, device, calibration)
@@ -112,10 +112,10 @@ def told(config: Config) -> str:
     return f"memory={config.memory.mode} model.head={model.head} trainer.micro_batch_size={trainer.micro_batch_size}"
 
 
-def _largest_micro_batch(config: Config, device: torch.device, calibration: Calibration) -> Answer:
+def _largest_micro_batch(config: Config, device: torch.device, calibration: Calibration) -> SearchResult:
     def step_at(size: int) -> TrainingStep:
         config.trainer.micro_batch_size = size
-        return blank_step(config, device=device)
+        return fake_step(config, device=device)
 
     known = {"budget": config.budget, "reserve": config.reserve, "calibration": calibration}
     most = 1 if config.privacy.option == "direct" else config.trainer.batch_size
@@ -125,7 +125,7 @@ def _largest_micro_batch(config: Config, device: torch.device, calibration: Cali
 def texts_in_order(config: Config, device: torch.device) -> list[Config]:
     """Every choice of checkpoints and head, by the FLOPs that it adds to stored layers and a head of logits."""
     with FakeTensorMode(), device, torch.no_grad(), Flops() as flops:
-        model: Any = blank_model(_text_choice(config, "stored", "logits"))
+        model: Any = fake_model(_text_choice(config, "stored", "logits"))
         model(torch.zeros(1, config.data.max_length, dtype=torch.long))
     vocabulary, width = model.get_output_embeddings().weight.shape
     head = 2 * config.data.max_length * vocabulary * width

@@ -13,7 +13,7 @@ import torch
 
 from memsave.config.schema import Config, PrivacyConfig
 from memsave.planning.budget import free_bytes
-from memsave.planning.fake_step import blank_step
+from memsave.planning.fake_step import fake_step
 from memsave.profiler import format_bytes, parse_bytes, peak_on_fake
 from memsave.training.loop import State
 from memsave.training.measure import PLAIN, Measurement, measure_modes
@@ -49,7 +49,7 @@ def compare_modes(config: Config, state: State, task: Task, *, progress: Progres
 def _too_large(config: Config, mode: str, device: torch.device, *, free: int) -> str | None:
     """Why a step in this mode does not fit, by its peak on fake tensors; None where it does."""
     try:
-        peak = peak_on_fake(partial(blank_step, in_mode(config, mode), device=device)).peak_bytes
+        peak = peak_on_fake(partial(fake_step, in_mode(config, mode), device=device)).peak_bytes
     except (ValueError, RuntimeError) as error:
         return f"its memory cannot be predicted on fake tensors ({str(error).splitlines()[0]})"
     if config.budget is not None and peak > parse_bytes(config.budget):

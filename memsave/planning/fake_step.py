@@ -24,7 +24,7 @@ EXPECTED_BATCHES = 10  # in an epoch of the mechanism: no tensor depends on it
 
 
 @dataclass(frozen=True)
-class BlankTask:
+class DummyTask:
     """Losses and one batch of a task, for `accumulate`."""
 
     losses: Callable[[nn.Module, Batch], Tensor]
@@ -35,7 +35,7 @@ class BlankTask:
         return self.losses(model, batch)
 
 
-def blank_step(
+def fake_step(
     config: Config,
     *,
     device: torch.device,
@@ -51,9 +51,9 @@ def blank_step(
         architecture: what is different in a language model's architecture, by the names of transformers.
     """
     with device:  # made there, since fake parameters cannot be moved
-        model = blank_model(config, architecture=architecture)
-    task = blank_task(config, device=device)
-    private: Any = HeldGradients(model) if per_example_gradients else _private(config, model)
+        model = fake_model(config, architecture=architecture)
+    task = dummy_task(config, device=device)
+    private: Any = PerSampleGradBaseline(model) if per_example_gradients else _private(config, model)
     state = make_state(model, config.trainer)
     state.scaler = None  # it would look at gradients, and holds one number
 
@@ -64,20 +64,20 @@ def blank_step(
     return TrainingStep(model, run, state.optimizer)
 
 
-def blank_model(config: Config, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
+def fake_model(config: Config, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that the config names, with random weights, in its memory mode."""
     from memsave.experiment import make_model
 
     if config.task == "segmentation":
         return make_model(config)[0]
-    from memsave.tasks.language.pretrained import blank_language_model
+    from memsave.tasks.language.pretrained import dummy_language_model
 
-    model = blank_language_model(config.model, architecture=architecture)
+    model = dummy_language_model(config.model, architecture=architecture)
     set_memory(model, config.memory.mode)
     return model.train()
 
 
-def blank_task(config: Config, *, device: torch.device) -> BlankTask:
+def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
     """Its losses, and a logical batch: of no more micro-batches than memory depends on."""
     trainer = config.trainer
     micro = trainer.micro_batch_size or trainer.batch_size
@@ -86,11 +86,11 @@ def blank_task(config: Config, *, device: torch.device) -> BlankTask:
         from memsave.tasks.segmentation import task as segmentation
 
         losses = partial(segmentation.case_losses, scheme=segmentation.scheme_of(config.data))
-        return BlankTask(losses, segmentation.blank_batch(config.data, count=count, device=device))
+        return DummyTask(losses, segmentation.dummy_batch(config.data, count=count, device=device))
     from memsave.tasks.language import table_to_text
 
     losses = partial(table_to_text.text_losses, head=config.model.head)
-    return BlankTask(losses, table_to_text.blank_batch(config.data, count=count, device=device))
+    return DummyTask(losses, table_to_text.dummy_batch(config.data, count=count, device=device))
 
 
 def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
@@ -106,7 +106,7 @@ def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
     return private
 
 
-class HeldGradients:
+class PerSampleGradBaseline:
     """One gradient an example, held until all are there, as Opacus's hooks do; in the place of `PrivateGradients`.
 
     What it holds is what any such method must; the values are left out.

@@ -7,7 +7,7 @@ import torch
 
 from memsave.config.schema import Config
 from memsave.planning.budget import OverBudget
-from memsave.planning.plan import Plan, make_plan, own_way
+from memsave.planning.plan import Plan, current_strategy, make_plan
 from memsave.planning.report import draw, lines, markdown
 from memsave.planning.variation import variation
 from memsave.profiler import format_bytes, write_html
@@ -34,7 +34,9 @@ def plan_experiment(
     return {"plan": plan.as_dict()}
 
 
-def fitted(config: Config, folder: Path, device: torch.device, *, progress: Progress) -> tuple[Config, dict[str, Any]]:
+def fit_to_budget(
+    config: Config, folder: Path, device: torch.device, *, progress: Progress
+) -> tuple[Config, dict[str, Any]]:
     """(the config that will be trained, what of the plan stands in its result): with `vary`, at the largest size.
 
     `config.yaml` is then written anew, with that size. Raises OverBudget where nothing fits, or where a step of known
@@ -43,7 +45,7 @@ def fitted(config: Config, folder: Path, device: torch.device, *, progress: Prog
     known_shapes = config.task == "segmentation"  # of text, the greatest length may not occur
     if config.budget is None or not (config.vary or known_shapes):
         return config, {}
-    plan = make_plan(config, device, ways=[own_way(config)], progress=progress)
+    plan = make_plan(config, device, ways=[current_strategy(config)], progress=progress)
     entry = {"plan": plan.as_dict()}
     if plan.vary is None:
         assert plan.budget is not None

@@ -20,15 +20,15 @@ import torch
 
 from memsave.config.schema import Config, GhostPrivacy, PrivacyConfig, UNetModel
 from memsave.data.cache import cache_root
-from memsave.planning.fake_step import blank_step
+from memsave.planning.fake_step import fake_step
 from memsave.planning.variation import Variation, variation, what_is_fixed
-from memsave.profiler import Answer, Calibration, Need, calibrate, largest, parse_bytes, peak_on_fake
+from memsave.profiler import Calibration, MemoryEstimate, SearchResult, calibrate, largest, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import TrainingStep, read_calibrations, write_calibration
 from memsave.training.progress import Progress
 from memsave.training.result import hardware, versions
 
-PER_EXAMPLE = "per-example gradients"
-LANGUAGE_WAYS = ("plain", PER_EXAMPLE, "ghost")
+PER_SAMPLE = "per-example gradients"
+LANGUAGE_STRATEGIES = ("plain", PER_SAMPLE, "ghost")
 SMALL_CROP, SMALL_LENGTH, SMALL_LAYERS, SMALL_HEADS = 40, 64, 2, 2  # of a calibrating step
 
 
@@ -37,12 +37,12 @@ class Row:
     """What one way to train needs, or the largest size at which it fits."""
 
     way: str
-    need: Need
+    need: MemoryEstimate
     fits: bool | None
     """None without a budget."""
     seconds: float
     """Of one step on fake tensors, the mean over what was tried."""
-    answer: Answer | None = None
+    answer: SearchResult | None = None
     """With `vary`."""
     size: str | None = None
     """The largest that fits, for people; without `vary`, or where none fits, None."""
@@ -112,21 +112,23 @@ def make_plan(config: Config, device: torch.device, *, ways: list[str] | None = 
     budget = None if config.budget is None else parse_bytes(config.budget)
     varied = None if config.vary is None else variation(config)
     rows = []
-    for way in ways_of(config) if ways is None else ways:
+    for way in strategies_of(config) if ways is None else ways:
         progress.say(f"planning {way}, on fake tensors")
         rows.append(_row(config, way, varied, budget=budget, device=device, progress=progress))
-    own = next(row for row in rows if row.way == own_way(config))
+    own = next(row for row in rows if row.way == current_strategy(config))
     return Plan(config.vary, budget, rows, own, what_is_fixed(config))
 
 
-def ways_of(config: Config) -> list[str]:
+def strategies_of(config: Config) -> list[str]:
     """The ways to train that are compared."""
     if config.task != "segmentation":
-        return [own_way(config) if way == "ghost" and _is_private(config) else way for way in LANGUAGE_WAYS]
+        return [
+            current_strategy(config) if way == "ghost" and _is_private(config) else way for way in LANGUAGE_STRATEGIES
+        ]
     return list(dict.fromkeys([*config.profiler.compare, config.memory.mode]))
 
 
-def own_way(config: Config) -> str:
+def current_strategy(config: Config) -> str:
     """The config's own way to train, by the name that it has in the table."""
     if config.task == "segmentation":
         return config.memory.mode
@@ -140,17 +142,17 @@ def _is_private(config: Config) -> bool:
 def _row(
     config: Config, way: str, varied: Variation | None, *, budget: int | None, device: torch.device, progress: Progress
 ) -> Row:
-    config = in_way(config, way)
+    config = with_strategy(config, way)
     reserve = parse_bytes(config.reserve)
     calibration = calibration_of(config, way, device, progress=progress)
     started = time.perf_counter()
     if varied is None or budget is None:
         report = peak_on_fake(partial(_step, config, way, device))
-        need = Need(report, calibration.allocator_bytes(report), reserve)
+        need = MemoryEstimate(report, calibration.allocator_bytes(report), reserve)
         fits = None if budget is None else need.total <= budget
         return Row(way, need, fits, seconds=time.perf_counter() - started)
     answer = largest(
-        lambda size: _step(in_way(varied.at(size), way), way, device, architecture=varied.architecture(size)),
+        lambda size: _step(with_strategy(varied.at(size), way), way, device, architecture=varied.architecture(size)),
         budget=budget,
         reserve=reserve,
         calibration=calibration,
@@ -170,13 +172,13 @@ def _row(
     return Row(way, answer.need, answer.size is not None, seconds, answer, size, above, limit)
 
 
-def in_way(config: Config, way: str) -> Config:
-    """The config in one of the ways of `ways_of`."""
+def with_strategy(config: Config, way: str) -> Config:
+    """The config in one of the ways of `strategies_of`."""
     config = deepcopy(config)
     if config.task == "segmentation":
         if way != config.memory.mode:
             config.memory.mode, config.memory.levels = way, None
-    elif way in ("plain", PER_EXAMPLE):
+    elif way in ("plain", PER_SAMPLE):
         config.privacy = PrivacyConfig()
     elif not _is_private(config):
         config.privacy = GhostPrivacy()
@@ -186,8 +188,8 @@ def in_way(config: Config, way: str) -> Config:
 def _step(
     config: Config, way: str, device: torch.device, *, architecture: Mapping[str, Any] | None = None
 ) -> TrainingStep:
-    known = {"per_example_gradients": way == PER_EXAMPLE, "architecture": architecture}
-    return blank_step(config, device=device, **known)  # type: ignore[arg-type]
+    known = {"per_example_gradients": way == PER_SAMPLE, "architecture": architecture}
+    return fake_step(config, device=device, **known)  # type: ignore[arg-type]
 
 
 def calibration_of(config: Config, way: str, device: torch.device, *, progress: Progress) -> Calibration:

@@ -45,7 +45,7 @@ class Guard:
         self._weights: list[int] = []  # versions of the parameters at the first backward of the batch
 
     def close(self) -> None:
-        """Watch optimizers no longer."""
+        """MemoryMonitor optimizers no longer."""
         self._hook.remove()
 
     @property

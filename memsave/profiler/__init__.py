@@ -10,19 +10,19 @@ Imports torch alone; matplotlib is imported when something is drawn.
 from memsave.profiler.allocator import allocator_peak
 from memsave.profiler.calibration import Calibration, TrainingStep, calibrate
 from memsave.profiler.html import write_html
-from memsave.profiler.planner import Answer, Need, largest, peak_on_fake
+from memsave.profiler.planner import MemoryEstimate, SearchResult, largest, peak_on_fake
 from memsave.profiler.plot import plot_reports
 from memsave.profiler.recorder import MemoryRecorder
 from memsave.profiler.report import CATEGORIES, LiveBlock, MemoryReport, Timeline, format_bytes, parse_bytes
 
 __all__ = [
     "CATEGORIES",
-    "Answer",
     "Calibration",
     "LiveBlock",
+    "MemoryEstimate",
     "MemoryRecorder",
     "MemoryReport",
-    "Need",
+    "SearchResult",
     "Timeline",
     "TrainingStep",
     "allocator_peak",

@@ -70,7 +70,7 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """What one size would take: three numbers, in bytes."""
 
     report: MemoryReport
@@ -92,15 +92,15 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SearchResult:
     """The largest size that fits, and what was tried to find it."""
 
     budget: int
     size: int | None
     """None where not even the lowest size fits."""
-    need: Need
+    need: MemoryEstimate
     """At `size`; at the lowest size where nothing fits, whose `total` is then the smallest budget that would do."""
-    above: Need | None
+    above: MemoryEstimate | None
     """One step above `size`, more than the budget has; None where no larger size was tried."""
     monotone: bool
     """Whether larger sizes took more at all sizes that were tried; where not, every size was tried."""
@@ -144,7 +144,7 @@ def largest(
     start: int | None = None,
     power: float = 1.0,
     seconds: float = math.inf,
-) -> Answer:
+) -> SearchResult:
     """The largest size from `low` on, in steps of `multiple`, whose training step fits into the budget.
 
     Sizes are tried by interpolation, four or five of them as a rule. The answer and the size one step above are always
@@ -169,15 +169,15 @@ def largest(
         )
     limit, kept_free = (parse_bytes(each) if isinstance(each, str) else each for each in (budget, reserve))
     sizes = range(low, ENDLESS if high is None else high + 1, multiple)
-    known: dict[int, Need] = {}
+    known: dict[int, MemoryEstimate] = {}
     began = last = time.process_time()  # of the search, of the last trial
 
-    def need(size: int) -> Need:
+    def need(size: int) -> MemoryEstimate:
         nonlocal last
         if size not in known:
             last = time.process_time()
             report = peak_on_fake(lambda: step_at(size))
-            known[size] = Need(report, (calibration or Calibration()).allocator_bytes(report), kept_free)
+            known[size] = MemoryEstimate(report, (calibration or Calibration()).allocator_bytes(report), kept_free)
         return known[size]
 
     def growth() -> float:
@@ -198,7 +198,7 @@ def largest(
             elif need(size).total <= limit:
                 found = size
                 break
-    return Answer(
+    return SearchResult(
         budget=limit,
         size=found,
         need=need(low if found is None else found),

@@ -67,7 +67,7 @@ def test_auto_takes_two_passes_where_activations_are_not_stored(make, passes, mo
 def test_the_norm_pass_forms_no_weight_gradient(monkeypatch):
     products = []
 
-    class Watch(TorchDispatchMode):
+    class MemoryMonitor(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
@@ -78,7 +78,7 @@ def test_the_norm_pass_forms_no_weight_gradient(monkeypatch):
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=2)
     losses = model(torch.randn(3, 2, 50)).sum((1, 2))
     monkeypatch.setattr(torch.autograd, "backward", lambda *args, **options: None)  # the norm pass alone
-    with Watch():
+    with MemoryMonitor():
         clipper.backward(losses)
     assert (6, 60) in products or (3, 2, 60) in products  # the gradient of the activations
     assert not any(sorted(shape[-2:]) == [50, 60] for shape in products)

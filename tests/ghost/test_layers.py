@@ -244,14 +244,14 @@ def test_a_frozen_weight_costs_no_input():
     """BiTFiT saves memory: bias gradients need no inputs of their layers."""
     alive = []
 
-    class Watch(nn.Module):
+    class MemoryMonitor(nn.Module):
         def forward(self, x):
             y = x * 1.0
             alive.append(weakref.ref(y))
             return y
 
     for trainable, expected in ((True, True), (False, False)):
-        model = nn.Sequential(Watch(), nn.Linear(3, 4))
+        model = nn.Sequential(MemoryMonitor(), nn.Linear(3, 4))
         model[1].weight.requires_grad_(trainable)
         clipper = GhostClipper(model, max_grad_norm=1.0)
         losses = model(torch.randn(2, 3)).sum(1)

@@ -10,9 +10,9 @@ from memsave.config import ConfigError
 from memsave.config.compose import compose, load, to_objects
 from memsave.experiment import make_model, run_experiment
 from memsave.planning import plan as planning
-from memsave.planning.auto import Flops, in_order, level_flops, resolved, texts_in_order, with_levels
+from memsave.planning.auto import Flops, choose_memory, in_order, level_flops, texts_in_order, with_levels
 from memsave.planning.budget import OverBudget
-from memsave.planning.fake_step import blank_step
+from memsave.planning.fake_step import fake_step
 from memsave.profiler import parse_bytes, peak_on_fake
 from memsave.training.progress import Progress
 from tests.tasks.segmentation.test_task import TINY
@@ -34,7 +34,7 @@ def config_of(*overrides, base=BRATS):
 
 
 def peak_of(config):
-    return peak_on_fake(lambda: blank_step(config, device=CPU)).peak_bytes
+    return peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
 
 
 def test_flops_are_those_of_products():
@@ -59,7 +59,7 @@ def test_ways_come_in_the_order_of_their_costs():
 def test_the_first_that_fits_is_taken_and_fits(tmp_path):
     peaks = {tuple(way.memory.levels): peak_of(way) for way in in_order(config_of("budget=1GiB"), CPU)}
     for budget in (int(1.2 * peak) for peak in peaks.values()):  # with room for what operators take inside themselves
-        chosen = resolved(config_of(f"budget={budget}"), tmp_path, CPU, progress=Progress())
+        chosen = choose_memory(config_of(f"budget={budget}"), tmp_path, CPU, progress=Progress())
         levels = tuple(chosen.memory.levels)
         assert peaks[levels] <= budget
         for earlier in list(peaks)[: list(peaks).index(levels)]:
@@ -71,7 +71,7 @@ def test_where_nothing_fits_the_smallest_budget_is_told(tmp_path):
     with pytest.raises(
         OverBudget, match=r"no way to keep activations fits into 1\.00 MiB: the least needs a budget of"
     ):
-        resolved(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
+        choose_memory(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
 
 
 def test_levels_can_be_passed_back_in_and_change_no_loss(tmp_path):
@@ -103,10 +103,10 @@ def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
     ways = [(each.memory.mode, each.model.head) for each in texts_in_order(wide, CPU)]
     assert ways[0] == ("stored", "logits")
     assert set(ways) == {(mode, head) for mode in ("stored", "checkpoint") for head in ("logits", "chunked")}
-    chosen = resolved(wide, tmp_path, CPU, progress=Progress())
+    chosen = choose_memory(wide, tmp_path, CPU, progress=Progress())
     assert (chosen.memory.mode, chosen.model.head, chosen.trainer.micro_batch_size) == ("stored", "logits", 8)
     tight = config_of("budget=12MiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
-    chosen = resolved(tight, tmp_path, CPU, progress=Progress())
+    chosen = choose_memory(tight, tmp_path, CPU, progress=Progress())
     assert chosen.trainer.batch_size == wide.trainer.batch_size  # the effective batch is never another
     assert chosen.trainer.micro_batch_size < 8 or chosen.model.head == "chunked"
     assert peak_of(chosen) <= parse_bytes("12MiB")

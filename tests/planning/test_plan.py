@@ -14,8 +14,8 @@ from memsave.config.compose import compose, load, to_objects
 from memsave.experiment import run_experiment
 from memsave.planning import plan as planning
 from memsave.planning.budget import OverBudget, free_bytes
-from memsave.planning.fake_step import blank_step, blank_task
-from memsave.planning.plan import PER_EXAMPLE, Plan, Row, make_plan
+from memsave.planning.fake_step import dummy_task, fake_step
+from memsave.planning.plan import PER_SAMPLE, Plan, Row, make_plan
 from memsave.planning.report import draw, lines, markdown
 from memsave.planning.variation import variation, what_is_fixed
 from memsave.profiler import MemoryRecorder, format_bytes, peak_on_fake
@@ -65,7 +65,7 @@ def plan_of(*overrides, base=TINY):
 def test_a_segmentation_run_holds_what_was_predicted(overrides, tmp_path):
     config = config_of(*overrides, "trainer.steps=2", "profiler.compare=[]", "privacy.noise_multiplier=1.0"
                        if "privacy=ghost" in overrides else "trainer.seed=1")  # fmt: skip
-    predicted = peak_on_fake(lambda: blank_step(config, device=CPU)).peak_bytes
+    predicted = peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
     held = run_experiment(config, tmp_path, progress=Progress())["memory"]["peak_bytes"]
     if "privacy=ghost" in overrides:  # whose Poisson batches are of any size
         assert held == pytest.approx(predicted, rel=0.1)
@@ -88,8 +88,8 @@ def test_a_segmentation_run_holds_what_was_predicted(overrides, tmp_path):
 )
 def test_a_text_step_holds_what_was_predicted(overrides):
     config = config_of(*overrides, "model.width=64", "model.vocabulary=4000", base=TEXT)
-    predicted = peak_on_fake(lambda: blank_step(config, device=CPU))
-    made = blank_step(config, device=CPU)
+    predicted = peak_on_fake(lambda: fake_step(config, device=CPU))
+    made = fake_step(config, device=CPU)
     made.run()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
@@ -99,15 +99,15 @@ def test_a_text_step_holds_what_was_predicted(overrides):
 
 def test_more_micro_batches_than_two_hold_no_more():
     many, two = (config_of("trainer.micro_batch_size=1", f"trainer.batch_size={n}") for n in (8, 2))
-    assert len(blank_task(many, device=CPU).batch["image"]) == 2
-    reports = [peak_on_fake(lambda config=config: blank_step(config, device=CPU)) for config in (many, two)]
+    assert len(dummy_task(many, device=CPU).batch["image"]) == 2
+    reports = [peak_on_fake(lambda config=config: fake_step(config, device=CPU)) for config in (many, two)]
     assert reports[0].peak_bytes == reports[1].peak_bytes
 
 
 def test_gradients_of_each_example_are_counted():
     config = config_of("trainer.micro_batch_size=null", base=TEXT)
     plain, held = (
-        peak_on_fake(lambda each=each: blank_step(config, device=CPU, per_example_gradients=each))
+        peak_on_fake(lambda each=each: fake_step(config, device=CPU, per_example_gradients=each))
         for each in (False, True)
     )
     parameters = plain.peak_by_category["parameter"]
@@ -133,7 +133,7 @@ def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
         assert row.answer.size is not None
         assert row.need.total <= plan.budget
         assert row.answer.above.total > plan.budget
-    assert [row.way for row in plan.rows] == (["stored"] if base is TINY else ["plain", PER_EXAMPLE, "ghost"])
+    assert [row.way for row in plan.rows] == (["stored"] if base is TINY else ["plain", PER_SAMPLE, "ghost"])
     text = markdown(plan)
     assert all(row.size in text for row in plan.rows)
     assert any(plan.rows[0].size in line for line in lines(plan))
@@ -147,7 +147,7 @@ def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
 def test_what_a_language_model_can_vary(model, vary, sizes, words):
     varied = variation(config_of(f"vary={vary}", "budget=1GiB", "mode=plan", f"model={model}", base=TEXT))
     less, more = (
-        peak_on_fake(lambda size=size: blank_step(varied.at(size), device=CPU, architecture=varied.architecture(size)))
+        peak_on_fake(lambda size=size: fake_step(varied.at(size), device=CPU, architecture=varied.architecture(size)))
         for size in sizes
     )
     assert less.peak_bytes < more.peak_bytes
@@ -336,7 +336,7 @@ def test_mistakes_are_one_sentence(overrides, words):
 def test_privacy_by_each_examples_own_gradient_is_planned_as_what_it_is(tmp_path, memory, capfd):
     direct = ["privacy=direct", "trainer.micro_batch_size=1", "budget=1GiB", "mode=plan", memory]
     result = run_experiment(config_of(*direct, base=TEXT), tmp_path, progress=Progress())
-    assert [row["way"] for row in result["plan"]["rows"]] == ["plain", PER_EXAMPLE, "direct"]
+    assert [row["way"] for row in result["plan"]["rows"]] == ["plain", PER_SAMPLE, "direct"]
     assert result["plan"]["way"] == "direct" and "planning direct" in capfd.readouterr().err
 
 

@@ -30,7 +30,7 @@ def test_live_activation_bytes_are_flat_in_depth():
 def test_activations_are_freed_by_reference_counts_alone():
     freed = []
 
-    class Watch(nn.Module):
+    class MemoryMonitor(nn.Module):
         def __init__(self, channels):
             super().__init__()
             self.conv = nn.Conv2d(channels, channels, 1)
@@ -40,7 +40,7 @@ def test_activations_are_freed_by_reference_counts_alone():
             freed.append(weakref.ref(hidden.untyped_storage()))
             return hidden.sin()  # sin saves hidden
 
-    net = sequence(depth=3, branch=Watch, dtype=torch.float32)
+    net = sequence(depth=3, branch=MemoryMonitor, dtype=torch.float32)
     gc.collect()
     gc.disable()
     try:

@@ -38,7 +38,7 @@ def language_model(config: LanguageModel, *, progress: Progress) -> tuple[nn.Mod
     return _load(config.name)
 
 
-def blank_language_model(config: LanguageModel, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
+def dummy_language_model(config: LanguageModel, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
     """The architecture with random weights in float32; `architecture` says what is different in it."""
     from transformers import AutoModelForCausalLM
 

@@ -197,7 +197,7 @@ def text_losses(model: nn.Module, batch: Batch, *, head: str = "chunked") -> Ten
     return causal_lm_losses(model, ids, labels, attention_mask=mask, head=head)
 
 
-def blank_batch(data: TextData, *, count: int, device: torch.device) -> Batch:
+def dummy_batch(data: TextData, *, count: int, device: torch.device) -> Batch:
     """A batch of the greatest length, with nothing in it, in which every token is a target."""
     ids = torch.zeros(count, data.max_length, dtype=torch.long, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}

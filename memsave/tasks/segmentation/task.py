@@ -231,7 +231,7 @@ def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tenso
     return losses.view(len(batch["image"]), -1).mean(1) if several else losses
 
 
-def blank_batch(data: SegmentationData, *, count: int, device: torch.device) -> Batch:
+def dummy_batch(data: SegmentationData, *, count: int, device: torch.device) -> Batch:
     """A batch of the shapes that training has, with nothing in it."""
     crops = (count,) if data.crops_per_case == 1 else (count, data.crops_per_case)
     image = torch.zeros(*crops, channels(data)[0], *data.crop_size, device=device)
