@@ -12,7 +12,8 @@ from memsave.startup import quit_at_interrupt
 if TYPE_CHECKING:
     from pathlib import Path
 
-__version__ = "0.1.0"
+from memsave._version import __version__ as __version__
+
 __all__ = ["load"]
 
 quit_at_interrupt()
@@ -27,6 +28,6 @@ def load(folder: "str | Path") -> Any:
     `model/`; `prompt.json` there says how it is prompted. Raises `memsave.config.ConfigError` where the folder
     holds no model.
     """
-    from memsave.loading import load_model
+    from memsave.tasks.loading import load_model
 
     return load_model(folder)

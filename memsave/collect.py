@@ -104,7 +104,7 @@ def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
         for row in rows:
             yield {
                 **told,
-                "way": row.get("way"),
+                "strategy": row.get("strategy", row.get("way")),
                 **(
                     {f"largest {vary}": _largest(row), "size": row.get("size"), "limit": row.get("limit")}
                     if vary

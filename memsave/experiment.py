@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.config import ConfigError
-from memsave.config.schema import Config, MemoryConfig, SegmentationData, UNetModel
+from memsave.config import Config, ConfigError
 from memsave.data import DataError
 from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes, over_budget
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
+from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
-from memsave.training.measure import PLAIN, Measurement, set_memory
+from memsave.training.measure import PLAIN, Measurement
 from memsave.training.private import Spending, make_private, spent_by, told, up, write_statement
 from memsave.training.process import process_bytes, process_peak, restart_peak, return_freed_memory
 from memsave.training.progress import Progress
@@ -33,11 +33,11 @@ from memsave.training.task import Task
 
 
 def run_experiment(
-    config: Config, folder: Path, *, ways: list[str] | None = None, progress: Progress
+    config: Config, folder: Path, *, strategies: list[str] | None = None, progress: Progress
 ) -> dict[str, Any]:
     """Train, evaluate, measure and draw into `folder`; returns what stands in `result.json` of it.
 
-    With `mode=plan`, plan instead, of the ways to train that are compared (`ways`: of these), and return `plan`.
+    With `mode=plan`, plan the strategies that the task compares (or `strategies` alone) instead, and return `plan`.
     """
     if config.profiler.process and not return_freed_memory():
         progress.say("malloc is not glibc's: what the process takes will look larger than what it holds")
@@ -45,12 +45,12 @@ def run_experiment(
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
     if config.budget == "auto":
-        config.budget = str(free_bytes(device))
+        config = config.changed({"budget": str(free_bytes(device))})
     config = choose_memory(config, folder, device, progress=progress)
     if config.mode == "plan":
-        return plan_experiment(config, folder, device, ways=ways, progress=progress)
+        return plan_experiment(config, folder, device, strategies=strategies, progress=progress)
     config, planned = fit_to_budget(config, folder, device, progress=progress)
-    state, task = _prepared(config, device, progress=progress)
+    config, state, task = _prepared(config, device, progress=progress)
     try:
         return planned | _trained(config, state, task, folder, progress=progress)
     except BaseException as error:
@@ -101,27 +101,31 @@ def _release(state: State, task: Task, folder: Path) -> None:
         task.release(state.model, folder / "model")
 
 
-def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[State, Task]:
-    """(model, optimizer and clipping before the first step, or where `trainer.resume` left them; the task)."""
+def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
+    """(the config with its number of steps; model, optimizer and clipping where training starts; the task).
+
+    Training starts before the first step, or where `trainer.resume` left off.
+    """
     torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.option}, on {device}")
     model, tokenizer = make_model(config, progress=progress)
     task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
-    progress.say(task.told_counts())
-    config.trainer.steps = config.trainer.steps_for(task.size)
+    progress.say(task.describe_counts())
+    config = config.changed({"trainer.steps": config.trainer.steps_for(task.size), "trainer.epochs": None})
+    trainer = config.trainer
     private = make_private(config, model, task, progress=progress)
-    state = make_state(model, config.trainer, private=private)
+    state = make_state(model, trainer, private=private)
     state.identity = {
-        "trainer.batch_size": config.trainer.batch_size,
-        "trainer.seed": config.trainer.seed,
+        "trainer.batch_size": trainer.batch_size,
+        "trainer.seed": trainer.seed,
         "set of training data": task.fingerprint,
     }
-    if config.trainer.resume:
-        checkpoint.load(state, Path(config.trainer.resume).expanduser())
-        if state.step > config.trainer.steps:
-            raise ConfigError(f"trainer.steps is {config.trainer.steps}, but the checkpoint is at step {state.step}")
-        progress.say(f"continuing after step {state.step} of {config.trainer.steps}")
-    return state, task
+    if trainer.resume:
+        checkpoint.load(state, Path(trainer.resume).expanduser())
+        if state.step > trainer.steps:
+            raise ConfigError(f"trainer.steps is {trainer.steps}, but the checkpoint is at step {state.step}")
+        progress.say(f"continuing after step {state.step} of {trainer.steps}")
+    return config, state, task
 
 
 def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
@@ -140,42 +144,13 @@ def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
 
 
 def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.Module, Any]:
-    """(the model that the config names, in its memory mode; its tokenizer, None for images)."""
-    if isinstance(config.model, UNetModel):
-        return _unet(config.model, config.data, memory=config.memory), None
-    from memsave.tasks.language.pretrained import language_model
-
-    model, tokenizer = language_model(config.model, progress=progress or Progress())
-    set_memory(model, config.memory.mode)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
-        raise ConfigError(f"data.max_length is {config.data.max_length}, but the model has {positions} positions")
-    return model.train(), tokenizer
+    """(the config's model in its memory mode, on the CPU; its tokenizer or None)."""
+    return definition_of(config).make_model(progress=progress or Progress())
 
 
 def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, progress: Progress | None = None) -> Task:
-    """The task that the config names."""
-    if config.task == "segmentation":
-        from memsave.tasks.segmentation.task import Segmentation
-
-        return Segmentation(config.data, trainer=config.trainer, device=device, progress=progress)
-    from memsave.tasks.language.table_to_text import TableToText, records_of
-
-    train, held_out = records_of(config.data)
-    options: dict[str, Any] = {"data": config.data, "trainer": config.trainer, "head": config.model.head}
-    return TableToText(train, held_out, tokenizer, device=device, **options)
-
-
-def _unet(model: UNetModel, data: SegmentationData, *, memory: MemoryConfig) -> nn.Module:
-    from memsave.models import ReversibleUNet3d
-    from memsave.tasks.segmentation.task import channels
-
-    options = {key: value for key, value in asdict(model).items() if key != "kind"}
-    options |= {"anchor_every": memory.anchor_every, "engine": memory.engine, "chunks": memory.chunks}
-    try:
-        return ReversibleUNet3d(*channels(data), memory=memory.levels or memory.mode, **options)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+    """The config's task with its data."""
+    return definition_of(config).make_task(device, tokenizer, progress=progress or Progress())
 
 
 class MemoryMonitor:
@@ -234,7 +209,9 @@ def _train(
         restart_peak()
         watch.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
-        for done in _kept_on_fault(run_steps(state, task, trainer, watch=watch), state, folder):
+        for done in _kept_on_fault(
+            run_steps(state, task, trainer, workers=config.data.workers, watch=watch), state, folder
+        ):
             loss, spent = done.loss, spending.entry()
             log.write({**asdict(done), **spent})
             watch.seconds.append(done.seconds)
@@ -310,7 +287,7 @@ def _write_memory(
         return {}
     content = {"mode": mode, "step": shown.as_dict(), "compared": {k: r.as_dict() for k, r in reports.items()}}
     (folder / "memory.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    private = ", private" if config.privacy.kind != "none" else ""
+    private = ", private" if config.privacy.option != "none" else ""
     drawn = {name if name == PLAIN else name + private: report for name, report in (reports or {mode: shown}).items()}
     title = "Live memory of one training step"
     plot_reports(drawn, folder / "memory.png", title=title)

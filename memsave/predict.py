@@ -35,9 +35,9 @@ from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.cache import NO_PLACE
 from memsave.data.volumes.schemes import LabelScheme
-from memsave.loading import load_unet
 from memsave.processes import several_processes
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
+from memsave.tasks.loading import load_unet
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.progress import Progress
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The key=value arguments, values read as YAML; ConfigError for what is none, unknown or missing."""
-    from memsave.config.checks import closest
+    from memsave.config.fields import closest
 
     found: dict[str, Any] = {}
     for each in arguments:

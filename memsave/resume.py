@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from memsave.config import ConfigError
-from memsave.config.compose import load, to_objects
+from memsave.config.compose import load, load_schemas, to_objects
 from memsave.config.known_keys import unknown_key
 from memsave.config.overrides import parse
-from memsave.config.schema import GROUPS, conf_dir, register
+from memsave.config.registry import GROUPS, conf_dir
 from memsave.training.result import flat
 
 KEY = "trainer.resume"
@@ -86,7 +86,7 @@ def _continued(run: Path, given: Sequence[Override], *, named: str) -> Resumed:
 
 def _chosen(group: str, option: str, *, own: DictConfig) -> DictConfig:
     """An option of a group; the run's own settings where the option is of the same kind as they are."""
-    register()
+    load_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Hydra expects `_self_` in the defaults of what it composes alone

@@ -33,9 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from memsave.config import ConfigError
-from memsave.config.compose import compose, to_objects
+from memsave.config.compose import compose, load_schemas, to_objects
 from memsave.config.overrides import override, parse
-from memsave.config.schema import conf_dir, register
+from memsave.config.registry import conf_dir
 from memsave.processes import several_processes
 from memsave.resume import Resumed, resumed
 from memsave.training.signals import interrupt_at_signals
@@ -68,7 +68,7 @@ def main() -> None:
         )
         sys.exit(0)
     interrupt_at_signals()
-    register()
+    load_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
@@ -102,7 +102,7 @@ def continue_run(rest: Resumed) -> int:
     refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
     if rest.changes:
         Progress().say(f"continuing with other settings than before: {', '.join(rest.changes)}")
-    if rest.changes and rest.config.privacy.kind != "none":
+    if rest.changes and rest.config.privacy.option != "none":
         Progress().say(
             "of one private checkpoint, never keep two runs with different settings: their noise is the same"
         )
@@ -141,9 +141,9 @@ def job(config: DictConfig) -> None:
         code = _exit_code = execute(config, folder, experiment=experiment)
     else:
         request = request_of(config)
-        ways = _swept_way(config, hydra_config.overrides.task)
+        strategies = _swept_strategy(config, hydra_config.overrides.task)
         done = is_done(folder, config, request=request)
-        code = 0 if done else execute(config, folder, experiment=experiment, ways=ways, request=request)
+        code = 0 if done else execute(config, folder, experiment=experiment, strategies=strategies, request=request)
     if code == 130:
         raise KeyboardInterrupt(TOLD)
 
@@ -165,13 +165,14 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
     return False
 
 
-def _swept_way(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
-    """The one way to train that a job of a sweep plans, where the sweep says which; None plans all."""
-    from memsave.planning.plan import current_strategy
+def _swept_strategy(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
+    """The one strategy that a job of a sweep plans, where the sweep says which; None plans all."""
+    from memsave.tasks.definition import definition_of
 
-    key = "memory" if config.task == "segmentation" else "privacy"
+    task = definition_of(to_objects(config))
+    key = task.strategy_group
     chosen = any(override.partition("=")[0] in (key, f"{key}.mode") for override in overrides)
-    return [current_strategy(to_objects(config))] if chosen else None
+    return [task.current_strategy()] if chosen else None
 
 
 class SweepEnd(Callback):
@@ -196,14 +197,14 @@ def execute(
     folder: Path,
     *,
     experiment: str,
-    ways: list[str] | None = None,
+    strategies: list[str] | None = None,
     request: str | None = None,
     continued: bool = False,
 ) -> int:
     """Run the config into `folder`, leave `result.json` there in any case, and return the exit code.
 
-    `ways` are those that `mode=plan` compares (None: as the config says), `request` what `config.yaml` notes as asked
-    for (None: this config). A run that is `continued` keeps its last result where nothing comes of it.
+    `strategies` are those that `mode=plan` compares (None: as the config says); `request` identifies the request in
+    `config.yaml` (None: this config). A run that is `continued` keeps its last result where nothing comes of it.
     """
     from memsave.training.run_folder import alone_in
 
@@ -211,21 +212,23 @@ def execute(
         _refuse_several_processes()
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder), _kept_as_it_was(folder) if continued else nullcontext():
-            return _execute(config, folder, experiment=experiment, ways=ways, request=request)
+            return _execute(config, folder, experiment=experiment, strategies=strategies, request=request)
     except ConfigError as error:
         return _complain(error, code=2)
     except OSError as error:
         return _complain(_no_disk(folder, error), code=1)
 
 
-def _execute(config: DictConfig, folder: Path, *, experiment: str, ways: list[str] | None, request: str | None) -> int:
+def _execute(
+    config: DictConfig, folder: Path, *, experiment: str, strategies: list[str] | None, request: str | None
+) -> int:
     from memsave.training.progress import Progress
     from memsave.training.result import request_of, versions, write_config, write_json
 
     started = time.perf_counter()
     (folder / "result.json").unlink(missing_ok=True)
     write_config(config, folder, request=request or request_of(config), experiment=experiment)
-    status, code, outcome = _attempt(config, folder, ways=ways)
+    status, code, outcome = _attempt(config, folder, strategies=strategies)
     result = {
         "status": status,
         "experiment": experiment,
@@ -253,13 +256,13 @@ def worth_a_look(folder: Path) -> list[str]:
     return [f"{name}/" if (folder / name).is_dir() else name for name in SHOWN if (folder / name).exists()]
 
 
-def _attempt(config: DictConfig, folder: Path, *, ways: list[str] | None) -> tuple[str, int, dict[str, Any]]:
+def _attempt(config: DictConfig, folder: Path, *, strategies: list[str] | None) -> tuple[str, int, dict[str, Any]]:
     """(status, exit code, what stands in the result) of the run."""
     try:
         from memsave.experiment import run_experiment
         from memsave.training.progress import Progress
 
-        return "ok", 0, run_experiment(to_objects(config), folder, ways=ways, progress=Progress())
+        return "ok", 0, run_experiment(to_objects(config), folder, strategies=strategies, progress=Progress())
     except KeyboardInterrupt as stop:
         saved = (folder / "checkpoint").exists()
         print(f"interrupted; continue with {_resume(folder)}" if saved else "interrupted", file=sys.stderr)
@@ -274,11 +277,12 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     from memsave.data import DataError
     from memsave.planning.budget import OverBudget
     from memsave.privacy import PrivacyError
+    from memsave.tasks.definition import definition_of
     from memsave.training.checkpoint import CheckpointError
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
 
-    saved = (folder / "checkpoint").exists()
+    saved, task = (folder / "checkpoint").exists(), definition_of(to_objects(config))
     if isinstance(error, DataError) and saved:
         return "failed", 2, f"{error} Then continue with {_resume(folder)}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
@@ -287,16 +291,16 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
         return "failed", 1, str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        needed = "brats" if config.task == "segmentation" else "lm"
-        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(package, needed)
-        message = f"the package {package} is not installed; install it with: pip install 'memsave[{extra}]'"
+        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(package, task.pip_extra)
+        wanted = package if extra is None else f"'memsave[{extra}]'"
+        message = f"the package {package} is not installed; install it with: pip install {wanted}"
         return "failed", 2, message
     if _is_disk_fault(error, folder):
         return "failed", 1, _no_disk(folder, error)
     if is_out_of_memory(error):
-        return "oom", 3, f"the step does not fit into memory; try {_less_memory(config)}"
+        return "oom", 3, f"the step does not fit into memory; try {', '.join(task.less_memory())}"
     if isinstance(error, OverBudget):
-        return "over_budget", 3, f"{error}; try {_less_memory(config)}"
+        return "over_budget", 3, f"{error}; try {', '.join(task.less_memory())}"
     (folder / "error.txt").write_text(traceback.format_exc())
     go_on = f"; mended, it continues with {_resume(folder)}" if saved else ""
     return "failed", 1, f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'}){go_on}"
@@ -319,13 +323,6 @@ def _no_disk(folder: Path, error: BaseException) -> str:
 
 def _resume(folder: Path) -> str:
     return override("trainer.resume", folder)
-
-
-def _less_memory(config: DictConfig) -> str:
-    images = config.task == "segmentation"
-    less = "memory=reversible" if images else "memory=checkpoint"
-    tries = [] if config.memory.mode in ("auto", less.partition("=")[2]) else [less]
-    return ", ".join([*tries, "trainer.micro_batch_size=1", "smaller crops" if images else "a smaller data.max_length"])
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

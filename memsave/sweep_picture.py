@@ -36,7 +36,7 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def _lines(axes: Any, rows: Rows) -> None:
-    """The largest size by budget, one line a way to train, each point with its size in words."""
+    """The largest size by budget, one line a strategy, each point with its size in words."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=3, foreground="white")]  # words that meet a line stay readable
@@ -44,8 +44,10 @@ def _lines(axes: Any, rows: Rows) -> None:
     near = 0.05 * max(row["size"] for row in rows)
     written: dict[int, list[int]] = {}  # by budget, the sizes that have their words
     named: list[int] = []
-    for number, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
-        points = sorted((row["budget_bytes"], row["size"], _words(row, what)) for row in rows if row["way"] == way)
+    for number, strategy in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
+        points = sorted(
+            (row["budget_bytes"], row["size"], _words(row, what)) for row in rows if row["strategy"] == strategy
+        )
         colour = LINES[number % len(LINES)]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", color=colour, linewidth=1.8)
         for budget, size, words in points:
@@ -56,7 +58,7 @@ def _lines(axes: Any, rows: Rows) -> None:
         lower = any(abs(points[-1][1] - other) < near for other in named)
         named.append(points[-1][1])
         axes.annotate(
-            way,
+            strategy,
             points[-1][:2],
             xytext=(10, -25) if lower else (10, 1),
             textcoords="offset points",

@@ -24,8 +24,14 @@ def write_job(folder, *overrides, result):
     return config
 
 
-def planned(way, size, total):
-    row = {"way": way, "fits": size is not None, "exact_bytes": total, "calibrated_bytes": total, "reserve_bytes": 0}
+def planned(strategy, size, total):
+    row = {
+        "strategy": strategy,
+        "fits": size is not None,
+        "exact_bytes": total,
+        "calibrated_bytes": total,
+        "reserve_bytes": 0,
+    }
     return {"status": "ok", "seconds": 1.5, "plan": {"vary": "volume", "budget_bytes": total, "rows": [
         {**row, "size": size, "described": f"{size}x{size}x{size}", "smallest_budget_bytes": None}
     ]}}  # fmt: skip
@@ -36,10 +42,10 @@ def sweep(tmp_path):
     """Four plans of two budgets and two modes, a job that failed, one that left nothing."""
     number = 0
     for budget, scale in (("1GiB", 1), ("2GiB", 2)):
-        for way, size in (("stored", 32), ("reversible", 64)):
+        for strategy, size in (("stored", 32), ("reversible", 64)):
             write_job(
-                tmp_path / str(number), f"memory={way}", f"budget={budget}", "mode=plan", "vary=volume",
-                result=planned(way, size * scale, scale * 2**30),
+                tmp_path / str(number), f"memory={strategy}", f"budget={budget}", "mode=plan", "vary=volume",
+                result=planned(strategy, size * scale, scale * 2**30),
             )  # fmt: skip
             number += 1
     write_job(tmp_path / "10", "memory=stored", "budget=4GiB", "vary=volume", result={"status": "failed", "seconds": 1})
@@ -206,7 +212,7 @@ UNFINISHED = [
     {"status": None, "plan": [], "memory": [], "metrics": None, "privacy": "none"},
     {"status": "ok", "plan": {"vary": "volume", "rows": [{}]}},
     {"status": "ok", "plan": {"vary": "volume", "rows": []}},
-    {"status": "ok", "plan": {"vary": None, "rows": [None, {"way": "stored", "calibrated_bytes": None}]}},
+    {"status": "ok", "plan": {"vary": None, "rows": [None, {"strategy": "stored", "calibrated_bytes": None}]}},
     {"status": "ok", "metrics": {"loss": None, "dice": float("nan")}, "memory": {"peak_bytes": None}},
 ]
 

@@ -1,6 +1,7 @@
-"""The architecture as a test: who may import whom, and what `import memsave` costs."""
+"""The architecture as a test: who may import whom, who may ask for kinds, and what `import memsave` costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,12 @@ ALLOWED = {  # imports run downwards
     "ghost": {"ghost", "processes"},
     "profiler": {"profiler"},
     "models": {"models", "reversible", "ghost"},
-    "data": {"data"},
+    "data": {"data", "config"},
     "privacy": {"privacy", "ghost", "processes"},
     "config": {"config", "profiler"},
-    "training": {"training", "models", "data", "privacy", *MECHANISMS, "config"},
-    "tasks": {"tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
-    "planning": {"planning", "experiment", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
+    "training": {"_version", "training", "models", "data", "privacy", *MECHANISMS, "config"},
+    "tasks": {"_version", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
+    "planning": {"planning", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
 }
 HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus", "sacrebleu", "rouge_score")
 
@@ -46,6 +47,80 @@ def test_imports_run_downwards(package):
             parts = module.split(".")
             if parts[0] == "memsave" and len(parts) > 1:
                 assert parts[1] in ALLOWED[package], f"{path.name} imports {module}"
+
+
+def modules():
+    """Path of each module of the package, by its dotted name."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = ["memsave", *path.relative_to(PACKAGE).with_suffix("").parts]
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imported_modules(path, known):
+    """The modules of memsave that a file imports, within functions too, but not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    checks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
+    skipped = {node for check in checks for each in check.body for node in ast.walk(each)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in skipped:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in known else node.module
+        elif isinstance(node, ast.Import) and node not in skipped:
+            yield from (alias.name for alias in node.names)
+
+
+def cycles(graph):
+    """Each module that reaches itself, with a path to it."""
+    for start in graph:
+        reached, paths = set(), [[start]]
+        while paths:
+            path = paths.pop()
+            for after in graph[path[-1]] - reached:
+                if after == start:
+                    yield [*path, start]
+                    return
+                reached.add(after)
+                paths.append([*path, after])
+
+
+def test_no_module_imports_itself_through_others():
+    known = dict(modules())
+    graph = {
+        name: {each for each in imported_modules(path, known) if each in known and each != name}
+        for name, path in known.items()
+    }
+    assert graph["memsave.run"]  # the graph is not empty
+    assert next(cycles(graph), None) is None
+
+
+def test_a_cycle_would_be_found():
+    assert next(cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c", "b"]
+
+
+KINDS = (
+    r"config\.task\b",
+    r"\.kind\s*(==|!=|in\b)",
+    r"isinstance\([^)]*(Data|Model|GPT2|SmolLM2|Segmentation|TableToText)\b",
+    r"from memsave\.tasks\.(segmentation|language)",
+    r"from memsave\.data\.(volumes|text)",
+)
+ASK_FOR_KINDS = {  # commands and loaders of one task
+    "predict.py": "segments with a trained U-Net",
+    "data/check.py": "the command that checks volumes",
+}
+
+
+@pytest.mark.parametrize("pattern", KINDS)
+def test_nothing_outside_of_tasks_asks_for_the_kind_of_a_task_or_data_set(pattern):
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] in ("tasks", "config", "data") or str(place) in ASK_FOR_KINDS:
+            continue
+        lines = enumerate(path.read_text().splitlines(), 1)
+        found += [f"{place}:{number}: {line}" for number, line in lines if re.search(pattern, line)]
+    assert not found
 
 
 @pytest.mark.parametrize("package", MECHANISMS)

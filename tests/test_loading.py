@@ -17,11 +17,12 @@ pytest.importorskip("transformers")
 import memsave
 from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
-from memsave.config.schema import RevGPT2, SmallGPT2, TrainerConfig, VisitsData
+from memsave.config.schema import TrainerConfig
+from memsave.data.text.config import VisitsData
 from memsave.data.text.records import Record, private_records, public_records
 from memsave.experiment import make_model
 from memsave.predict import main
-from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
+from memsave.tasks.language.small_gpt2 import RevGPT2, SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.table_to_text import TableToText
 
 SIZES = {"layers": 2, "heads": 2, "width": 16, "vocabulary": 400, "positions": 200}

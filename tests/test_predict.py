@@ -17,7 +17,7 @@ pytest.importorskip("monai")
 import nibabel
 
 from memsave.config import ConfigError
-from memsave.config.schema import BratsData
+from memsave.data.volumes.brats import BratsData
 from memsave.data.volumes.dataset import Volumes
 from memsave.data.volumes.layouts import MODALITIES, find_cases
 from memsave.data.volumes.metrics import region_scores

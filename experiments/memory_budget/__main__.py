@@ -25,7 +25,7 @@ from memsave.config.compose import compose, to_objects
 from memsave.config.schema import Config
 from memsave.planning.budget import free_bytes
 from memsave.planning.fake_step import fake_step
-from memsave.planning.variation import variation
+from memsave.planning.plan import variation
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import has_state
 from memsave.profiler.planner import search
@@ -36,7 +36,7 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 CPU = torch.device("cpu")
 BUDGETS = ("8GiB", "11GiB", "16GiB", "24GiB", "32GiB", "80GiB")
-WAYS = {
+STRATEGIES = {
     "stored": ["memory=stored"],
     "checkpoint": ["memory=checkpoint"],
     "reversible, hooks": ["memory=reversible", "memory.engine=hooks"],
@@ -52,41 +52,41 @@ MEASURED = {"volume": ("8GiB", "11GiB", "16GiB"), "depth": ("8GiB",), "channels"
 ALLOCATOR = 1.2  # no step of this network takes so many times its live bytes beyond what the process has before it
 
 
-def config_of(way: str, vary: str) -> Config:
+def config_of(strategy: str, vary: str) -> Config:
     overrides, _ = VARIES[vary]
     base = ["experiment=brats_full", "mode=plan", f"vary={vary}", "budget=8GiB"]
-    return to_objects(compose([*base, *WAYS[way], *overrides]))
+    return to_objects(compose([*base, *STRATEGIES[strategy], *overrides]))
 
 
 @cache
-def predicted(way: str, vary: str, size: int) -> int:
+def predicted(strategy: str, vary: str, size: int) -> int:
     """Live bytes at the peak of a step."""
-    config = variation(config_of(way, vary)).at(size)
+    config = variation(config_of(strategy, vary)).at(size)
     found = peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
-    print(f"{way}, {vary} {size}: {format_bytes(found)}", flush=True)
+    print(f"{strategy}, {vary} {size}: {format_bytes(found)}", flush=True)
     return found
 
 
-def largest_in(way: str, vary: str, budget: str) -> int | None:
-    varied = variation(config_of(way, vary))
+def largest_in(strategy: str, vary: str, budget: str) -> int | None:
+    varied = variation(config_of(strategy, vary))
     sizes = range(varied.low, VARIES[vary][1] + 1, varied.multiple)
     start = sizes[-1] if vary == "depth" else min(varied.start, sizes[-1])  # of fused, all depths fit or none does
-    total = partial(predicted, way, vary)
+    total = partial(predicted, strategy, vary)
     return search(sizes, total, limit=parse_bytes(budget), start=start, power=varied.power)
 
 
-def row_of(way: str, vary: str, budget: str) -> dict[str, Any]:
-    size = largest_in(way, vary, budget)
-    words = "none" if size is None else variation(config_of(way, vary)).describe(size)
-    voxels = [] if size is None else variation(config_of(way, vary)).at(size).data.crop_size
+def row_of(strategy: str, vary: str, budget: str) -> dict[str, Any]:
+    size = largest_in(strategy, vary, budget)
+    words = "none" if size is None else variation(config_of(strategy, vary)).describe(size)
+    voxels = [] if size is None else variation(config_of(strategy, vary)).at(size).data.crop_size
     return {
-        "way": way,
+        "strategy": strategy,
         "vary": vary,
         "budget_bytes": parse_bytes(budget),
         "size": size,
         "described": words,
         "voxels": None if size is None else voxels[0] * voxels[1] * voxels[2],
-        "predicted_bytes": None if size is None else predicted(way, vary, size),
+        "predicted_bytes": None if size is None else predicted(strategy, vary, size),
         "at_the_end_of_the_search": size == VARIES[vary][1],
     }
 
@@ -94,9 +94,9 @@ def row_of(way: str, vary: str, budget: str) -> dict[str, Any]:
 def measured(row: dict[str, Any]) -> dict[str, Any] | None:
     """A real step at the size of a row; None where this machine has no room for it."""
     if row["predicted_bytes"] * ALLOCATOR > free_bytes(CPU):
-        print(f"no room for {row['way']}, {row['vary']} {row['described']}", flush=True)
+        print(f"no room for {row['strategy']}, {row['vary']} {row['described']}", flush=True)
         return None
-    made = fake_step(variation(config_of(row["way"], row["vary"])).at(row["size"]), device=CPU)
+    made = fake_step(variation(config_of(row["strategy"], row["vary"])).at(row["size"]), device=CPU)
     if not has_state(made.optimizer):
         raise RuntimeError("the optimizer could not make its state, and a first step holds less than the others")
     gc.collect()
@@ -105,14 +105,20 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
     found = {"measured_bytes": recorder.report().peak_bytes, "seconds": time.perf_counter() - started}
-    print(row["way"], row["described"], format_bytes(found["measured_bytes"]), f"{found['seconds']:.0f} s", flush=True)
+    print(
+        row["strategy"],
+        row["described"],
+        format_bytes(found["measured_bytes"]),
+        f"{found['seconds']:.0f} s",
+        flush=True,
+    )
     return {**row, **found, "process_bytes": process_peak(), "date": datetime.date.today().isoformat()}
 
 
 def measured_rows(rows: list[dict]) -> list[dict]:
     """Real steps at the sizes of MEASURED, each once."""
     chosen = {
-        (row["way"], row["vary"], row["size"]): row
+        (row["strategy"], row["vary"], row["size"]): row
         for row in rows
         if row["size"] is not None and row["budget_bytes"] in map(parse_bytes, MEASURED[row["vary"]])
     }
@@ -121,7 +127,7 @@ def measured_rows(rows: list[dict]) -> list[dict]:
 
 def gain(rows: list[dict], row: dict[str, Any]) -> str:
     """How many times as large as stored in the same budget."""
-    base = next(r for r in rows if r["way"] == "stored" and r["budget_bytes"] == row["budget_bytes"])
+    base = next(r for r in rows if r["strategy"] == "stored" and r["budget_bytes"] == row["budget_bytes"])
     if row["size"] is None or base["size"] is None or row is base:
         return ""
     key = "voxels" if row["vary"] == "volume" else "size"
@@ -137,45 +143,45 @@ def table(rows: list[dict], vary: str) -> str:
     }
     lines = [f"| {heads[vary]} | " + " | ".join(BUDGETS) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
     mine = [row for row in rows if row["vary"] == vary]
-    for way in WAYS:
+    for strategy in STRATEGIES:
         cells = [
             row["described"].removesuffix(" blocks a level")
             + (" or more" if row["at_the_end_of_the_search"] else "")
             + gain(mine, row)
             for row in mine
-            if row["way"] == way
+            if row["strategy"] == strategy
         ]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def measured_table(rows: list[dict]) -> str:
     lines = [
         f"{machine()}:\n",
-        "| budget | way | what | size | predicted | measured | the process |",
+        "| budget | strategy | what | size | predicted | measured | the process |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         sizes = [format_bytes(row[key]) for key in ("predicted_bytes", "measured_bytes")]
         process = "" if row["process_bytes"] is None else format_bytes(row["process_bytes"])
-        cells = [format_bytes(row["budget_bytes"]), row["way"], row["vary"], row["described"], *sizes, process]
+        cells = [format_bytes(row["budget_bytes"]), row["strategy"], row["vary"], row["described"], *sizes, process]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Voxels over the budget, one line a way to keep activations."""
+    """Voxels over the budget, one line a strategy to keep activations."""
     from matplotlib.figure import Figure
 
     from memsave.sweep_picture import LINES
 
     figure = Figure(figsize=(8.6, 4.4), dpi=160, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    for way, colour in zip(WAYS, LINES):
-        mine = [row for row in rows if row["vary"] == "volume" and row["way"] == way and row["size"]]
+    for strategy, colour in zip(STRATEGIES, LINES):
+        mine = [row for row in rows if row["vary"] == "volume" and row["strategy"] == strategy and row["size"]]
         points = [(row["budget_bytes"], row["voxels"] / 1e6) for row in mine]
         axes.plot(*zip(*points), marker="o", color=colour, linewidth=1.8)
-        axes.annotate(way, points[-1], xytext=(8, -3), textcoords="offset points", fontsize=10, color=colour)
+        axes.annotate(strategy, points[-1], xytext=(8, -3), textcoords="offset points", fontsize=10, color=colour)
     whole = 240 * 240 * 160 / 1e6
     axes.axhline(whole, color="#8a9096", linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate("a whole BraTS volume", (1, whole), xycoords=("axes fraction", "data"), xytext=(0, -12),
@@ -201,7 +207,9 @@ def main() -> None:
     if part == "measured" and "predicted" not in kept:
         parser.error("nothing was predicted on this machine yet; run it without an argument")
     if part != "measured":
-        kept["predicted"] = [row_of(way, vary, budget) for vary in VARIES for way in WAYS for budget in BUDGETS]
+        kept["predicted"] = [
+            row_of(strategy, vary, budget) for vary in VARIES for strategy in STRATEGIES for budget in BUDGETS
+        ]
     if part != "predicted":
         kept["measured"] = measured_rows(kept["predicted"])
     texts = {f"budget {vary}": table(kept["predicted"], vary) for vary in VARIES}

@@ -21,10 +21,10 @@ from experiments.record import insert, keep, machine
 from memsave.config.compose import compose, to_objects
 from memsave.config.schema import Config
 from memsave.planning.fake_step import fake_step
-from memsave.planning.plan import calibration_of, current_strategy, make_plan
+from memsave.planning.plan import calibration_of, make_plan, variation
 from memsave.planning.report import draw
-from memsave.planning.variation import variation
 from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
+from memsave.tasks.definition import definition_of
 from memsave.training.progress import Progress
 
 HERE = Path(__file__).parent
@@ -101,7 +101,7 @@ def measured(config: Config) -> dict[str, int]:
 def compare(overrides: list[str]) -> dict[str, Any]:
     """Predicted and measured bytes of one configuration."""
     config = config_of(overrides)
-    calibration = calibration_of(config, current_strategy(config), CPU, progress=Progress())
+    calibration = calibration_of(config, definition_of(config).current_strategy(), CPU, progress=Progress())
     predicted = peak_on_fake(lambda: step_of(config))
     row = {
         "overrides": overrides,
@@ -118,8 +118,8 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
     """The size that a plan names for a budget, and what a real step there holds and takes."""
     config = config_of([*overrides, "profiler.compare=[]"])
     config.mode = "plan"
-    way = current_strategy(config)
-    answer = make_plan(config, CPU, ways=[way], progress=Progress()).own.answer
+    strategy = definition_of(config).current_strategy()
+    answer = make_plan(config, CPU, strategies=[strategy], progress=Progress()).own.answer
     assert answer is not None and answer.size is not None
     varied = variation(config)
     row = {

@@ -39,7 +39,7 @@ def run() -> dict[str, Any]:
         result = json.loads((Path(folder) / "result.json").read_text())
         report = json.loads((Path(folder) / "memory.json").read_text())["step"]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    planned = next(row for row in result["plan"]["rows"] if row["way"] == result["plan"]["way"])
+    planned = next(row for row in result["plan"]["rows"] if row["strategy"] == result["plan"]["strategy"])
     memory = result["memory"]
     steps = [{"loss": line["loss"], "seconds": line["seconds"]} for line in lines if "loss" in line]
     above = planned["calibrated_bytes"] - memory["peak_by_category"]["parameter"]

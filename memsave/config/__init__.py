@@ -1,5 +1,23 @@
-"""Configuration of a run: the schema of each config group, composition by Hydra, and readable errors."""
+"""Configuration of a run: schemas of the config groups, a registry of components, composition by Hydra.
+
+schema      the groups that every run has: memory, privacy, trainer, profiler
+registry    data sets, models and tasks by name, those of other packages included
+fields      constraints of keys: choices and ranges
+compose     from overrides to a checked, frozen `Config`; errors in one sentence
+checks      combinations of keys that are not valid
+"""
 
 from memsave.config.errors import ConfigError
+from memsave.config.fields import option
+from memsave.config.registry import register, register_experiment
+from memsave.config.schema import Config, DataConfig, ModelConfig
 
-__all__ = ["ConfigError"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "ModelConfig",
+    "option",
+    "register",
+    "register_experiment",
+]

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -26,16 +27,21 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from memsave.config.checks import check, closest
+from memsave.config.checks import check
 from memsave.config.errors import ConfigError
+from memsave.config.fields import closest
 from memsave.config.known_keys import listed, options_with, unknown_key
 from memsave.config.overrides import parse, several
-from memsave.config.schema import GROUPS, SCHEMAS, Config, conf_dir, register
+from memsave.config.registry import GROUPS, component, conf_dir, load_components
+from memsave.config.schema import Config
+
+VERSION, VERSION_KEY = 2, "schema_version"
+"""Of the `config.yaml` that a run leaves. Raise it when a key changes its meaning; `load` then converts older files."""
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose the config that the overrides select; ConfigError says what is wrong with them."""
-    register()
+    load_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
@@ -56,15 +62,22 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(_first_line(error)) from error
 
 
+@cache
+def load_schemas() -> None:
+    """Make the root of the config and every registered component known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    load_components()
+
+
 def to_objects(config: DictConfig) -> Config:
-    """The composed config as dataclasses; ConfigError for a value that must be given and was not."""
+    """The composed config as frozen dataclasses; ConfigError for values that are missing or not valid."""
     try:
         plain = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value; give one, as in {error.full_key}=...") from error
     assert isinstance(plain, Config)
     check(plain)
-    return plain
+    return plain.freeze()
 
 
 def load(path: Path) -> Config:
@@ -73,12 +86,14 @@ def load(path: Path) -> Config:
         found = OmegaConf.load(path)
         if not isinstance(found, DictConfig):
             raise ValueError("it is a list")
+        version = found.get(VERSION_KEY, 1)  # the first release wrote none
+        if version not in range(1, VERSION + 1):
+            raise ValueError(f"it has {VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}")
         config = OmegaConf.structured(Config)
         for group in GROUPS[1:]:
-            kind = found[group].get("kind", group)
-            schema = SCHEMAS[group, group if (group, kind) not in SCHEMAS else kind]
+            schema = component(group, found[group].get("kind", group))
             config[group] = OmegaConf.merge(OmegaConf.structured(schema), found[group])
-        rest = {key: value for key, value in found.items() if key not in GROUPS}
+        rest = {key: value for key, value in found.items() if key not in (*GROUPS, VERSION_KEY)}
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path} is no config of a run ({_first_line(error)}); name a run's folder") from error

@@ -7,12 +7,10 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from memsave.config.checks import closest
-from memsave.config.schema import SCHEMAS, Config, conf_dir
+from memsave.config.fields import closest
+from memsave.config.registry import options
+from memsave.config.schema import Config
 
 ORDER = ("trainer", "privacy", "data", "model", "memory", "profiler")
 """The groups; of a key that several have, that of the first is named first."""
@@ -39,12 +37,7 @@ def unknown_key(path: str, names: Sequence[str], *, choices: Mapping[str, str]) 
 @cache
 def keys_of(group: str) -> dict[str, tuple[str, ...]]:
     """The dotted keys of each option of a group."""
-    found = {}
-    for path in sorted((conf_dir() / group).glob("*.yaml")):
-        defaults: Any = OmegaConf.load(path).defaults
-        schema = defaults[0].removesuffix("_schema")
-        found[path.stem] = tuple(_keys(SCHEMAS[group, schema], f"{group}."))
-    return found
+    return {name: tuple(_keys(schema, f"{group}.")) for name, schema in options(group).items()}
 
 
 def listed(words: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ predicted on fake tensors, is above the budget or more than is free. A private r
 """
 
 import time
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from memsave.config.schema import Config, PrivacyConfig
 from memsave.planning.budget import free_bytes
 from memsave.planning.fake_step import fake_step
 from memsave.profiler import format_bytes, parse_bytes, peak_on_fake
-from memsave.training.loop import State
+from memsave.training.loop import State, first_batch
 from memsave.training.measure import PLAIN, Measurement, measure_modes
 from memsave.training.progress import Progress
 from memsave.training.task import Task
@@ -31,9 +30,7 @@ def compare_modes(config: Config, state: State, task: Task, *, progress: Progres
         return {}
     progress.say(f"measuring one step as {', '.join(modes)}, in about {limit:g} s at most (profiler.compare_seconds)")
     began = time.monotonic()
-    batches = task.batches(start=0)
-    batch = next(batches)  # of the size that is expected in a private run, too
-    batches.close()
+    batch = first_batch(task, config.trainer)  # of the size that is expected in a private run, too
     device = next(state.model.parameters()).device
     free = free_bytes(device)  # before the first mode: what it leaves with malloc is free for the next
 
@@ -64,9 +61,8 @@ def _too_large(config: Config, mode: str, device: torch.device, *, free: int) ->
 
 def in_mode(config: Config, mode: str) -> Config:
     """The config in a memory mode, or `PLAIN`: without privacy."""
-    config = deepcopy(config)
     if mode == PLAIN:
-        config.privacy = PrivacyConfig()
-    elif mode != config.memory.mode:
-        config.memory.mode, config.memory.levels = mode, None
-    return config
+        return config.changed({"privacy": PrivacyConfig()})
+    if mode == config.memory.mode:
+        return config
+    return config.changed({"memory.mode": mode, "memory.levels": None})

@@ -6,7 +6,6 @@ training and nothing in them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
 from memsave.profiler import TrainingStep, parse_bytes
+from memsave.tasks.definition import definition_of
 from memsave.training.loop import accumulate, make_state, update
-from memsave.training.measure import set_memory
 from memsave.training.task import Batch
 
-MICRO_BATCHES = 2  # as many as it takes until gradients are there while the next one's activations are made
+MICRO_BATCHES = 2  # enough to reach the peak: existing gradients plus new activations
 EXPECTED_BATCHES = 10  # in an epoch of the mechanism: no tensor depends on it
 
 
@@ -39,23 +38,23 @@ def fake_step(
     config: Config,
     *,
     device: torch.device,
-    per_example_gradients: bool = False,
+    per_sample_gradients: bool = False,
     architecture: Mapping[str, Any] | None = None,
 ) -> TrainingStep:
     """The step of this config, with random weights; call it under fake tensors, or with sizes that fit.
 
     Args:
-        config: of any experiment; its data are not looked at.
+        config: of any experiment; no data are read.
         device: where it would be trained.
-        per_example_gradients: hold one gradient an example, as Opacus's hooks do, in the place of any clipping.
-        architecture: what is different in a language model's architecture, by the names of transformers.
+        per_sample_gradients: hold one gradient an example, as Opacus's hooks do, in the place of any clipping.
+        architecture: overrides sizes of the model, see `memsave.tasks.definition.Variation`.
     """
     with device:  # made there, since fake parameters cannot be moved
-        model = fake_model(config, architecture=architecture)
+        model = definition_of(config).make_fake_model(architecture=architecture)
     task = dummy_task(config, device=device)
-    private: Any = PerSampleGradBaseline(model) if per_example_gradients else _private(config, model)
+    private: Any = PerSampleGradBaseline(model) if per_sample_gradients else _private(config, model)
     state = make_state(model, config.trainer)
-    state.scaler = None  # it would look at gradients, and holds one number
+    state.scaler = None  # it reads values of gradients, and holds one number
 
     def run() -> None:
         accumulate(model, task, task.batch, config.trainer, private=private)
@@ -64,33 +63,12 @@ def fake_step(
     return TrainingStep(model, run, state.optimizer)
 
 
-def fake_model(config: Config, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model that the config names, with random weights, in its memory mode."""
-    from memsave.experiment import make_model
-
-    if config.task == "segmentation":
-        return make_model(config)[0]
-    from memsave.tasks.language.pretrained import dummy_language_model
-
-    model = dummy_language_model(config.model, architecture=architecture)
-    set_memory(model, config.memory.mode)
-    return model.train()
-
-
 def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
-    """Its losses, and a logical batch: of no more micro-batches than memory depends on."""
-    trainer = config.trainer
+    """The task's losses, and a logical batch of as many micro-batches as peak memory depends on."""
+    trainer, task = config.trainer, definition_of(config)
     micro = trainer.micro_batch_size or trainer.batch_size
     count = min(trainer.batch_size, MICRO_BATCHES * micro)
-    if config.task == "segmentation":
-        from memsave.tasks.segmentation import task as segmentation
-
-        losses = partial(segmentation.case_losses, scheme=segmentation.scheme_of(config.data))
-        return DummyTask(losses, segmentation.dummy_batch(config.data, count=count, device=device))
-    from memsave.tasks.language import table_to_text
-
-    losses = partial(table_to_text.text_losses, head=config.model.head)
-    return DummyTask(losses, table_to_text.dummy_batch(config.data, count=count, device=device))
+    return DummyTask(task.per_example_losses, task.dummy_batch(count=count, device=device))
 
 
 def _private(config: Config, model: nn.Module) -> PrivateGradients | None:

@@ -5,27 +5,27 @@ from typing import Any
 
 import torch
 
-from memsave.config.schema import Config
+from memsave.config import Config
 from memsave.planning.budget import OverBudget
-from memsave.planning.plan import Plan, current_strategy, make_plan
+from memsave.planning.plan import Plan, make_plan, variation
 from memsave.planning.report import draw, lines, markdown
-from memsave.planning.variation import variation
 from memsave.profiler import format_bytes, write_html
+from memsave.tasks.definition import definition_of
 from memsave.training.progress import Progress
 from memsave.training.result import write_config
 
 
 def plan_experiment(
-    config: Config, folder: Path, device: torch.device, *, ways: list[str] | None = None, progress: Progress
+    config: Config, folder: Path, device: torch.device, *, strategies: list[str] | None = None, progress: Progress
 ) -> dict[str, Any]:
     """Write `plan.md`, `plan.png` and `memory.html` into the folder; returns the entry `plan` of `result.json`.
 
-    Raises OverBudget where the config's own way to train does not fit at any size.
+    Raises OverBudget if the config's own strategy does not fit at any size.
     """
-    plan = make_plan(config, device, ways=ways, progress=progress)
+    plan = make_plan(config, device, strategies=strategies, progress=progress)
     (folder / "plan.md").write_text(markdown(plan))
     draw(plan, folder / "plan.png")
-    steps = {f"{row.way} {row.size or ''}".strip(): row.need.report for row in plan.rows}
+    steps = {f"{row.strategy} {row.size or ''}".strip(): row.need.report for row in plan.rows}
     write_html(steps, folder / "memory.html", title="Live memory of one training step, predicted on fake tensors")
     for line in lines(plan):
         progress.say(line)
@@ -42,10 +42,9 @@ def fit_to_budget(
     `config.yaml` is then written anew, with that size. Raises OverBudget where nothing fits, or where a step of known
     shapes would hold more than the budget.
     """
-    known_shapes = config.task == "segmentation"  # of text, the greatest length may not occur
-    if config.budget is None or not (config.vary or known_shapes):
+    if config.budget is None or not (config.vary or definition_of(config).static_shapes):
         return config, {}
-    plan = make_plan(config, device, ways=[current_strategy(config)], progress=progress)
+    plan = make_plan(config, device, strategies=[definition_of(config).current_strategy()], progress=progress)
     entry = {"plan": plan.as_dict()}
     if plan.vary is None:
         assert plan.budget is not None
@@ -56,16 +55,15 @@ def fit_to_budget(
         raise OverBudget(nothing_fits(plan), **entry)
     why = f" ({plan.own.limit})" if plan.own.limit else ""
     progress.say(f"training at {plan.own.size}, the largest that fits into {format_bytes(plan.own.answer.budget)}{why}")
-    config = variation(config).at(plan.own.answer.size)
-    config.vary = None
+    config = variation(config).at(plan.own.answer.size).changed({"vary": None})
     write_config(config, folder)
     return config, entry
 
 
 def nothing_fits(plan: Plan, *, needed: int | None = None) -> str:
-    """What does not fit, the smallest budget that would do (`needed`; None: as planned), and the ways that fit."""
+    """What does not fit, the smallest sufficient budget (`needed`; None: as planned), and the strategies that fit."""
     budget, need = format_bytes(plan.budget or 0), format_bytes(plan.own.need.total if needed is None else needed)
     what = "a step" if plan.vary is None else f"the smallest {plan.vary}"
-    others = [row.way for row in plan.rows if row.fits]
+    others = [row.strategy for row in plan.rows if row.fits]
     hint = f"; what fits: {', '.join(others)}" if others else ""
-    return f"{what} does not fit into {budget} as {plan.own.way}: it needs a budget of {need}, predicted{hint}"
+    return f"{what} does not fit into {budget} as {plan.own.strategy}: it needs a budget of {need}, predicted{hint}"

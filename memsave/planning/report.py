@@ -40,13 +40,15 @@ def markdown(plan: Plan) -> str:
 
 
 def _heads(plan: Plan) -> list[str]:
-    first = ["way"] if plan.budget is None else ["way", "fits" if plan.vary is None else f"largest {plan.vary}"]
+    first = (
+        ["strategy"] if plan.budget is None else ["strategy", "fits" if plan.vary is None else f"largest {plan.vary}"]
+    )
     last = [] if plan.vary is None else ["one step above"]
     return [*first, "exact", "calibrated", "reserve", *last, "one fake step"]
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
-    cells = [row.way]
+    cells = [row.strategy]
     if plan.vary is not None:
         cells.append(row.described or f"none: {format_bytes(row.need.total)} for the smallest")
     elif plan.budget is not None:
@@ -61,7 +63,7 @@ def _cells(plan: Plan, row: Row) -> list[str]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """What the peak of each way is made of, and the budget as a line."""
+    """What the peak of each strategy is made of, and the budget as a line."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -86,7 +88,7 @@ def draw(plan: Plan, path: Path) -> None:
         axes.text(plan.budget, -0.58, f"budget {format_bytes(plan.budget)}", ha="center", fontsize=9, color=INK)
     axes.set_xlim(0, _right(plan))
     axes.set_ylim(len(plan.rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(plan.rows)), [row.way for row in plan.rows], fontsize=10, color=INK)
+    axes.set_yticks(range(len(plan.rows)), [row.strategy for row in plan.rows], fontsize=10, color=INK)
     axes.tick_params(axis="y", length=0)
     axes.set_xticks([])
     for spine in axes.spines.values():

@@ -6,6 +6,7 @@ with clip factors c_b from `memsave.ghost`, a Poisson batch of expected size q n
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -118,6 +119,8 @@ class PrivateGradients:
         self._nonfinite: int | Tensor = 0
         self._device = parameters[0].device
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
+        self._before_draws: deque[Tensor] = deque()
+        """States of `_sampling` before each batch that was drawn and has no `finish` yet."""
         noise = _generator(self._device, None if seed is None else 2 * seed + 1)
         self._noise = GaussianNoise(parameters, generator=noise, secure=secure_noise)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
@@ -139,11 +142,19 @@ class PrivateGradients:
         return int(self._nonfinite)
 
     def batches(self) -> Iterator[list[int]]:
-        """Endless Poisson batches of indices; the next one is drawn when it is asked for."""
-        for indices in poisson_batches(
+        """Endless Poisson batches of indices; each is drawn when it is requested.
+
+        Batches may be requested ahead of their steps, by a loader that prefetches. `state_dict` holds the state before
+        the first batch without `finish`, so that a continued run draws the batches that were requested and not used.
+        """
+        draws = poisson_batches(
             size=self.mechanism.size, sample_rate=self.mechanism.sample_rate, generator=self._sampling
-        ):
-            self.guard.draw(len(indices))
+        )
+        while True:
+            before = self._sampling.get_state()
+            indices = next(draws)
+            if self.guard.draw(len(indices)):
+                self._before_draws.append(before)
             yield indices
 
     def backward(self, losses: Tensor) -> None:
@@ -181,12 +192,14 @@ class PrivateGradients:
             assert parameter.grad is not None
             parameter.grad.div_(self.mechanism.batch_size)
         self.steps += 1
-        self.guard.after_finish()
+        if self.guard.after_finish():
+            self._before_draws.popleft()
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Within, steps on any batch may be measured, but not taken; afterwards counts and generators are as before."""
-        before, outer, self.guard.rehearsing = self.state_dict(), self.guard.rehearsing, True
+        before = {**self.state_dict(), "sampling": self._sampling.get_state()}  # batches drawn ahead stay drawn
+        outer, self.guard.rehearsing = self.guard.rehearsing, True
         try:
             yield
         finally:
@@ -230,7 +243,7 @@ class PrivateGradients:
             "seeded": self.seeded,
             "clipping": self.clipper.clipping,
             "secure_noise": self._noise.secure,
-            "sampling": self._sampling.get_state(),
+            "sampling": self._before_draws[0] if self._before_draws else self._sampling.get_state(),
             "noise": self._noise.generator.get_state(),
         }
 
@@ -251,6 +264,7 @@ class PrivateGradients:
         if self.guard.unnoised:  # a part of a batch, which the state knows nothing of
             self._drop_gradients()
         self.guard.reset()
+        self._before_draws.clear()
         self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -53,10 +53,11 @@ class Guard:
         """Whether `.grad` may hold a clipped sum without noise."""
         return self._unnoised
 
-    def draw(self, size: int) -> None:
-        """Note that a batch of this size was drawn."""
+    def draw(self, size: int) -> bool:
+        """Note that a batch of this size was drawn; returns whether it is followed, which it is not in a rehearsal."""
         if self._watching:
             self._drawn.append(size)
+        return self._watching
 
     def before_backward(self, count: int) -> None:
         """Refuse losses that belong to no drawn batch, and gradients that would be added to what they should not."""
@@ -102,13 +103,14 @@ class Guard:
         if self._unnoised:
             self._check_weights()
 
-    def after_finish(self) -> None:
-        """Note that `.grad` is private now."""
+    def after_finish(self) -> bool:
+        """Note that `.grad` is private now; returns whether a batch that was drawn is done with."""
         if not self._watching:
-            return
+            return False
         self._drawn.popleft()
         self._seen, self._unnoised = 0, False
         self._left = self._gradients()
+        return True
 
     def refuse_step(self, optimizer: Optimizer, *, closure: bool) -> None:
         """Refuse an optimizer's step on gradients without noise, on those of a rehearsal, or on those of a closure."""

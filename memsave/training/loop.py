@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from memsave.config.schema import OptimizerConfig, TrainerConfig
+from memsave.data.loader import load_ahead, numbered, shuffled
 from memsave.privacy import PrivateGradients
 from memsave.training.ema import Ema
 from memsave.training.task import Batch, Losses, Task, examples, split
@@ -106,15 +108,18 @@ def run_steps(
     task: Task,
     config: TrainerConfig,
     *,
+    workers: int = 0,
     watch: Callable[[int], AbstractContextManager] = lambda step: nullcontext(),
 ) -> Iterator[StepResult]:
     """Take the steps that are left, yielding after each; `watch(step)` surrounds each of them.
+
+    `workers` threads load batches ahead.
 
     Raises TrainingError when a loss is not finite, a task does not give one loss per example, or batches run out.
     """
     if state.step >= config.steps:
         return
-    for batch in batches_of(state, task):
+    for batch in batches_of(state, task, config, workers=workers):
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with watch(state.step + 1):
@@ -150,13 +155,22 @@ def update(state: State) -> None:
         state.ema.update(state.model, step=state.step)
 
 
-def batches_of(state: State, task: Task) -> Iterator[Batch]:
-    """The logical batches that are left: the task's own, or Poisson samples of its examples."""
+def batches_of(state: State, task: Task, config: TrainerConfig, *, workers: int = 0) -> Iterator[Batch]:
+    """The logical batches that are left, on the device: shuffled epochs, or Poisson samples of a private run.
+
+    `workers` threads load ahead.
+    """
     if state.private is None:
-        yield from task.batches(start=state.step)
-        return
-    for indices in state.private.batches():
-        yield task.gather(indices, step=state.step)
+        batches = shuffled(task.size, batch_size=config.batch_size, seed=config.seed, start=state.step)
+    else:
+        batches = numbered(state.private.batches(), size=task.size, start=state.step)
+    left = islice(batches, config.steps - state.step)  # a batch that no step takes must not be drawn
+    yield from map(task.place, load_ahead(task.load, left, workers=workers))
+
+
+def first_batch(task: Task, config: TrainerConfig) -> Batch:
+    """The first logical batch of shuffled epochs, on the device."""
+    return task.place(task.load(next(shuffled(task.size, batch_size=config.batch_size, seed=config.seed))))
 
 
 def accumulate(
@@ -171,7 +185,8 @@ def accumulate(
     """Put the logical batch's gradient into `.grad`, micro-batch by micro-batch; returns its mean loss, a scalar.
 
     An empty batch has none. In a private run an example whose loss is not finite counts as zero in the mean, as its
-    gradient does in the sum. No value is asked for on the way: the step also runs on tensors that have none.
+    gradient does in the sum. Never calls `.item()`:
+    this function must run under FakeTensorMode.
     """
     count = examples(batch)
     sums = []

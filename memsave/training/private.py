@@ -10,6 +10,7 @@ from torch import nn
 
 from memsave.config import ConfigError
 from memsave.config.schema import Config, GhostPrivacy
+from memsave.data.loader import Index
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT
@@ -17,7 +18,7 @@ from memsave.profiler import parse_bytes
 from memsave.training.checkpoint import noise_multiplier_in
 from memsave.training.loop import TrainingError
 from memsave.training.progress import Progress
-from memsave.training.task import Batch, Task
+from memsave.training.task import Task
 
 LARGE_DELTA = 1e-3  # above, delta is no negligible probability
 VERIFIED = 4  # examples of the first batch that are differentiated one by one
@@ -100,7 +101,7 @@ def _large_delta(delta: float, size: int) -> str:
 def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Progress) -> None:
     """Stop a run whose clipping is not exact on its first examples."""
     progress.say("comparing clipped gradients with one backward per example")
-    batch: Batch = task.gather(range(min(VERIFIED, task.size)), step=0)
+    batch = task.place(task.load([Index(example, example) for example in range(min(VERIFIED, task.size))]))
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     options: dict[str, Any] = {"passes": privacy.passes, "clipping": privacy.clipping}
     report = verify(model, tensors, task.per_example_losses, **options)

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import memsave
-from memsave.config.schema import Config
+from memsave._version import __version__
+from memsave.config import Config
+from memsave.config.compose import VERSION, VERSION_KEY
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -63,7 +64,8 @@ def write_config(
     found = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
     notes = {"request": request or requested_in(folder), "experiment": experiment or experiment_in(folder)}
     first = "".join(f"# {key} {value}\n" for key, value in notes.items() if value is not None)
-    path.write_text(first + OmegaConf.to_yaml(found, resolve=True))
+    version = f"{VERSION_KEY}: {VERSION}\n"
+    path.write_text(first + version + OmegaConf.to_yaml(found, resolve=True))
 
 
 def request_of(config: DictConfig) -> str:
@@ -101,7 +103,7 @@ def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    return {"memsave": memsave.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"memsave": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def hardware() -> dict[str, Any]:

@@ -4,11 +4,13 @@ A task yields one loss per example and never a mean: the loop can then split a l
 example by itself, as private training must.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from memsave.data.loader import Index
 
 Batch = dict[str, Any]
 """Tensors with the examples along dimension 0, and lists with one entry an example."""
@@ -42,14 +44,14 @@ class Task(Losses, Protocol):
     def counts(self) -> dict[str, Any]:
         """Training examples, and what of the data is cut or left out, for `result.json`."""
 
-    def told_counts(self) -> str:
+    def describe_counts(self) -> str:
         """The same in one line."""
 
-    def gather(self, indices: Sequence[int], *, step: int) -> Batch:
-        """The training examples of these indices, none perhaps, as step number `step` sees them."""
+    def load(self, indices: Sequence[Index]) -> Batch:
+        """The batch of these training examples, perhaps none, on the CPU. Called from several threads at once."""
 
-    def batches(self, *, start: int) -> Generator[Batch]:
-        """The logical batches of the run from number `start` on; the same ones whatever came before."""
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the device of the model."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The scores on what was held out."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memsave.config.compose import compose, to_objects
-from memsave.config.schema import conf_dir
+from memsave.config.registry import conf_dir
 from memsave.run import check_overrides
 
 ROOT = Path(__file__).resolve().parents[2]

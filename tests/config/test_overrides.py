@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memsave.config import ConfigError
 from memsave.config.compose import compose
 from memsave.config.overrides import LISTS, TEXTS, override, parse, several
-from memsave.config.schema import SCHEMAS
+from memsave.config.registry import options
 from memsave.run import check_overrides
 
 BRATS = ["experiment=brats_rev", "data=brats"]
@@ -88,5 +88,7 @@ def test_of_several_values_only_what_a_person_named_may_be_one():
 
 
 def test_the_keys_of_texts_exist():
-    known = {f"{group}.{each.name}" for (group, _), schema in SCHEMAS.items() for each in fields(schema)}
+    groups = ("data", "model", "memory", "privacy", "trainer", "profiler")
+    schemas = [(group, schema) for group in groups for schema in options(group).values()]
+    known = {f"{group}.{each.name}" for group, schema in schemas for each in fields(schema)}
     assert {key for key in (*TEXTS, *LISTS) if not re.match(r"hydra\.(run|sweep)\.dir", key)} <= known

@@ -9,11 +9,13 @@ pytest.importorskip("transformers")
 from memsave.config import ConfigError
 from memsave.config.compose import compose, load, to_objects
 from memsave.experiment import make_model, run_experiment
-from memsave.planning import plan as planning
-from memsave.planning.auto import Flops, choose_memory, in_order, level_flops, texts_in_order, with_levels
+from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget
 from memsave.planning.fake_step import fake_step
 from memsave.profiler import parse_bytes, peak_on_fake
+from memsave.tasks.definition import definition_of
+from memsave.tasks.segmentation import definition as segmentation
+from memsave.tasks.segmentation.definition import level_flops
 from memsave.training.progress import Progress
 from tests.tasks.segmentation.test_task import TINY
 from tests.training.test_private import TINY as TINY_TEXT
@@ -26,21 +28,19 @@ TEXT = ["experiment=gpt2_dp", *TINY_TEXT, "memory=auto"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(planning, "SMALL_CROP", 16)
+    monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 
 def config_of(*overrides, base=BRATS):
     return to_objects(compose([*base, *overrides]))
 
 
+def choices(config):
+    return definition_of(config).memory_choices(CPU)
+
+
 def peak_of(config):
     return peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
-
-
-def test_flops_are_those_of_products():
-    with Flops() as flops:
-        torch.zeros(3, 4) @ torch.zeros(4, 5)
-    assert flops.total == 2 * 3 * 4 * 5
 
 
 def test_a_level_costs_what_its_blocks_take_and_finer_ones_more():
@@ -49,15 +49,15 @@ def test_a_level_costs_what_its_blocks_take_and_finer_ones_more():
 
 
 def test_ways_come_in_the_order_of_their_costs():
-    ways = [tuple(each.memory.levels) for each in in_order(config_of("budget=1GiB"), CPU)]
-    assert ways[0] == ("stored", "stored")
-    assert ways[1] == ("stored", "reversible")
-    assert ways[-1] == ("reversible", "reversible")
-    assert len(set(ways)) == 4
+    strategies = [tuple(each.memory.levels) for each in choices(config_of("budget=1GiB"))]
+    assert strategies[0] == ("stored", "stored")
+    assert strategies[1] == ("stored", "reversible")
+    assert strategies[-1] == ("reversible", "reversible")
+    assert len(set(strategies)) == 4
 
 
 def test_the_first_that_fits_is_taken_and_fits(tmp_path):
-    peaks = {tuple(way.memory.levels): peak_of(way) for way in in_order(config_of("budget=1GiB"), CPU)}
+    peaks = {tuple(strategy.memory.levels): peak_of(strategy) for strategy in choices(config_of("budget=1GiB"))}
     for budget in (int(1.2 * peak) for peak in peaks.values()):  # with room for what operators take inside themselves
         chosen = choose_memory(config_of(f"budget={budget}"), tmp_path, CPU, progress=Progress())
         levels = tuple(chosen.memory.levels)
@@ -89,7 +89,7 @@ def test_levels_can_be_passed_back_in_and_change_no_loss(tmp_path):
 
 
 def test_each_level_is_put_into_its_mode():
-    model, _ = make_model(with_levels(config_of("budget=1GiB"), ["reversible", "stored"]))
+    model, _ = make_model(config_of("budget=1GiB").changed({"memory.levels": ["reversible", "stored"]}))
     assert model.memory == ("reversible", "stored")
     assert [level.recompute for level in model.encoder] == [True, False]
     model.memory = "stored"
@@ -100,9 +100,9 @@ def test_each_level_is_put_into_its_mode():
 
 def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
     wide = config_of("budget=1GiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
-    ways = [(each.memory.mode, each.model.head) for each in texts_in_order(wide, CPU)]
-    assert ways[0] == ("stored", "logits")
-    assert set(ways) == {(mode, head) for mode in ("stored", "checkpoint") for head in ("logits", "chunked")}
+    strategies = [(each.memory.mode, each.model.head) for each in choices(wide)]
+    assert strategies[0] == ("stored", "logits")
+    assert set(strategies) == {(mode, head) for mode in ("stored", "checkpoint") for head in ("logits", "chunked")}
     chosen = choose_memory(wide, tmp_path, CPU, progress=Progress())
     assert (chosen.memory.mode, chosen.model.head, chosen.trainer.micro_batch_size) == ("stored", "logits", 8)
     tight = config_of("budget=12MiB", "model.width=64", "model.vocabulary=4000", base=TEXT)

@@ -9,16 +9,17 @@ pytest.importorskip("monai")
 pytest.importorskip("transformers")
 pytest.importorskip("opacus")
 
+
 from memsave.config import ConfigError
 from memsave.config.compose import compose, load, to_objects
 from memsave.experiment import run_experiment
 from memsave.planning import plan as planning
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.fake_step import dummy_task, fake_step
-from memsave.planning.plan import PER_SAMPLE, Plan, Row, make_plan
+from memsave.planning.plan import PER_SAMPLE, Plan, Row, fixed_sizes, make_plan, variation
 from memsave.planning.report import draw, lines, markdown
-from memsave.planning.variation import variation, what_is_fixed
 from memsave.profiler import MemoryRecorder, format_bytes, peak_on_fake
+from memsave.tasks.segmentation import definition as segmentation
 from memsave.training.progress import Progress
 from tests.tasks.segmentation.test_task import TINY
 from tests.training.test_private import TINY as TINY_TEXT
@@ -36,7 +37,7 @@ def shared_cache(tmp_path_factory):
 def cache(shared_cache, monkeypatch):
     """One cache for all tests, and small calibrating steps."""
     monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
-    monkeypatch.setattr(planning, "SMALL_CROP", 16)
+    monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 
 def config_of(*overrides, base=TINY):
@@ -107,7 +108,7 @@ def test_more_micro_batches_than_two_hold_no_more():
 def test_gradients_of_each_example_are_counted():
     config = config_of("trainer.micro_batch_size=null", base=TEXT)
     plain, held = (
-        peak_on_fake(lambda each=each: fake_step(config, device=CPU, per_example_gradients=each))
+        peak_on_fake(lambda each=each: fake_step(config, device=CPU, per_sample_gradients=each))
         for each in (False, True)
     )
     parameters = plain.peak_by_category["parameter"]
@@ -127,13 +128,13 @@ def test_gradients_of_each_example_are_counted():
     ids=["volume", "depth", "channels", "batch of volumes", "batch of texts"],
 )
 def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
-    ways = ["memory=stored", "profiler.compare=[]"] if base is TINY else []
-    plan = plan_of(f"vary={vary}", f"budget={budget}", "mode=plan", *ways, base=base)
+    strategies = ["memory=stored", "profiler.compare=[]"] if base is TINY else []
+    plan = plan_of(f"vary={vary}", f"budget={budget}", "mode=plan", *strategies, base=base)
     for row in plan.rows:
         assert row.answer.size is not None
         assert row.need.total <= plan.budget
         assert row.answer.above.total > plan.budget
-    assert [row.way for row in plan.rows] == (["stored"] if base is TINY else ["plain", PER_SAMPLE, "ghost"])
+    assert [row.strategy for row in plan.rows] == (["stored"] if base is TINY else ["plain", PER_SAMPLE, "ghost"])
     text = markdown(plan)
     assert all(row.size in text for row in plan.rows)
     assert any(plan.rows[0].size in line for line in lines(plan))
@@ -195,9 +196,9 @@ def test_a_search_that_runs_out_of_time_says_so(tmp_path):
 )
 def test_a_plan_says_what_every_size_is_for(overrides, base, words):
     config = config_of("mode=plan", "budget=1GiB", *overrides, base=base)
-    assert what_is_fixed(config) == words
+    assert fixed_sizes(config) == words
     row = Row("stored", None, True, 1.0)
-    plan = Plan(config.vary, 2**30, [], row, what_is_fixed(config))
+    plan = Plan(config.vary, 2**30, [], row, fixed_sizes(config))
     assert f"Each step: {words}." in markdown(plan)
     assert f"each step: {words}" in list(lines(plan))
     assert plan.as_dict()["fixed"] == words
@@ -212,7 +213,7 @@ def test_volumes_keep_their_proportions():
 
 
 def test_less_is_kept_so_more_fits():
-    rows = {row.way: row.answer.size for row in plan_of("mode=plan", "vary=volume", "budget=60MiB").rows}
+    rows = {row.strategy: row.answer.size for row in plan_of("mode=plan", "vary=volume", "budget=60MiB").rows}
     assert rows == {"stored": 16, "checkpoint": 32, "reversible": 32}
 
 
@@ -266,9 +267,9 @@ def test_a_plan_is_written_for_people_and_programs(tmp_path):
     content = run_experiment(config, tmp_path, progress=Progress())["plan"]
     assert {path.name for path in tmp_path.iterdir()} >= {"plan.md", "plan.png", "memory.html"}
     assert json.loads(json.dumps(content)) == content
-    assert content["way"] == "reversible"
+    assert content["strategy"] == "reversible"
     assert content["budget_bytes"] == 40 * 2**20
-    assert {row["way"] for row in content["rows"]} == {"stored", "checkpoint", "reversible"}
+    assert {row["strategy"] for row in content["rows"]} == {"stored", "checkpoint", "reversible"}
 
 
 def test_where_nothing_fits_the_smallest_budget_is_told_and_is_enough(tmp_path):
@@ -276,7 +277,7 @@ def test_where_nothing_fits_the_smallest_budget_is_told_and_is_enough(tmp_path):
     with pytest.raises(OverBudget, match=r"the smallest volume does not fit into 1\.00 MiB as reversible") as stop:
         run_experiment(config, tmp_path, progress=Progress())
     rows = stop.value.outcome["plan"]["rows"]
-    smallest = next(row["smallest_budget_bytes"] for row in rows if row["way"] == "reversible")
+    smallest = next(row["smallest_budget_bytes"] for row in rows if row["strategy"] == "reversible")
     assert format_bytes(smallest) in str(stop.value)
     assert plan_of("mode=plan", "vary=volume", f"budget={smallest}", "profiler.compare=[]").own.answer.size == 16
 
@@ -316,7 +317,10 @@ def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
     ("overrides", "words"),
     [
         (["vary=volume"], "vary=volume needs a budget, as in budget=16GiB"),
-        (["vary=length", "budget=1GiB"], "vary=length is not of task=segmentation; give vary=volume"),
+        (
+            ["vary=length", "budget=1GiB"],
+            "vary=length is not of task=segmentation; give vary=batch, channels, depth or volume",
+        ),
         (["vary=volumes", "budget=1GiB"], "did you mean volume"),
         (["mode=plans"], "did you mean plan"),
         (
@@ -336,8 +340,8 @@ def test_mistakes_are_one_sentence(overrides, words):
 def test_privacy_by_each_examples_own_gradient_is_planned_as_what_it_is(tmp_path, memory, capfd):
     direct = ["privacy=direct", "trainer.micro_batch_size=1", "budget=1GiB", "mode=plan", memory]
     result = run_experiment(config_of(*direct, base=TEXT), tmp_path, progress=Progress())
-    assert [row["way"] for row in result["plan"]["rows"]] == ["plain", PER_SAMPLE, "direct"]
-    assert result["plan"]["way"] == "direct" and "planning direct" in capfd.readouterr().err
+    assert [row["strategy"] for row in result["plan"]["rows"]] == ["plain", PER_SAMPLE, "direct"]
+    assert result["plan"]["strategy"] == "direct" and "planning direct" in capfd.readouterr().err
 
 
 def test_another_depth_is_not_the_pretrained_model():

@@ -203,3 +203,38 @@ def test_the_code_of_the_guide_runs_and_spends_its_target(capsys):
     exec(code, {})
     epsilon = float(capsys.readouterr().out.split()[1])
     assert 2.95 <= epsilon <= 3
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_batches_drawn_ahead_are_drawn_again_by_a_continued_run(ahead):
+    def steps(private, model, *, count, drawn, used):
+        """Take `count` steps while `ahead` more batches than those in use are drawn; lists what is used."""
+        batches, waiting = private.batches(), []
+        for _ in range(count):
+            while len(waiting) <= ahead:
+                waiting.append(next(batches))
+                drawn.append(waiting[-1])
+            indices = waiting.pop(0)
+            used.append(indices)
+            if indices:
+                private.backward(model(torch.ones(len(indices), 3, dtype=torch.float64)).square().sum(1))
+            private.finish()
+            model.zero_grad()
+
+    def fresh():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+        return PrivateGradients(model, Mechanism(20, 5, 1.0, 1.0, delta=1e-3), seed=3), model
+
+    whole, used, drawn, rest = [], [], [], []
+    steps(*fresh(), count=6, drawn=[], used=whole)
+    private, model = fresh()
+    steps(private, model, count=2, drawn=drawn, used=used)
+    with private.rehearsal():  # which leaves drawn batches drawn
+        pass
+    state = private.state_dict()
+    continued, other = fresh()
+    continued.load_state_dict(state)
+    steps(continued, other, count=4, drawn=[], used=rest)
+    assert len(drawn) == 2 + ahead
+    assert used + rest == whole

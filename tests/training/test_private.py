@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,11 +238,10 @@ def test_what_cannot_run_is_refused_in_one_sentence(overrides, error, words, tmp
 class Persons(Lines):
     """The examples of `Lines`, one by one, to be sampled."""
 
-    size = 48
-
-    def gather(self, indices, *, step):
+    def load(self, indices):
         x, y = (torch.cat([each[key] for each in self.data]) for key in "xy")
-        return {"x": x[list(indices)], "y": y[list(indices)]}
+        rows = [index.example for index in indices]
+        return {"x": x[rows], "y": y[rows]}
 
 
 def private_state(seed, *, config):
@@ -306,13 +306,12 @@ def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_p
 
 
 def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
-    from memsave.config.schema import SmallGPT2
     from memsave.data.text.records import public_records
-    from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
+    from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 
     sizes = SmallGPT2(layers=1, heads=2, width=16, vocabulary=400)
     tokenizer = train_tokenizer([each.text for each in public_records(50)], size=400)
-    model, other = small_gpt2(sizes, tokenizer), small_gpt2(SmallGPT2(**{**vars(sizes), "seed": 1}), tokenizer)
+    model, other = small_gpt2(sizes, tokenizer), small_gpt2(replace(sizes, seed=1), tokenizer)
     checkpoint.save(make_state(model, trainer()), tmp_path / "checkpoint")
     assert "lm_head.weight" not in load_file(tmp_path / "checkpoint" / "model.safetensors")
     checkpoint.load(make_state(other, trainer()), tmp_path / "checkpoint")
@@ -379,16 +378,15 @@ def test_another_number_of_steps_keeps_the_checkpoints_noise_and_the_target(tmp_
 
 
 def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path, cache, monkeypatch):
-    gather, calls = TableToText.gather, []
+    load = TableToText.load
 
-    def broken(self, indices, *, step):
-        calls.append(step)
-        if step == 2:
+    def broken(self, indices):
+        if any(index.draw // self.size == 2 for index in indices):  # the third step
             raise DataError("record 3 cannot be read: mend it.")
-        return gather(self, indices, step=step)
+        return load(self, indices)
 
     known = ["privacy.noise_multiplier=1.0", "profiler.compare=[]", "privacy.verify=false"]
-    monkeypatch.setattr(TableToText, "gather", broken)
+    monkeypatch.setattr(TableToText, "load", broken)
     with pytest.raises(DataError, match="record 3") as failed:
         run(known, tmp_path / "run", cache)
     assert failed.value.outcome["privacy"]["steps"] == 2

@@ -1,23 +1,17 @@
-"""Datasets of cases: random crops to train on, whole volumes to evaluate on, and a loader that prefetches.
+"""Datasets of cases: random crops to train on, and whole volumes to evaluate on.
 
-Item i of `TrainingCrops` depends on (seed, i) and the cases alone: its case comes from a permutation drawn per epoch,
-its crop and augmentation from a generator seeded with (seed, i). A run therefore sees the same data whatever the
-number of workers or the memory mode, and a resumed run continues with `start` instead of replaying.
-
-Workers are threads. The work is done by zlib and torch, which release the interpreter lock, and a thread keeps one
-cache for all workers, hands over tensors without shared memory (64 MiB in a container by default), never forks a
-process that already uses CUDA or OpenMP, and passes a DataError on as it is.
+An example of `TrainingCrops` depends on (seed, draw), its case and the settings alone: its crop and augmentation come
+from a generator that is seeded with (seed, draw). `memsave.data.loader` numbers the draws.
 """
 
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from memsave.data.errors import DataError
 from memsave.data.volumes.layouts import MODALITIES, Case
@@ -87,12 +81,12 @@ class Volumes(Dataset):
         return sum(item[key].nbytes for item in self._cache.values() for key in KEYS if key in item)
 
 
-class TrainingCrops(Dataset):
-    """`length` augmented crops: `image` (C, *crop_size) float32, `label` (1, *crop_size) uint8, and the case's `id`.
+class TrainingCrops:
+    """Augmented crops of cases: `image` (C, *crop_size) float32, `label` (1, *crop_size) uint8, and the case's `id`.
 
     A fraction `foreground` of them is centred on a labelled voxel, `augmentation` is "light" or "full" (`augment`), and
     `spacing` resamples the volumes first, as in `Volumes`; `crop_size` is then in voxels of that spacing. With `count`
-    above one an item is so many crops of one case, (count, C, *crop_size).
+    above one an example is so many crops of one case, (count, C, *crop_size).
     """
 
     def __init__(
@@ -100,7 +94,6 @@ class TrainingCrops(Dataset):
         cases: Sequence[Case],
         *,
         crop_size: Sequence[int],
-        length: int,
         seed: int,
         scheme: LabelScheme | None = None,
         spacing: Sequence[float] | None = None,
@@ -122,21 +115,13 @@ class TrainingCrops(Dataset):
             raise DataError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.volumes = Volumes(cases, scheme=scheme, spacing=spacing, cache_bytes=cache_bytes)
         self.crop_size = tuple(crop_size)
-        self.length = length
         self.seed = seed
         self.foreground = foreground
         self.augmentation = augmentation
         self.count = count
 
     def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Item:
-        if not 0 <= index < self.length:
-            raise IndexError(f"Crop {index} was asked for and the run draws {self.length}: count from 0.")
-        epoch, position = divmod(index, len(self.volumes))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.volumes))
-        return self.example(int(order[position]), draw=index)
+        return len(self.volumes)
 
     def example(self, case: int, *, draw: int) -> Item:
         """What training sees of a case at once: `crop`, or, where `count` is more than one, `crops`."""
@@ -163,35 +148,6 @@ class TrainingCrops(Dataset):
         crops = transform({key: volume[key] for key in KEYS})
         # stacking copies: a crop that nothing has changed is a view of the cached volume
         return {**{key: torch.stack([_plain(crop[key]) for crop in crops]) for key in KEYS}, "id": volume["id"]}
-
-
-def train_loader(dataset: TrainingCrops, *, batch_size: int, workers: int = 1, start: int = 0) -> Iterator[Item]:
-    """Batches of consecutive items from item `start * batch_size` on; the last one may be smaller.
-
-    `workers` threads load ahead, one batch more than there are threads; with 0 the caller's thread loads. They end
-    with the iterator, when it is exhausted, closed or dropped.
-    """
-
-    def load(batch: int) -> Item:
-        first = batch * batch_size
-        return default_collate([dataset[item] for item in range(first, min(first + batch_size, len(dataset)))])
-
-    batches = range(start, -(-len(dataset) // batch_size))
-    if workers == 0:
-        yield from map(load, batches)
-        return
-    loading: deque[Future[Item]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="memsave-data") as pool:
-        try:
-            for batch in batches:
-                loading.append(pool.submit(load, batch))
-                if len(loading) > workers:
-                    yield loading.popleft().result()
-            while loading:
-                yield loading.popleft().result()
-        finally:
-            for future in loading:
-                future.cancel()
 
 
 def uncrop(volume: torch.Tensor, *, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:

@@ -7,18 +7,19 @@ Held out are the perplexity per target token, and BLEU and ROUGE-L of sentences 
 import hashlib
 import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memsave.config.schema import E2EData, TextData, TrainerConfig, VisitsData
+from memsave.config.schema import TrainerConfig
+from memsave.data.loader import Index
 from memsave.data.text.collate import collate, encode, encode_all, prompt_format, prompts
-from memsave.data.text.records import Record, private_records, references
+from memsave.data.text.config import TextData
+from memsave.data.text.records import Record, references
 from memsave.models.language import IGNORED, causal_lm_losses
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch
@@ -54,13 +55,12 @@ class TableToText:
     ):
         self.head = head
         self.tokenizer, self.data, self.device = tokenizer, data, device
-        self.batch_size, self.seed, self.precision = trainer.batch_size, trainer.seed, trainer.precision
+        self.precision = trainer.precision
         self.held_out = list(held_out)
         self.tokens, self.cuts = encode_all(train, tokenizer, max_length=data.max_length)
         scored = self.held_out[: data.evaluate]
         self.held_out_tokens, self.held_out_cuts = encode_all(scored, tokenizer, max_length=data.max_length)
         self.evaluations: list[Written] = []
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch that was asked for
 
     @property
     def size(self) -> int:
@@ -79,7 +79,7 @@ class TableToText:
         held_out = {"records": len(self.held_out), "tables": tables, "written_tables": min(tables, self.data.generate)}
         return {**asdict(self.cuts), "held_out": {**held_out, **asdict(self.held_out_cuts)}}
 
-    def told_counts(self) -> str:
+    def describe_counts(self) -> str:
         """The same in one line."""
         length, held_out = self.data.max_length, self.counts["held_out"]
         return (
@@ -89,23 +89,12 @@ class TableToText:
             f"{held_out['written_tables']} are written about (data.generate)"
         )
 
-    def batches(self, *, start: int) -> Generator[Batch]:
-        """Shuffled anew in each epoch, of which the last batch runs into the next; input_ids, labels, ... (B, T)."""
-        number = start
-        while True:
-            places = range(number * self.batch_size, (number + 1) * self.batch_size)
-            yield self.gather([self._shuffled(place) for place in places], step=number)
-            number += 1
+    def load(self, indices: Sequence[Index]) -> Batch:
+        """The examples of these indices, in this order, on the CPU: input_ids, attention_mask, labels, (B, T) each."""
+        return collate([self.tokens[each.example] for each in indices], pad=self.tokenizer.pad_token_id)
 
-    def _shuffled(self, place: int) -> int:
-        epoch, position = divmod(place, self.size)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size))
-        return int(self._order[1][position])
-
-    def gather(self, indices: Sequence[int], *, step: int) -> Batch:
-        """The examples of these indices, in this order."""
-        batch = collate([self.tokens[index] for index in indices], pad=self.tokenizer.pad_token_id)
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the device."""
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -201,13 +190,3 @@ def dummy_batch(data: TextData, *, count: int, device: torch.device) -> Batch:
     """A batch of the greatest length, with nothing in it, in which every token is a target."""
     ids = torch.zeros(count, data.max_length, dtype=torch.long, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
-
-
-def records_of(data: TextData) -> tuple[list[Record], list[Record]]:
-    """(training, held out) records that the config names."""
-    if isinstance(data, VisitsData):
-        return private_records(data.records, seed=data.seed), private_records(data.held_out, seed=data.seed + 10**6)
-    assert isinstance(data, E2EData)
-    from memsave.data.text.e2e import e2e_splits
-
-    return e2e_splits(str(data.root))

@@ -7,8 +7,7 @@ segmented by a sliding window and scored by Dice and HD95 per region, on the gri
 
 import csv
 import hashlib
-import shlex
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,26 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from memsave.config.schema import BratsData, MniPhantomData, PhantomData, SegmentationData, TrainerConfig
-from memsave.data.errors import DataError
-from memsave.data.volumes.check import check_cases
-from memsave.data.volumes.dataset import Item, TrainingCrops, Volumes, restore, train_loader
-from memsave.data.volumes.layouts import Case, find_cases
+from memsave.config.schema import TrainerConfig
+from memsave.data.loader import Index
+from memsave.data.volumes.config import SegmentationData
+from memsave.data.volumes.dataset import Item, TrainingCrops, Volumes, restore
 from memsave.data.volumes.lesion_metrics import lesion_region_scores
 from memsave.data.volumes.metrics import region_scores
-from memsave.data.volumes.phantoms.generate import ensure_phantoms
-from memsave.data.volumes.reader import labels_of, masks_of, regions
-from memsave.data.volumes.schemes import LabelScheme
-from memsave.data.volumes.splits import fold, split_cases, split_from_file
+from memsave.data.volumes.reader import labels_of, regions
 from memsave.data.volumes.transforms import resample
+from memsave.tasks.segmentation.inference import predict, without_small
+from memsave.tasks.segmentation.losses import case_losses
 from memsave.tasks.segmentation.overlay import Picture, draw_overlay
-from memsave.tasks.segmentation.unet_config import CONFIG, UNetConfig, modalities_of, scheme_of
-from memsave.training.loop import autocast, evaluating
+from memsave.tasks.segmentation.unet_config import CONFIG, UNetConfig
+from memsave.training.loop import autocast
 from memsave.training.progress import Progress
 from memsave.training.task import Batch
 
 WEIGHTS = "model.safetensors"
 TABLE = "scores.csv"
 PICTURES = 3  # cases on the overlay
-SMOOTH = 1.0  # voxels: an empty region that is found empty has Dice 1, and its gradient is bounded
 RESAMPLES = 2000  # of the bootstrap
 PIECE = 4096  # bytes
 
@@ -57,14 +52,13 @@ class Segmentation:
     ):
         self.progress = progress or Progress()
         self.data, self.device = data, device
-        self.batch_size, self.precision = trainer.batch_size, trainer.precision
-        found = cases(data)
-        train, held_out = split(found, data)
+        self.precision = trainer.precision
+        found = data.find_cases(say=self.progress.say)
+        train, held_out = data.split(found)
         self.left_out = len(found) - len(train) - len(held_out)
         self.crops = TrainingCrops(
             train,
             crop_size=data.crop_size,
-            length=trainer.steps_for(len(train)) * trainer.batch_size,
             seed=trainer.seed,
             spacing=data.spacing,
             foreground=data.foreground,
@@ -101,32 +95,28 @@ class Segmentation:
         """Cases that train, that are scored, and that are used for nothing (`test` of a split file)."""
         return {"examples": self.size, "held_out": len(self.held_out), "left_out": self.left_out}
 
-    def told_counts(self) -> str:
+    def describe_counts(self) -> str:
         """The same in one line."""
         left_out = f", left out: {self.left_out} (test of data.split_file)" if self.left_out else ""
         return f"training cases: {self.size}, held-out cases: {len(self.held_out)}{left_out}"
 
-    def gather(self, indices: Sequence[int], *, step: int) -> Batch:
-        """The crops of each of these cases; for none, images (0, C, 1, 1, 1)."""
+    def load(self, indices: Sequence[Index]) -> Batch:
+        """Crops of these cases, on the CPU: image (B, C, D, H, W), label (B, 1, D, H, W), id; runs in worker threads.
+
+        With K crops a case, which are one example, (B, K, C, D, H, W) and (B, K, 1, D, H, W); for no index, images
+        (0, C, 1, 1, 1).
+        """
         if not indices:
-            empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1, device=self.device)
+            empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1)
             return {"image": empty, "label": empty[:, :1], "id": []}
-        crops = [self.crops.example(index, draw=step * self.size + index) for index in indices]
-        tensors = {key: torch.stack([crop[key] for crop in crops]).to(self.device) for key in ("image", "label")}
+        crops = [self.crops.example(each.example, draw=each.draw) for each in indices]
+        tensors = {key: torch.stack([crop[key] for crop in crops]) for key in ("image", "label")}
         return {**tensors, "id": [crop["id"] for crop in crops]}
 
-    def batches(self, *, start: int) -> Generator[Batch]:
-        """Logical batches from number `start` on: image (B, C, D, H, W), label (B, 1, D, H, W), id.
-
-        With K crops a case, which are one example, (B, K, C, D, H, W) and (B, K, 1, D, H, W).
-        """
-        loader = train_loader(self.crops, batch_size=self.batch_size, workers=self.data.workers, start=start)
-        yield from map(self._placed, loader)  # which holds on to no batch, as a loop's variable would
-
-    def _placed(self, batch: Batch) -> Batch:
-        """On the device."""
-        placed = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        return laid_out(placed)
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the device, in the network's memory format."""
+        moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return channels_last(moved)
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses: each of one case, over all of its crops."""
@@ -198,15 +188,6 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
     return float(low), float(high)
 
 
-def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> Tensor:
-    """Masks (R, X, Y, Z) in which an enhancing region of fewer voxels than that is empty: it is often a false one."""
-    masks = masks.clone()
-    for name, mask in zip(names, masks, strict=True):
-        if name == "et" and int(mask.sum()) < smallest_et:
-            mask.zero_()
-    return masks
-
-
 def picture(
     volume: Item, truth: Tensor, prediction: Tensor, scores: dict[str, float], modalities: Sequence[str]
 ) -> Picture:
@@ -220,109 +201,19 @@ def picture(
     return Picture(volume["id"], image, true, found, spacing, scores, modalities)
 
 
-def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tensor:
-    """(B,) losses of image (B, C, D, H, W) and label (B, 1, D, H, W), or of K crops a case, with K in second place."""
-    image, label = batch["image"], batch["label"]
-    several = image.dim() == 6
-    if several:
-        image, label = image.flatten(0, 1), label.flatten(0, 1)
-    logits, target = model(image), masks_of(label, scheme=scheme)
-    losses = region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
-    return losses.view(len(batch["image"]), -1).mean(1) if several else losses
-
-
 def dummy_batch(data: SegmentationData, *, count: int, device: torch.device) -> Batch:
-    """A batch of the shapes that training has, with nothing in it."""
+    """A batch of zeros with the shapes of training."""
     crops = (count,) if data.crops_per_case == 1 else (count, data.crops_per_case)
-    image = torch.zeros(*crops, channels(data)[0], *data.crop_size, device=device)
-    return laid_out(
-        {"image": image, "label": torch.zeros(*crops, 1, *data.crop_size, dtype=torch.uint8, device=device)}
-    )
+    image = torch.zeros(*crops, len(data.input_modalities()), *data.crop_size, device=device)
+    label = torch.zeros(*crops, 1, *data.crop_size, dtype=torch.uint8, device=device)
+    return channels_last({"image": image, "label": label})
 
 
-def laid_out(batch: Batch) -> Batch:
-    """The batch with its images as the network wants them in memory: a whole volume has no room for a copy."""
+def channels_last(batch: Batch) -> Batch:
+    """The batch with its images in the memory format of the network, so that a whole volume is never copied there."""
     if batch["image"].dim() == 5:
         batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last_3d)
     return batch
-
-
-def region_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Soft Dice loss plus binary cross-entropy, one per example, in float32: (B, 3, D, H, W) twice to (B,).
-
-    Dice = (2 sum(p t) + s) / (sum(p) + sum(t) + s) for each example and region (Milletari et al., "V-Net", 2016).
-    """
-    logits, target = logits.float().flatten(2), target.float().flatten(2)  # (B, 3, V)
-    probability = logits.sigmoid()
-    overlap = (probability * target).sum(2)
-    dice = (2 * overlap + SMOOTH) / (probability.sum(2) + target.sum(2) + SMOOTH)  # (B, 3)
-    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(2)  # (B, 3)
-    return (1 - dice + entropy).mean(1)
-
-
-def supervised_losses(levels: Sequence[Tensor], target: Tensor) -> Tensor:
-    """`region_losses` of logits at several resolutions, finest first, averaged with weights 1, 1/2, 1/4, ...: (B,).
-
-    A coarser target is the nearest voxel of the finest one (Isensee et al., "nnU-Net", 2021).
-    """
-    total = target.new_zeros(len(target), dtype=torch.float32)
-    for number, logits in enumerate(levels):
-        nearest = F.interpolate(target.float(), size=logits.shape[2:], mode="nearest")
-        total = total + 0.5**number * region_losses(logits, nearest)
-    return total / sum(0.5**number for number in range(len(levels)))
-
-
-def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: float = 0.5) -> Tensor:
-    """Logits (R, D, H, W) of a whole volume (C, D, H, W), by overlapping windows of the training size."""
-    from monai.inferers import sliding_window_inference
-
-    with evaluating(model):
-        logits = sliding_window_inference(
-            image[None], roi_size=tuple(window), sw_batch_size=2, predictor=model, overlap=overlap, mode="gaussian"
-        )
-    assert isinstance(logits, Tensor)
-    return logits[0]
-
-
-def cases(data: SegmentationData) -> list[Case]:
-    """The cases that the config names; phantoms are made when they are not in the cache."""
-    if isinstance(data, PhantomData):
-        x, y, z = data.size
-        anatomy = "mni152" if isinstance(data, MniPhantomData) else "drawn"
-        return ensure_phantoms(
-            data.root, cases=data.cases, size=(x, y, z), seed=data.seed, anatomy=anatomy, progress=Progress().say
-        )
-    assert isinstance(data, BratsData)
-    known: dict[str, Any] = {"scheme": data.scheme, "modalities": data.modalities, "mask": data.mask}
-    found = find_cases(str(data.root), data.layout, **known)
-    if data.check != "none":
-        faults = check_cases(found, images=data.check == "all", workers=max(1, data.workers))
-        if len(faults) > 1:
-            told = [f"{key}={_plain(value)}" for key, value in known.items() if value is not None]
-            given = [f"root={data.root}", f"layout={data.layout}", *told]
-            command = shlex.join(["python", "-m", "memsave.data.check", *given])
-            raise DataError(f"{faults[0].removesuffix('.')}; {len(faults) - 1} more faults are listed by {command}.")
-        if faults:
-            raise DataError(faults[0])
-    return found
-
-
-def _plain(value: object) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
-
-
-def split(found: Sequence[Case], data: SegmentationData) -> tuple[list[Case], list[Case]]:
-    """(training, held out): by a file, a fold, or a share of the cases."""
-    if data.split_file is not None:
-        return split_from_file(found, data.split_file)
-    if data.folds is not None:
-        return fold(found, folds=data.folds, number=data.fold, seed=data.split_seed)
-    return split_cases(found, validation_fraction=data.validation_fraction, seed=data.split_seed)
-
-
-def channels(data: SegmentationData) -> tuple[int, int]:
-    """(modalities, regions) of the data, without a look at it."""
-    return len(modalities_of(data)), len(scheme_of(data).names)
 
 
 def _pieces(path: Path) -> tuple[int, str]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-import memsave
+from memsave._version import __version__
 from memsave.config import ConfigError
-from memsave.config.schema import BratsData, SegmentationData
-from memsave.data.volumes.layouts import LAYOUTS, MODALITIES
-from memsave.data.volumes.schemes import BRATS_2021, SCHEMES, LabelScheme
+from memsave.data.volumes.config import SegmentationData
+from memsave.data.volumes.layouts import LAYOUTS
+from memsave.data.volumes.schemes import SCHEMES, LabelScheme
 from memsave.models import ReversibleUNet3d
 
 CONFIG = "config.json"
@@ -55,12 +55,12 @@ class UNetConfig:
     @classmethod
     def of(cls, data: SegmentationData, *, model: Any, precision: str) -> "UNetConfig":
         """The config of a network that was trained on such data."""
-        layout, mask = (data.layout, data.mask) if isinstance(data, BratsData) else ("brats2021", None)
+        layout, mask = data.file_names()
         return cls(
             model=model.arguments,
-            modalities=modalities_of(data),
+            modalities=data.input_modalities(),
             layout=layout,
-            scheme=scheme_of(data).name,
+            scheme=data.label_scheme().name,
             mask=mask,
             spacing=data.spacing,
             crop_size=data.crop_size,
@@ -89,7 +89,7 @@ class UNetConfig:
         """Write JSON, with what people want to know beside it."""
         scheme = self.regions
         told = {"regions": scheme.regions, "labels": scheme.labels, **PREPARED}
-        content = {"memsave": memsave.__version__, "kind": KIND, **asdict(self), **told}
+        content = {"memsave": __version__, "kind": KIND, **asdict(self), **told}
         path.write_text(json.dumps(content, indent=2) + "\n")
 
     def build(self) -> nn.Module:
@@ -105,20 +105,3 @@ class UNetConfig:
     def regions(self) -> LabelScheme:
         """The labels and the regions that they make up."""
         return SCHEMES[self.scheme]
-
-
-def modalities_of(data: SegmentationData) -> tuple[str, ...]:
-    """The modalities of the data, in the order of the network's input channels, without a look at it."""
-    if not isinstance(data, BratsData):
-        return MODALITIES
-    names = tuple(data.modalities or LAYOUTS[data.layout].modalities)
-    if not names:
-        raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
-    return names
-
-
-def scheme_of(data: SegmentationData) -> LabelScheme:
-    """What the labels of the data mean, without a look at it."""
-    if not isinstance(data, BratsData):
-        return BRATS_2021
-    return LAYOUTS[data.layout].scheme if data.scheme is None else SCHEMES[data.scheme]

@@ -1,5 +1,3 @@
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +7,8 @@ import pytest
 import torch
 
 from memsave.data import DataError
-from memsave.data.volumes.dataset import TrainingCrops, Volumes, _item_seed, restore, train_loader, uncrop
+from memsave.data.loader import shuffled
+from memsave.data.volumes.dataset import TrainingCrops, Volumes, _item_seed, restore, uncrop
 from memsave.data.volumes.layouts import MODALITIES, find_cases
 from memsave.data.volumes.metrics import dice
 from memsave.data.volumes.reader import labels_of, read_case, regions
@@ -20,8 +19,14 @@ CROP = (12, 10, 8)
 REAL = Path(__file__).parents[4] / "shared" / "data" / "brain-mri"
 
 
-def crops(cases, *, length=10, seed=0, **settings):
-    return TrainingCrops(cases, **{"crop_size": CROP, "length": length, "seed": seed, **settings})
+def crops(cases, *, seed=0, **settings):
+    return TrainingCrops(cases, **{"crop_size": CROP, "seed": seed, **settings})
+
+
+def crop_number(dataset, number):
+    """Item `number` of a run of shuffled epochs."""
+    ((case, draw),) = next(shuffled(len(dataset), batch_size=1, seed=dataset.seed, start=number))
+    return dataset.example(case, draw=draw)
 
 
 def same(first, second):
@@ -29,12 +34,8 @@ def same(first, second):
     return tensors and first["id"] == second["id"]
 
 
-def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("memsave-data")]
-
-
 def test_an_item_is_a_plain_crop(phantoms):
-    item = crops(phantoms)[0]
+    item = crop_number(crops(phantoms), 0)
     assert set(item) == {"image", "label", "id"}
     assert type(item["image"]) is type(item["label"]) is torch.Tensor
     assert item["image"].shape == (4, *CROP) and item["image"].dtype == torch.float32
@@ -45,81 +46,23 @@ def test_an_item_is_a_plain_crop(phantoms):
 def test_an_item_depends_on_seed_and_index_alone(phantoms):
     forwards, backwards = crops(phantoms), crops(phantoms, cache_bytes=0)
     torch.manual_seed(0)
-    first = [forwards[index] for index in range(10)]
+    first = [crop_number(forwards, index) for index in range(10)]
     torch.manual_seed(1)
-    second = [backwards[index] for index in reversed(range(10))][::-1]
+    second = [crop_number(backwards, index) for index in reversed(range(10))][::-1]
     assert all(same(*pair) for pair in zip(first, second))
-    assert not same(first[0], crops(phantoms, seed=1)[0])
+    assert not same(first[0], crop_number(crops(phantoms, seed=1), 0))
     images = {tuple(item["image"].flatten().tolist()) for item in first}
     assert len(images) == 10
 
 
 def test_drawing_leaves_the_global_random_state_alone(phantoms):
     state = torch.get_rng_state()
-    list(train_loader(crops(phantoms, length=4), batch_size=2, workers=1))
+    crop_number(crops(phantoms), 3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_epoch_visits_every_case_in_another_order(phantoms):
-    dataset = crops(phantoms, length=24)
-    order = [dataset[index]["id"] for index in range(24)]
-    epochs = [tuple(order[first : first + 4]) for first in range(0, 24, 4)]
-    assert all(sorted(epoch) == [case.id for case in phantoms] for epoch in epochs)
-    assert len(set(epochs)) > 1
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("start", [0, 2])
-def test_batches_do_not_depend_on_workers_or_start(phantoms, workers, start):
-    reference = crops(phantoms, length=7)
-    batches = list(train_loader(crops(phantoms, length=7), batch_size=2, workers=workers, start=start))
-    assert [len(batch["id"]) for batch in batches] == [2, 2, 2, 1][start:]
-    index = 2 * start
-    for batch in batches:
-        for position, name in enumerate(batch["id"]):
-            item = {"image": batch["image"][position], "label": batch["label"][position], "id": name}
-            assert same(item, reference[index])
-            index += 1
-
-
-def test_the_loader_works_ahead_but_not_far(phantoms):
-    class Counting(TrainingCrops):
-        def __getitem__(self, index):
-            requested.append(index)
-            return super().__getitem__(index)
-
-    requested: list[int] = []
-    dataset = Counting(phantoms, crop_size=CROP, length=20, seed=0)
-    batches = train_loader(dataset, batch_size=1, workers=1)
-    next(batches)
-    deadline = time.monotonic() + 10
-    while len(requested) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)  # time enough for far more small crops
-    assert requested == [0, 1]
-    batches.close()
-
-
-def test_threads_end_with_the_iterator(phantoms):
-    batches = train_loader(crops(phantoms), batch_size=2, workers=2)
-    next(batches)
-    assert loader_threads()
-    batches.close()
-    assert not loader_threads()
-    list(train_loader(crops(phantoms, length=4), batch_size=2, workers=2))
-    assert not loader_threads()
-
-
-def test_an_error_in_a_worker_arrives_as_it_is(write_case):
-    case = write_case()
-    case.images[0].write_text("damaged")
-    with pytest.raises(DataError, match=r"A_t1\.nii\.gz is not a readable NIfTI file[^\n]*$"):
-        next(train_loader(crops([case]), batch_size=1, workers=1))
-    assert not loader_threads()
-
-
 def test_a_volume_smaller_than_the_crop_is_padded(phantoms):
-    item = crops(phantoms, crop_size=(40, 8, 40))[0]
+    item = crop_number(crops(phantoms, crop_size=(40, 8, 40)), 0)
     assert item["image"].shape == (4, 40, 8, 40) and item["label"].shape == (1, 40, 8, 40)
 
 
@@ -128,7 +71,7 @@ def test_a_crop_never_shares_memory_with_the_cache(phantoms):
     dataset = crops(phantoms[:1], crop_size=whole)
     before = dataset.volumes[0]["label"].clone()
     for index in range(10):
-        dataset[index]["label"].fill_(9)
+        crop_number(dataset, index)["label"].fill_(9)
     assert torch.equal(dataset.volumes[0]["label"], before)
 
 
@@ -171,8 +114,6 @@ def test_bad_settings_are_named(phantoms):
         crops([])
     with pytest.raises(DataError, match=r"crop_size is \(8, 8\)"):
         crops(phantoms, crop_size=(8, 8))
-    with pytest.raises(IndexError, match=r"Crop 10 .* draws 10"):
-        crops(phantoms)[10]
 
 
 def test_several_crops_of_one_case(phantoms):
@@ -192,10 +133,10 @@ def test_several_crops_of_one_case(phantoms):
 
 
 def test_the_fraction_of_crops_on_the_tumour_can_be_chosen(phantoms):
-    small = {"crop_size": (1, 1, 1), "length": 40}
+    small = {"crop_size": (1, 1, 1)}
     on, off = (
         sum(
-            bool(item["label"].any()) for item in map(crops(phantoms, foreground=share, **small).__getitem__, range(40))
+            bool(crop_number(crops(phantoms, foreground=share, **small), number)["label"].any()) for number in range(40)
         )
         for share in (1.0, 0.0)
     )
@@ -203,11 +144,12 @@ def test_the_fraction_of_crops_on_the_tumour_can_be_chosen(phantoms):
 
 
 def test_augmentation_can_be_chosen(phantoms):
-    light, full = (crops(phantoms[:1], length=20, augmentation=name) for name in ("light", "full"))
-    assert all(same(light[index], crops(phantoms[:1], length=20)[index]) for index in range(3))
-    differ = sum(not torch.equal(light[index]["image"], full[index]["image"]) for index in range(20))
+    light, full = (crops(phantoms[:1], augmentation=name) for name in ("light", "full"))
+    assert all(same(crop_number(light, index), crop_number(crops(phantoms[:1]), index)) for index in range(3))
+    pairs = ([crop_number(each, index)["image"] for each in (light, full)] for index in range(20))
+    differ = sum(not torch.equal(*pair) for pair in pairs)
     assert differ > 5
-    assert all(full[index]["label"].dtype == torch.uint8 for index in range(20))
+    assert all(crop_number(full, index)["label"].dtype == torch.uint8 for index in range(20))
 
 
 def test_crops_are_rotated_in_millimetres(thick):
@@ -243,7 +185,7 @@ def test_any_number_of_modalities(thick):
     item = volumes[0]
     assert item["image"].shape[0] == 2 and item["label"].unique().tolist() == [0, 1]
     assert item["spacing"] == item["image_spacing"] == (1.0, 2.0, 4.0)
-    assert crops(thick)[0]["image"].shape == (2, *CROP)
+    assert crop_number(crops(thick), 0)["image"].shape == (2, *CROP)
 
 
 def test_volumes_are_resampled_to_a_spacing(thick):
@@ -266,7 +208,7 @@ def test_volumes_are_resampled_to_a_spacing(thick):
 def test_crops_are_of_resampled_volumes(thick):
     dataset = crops(thick, spacing=[1, 1, 1], crop_size=(8, 8, 8), augmentation="full")
     assert dataset.volumes[0]["image"].shape[3] == 4 * dataset.volumes[0]["cropped"][2]
-    assert dataset[0]["image"].shape == (2, 8, 8, 8)
+    assert crop_number(dataset, 0)["image"].shape == (2, 8, 8, 8)
 
 
 def test_without_resampling_a_prediction_is_restored_exactly(phantoms):

@@ -10,22 +10,17 @@ import huggingface_hub
 import transformers
 
 from memsave.config import ConfigError
-from memsave.config.schema import LanguageModel, SmallGPT2, SmolLM2
 from memsave.data.text.records import public_records
-from memsave.tasks.language.pretrained import (
-    converted_smollm2,
-    language_config,
-    language_model,
-    small_gpt2,
-    train_tokenizer,
-)
+from memsave.tasks.language.pretrained import LanguageModel
+from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
+from memsave.tasks.language.smollm2 import SmolLM2, converted_smollm2
 from memsave.training.progress import Progress
 
 SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
 
 
 def load(name):
-    return language_model(LanguageModel(name=name), progress=Progress())
+    return LanguageModel(name=name).load(progress=Progress())
 
 
 @pytest.fixture
@@ -83,7 +78,7 @@ def encoder(**options):
 )
 def test_a_model_that_is_not_causal_is_refused_by_its_architecture(tmp_path, config, architecture):
     config.save_pretrained(tmp_path)
-    for use in (load, lambda name: language_config(LanguageModel(name=name))):
+    for use in (load, lambda name: LanguageModel(name=name).architecture()):
         with pytest.raises(ConfigError, match=f"is a {architecture}, which does not predict each token from those"):
             use(str(tmp_path))
 
@@ -94,7 +89,7 @@ def test_a_decoder_of_an_encoders_architecture_is_loaded(folder):
     assert type(load(str(folder))[0]).__name__ == "BertLMHeadModel"
 
 
-@pytest.mark.parametrize("use", [load, lambda name: language_config(LanguageModel(name=name))])
+@pytest.mark.parametrize("use", [load, lambda name: LanguageModel(name=name).architecture()])
 def test_a_folder_without_a_model_is_refused(tmp_path, use):
     with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
         use(str(tmp_path))

@@ -8,11 +8,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")
 
-from memsave.config.schema import SmallGPT2, TrainerConfig, VisitsData
+from memsave.config.schema import TrainerConfig
+from memsave.data.loader import Index, shuffled
 from memsave.data.text.collate import collate, encode, encode_all, prompts
+from memsave.data.text.config import VisitsData
 from memsave.data.text.records import Record, private_records, public_records
 from memsave.models.language import causal_lm_losses
-from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
+from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.table_to_text import TableToText
 from tests.ghost.reference import assert_exact
 
@@ -61,11 +63,11 @@ def test_long_examples_are_cut_and_keep_a_target(tokenizer, max_length):
 
 
 def test_an_empty_batch_has_no_rows(task):
-    assert task.gather([], step=0)["input_ids"].shape[0] == 0
+    assert task.load([])["input_ids"].shape[0] == 0
 
 
 def test_losses_are_the_mean_over_each_examples_own_targets(task, tokenizer):
-    model, batch = model_of(tokenizer).double(), task.gather(range(4), step=0)
+    model, batch = model_of(tokenizer).double(), task.load([Index(each, each) for each in range(4)])
     losses = task.per_example_losses(model, batch)
     for row in range(4):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
@@ -83,16 +85,17 @@ def test_an_example_without_targets_has_loss_zero(tokenizer):
 
 def test_norms_and_clipped_sums_are_exact(task, tokenizer):
     torch.manual_seed(0)
-    assert_exact(model_of(tokenizer).double(), task.gather(range(4), step=0), task.per_example_losses)
+    batch = task.load([Index(each, each) for each in range(4)])
+    assert_exact(model_of(tokenizer).double(), batch, task.per_example_losses)
 
 
 def test_epochs_shuffle_every_record_once_and_a_run_may_start_anywhere(task):
-    batches = task.batches(start=0)
-    five = [next(batches) for _ in range(5)]  # 40 of 20 records
+    batches = shuffled(task.size, batch_size=8, seed=0)
+    five = [task.load(next(batches)) for _ in range(5)]  # 40 of 20 records
     rows = [tuple(row[row != task.tokenizer.pad_token_id].tolist()) for batch in five for row in batch["input_ids"]]
     assert len(set(rows[:20])) == len(set(rows[20:])) == 20
     assert rows[:20] != rows[20:]
-    again = next(task.batches(start=3))
+    again = task.load(next(shuffled(task.size, batch_size=8, seed=0, start=3)))
     assert torch.equal(again["input_ids"], five[3]["input_ids"])
 
 
@@ -147,10 +150,10 @@ def test_what_is_cut_is_counted_and_told(tokenizer):
     task = task_of(tokenizer, VisitsData(max_length=length, evaluate=4, generate=3))
     assert task.counts["cut_tokens"] == cuts.cut_tokens
     assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_tables": 3} == task.counts["held_out"]
-    told = task.told_counts()
+    told = task.describe_counts()
     assert f"{cuts.cut_examples} cut to 60 tokens (data.max_length), which drops {cuts.cut_tokens} tokens" in told
     assert "held-out records: 5, of which 4 are scored (data.evaluate)" in told
     assert "3 are written about (data.generate)" in told
     tight = task_of(tokenizer, VisitsData(max_length=8))
-    assert "20 of them keep a single token of their text" in tight.told_counts()
-    assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).told_counts()
+    assert "20 of them keep a single token of their text" in tight.describe_counts()
+    assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).describe_counts()

@@ -11,17 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memsave.config import ConfigError
 from memsave.config.compose import compose, to_objects
 from memsave.data import DataError
+from memsave.data.loader import Index
 from memsave.data.volumes.reader import regions
 from memsave.experiment import make_model, make_task
-from memsave.tasks.segmentation.task import (
-    channels,
-    interval,
-    predict,
-    region_losses,
-    supervised_losses,
-    without_small,
-)
-from memsave.training.loop import make_state, run_steps
+from memsave.tasks.segmentation.inference import predict, without_small
+from memsave.tasks.segmentation.losses import region_losses, supervised_losses
+from memsave.tasks.segmentation.task import interval
+from memsave.training.loop import first_batch, make_state, run_steps
 from tests.data.volumes.test_layouts import SHAPE, decathlon
 
 TINY = [
@@ -89,7 +85,7 @@ def test_cases_that_are_used_for_nothing_are_counted_and_told(tiny, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps(split))
     task = make_task(tiny(f"data.split_file={tmp_path / 'split.json'}"), torch.device("cpu"))
     assert task.counts == {"examples": 2, "held_out": 1, "left_out": 1}
-    assert task.told_counts() == "training cases: 2, held-out cases: 1, left out: 1 (test of data.split_file)"
+    assert task.describe_counts() == "training cases: 2, held-out cases: 1, left out: 1 (test of data.split_file)"
 
 
 def test_memory_modes_train_alike_for_twenty_steps(tiny):
@@ -127,7 +123,7 @@ def test_coarser_levels_count_half_as_much_each():
 def test_several_crops_of_a_case_are_one_example_with_one_loss(tiny):
     config = tiny("data.crops_per_case=3", "trainer.batch_size=2")
     task, model = make_task(config, torch.device("cpu")), make_model(config)[0]
-    for batch in (next(task.batches(start=0)), task.gather([0, 1], step=0)):
+    for batch in (first_batch(task, config.trainer), task.place(task.load([Index(0, 0), Index(1, 1)]))):
         assert batch["image"].shape == (2, 3, 4, 16, 16, 16)
         losses = task.per_example_losses(model, batch)
         single = [
@@ -139,7 +135,7 @@ def test_several_crops_of_a_case_are_one_example_with_one_loss(tiny):
 def test_the_loss_asks_no_tensor_for_its_values(tiny):
     config = tiny()
     task, (model, _) = make_task(config, torch.device("cpu")), make_model(config)
-    batch = next(task.batches(start=0))
+    batch = first_batch(task, config.trainer)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {key: mode.from_tensor(batch[key]) for key in ("image", "label")}
         assert task.per_example_losses(model, fake).shape == (2,)
@@ -213,7 +209,7 @@ def test_one_modality_with_a_mask_trains_and_is_drawn(tmp_path):
     folder_of(tmp_path)
     config = brats(tmp_path, "trainer.steps=2")
     task, model = make_task(config, torch.device("cpu")), make_model(config)[0]
-    assert model(next(task.batches(start=0))["image"]).shape[1] == 1
+    assert model(first_batch(task, config.trainer)["image"]).shape[1] == 1
     scores = task.evaluate(model)
     assert set(scores) == {"dice", "dice_lesion", "hd95_lesion"}
     (tmp_path / "out").mkdir()
@@ -229,6 +225,10 @@ def test_faults_are_named_before_training(tmp_path):
     with pytest.raises(DataError, match=words):
         make_task(brats(tmp_path, "data.scheme=brats2021"), torch.device("cpu"))
     make_task(brats(tmp_path, "data.scheme=brats2021", "data.check=none"), torch.device("cpu"))
+
+
+def channels(data):
+    return len(data.input_modalities()), len(data.label_scheme().names)
 
 
 def test_the_network_has_the_channels_of_the_data(tmp_path):

@@ -6,7 +6,6 @@ from typing import Any
 
 from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
-from memsave.config.schema import SegmentationData
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -75,8 +74,10 @@ def _language_model(released: Path) -> Any:
 
 def _from_run(folder: Path) -> tuple[Path, Any, Any]:
     """(weights, network to load them into, its config) of a run without `config.json`, or of a folder inside it."""
-    from memsave.experiment import make_model
+    from memsave.data.volumes.config import SegmentationData
+    from memsave.tasks.definition import definition_of
     from memsave.tasks.segmentation.unet_config import UNetConfig
+    from memsave.training.progress import Progress
 
     run = folder if (folder / "config.yaml").is_file() else folder.parent
     if not (run / "config.yaml").is_file():
@@ -89,5 +90,5 @@ def _from_run(folder: Path) -> tuple[Path, Any, Any]:
     weights = next((each / WEIGHTS for each in places if (each / WEIGHTS).is_file()), None)
     if weights is None:
         raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
-    network, _ = make_model(config)
+    network, _ = definition_of(config).make_model(progress=Progress())
     return weights, network, UNetConfig.of(config.data, model=network, precision=config.trainer.precision)

@@ -1,0 +1,73 @@
+"""`data=brats`: cases of a challenge, or of one's own, in one of the layouts of `memsave.data.volumes.layouts`."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from memsave.config import ConfigError, option, register
+from memsave.data.errors import DataError
+from memsave.data.volumes.config import SegmentationData
+from memsave.data.volumes.layouts import LAYOUTS, Case, find_cases
+from memsave.data.volumes.schemes import SCHEMES, LabelScheme
+
+
+@register("data", "brats")
+@dataclass
+class BratsData(SegmentationData):
+    """Cases of a challenge, or of one's own, in one of the layouts of `memsave.data.volumes.layouts`."""
+
+    kind: str = "brats"
+    layout: str = option("brats2021", choices=tuple(LAYOUTS))
+    """brats2018 ... brats2021 | brats2023 | brats2024 | msd | folder."""
+    scheme: str | None = option(None, choices=tuple(SCHEMES))
+    """What the labels mean: brats2021 | brats2023 | brats2024 | brats2024_rc | msd | binary; null: as the layout."""
+    modalities: list[str] | None = None
+    """Which ones, in which order; null: all of the layout's. For layout=folder, what the files' names end in."""
+    check: str = option("labels", choices=("labels", "all", "none"))
+    """What of every case is read before training, to name its faults: labels (and headers) | all | none."""
+    mask: str | None = None
+    """For layout=folder, what the mask's name ends in; null: seg, label or mask."""
+
+    def validate(self) -> None:
+        """Raise ConfigError without a folder."""
+        super().validate()
+        if not self.root:
+            raise ConfigError("data.root is not given; name the folder of the cases, as in data.root=/my/BraTS2021")
+
+    def find_cases(self, *, say: Callable[[str], None]) -> list[Case]:
+        """The cases, whose files are read first as `check` says; DataError names the first fault."""
+        kwargs: dict[str, Any] = {"scheme": self.scheme, "modalities": self.modalities, "mask": self.mask}
+        found = find_cases(str(self.root), self.layout, **kwargs)
+        if self.check == "none":
+            return found
+        from memsave.data.volumes.check import check_cases
+
+        faults = check_cases(found, images=self.check == "all", workers=max(1, self.workers))
+        if len(faults) > 1:
+            options = [f"{key}={_as_argument(value)}" for key, value in kwargs.items() if value is not None]
+            arguments = [f"root={self.root}", f"layout={self.layout}", *options]
+            command = shlex.join(["python", "-m", "memsave.data.check", *arguments])
+            raise DataError(f"{faults[0].removesuffix('.')}; {len(faults) - 1} more faults are listed by {command}.")
+        if faults:
+            raise DataError(faults[0])
+        return found
+
+    def input_modalities(self) -> tuple[str, ...]:
+        """`modalities`, or those of the layout."""
+        names = tuple(self.modalities or LAYOUTS[self.layout].modalities)
+        if not names:
+            raise ConfigError("data.layout=folder needs data.modalities, as in data.modalities=[t1ce]")
+        return names
+
+    def label_scheme(self) -> LabelScheme:
+        """`scheme`, or that of the layout."""
+        return LAYOUTS[self.layout].scheme if self.scheme is None else SCHEMES[self.scheme]
+
+    def file_names(self) -> tuple[str, str | None]:
+        """(layout, end of the mask's name)."""
+        return self.layout, self.mask
+
+
+def _as_argument(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

@@ -1,0 +1,150 @@
+"""`model=small_gpt2` and `model=rev_gpt2`: small models, pretrained once on generated public text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from memsave.config import option, register
+from memsave.config.schema import OptimizerConfig, TrainerConfig
+from memsave.data.cache import cached_folder
+from memsave.data.text.config import VisitsData
+from memsave.data.text.records import Record, public_records
+from memsave.tasks.language.pretrained import LanguageModel, load_pretrained
+from memsave.tasks.language.table_to_text import TableToText
+from memsave.training.loop import make_state, run_steps
+from memsave.training.progress import Progress
+
+VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@register("model", "small_gpt2")
+@dataclass
+class SmallGPT2(LanguageModel):
+    """A GPT-2 of our own, pretrained on generated public text and cached."""
+
+    kind: str = "small_gpt2"
+    name: str = "small_gpt2"
+    layers: int = option(3, least=1)
+    heads: int = option(4, least=1)
+    width: int = option(128, least=1)
+    vocabulary: int = option(2048, least=300)
+    positions: int = option(160, least=1)
+    records: int = option(20000, least=1)
+    """Generated public tables and sentences."""
+    steps: int = option(650, least=1)
+    """Of pretraining."""
+    batch_size: int = option(32, least=1)
+    lr: float = 4e-3
+    seed: int = 0
+    cache: str | None = None
+    """Folder of the pretrained model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
+
+    def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
+        """(the pretrained model, its tokenizer); pretrains it first where the cache does not have it."""
+        return load_pretrained(str(pretrained_small_gpt2(self, progress=progress)))
+
+    def architecture(self) -> Any:
+        """The architecture, with the largest vocabulary that the tokenizer may have."""
+        return self.sizes(vocabulary=self.vocabulary, end=0, pad=1)
+
+    def sizes(self, *, vocabulary: int, end: int, pad: int) -> Any:
+        """The architecture as transformers' config, without dropout: noise is enough regularisation."""
+        from transformers import GPT2Config
+
+        return GPT2Config(**self._sizes(vocabulary, end, pad), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+    def _sizes(self, vocabulary: int, end: int, pad: int) -> dict[str, Any]:
+        return {
+            "vocab_size": vocabulary,
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "pad_token_id": pad,
+            "max_position_embeddings": self.positions,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+        }
+
+
+@register("model", "rev_gpt2")
+@dataclass
+class RevGPT2(SmallGPT2):
+    """`memsave.models.rev_gpt2.RevGPT2`, pretrained and cached like the small GPT-2."""
+
+    reversible: ClassVar[bool] = True
+    kind: str = "rev_gpt2"
+    name: str = "rev_gpt2"
+
+    def sizes(self, *, vocabulary: int, end: int, pad: int) -> Any:
+        """The reversible architecture."""
+        from memsave.models.rev_gpt2 import RevGPT2Config
+
+        return RevGPT2Config(**self._sizes(vocabulary, end, pad))
+
+
+def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
+    """The folder of such a model that was trained on generated public text; trained now if it is not in the cache."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name")}
+
+    def make(folder: Path) -> None:
+        records = public_records(config.records, seed=config.seed)
+        tokenizer = train_tokenizer([f"{each.table} {each.text}" for each in records], size=config.vocabulary)
+        model = small_gpt2(config, tokenizer)
+        _pretrain(model, tokenizer, records, config, progress=progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_folder(
+        config.cache, name=config.kind.replace("_", "-"), settings={"version": VERSION, **settings}, make=make
+    )
+
+
+def small_gpt2(config: SmallGPT2, tokenizer: Any) -> Any:
+    """The model with random weights, without dropout: the noise of private training is regularisation enough."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        ends = {"end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        return AutoModelForCausalLM.from_config(config.sizes(vocabulary=len(tokenizer), **ends))
+
+
+def train_tokenizer(texts: Sequence[str], *, size: int) -> Any:
+    """A byte-level BPE tokenizer; of public text alone, since its vocabulary repeats what it was trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD)
+
+
+def _pretrain(
+    model: nn.Module, tokenizer: Any, records: Sequence[Record], config: SmallGPT2, *, progress: Progress
+) -> None:
+    optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=20)
+    trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
+    data = VisitsData(max_length=config.positions)
+    task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
+    progress.say(f"pretraining model={config.kind} on {len(records)} generated public records, once; it is then cached")
+    if task.cuts.cut_examples:
+        progress.say(f"  {task.cuts.cut_examples} of them are cut to model.positions={config.positions} tokens")
+    state = make_state(model, trainer)
+    for group in state.optimizer.param_groups:
+        group["betas"] = (0.9, 0.99)  # few steps: a shorter memory of squares
+    with progress.bar(config.steps) as bar:
+        for done in run_steps(state, task, trainer):
+            bar.advance(f"loss {done.loss:.3f}")

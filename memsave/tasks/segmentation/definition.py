@@ -1,0 +1,222 @@
+"""`task=segmentation`: what is known of it before any data are read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from memsave.config import Config, ConfigError, register
+from memsave.data.volumes.config import SegmentationData
+from memsave.tasks.definition import TaskDefinition, Variation
+from memsave.tasks.segmentation.unet import UNetModel
+from memsave.training.progress import Progress
+from memsave.training.task import Batch, Task
+
+VOXELS, CHANNELS = 16, 8
+"""Steps in which a plan varies the sides of a crop and the channels of the finest level."""
+SMALL_CROP = 40
+"""Side of the crop of a calibrating step: kernels differ below it."""
+
+
+@register("task", "segmentation")
+class SegmentationDefinition(TaskDefinition):
+    """Lesions in volumes; see `memsave.tasks.segmentation.task`."""
+
+    data_class, model_class = SegmentationData, UNetModel
+    pip_extra = "brats"
+    static_shapes = True
+    strategy_group = "memory"
+    smaller_input = "smaller crops"
+
+    @property
+    def data(self) -> SegmentationData:
+        """The config of the data."""
+        return cast(SegmentationData, self.config.data)
+
+    @property
+    def model(self) -> UNetModel:
+        """The config of the network."""
+        return cast(UNetModel, self.config.model)
+
+    def validate(self) -> None:
+        """Raise ConfigError for combinations that cannot run."""
+        super().validate()
+        config, memory = self.config, self.config.memory
+        if memory.levels is not None and len(memory.levels) != len(self.model.channels):
+            raise ConfigError(f"memory.levels is {memory.levels}; give a mode for each level of a U-Net, finest first")
+        if self.model.squeeze_excitation and memory.engine == "fused":
+            raise ConfigError(
+                "memory.engine=fused cannot recompute squeeze-excitation in chunks; give memory.engine=auto or "
+                "model.squeeze_excitation=0"
+            )
+        if self._is_private and self.data.crops_per_case > 1 and config.privacy.option != "direct":
+            raise ConfigError(
+                f"data.crops_per_case is {self.data.crops_per_case}, and a patient's crops are clipped as one, by "
+                f"their own gradient; give privacy.passes=direct trainer.micro_batch_size=1"
+            )
+
+    def make_model(self, *, progress: Progress) -> tuple[nn.Module, None]:
+        """(the U-Net with random weights, None)."""
+        return self.model.build(self.data, memory=self.config.memory), None
+
+    def make_fake_model(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
+        """The U-Net; its sizes are config, so that there is no other architecture."""
+        return self.model.build(self.data, memory=self.config.memory)
+
+    def make_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:
+        """The task with its cases."""
+        from memsave.tasks.segmentation.task import Segmentation
+
+        return Segmentation(self.data, trainer=self.config.trainer, device=device, progress=progress)
+
+    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B,) losses: one per case, over all of its crops."""
+        from memsave.tasks.segmentation.losses import case_losses
+
+        return case_losses(model, batch, scheme=self.data.label_scheme())
+
+    def dummy_batch(self, *, count: int, device: torch.device) -> Batch:
+        """Crops of zeros."""
+        from memsave.tasks.segmentation.task import dummy_batch
+
+        return dummy_batch(self.data, count=count, device=device)
+
+    # Planning
+
+    def variations(self) -> dict[str, Callable[[], Variation]]:
+        """Volume, depth, channels and batch."""
+        own = {"volume": self._vary_volume, "depth": self._vary_depth, "channels": self._vary_channels}
+        return {**own, **super().variations()}
+
+    def _vary_volume(self) -> Variation:
+        """The longest side of the crop in voxels; the others keep their proportions."""
+        sides = list(self.data.crop_size)
+        longest = max(sides)
+
+        def crop(size: int) -> list[int]:
+            return [max(VOXELS, round(size * side / longest / VOXELS) * VOXELS) for side in sides]
+
+        return Variation(
+            low=VOXELS,
+            high=None,
+            multiple=VOXELS,
+            start=longest,
+            at=lambda size: self.config.changed({"data.crop_size": crop(size)}),
+            describe=lambda size: "x".join(map(str, crop(size))),
+            power=3.0,
+        )
+
+    def _vary_depth(self) -> Variation:
+        """Blocks of every level."""
+        levels = len(self.model.channels)
+        return Variation(
+            low=1,
+            high=None,
+            multiple=1,
+            start=max(self.model.blocks),
+            at=lambda size: self.config.changed({"model.blocks": [size] * levels}),
+            describe=lambda size: f"{size} blocks a level",
+        )
+
+    def _vary_channels(self) -> Variation:
+        """Channels of the finest level; the others keep their proportions."""
+        own = list(self.model.channels)
+
+        def channels(size: int) -> list[int]:
+            return [round(size * each / own[0] / 2) * 2 for each in own]
+
+        return Variation(
+            low=CHANNELS,
+            high=None,
+            multiple=CHANNELS,
+            start=own[0],
+            at=lambda size: self.config.changed({"model.channels": channels(size)}),
+            describe=lambda size: "-".join(map(str, channels(size))),
+        )
+
+    def fixed_sizes(self) -> list[str]:
+        """Crop size and crops per case."""
+        parts = [] if self.config.vary == "volume" else [f"crops of {'x'.join(map(str, self.data.crop_size))}"]
+        return parts + ([] if self.data.crops_per_case == 1 else [f"{self.data.crops_per_case} crops a case"])
+
+    def small_config(self) -> tuple[Config, dict[str, Any]]:
+        """One small crop and one block a level; the channels stay, because kernels depend on them."""
+        changes = {
+            "trainer.batch_size": 1,
+            "trainer.micro_batch_size": None,
+            "data.crops_per_case": 1,
+            "data.crop_size": [SMALL_CROP] * 3,
+            "model.blocks": [1] * len(self.model.blocks),
+        }
+        return self.config.changed(changes), {}
+
+    def family(self) -> str:
+        """The kind of the network and its channels."""
+        return f"{self.model.kind} {'-'.join(map(str, self.model.channels))}"
+
+    def strategies(self) -> list[str]:
+        """The memory modes of `profiler.compare` and the config's own."""
+        return list(dict.fromkeys([*self.config.profiler.compare, self.config.memory.mode]))
+
+    def current_strategy(self) -> str:
+        """The memory mode."""
+        return self.config.memory.mode
+
+    def with_strategy(self, name: str) -> Config:
+        """The config in a memory mode."""
+        if name == self.config.memory.mode:
+            return self.config
+        return self.config.changed({"memory.mode": name, "memory.levels": None})
+
+    # memory=auto: each level is stored or reversible
+
+    def memory_choices(self, device: torch.device) -> list[Config]:
+        """A mode for each level, by the FLOPs that recomputing adds to the stored network's."""
+        extra = level_flops(self._with_levels(["stored"] * len(self.model.channels)), device)
+
+        def added(choice: Sequence[str]) -> int:
+            return sum(more for mode, more in zip(choice, extra, strict=True) if mode == "reversible")
+
+        return [
+            self._with_levels(choice)
+            for choice in sorted(product(("stored", "reversible"), repeat=len(extra)), key=added)
+        ]
+
+    def _with_levels(self, levels: Sequence[str]) -> Config:
+        return self.config.changed({"memory.levels": list(levels)})
+
+    def memory_strategies(self) -> list[str]:
+        """Both modes of a level."""
+        return ["stored", "reversible"]
+
+    def describe_memory(self) -> str:
+        """The modes of the levels."""
+        return f"memory.levels=[{','.join(self.config.memory.levels or ())}]"
+
+    def less_memory(self) -> list[str]:
+        """Reversible blocks first."""
+        first = [] if self.config.memory.mode in ("auto", "reversible") else ["memory=reversible"]
+        return [*first, *super().less_memory()]
+
+
+def level_flops(config: Config, device: torch.device) -> list[int]:
+    """FLOPs of the forward of each level's blocks, on the way down and up: what recomputing them adds to a step."""
+    task = SegmentationDefinition(config)
+    totals = [0] * len(task.model.channels)
+    with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model: Any = task.make_fake_model()
+        images = task.dummy_batch(count=1, device=device)["image"]
+        for side in (model.encoder, model.decoder):
+            for level, blocks in enumerate(side):
+                blocks.register_forward_pre_hook(lambda *_, level=level: _add(totals, level, -flops.get_total_flops()))
+                blocks.register_forward_hook(lambda *_, level=level: _add(totals, level, flops.get_total_flops()))
+        model(images.flatten(0, 1) if images.dim() == 6 else images)
+    return totals
+
+
+def _add(totals: list[int], level: int, amount: int) -> None:
+    totals[level] += amount

@@ -1,0 +1,28 @@
+"""Segmenting whole volumes with a trained network."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from memsave.training.loop import evaluating
+
+
+def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: float = 0.5) -> Tensor:
+    """Logits (R, D, H, W) of a whole volume (C, D, H, W), by overlapping windows of the training size."""
+    from monai.inferers import sliding_window_inference
+
+    with evaluating(model):
+        logits = sliding_window_inference(
+            image[None], roi_size=tuple(window), sw_batch_size=2, predictor=model, overlap=overlap, mode="gaussian"
+        )
+    assert isinstance(logits, Tensor)
+    return logits[0]
+
+
+def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> Tensor:
+    """Masks (R, X, Y, Z) in which an enhancing region of fewer voxels than that is empty: it is often a false one."""
+    masks = masks.clone()
+    for name, mask in zip(names, masks, strict=True):
+        if name == "et" and int(mask.sum()) < smallest_et:
+            mask.zero_()
+    return masks

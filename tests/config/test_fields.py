@@ -1,0 +1,76 @@
+"""Constraints of fields: what they refuse, and what is derived from them."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from memsave.config import ConfigError, option
+from memsave.config.fields import check_fields
+from memsave.config.schema import Config, MemoryConfig, Section, TrainerConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+@dataclass
+class Inner(Section):
+    rate: float = option(0.5, least=0, most=1)
+
+
+@dataclass
+class Outer(Section):
+    colour: str = option("red", choices=("red", "green"))
+    sizes: list[int] = option([1, 2, 3], least=1, length=3)
+    budget: str | None = option(None, size=True, choices=("auto",))
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"colour": "gren"}, r"^colour is 'gren'; choose one of red, green \(did you mean green\?\)$"),
+        ({"sizes": [1, 2]}, r"^sizes is \[1, 2\]; give three numbers, as in sizes=\[1,2,3\]$"),
+        ({"sizes": [1, 0, 2]}, r"^sizes is 0; it must be at least 1$"),
+        ({"budget": "much"}, r"^budget: 'much' is no size"),
+        ({"inner.rate": 1.5}, r"^inner\.rate is 1\.5; it must be at least 0 and at most 1$"),
+        ({"inner.rate": float("nan")}, r"^inner\.rate is nan"),
+    ],
+)
+def test_a_value_that_violates_its_constraint_is_refused_by_key(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        Outer().changed(changes)
+
+
+@pytest.mark.parametrize("changes", [{"budget": "auto"}, {"budget": "16GiB"}, {"budget": None}, {"sizes": [1, 1, 1]}])
+def test_a_valid_value_is_accepted(changes):
+    check_fields(Outer().changed(changes))
+
+
+def test_a_frozen_config_is_changed_by_a_copy_alone():
+    config = Outer().freeze()
+    with pytest.raises(AttributeError, match="immutable"):
+        config.inner.rate = 1.0
+    other = config.changed({"inner.rate": 1.0, "sizes": [4, 5, 6]})
+    assert (config.inner.rate, other.inner.rate, other.sizes) == (0.5, 1.0, [4, 5, 6])
+    with pytest.raises(AttributeError, match="immutable"):
+        other.colour = "green"
+    with pytest.raises(AttributeError, match=r"inner\.speed is no key"):
+        config.changed({"inner.speed": 1})
+
+
+def test_defaults_are_not_shared_between_instances():
+    Outer().sizes.append(9)
+    assert Outer().sizes == [1, 2, 3]
+
+
+def test_every_default_of_our_own_satisfies_its_constraint():
+    for schema in (TrainerConfig, MemoryConfig):
+        check_fields(schema(**({"mode": "stored"} if schema is MemoryConfig else {})))
+    assert Config.__dataclass_fields__["budget"].default is None
+
+
+def test_the_page_of_all_keys_is_up_to_date():
+    done = subprocess.run([sys.executable, "-m", "memsave.config"], capture_output=True, text=True, check=True)
+    assert done.stdout == PAGE.read_text(), "run: python -m memsave.config > docs/configuration.md"
