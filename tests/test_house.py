@@ -12,14 +12,14 @@ import memsave
 PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
 ALLOWED = {  # imports run downwards
-    "reversible": {"reversible"},
+    "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes"},
     "profiler": {"profiler"},
     "models": {"models", "reversible", "ghost"},
     "data": {"data"},
     "privacy": {"privacy", "ghost", "processes"},
     "config": {"config", "profiler"},
-    "training": {"training", "models", "data", "privacy", *MECHANISMS, "config"},
+    "training": {"training", "models", "data", "privacy", *MECHANISMS, "config", "random_state"},
     "tasks": {"tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
     "planning": {"planning", "experiment", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
 }

@@ -119,12 +119,12 @@ def test_of_many_micro_batches_the_one_with_the_peak_is_drawn(tmp_path):
     report = recorder.report()
     totals = report.timeline.totals()
 
-    (part, micro_batches), whole = plot.around_the_peak(report), plot.around_the_peak(report_of())
-    assert (micro_batches, whole[1]) == (6, 1)
+    part, whole = plot.excerpt_of(report), plot.excerpt_of(report_of())
+    assert (part.forwards, whole.forwards) == (6, 1)
     shown = part.timeline.totals()
     assert shown[part.peak_index] == max(shown) == report.peak_bytes
     first = report.peak_index - part.peak_index
-    assert shown == totals[first : first + len(shown)]  # one stretch of the whole, as it is
+    assert shown == totals[first : first + len(shown)]  # an unchanged part of the whole
     assert [phase for _, phase in part.timeline.phases] == ["forward", "backward"]
     report.plot(tmp_path / "many.png")
     assert png_size(tmp_path / "many.png")[0] > 100

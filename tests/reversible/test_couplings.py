@@ -162,7 +162,7 @@ def test_a_block_that_gives_less_than_it_was_given_is_refused():
     net = ReversibleSequence([Mixing(4)])
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\) gave.*autocast"),
+        pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\) returned.*autocast"),
     ):
         net(image(dtype=torch.float32))
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from memsave.models import MBConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, RecomputableBranch, ReversibleSequence, verify
-from memsave.reversible.frame import Frame
+from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 from tests.reversible.test_sequence import distance
 
@@ -207,8 +207,8 @@ def test_double_backward_is_refused_in_a_sentence():
 
 
 def test_a_block_behind_an_anchor_starts_from_it(monkeypatch):
-    loads, load = [], Frame._load
-    monkeypatch.setattr(Frame, "_load", lambda frame, stage: loads.append(stage) or load(frame, stage))
+    loads, load = [], RecomputeContext._load
+    monkeypatch.setattr(RecomputeContext, "_load", lambda self, stage: loads.append(stage) or load(self, stage))
     sequence(4, anchor_every=1)(volume()).sum().backward()
     assert loads == [8, 6, 4, 2]
 
@@ -305,7 +305,7 @@ def test_a_sequence_says_which_engine_serves_a_block():
         (lambda net: setattr(net.blocks[1], "g", conv_branch(2)), "blocks.1 has a Sequential as g, which cannot"),
         (lambda net: setattr(net.blocks[0].f, "gate", MBConv3d(2, squeeze_excitation=1).gate), "squeeze-excitation"),
         (lambda net: net.blocks[2].f.register_forward_pre_hook(print), "blocks.2 has a hook on f"),
-        (lambda net: vars(net.blocks[0].g.act).update(forward=abs), "blocks.0 has another forward on g.act"),
+        (lambda net: vars(net.blocks[0].g.act).update(forward=abs), "blocks.0 has a replaced forward on g.act"),
     ],
 )
 def test_an_engine_that_cannot_is_refused_in_a_sentence(change, words):

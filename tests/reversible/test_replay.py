@@ -228,7 +228,7 @@ def test_a_tensor_put_aside_in_a_replay_is_answered_in_a_sentence():
 
     net = sequence(branch=Aside)
     net(image()).sum().backward()
-    with pytest.raises(RuntimeError, match="put aside while its activations were rebuilt"):
+    with pytest.raises(RuntimeError, match="stored elsewhere while its activations were rebuilt"):
         net.blocks[0].f.aside.sum().backward()
 
 

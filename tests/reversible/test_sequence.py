@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
-from memsave.reversible.frame import Frame
+from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.blocks import (
     assert_same,
     assert_same_as_stored,
@@ -219,8 +219,8 @@ def test_a_low_precision_network_carries_a_float32_stream():
         assert (whole - x).norm() < 0.7 * (rounded - x).norm()
 
 
-def test_no_grad_makes_no_frame(monkeypatch):
-    monkeypatch.setattr(Frame, "__init__", lambda self: pytest.fail("a frame under no_grad"))
+def test_no_grad_creates_no_recompute_context(monkeypatch):
+    monkeypatch.setattr(RecomputeContext, "__init__", lambda self: pytest.fail("a context under no_grad"))
     with torch.no_grad():
         sequence()(image())
     with torch.inference_mode():

@@ -101,10 +101,10 @@ class Moving(nn.Module):
 @pytest.mark.parametrize(
     ("blocks", "words"),
     [
-        ([AdditiveCoupling(Fickle(2), Fickle(2))], "do its branches do the same twice"),
+        ([AdditiveCoupling(Fickle(2), Fickle(2))], "are its branches deterministic"),
         ([Wrong(4)], "the gradient is off"),
         ([AdditiveCoupling(conv_branch(2), nn.ReLU(inplace=True))], "changed its input in place"),
-        ([AdditiveCoupling(Moving(2), conv_branch(2))], r"the buffer blocks\.0\.f\.seen is moved otherwise"),
+        ([AdditiveCoupling(Moving(2), conv_branch(2))], r"the buffer blocks\.0\.f\.seen differs after the step"),
     ],
 )
 def test_what_is_wrong_is_said(blocks, words):
