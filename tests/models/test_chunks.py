@@ -186,4 +186,4 @@ def test_what_cannot_be_recomputed_in_chunks_says_why():
         def forward(self, x):
             return super().forward(x) * 2
 
-    assert Other(4).refusal() == "Other has a forward of its own"
+    assert Other(4).refusal() == "Other overrides forward()"

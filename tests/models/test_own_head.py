@@ -80,7 +80,7 @@ def hooked(model, x):
     return x
 
 
-ON_A_TEXT = "on a text the model's logits are not those of"
+ON_A_TEXT = "for real tokens the model's logits are not those of"
 REFUSED = {  # name: (change, words)
     "a padded vocabulary, dropped": (lambda m, x: x[..., :20], "changed by `__getitem__`"),
     "dropped where it is long": (lambda m, x: x[..., :20] if x.shape[-1] > 20 else x, r"\(1, 7, 31\).*\(1, 7, 20\)"),

@@ -160,7 +160,7 @@ def test_each_branch_begins_small():
 
 
 def test_what_cannot_be_built_is_said_in_one_sentence():
-    with pytest.raises(ValueError, match="the width 16 is no multiple of the 3 heads"):
+    with pytest.raises(ValueError, match="hidden_size is 16, which is no multiple of the 3 heads"):
         model_of(heads=3)
     with pytest.raises(ValueError, match="memory is 'free'; choose one of stored, checkpoint, reversible"):
         model_of().memory = "free"
