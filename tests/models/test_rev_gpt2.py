@@ -137,7 +137,7 @@ def test_generation_with_and_without_a_cache_is_equal():
         known = model(ids[:, :3], mask[:, :3], use_cache=True).past_key_values
         last = model(ids[:, 3:], mask, past_key_values=known, logits_to_keep=1).logits
     torch.testing.assert_close(last, model(ids, mask).logits[:, -1:])
-    with pytest.raises(ValueError, match=r"give whole texts, or torch\.no_grad\(\)"):
+    with pytest.raises(ValueError, match=r"give whole texts, or use torch\.no_grad\(\)"):
         model(ids, mask, past_key_values=known)
 
 
