@@ -4,8 +4,8 @@
 
 Each run computes one loss per token, then the gradients of the hidden states and of the weight for random weights of
 the losses, as a batch of examples with a mean per example does. "logits" is `F.linear` and `F.cross_entropy`. "pytorch"
-is `F.linear_cross_entropy` of PyTorch 2.13 in chunks of 256 tokens, and "pytorch, default" lets it choose the chunks; it
-chooses so few tokens per chunk that only the smallest size is measured. Nothing is clipped.
+is `F.linear_cross_entropy` of PyTorch 2.13 in chunks of 256 tokens. "pytorch, default" lets it choose the chunks; they
+have so few tokens that only the smallest size is measured. Nothing is clipped.
 """
 
 import argparse
@@ -105,16 +105,15 @@ def table(results: dict[str, dict]) -> str:
         "|---" * (len(METHODS) + 2) + "|",
     ]
     for size, result in results.items():
-        cells = [
-            f"{result[method]['seconds']:.2f} s, {format_bytes(result[method]['peak_bytes'])}"
-            if method in result
-            else ""
-            for method in METHODS
-        ]
+        cells = [_cell(result.get(method)) for method in METHODS]
         other = result["pytorch"]
         memory = result["memsave"]["peak_bytes"] / other["peak_bytes"]
         rows.append(f"| {size} | {' | '.join(cells)} | time {other['time_of_memsave']:.2f}x, memory {memory:.2f}x |")
     return "\n".join(rows)
+
+
+def _cell(row: dict | None) -> str:
+    return "" if row is None else f"{row['seconds']:.2f} s, {format_bytes(row['peak_bytes'])}"
 
 
 def main() -> None:

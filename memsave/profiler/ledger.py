@@ -134,10 +134,10 @@ class Ledger:
     def _record(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, born: bool) -> None:
         key = id(storage)
         size = storage.nbytes()
-        known = self._alive.get(key)
-        if known is not None:
-            if self.blocks[known.block].bytes != size:
-                self._change(known.block, size)
+        ref = self._alive.get(key)
+        if ref is not None:
+            if self.blocks[ref.block].bytes != size:
+                self._change(ref.block, size)
             return
         if self._device is not None and not self._counts(tensor.device):
             return

@@ -164,16 +164,16 @@ def largest(
         )
     limit, kept_free = (parse_bytes(each) if isinstance(each, str) else each for each in (budget, reserve))
     sizes = range(low, UNBOUNDED if high is None else high + 1, multiple)
-    known: dict[int, MemoryEstimate] = {}
+    estimates: dict[int, MemoryEstimate] = {}
     began = last = time.process_time()  # of the search, and of the last trial
 
     def need(size: int) -> MemoryEstimate:
         nonlocal last
-        if size not in known:
+        if size not in estimates:
             last = time.process_time()
             report = peak_on_fake(lambda: step_at(size))
-            known[size] = MemoryEstimate(report, (calibration or Calibration()).allocator_bytes(report), kept_free)
-        return known[size]
+            estimates[size] = MemoryEstimate(report, (calibration or Calibration()).allocator_bytes(report), kept_free)
+        return estimates[size]
 
     def growth() -> float:
         """The largest allowed ratio of the next size to the last one; the time of a trial grows by at most as much."""
@@ -182,13 +182,13 @@ def largest(
 
     first = round(math.sqrt(low * (low if high is None else high))) if start is None else start
     found = search(sizes, lambda size: need(size).total, limit=limit, start=first, power=power, growth=growth)
-    totals = [known[size].total for size in sorted(known)]
+    totals = [estimates[size].total for size in sorted(estimates)]
     monotone = totals == sorted(totals)
     timed_out = found is not None and max(totals) <= limit and found != sizes[-1]
     if not monotone:
         found = None
-        for size in reversed(range(low, (max(known) if high is None else high) + 1, multiple)):
-            if size not in known and time.process_time() - began > seconds:
+        for size in reversed(range(low, (max(estimates) if high is None else high) + 1, multiple)):
+            if size not in estimates and time.process_time() - began > seconds:
                 timed_out = True
             elif need(size).total <= limit:
                 found = size
@@ -200,7 +200,7 @@ def largest(
         above=None if found is None or found == sizes[-1] or timed_out else need(found + multiple),
         monotone=monotone,
         timed_out=timed_out and found is not None,
-        tried={size: known[size].total for size in sorted(known)},
+        tried={size: estimates[size].total for size in sorted(estimates)},
     )
 
 

@@ -74,11 +74,11 @@ def test_contractions_over_several_blocks_are_exact():
 def test_a_large_mean_costs_no_precision():
     block = branch(4, dtype=torch.float32, chunks=2)
     x = volume(block, 6, 6, 6) + 1000
-    wide = branch(4, chunks=2)
-    wide.load_state_dict(block.state_dict())
-    error = block.evaluate(x).double() - wide.evaluate(x.double())
+    double = branch(4, chunks=2)
+    double.load_state_dict(block.state_dict())
+    error = block.evaluate(x).double() - double.evaluate(x.double())
     assert (
-        error.norm() / wide.evaluate(x.double()).norm() < 2e-3
+        error.norm() / double.evaluate(x.double()).norm() < 2e-3
     )  # float32 has seven digits, of which the mean takes three
 
 
@@ -137,9 +137,9 @@ def test_a_bfloat16_branch_is_as_accurate_as_its_forward():
     block = branch(8, dtype=torch.bfloat16, chunks=2)
     x = volume(block, 6, 6, 6)
     grad = torch.randn_like(x)
-    wide = branch(8, chunks=2)
-    wide.load_state_dict(block.state_dict())
-    (value, gradients), (true, slopes) = in_chunks(block, x, grad), plain(wide, x.double(), grad.double())
+    double = branch(8, chunks=2)
+    double.load_state_dict(block.state_dict())
+    (value, gradients), (true, slopes) = in_chunks(block, x, grad), plain(double, x.double(), grad.double())
     assert [each.dtype for each in gradients] == [torch.bfloat16] * len(gradients)
     for ours, exact in zip([value, *gradients], [true, *slopes], strict=True):
         assert (ours.double() - exact).norm() / exact.norm() < 0.03

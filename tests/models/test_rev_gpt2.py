@@ -44,14 +44,14 @@ def gradients(model, batch, mode):
 
 @given(
     batch=st.integers(1, 4),
-    places=st.integers(1, 9),
+    length=st.integers(1, 9),
     layers=st.integers(1, 5),
     heads=st.sampled_from([1, 2, 4]),
     tied=st.booleans(),
 )
 @settings(max_examples=8, deadline=None)
-def test_memory_modes_compute_the_same_function(batch, places, layers, heads, tied):
-    model, batch = model_of(layers=layers, heads=heads, tie_word_embeddings=tied), tokens(batch=batch, places=places)
+def test_memory_modes_compute_the_same_function(batch, length, layers, heads, tied):
+    model, batch = model_of(layers=layers, heads=heads, tie_word_embeddings=tied), tokens(batch=batch, places=length)
     stored, expected = gradients(model, batch, "stored")
     for mode in ("checkpoint", "reversible"):
         losses, found = gradients(model, batch, mode)
@@ -134,11 +134,11 @@ def test_generation_with_and_without_a_cache_is_equal():
     alone = model.generate(ids[1:, 2:], num_beams=3, do_sample=False, max_new_tokens=6)
     assert torch.equal(cached[1, 2 : 2 + alone.shape[1]], alone[0])
     with torch.no_grad():
-        known = model(ids[:, :3], mask[:, :3], use_cache=True).past_key_values
-        last = model(ids[:, 3:], mask, past_key_values=known, logits_to_keep=1).logits
+        cache = model(ids[:, :3], mask[:, :3], use_cache=True).past_key_values
+        last = model(ids[:, 3:], mask, past_key_values=cache, logits_to_keep=1).logits
     torch.testing.assert_close(last, model(ids, mask).logits[:, -1:])
     with pytest.raises(ValueError, match=r"give whole texts, or use torch\.no_grad\(\)"):
-        model(ids, mask, past_key_values=known)
+        model(ids, mask, past_key_values=cache)
 
 
 def test_transformers_saves_and_loads_the_model(tmp_path):

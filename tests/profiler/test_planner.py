@@ -161,15 +161,15 @@ def test_the_search_finds_the_largest_size_for_increasing_totals(steps, limit, s
 @settings(max_examples=100, deadline=None)
 @given(totals=st.lists(st.integers(0, 100), min_size=1, max_size=30), limit=st.integers(0, 100))
 def test_all_sizes_are_tried_if_totals_are_not_monotone(totals, limit):
-    known = dict(enumerate(totals, start=1))
+    by_size = dict(enumerate(totals, start=1))
     with pytest.MonkeyPatch.context() as patch:
-        pretend(patch, known)
+        pretend(patch, by_size)
         answer = largest(lambda size: size, budget=limit, low=1, high=len(totals))
     if answer.monotone:  # no violation was seen; the answer is verified nevertheless
-        assert answer.size is None or known[answer.size] <= limit
+        assert answer.size is None or by_size[answer.size] <= limit
         assert answer.above is None or answer.above.total > limit
     else:
-        assert answer.size == max((size for size in known if known[size] <= limit), default=None)
+        assert answer.size == max((size for size in by_size if by_size[size] <= limit), default=None)
 
 
 @settings(max_examples=200, deadline=None)
