@@ -13,14 +13,14 @@ import memsave
 PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
 ALLOWED = {  # imports run downwards
-    "reversible": {"reversible"},
+    "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes"},
     "profiler": {"profiler"},
     "models": {"models", "reversible", "ghost"},
     "data": {"data", "config"},
     "privacy": {"privacy", "ghost", "processes"},
     "config": {"config", "profiler"},
-    "training": {"_version", "training", "models", "data", "privacy", *MECHANISMS, "config"},
+    "training": {"_version", "random_state", "training", "models", "data", "privacy", *MECHANISMS, "config"},
     "tasks": {"_version", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
     "planning": {"planning", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
 }

@@ -27,7 +27,7 @@ from memsave.planning.budget import free_bytes
 from memsave.planning.fake_step import fake_step
 from memsave.planning.plan import variation
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
-from memsave.profiler.calibration import has_state
+from memsave.profiler.calibration import create_state
 from memsave.profiler.planner import search
 from memsave.training.process import process_peak, restart_peak, return_freed_memory
 
@@ -97,7 +97,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
         print(f"no room for {row['strategy']}, {row['vary']} {row['described']}", flush=True)
         return None
     made = fake_step(variation(config_of(row["strategy"], row["vary"])).at(row["size"]), device=CPU)
-    if not has_state(made.optimizer):
+    if not create_state(made.optimizer):
         raise RuntimeError("the optimizer could not make its state, and a first step holds less than the others")
     gc.collect()
     restart_peak()

@@ -1,4 +1,4 @@
-"""Models whose depth costs no memory, and the layers that make them fast."""
+"""Reversible models, and the layers that make them fast."""
 
 from memsave.models.depthwise import depthwise_conv3d
 from memsave.models.mbconv import MBConv3d

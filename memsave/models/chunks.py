@@ -1,19 +1,19 @@
-"""An MBConv branch evaluated, and differentiated, over chunks of its expanded channels.
+"""Evaluate and differentiate an MBConv branch over chunks of its expanded channels.
 
     a = GN(W x)    s = SiLU(a)    d = depthwise(s)    u = GN(d)    t = SiLU(u)    p = sum over chunks V t    F = GN(p)
 
 Only one chunk of a, s, d, u, t exists at a time. A GroupNorm is an affine map u = scale d + shift per channel, whose
-coefficients follow from the first two moments of its input; a chunk of whole groups therefore knows its own. Those of
-a follow from the moments of x alone, since W is linear:
+coefficients are functions of the first two moments of its input. A chunk consists of whole groups, so its coefficients
+can be computed from the chunk alone. Those of a can be computed from the moments of x, because W is linear:
 
     mean(W x) = W mean(x)        var(W x) = diag(W cov(x) W')
 
-so that W and its norm are one affine map of x, and a is written once. Backward is the same in reverse: large tensors
-meet in contractions and affine maps, and the coefficients, which are small, are differentiated by autograd in float64.
-The norm at the end needs the whole p; the chunks are evaluated for it first, and once more for their gradients, except
-for the last one, which is still there.
+so W and its norm are one affine map of x, and a is written once. Backward reverses this: large tensors appear only in
+contractions and affine maps, and autograd differentiates the coefficients, which are small, in float64. The last norm
+needs the whole p. Therefore all chunks are evaluated first, and each once more for its gradients, except the last one,
+whose tensors still exist.
 
-Tensors are matrices of voxels by channels here, (B, V, C), which a channels_last_3d tensor is in memory.
+Tensors are matrices of voxels by channels, (B, V, C): the memory layout of a channels_last_3d tensor.
 """
 
 from collections.abc import Callable
@@ -26,18 +26,18 @@ from torch.nn import functional as F
 from memsave.models.depthwise import depthwise_gradients, same_depthwise_conv
 
 LAST = torch.channels_last_3d
-BLOCKS = 16  # contractions over voxels are summed over at most so many blocks, in float64
+MAX_BLOCKS = 16  # of voxels in a contraction; the blocks are summed in float64
 
 
 class Affine(NamedTuple):
-    """What a GroupNorm does to its input, by sample and channel: x -> scale x + shift."""
+    """The affine map of a GroupNorm, per sample and channel: x -> scale x + shift."""
 
     scale: Tensor
     shift: Tensor
 
 
 def evaluate(block: Any, x: Tensor) -> Tensor:
-    """The value (B, C, D, H, W) of an `MBConv3d` at x, of the same shape."""
+    """The value of an `MBConv3d` at x; both (B, C, D, H, W)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         branch = ChunkedBranch(block, x, dtype=_compute_dtype(x))
         projected = branch.projected()
@@ -48,7 +48,7 @@ def evaluate(block: Any, x: Tensor) -> Tensor:
 def differentiate(
     block: Any, x: Tensor, grad: Tensor, *, found: Callable[[Tensor], None]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of sum(grad F(x)) by x and by each of `tensors(block)`; `found` is given F(x) on the way."""
+    """The gradients of sum(grad F(x)) w.r.t. x and each of `tensors(block)`; calls `found` with F(x)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         branch = ChunkedBranch(block, x, dtype=_compute_dtype(x))
         projected = branch.projected(keep_last=True)
@@ -64,7 +64,7 @@ def differentiate(
 
 
 def tensors(block: Any) -> list[Tensor]:
-    """The parameters of an `MBConv3d`, in the order of their gradients."""
+    """The parameters of an `MBConv3d`, in the order of the gradients."""
     return [
         block.expand.weight,
         block.expand_norm.weight,
@@ -79,28 +79,28 @@ def tensors(block: Any) -> list[Tensor]:
 
 
 class ChunkedBranch:
-    """One call: x, the coefficients of its chunks, and the buffers that these take turns in."""
+    """One call of a branch: x, the coefficients of its chunks, and the buffers that all chunks share."""
 
     def __init__(self, block: Any, x: Tensor, *, dtype: torch.dtype):
         self.block, self.dtype, self.shape = block, dtype, x.shape
         self.x = _rows(x, dtype)  # (B, V, C)
-        self.wide = block.depthwise.out_channels
-        self.width = self.wide // block.chunks
+        self.expanded_channels = block.depthwise.out_channels
+        self.width = self.expanded_channels // block.chunks
         self.first = FoldedNorm(block.expand, block.expand_norm, self.x)
         self.weight = self.first.weight.to(dtype)  # (B, e C, C)
         self.shift = self.first.shift.to(dtype)  # (B, e C)
-        self.norms: dict[int, Norm] = {}  # of the second norm, by chunk
+        self.norms: dict[int, Norm] = {}  # the second norm, by chunk
         self.buffers: dict[str, Tensor] = {}
-        self.kept = -1  # the chunk whose tensors are in the buffers
+        self.kept = -1  # the chunk whose tensors are in the buffers; -1 for none
         self.filtered = self.x  # d of that chunk
 
     def part(self, chunk: int) -> slice:
-        """The expanded channels of a chunk."""
+        """The slice of the expanded channels that belongs to a chunk."""
         return slice(chunk * self.width, (chunk + 1) * self.width)
 
     def projected(self, *, keep_last: bool = False) -> Tensor:
-        """p (B, V, C), summed in float32 or wider."""
-        total = self.x.new_zeros(self.x.shape, dtype=_wide(self.dtype))
+        """p (B, V, C), summed in float32 or wider; `keep_last` keeps the tensors of the last chunk."""
+        total = self.x.new_zeros(self.x.shape, dtype=_accumulation_dtype(self.dtype))
         for chunk in range(self.block.chunks):
             last = keep_last and chunk == self.block.chunks - 1
             weight = self._projection(chunk).t()
@@ -110,11 +110,14 @@ class ChunkedBranch:
         return total
 
     def gradients(self, by_projected: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradients by x (B, V, C) and by the parameters up to the projection, from that of p."""
+        """From dL/dp: the gradients of x (B, V, C) and of the parameters up to the projection."""
         chunks = self.block.chunks
         upstream = by_projected.to(self.dtype)
         by_x = torch.zeros_like(by_projected)
-        first, second = self.first.zeros(), torch.zeros(2, self.wide, dtype=torch.float64, device=by_x.device)
+        first, second = (
+            self.first.zeros(),
+            torch.zeros(2, self.expanded_channels, dtype=torch.float64, device=by_x.device),
+        )
         filters, projection = [], []
         for chunk in reversed(range(chunks)):
             part = self.part(chunk)
@@ -127,7 +130,7 @@ class ChunkedBranch:
             filters.append(by_filter)
             first.weight[:, part], first.shift[:, part] = _inner(by_expanded, self.x), _sum(by_expanded)
             _add_products(by_x, by_expanded, self.weight[:, part])
-            del by_expanded  # before the next chunk grows
+            del by_expanded  # before the next chunk allocates
         self.buffers.clear()
         by_weight, by_scale, by_shift, by_mean, by_covariance = self.first.gradients(first)
         self.first.add_moments(by_x, self.x, by_mean, by_covariance)
@@ -135,7 +138,7 @@ class ChunkedBranch:
         return by_x, [by_weight, by_scale, by_shift, *rest]
 
     def _filter_gradients(self, chunk: int, by_activated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From dL/dt, which is overwritten: (dL/da, the depthwise kernel's gradient, the norm's two)."""
+        """From dL/dt, which is overwritten: dL/da, and the gradients of the depthwise kernel and the norm."""
         expanded, squashed, normed = (self.buffers[name] for name in ("expanded", "squashed", "normed"))
         by_normed = _silu_backward(by_activated, normed)
         by_filtered, by_norm = self.norms[chunk].gradients(by_normed, self.filtered, over=by_normed)
@@ -146,7 +149,7 @@ class ChunkedBranch:
         return _silu_backward(_rows(by_squashed, self.dtype), expanded), by_filter, torch.stack(by_norm)
 
     def _activated(self, chunk: int, *, keep: bool) -> Tensor:
-        """t of a chunk; with `keep`, what its gradient needs stays in the buffers."""
+        """t of a chunk; with `keep`, the tensors for its gradient stay in the buffers."""
         part = self.part(chunk)
         expanded = self._buffer("expanded")
         for sample, rows in enumerate(self.x):
@@ -173,7 +176,7 @@ class ChunkedBranch:
 
 
 class Norm:
-    """A GroupNorm, or a part of whole groups, at a tensor (B, V, C) whose moments it takes."""
+    """A GroupNorm, or a part of it with whole groups, with the moments of a tensor (B, V, C)."""
 
     def __init__(self, norm: nn.GroupNorm, x: Tensor, part: slice = slice(None)):
         self.voxels = x.shape[1]
@@ -184,7 +187,7 @@ class Norm:
         self.affine = self._affine()
 
     def _affine(self) -> Affine:
-        return normaliser(*self.leaves, groups=self.groups, eps=self.eps)
+        return group_norm_affine(*self.leaves, groups=self.groups, eps=self.eps)
 
     def apply(self, x: Tensor, *, out: Tensor) -> Tensor:
         """scale x + shift."""
@@ -192,7 +195,7 @@ class Norm:
         return torch.addcmul(shift, x, scale, out=out)
 
     def gradients(self, grad: Tensor, x: Tensor, *, over: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """dL/dx, written over `grad` or over x, and the gradients of weight and bias."""
+        """dL/dx, written to `over` (`grad` or x), and the gradients of weight and bias."""
         by_scale, by_shift = _inner(grad, x).diagonal(dim1=1, dim2=2), _sum(grad)
         with torch.enable_grad():
             for leaf in self.leaves:
@@ -207,7 +210,7 @@ class Norm:
 
 
 class FoldedNorm:
-    """A pointwise convolution and its norm as one affine map of x (B, V, C), by the moments of x."""
+    """A pointwise convolution and its norm as one affine map of x (B, V, C), from the moments of x."""
 
     def __init__(self, conv: nn.Conv3d, norm: nn.GroupNorm, x: Tensor):
         self.voxels, self.groups, self.eps = x.shape[1], norm.num_groups, norm.eps
@@ -222,37 +225,37 @@ class FoldedNorm:
         weight, gain, bias, mean, covariance = self.leaves
         means = mean @ weight.t()  # (B, E)
         squares = (weight @ covariance * weight).sum(-1) + means.square()
-        scale, shift = normaliser(means, squares, gain, bias, groups=self.groups, eps=self.eps)
+        scale, shift = group_norm_affine(means, squares, gain, bias, groups=self.groups, eps=self.eps)
         return Affine(scale[..., None] * weight, shift)
 
     def zeros(self) -> "FoldedGradients":
-        """Gradients to be filled in chunk by chunk."""
+        """Zero gradients, which the chunks fill in."""
         return FoldedGradients(torch.zeros_like(self.weight), torch.zeros_like(self.shift))
 
     def gradients(self, by: "FoldedGradients") -> tuple[Tensor, ...]:
-        """By the convolution's weight (E, C), the norm's weight and bias (E,), and the mean and covariance of x."""
+        """Of the convolution's weight (E, C), the norm's weight and bias (E,), and the mean and covariance of x."""
         with torch.enable_grad():
             for leaf in self.leaves:
                 leaf.requires_grad_()
             return torch.autograd.grad(self._fold(), self.leaves, tuple(by))
 
     def add_moments(self, by_x: Tensor, x: Tensor, by_mean: Tensor, by_covariance: Tensor) -> None:
-        """Add to dL/dx what reaches it through mean and covariance."""
-        slope = 2 * by_covariance / self.voxels  # (B, C, C), symmetric as the covariance is
+        """Add to dL/dx the gradients through the mean and the covariance."""
+        slope = 2 * by_covariance / self.voxels  # (B, C, C), symmetric like the covariance
         shift = by_mean / self.voxels - (self.mean[:, None] @ slope).squeeze(1)  # (B, C)
         _add_products(by_x, x, slope.to(x.dtype))
         by_x += shift[:, None].to(by_x.dtype)
 
 
 class FoldedGradients(NamedTuple):
-    """Of a `FoldedNorm`'s weight and shift."""
+    """The gradients of a `FoldedNorm`'s weight and shift."""
 
     weight: Tensor
     shift: Tensor
 
 
-def normaliser(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float) -> Affine:
-    """What GroupNorm does to a tensor whose channels have these means and mean squares, both (B, C)."""
+def group_norm_affine(mean: Tensor, square: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float) -> Affine:
+    """The affine map of GroupNorm for a tensor with these channel means and mean squares, both (B, C)."""
     means, squares = (each.unflatten(1, (groups, -1)) for each in (mean, square))
     weights, biases = (each.unflatten(0, (groups, -1)) for each in (weight, bias))
     centre = means.mean(2, keepdim=True)  # (B, G, 1)
@@ -269,22 +272,22 @@ def _finish(
     value = norm.apply(projected, out=projected if into is None else into)
     if isinstance(block.dropout, nn.Identity) or not block.dropout.training:
         return value, norm, None
-    mask = block.dropout(value.new_ones(*shape[:2], 1, 1, 1)).flatten(2).transpose(1, 2)  # it drops whole channels
+    mask = block.dropout(value.new_ones(*shape[:2], 1, 1, 1)).flatten(2).transpose(1, 2)  # drops whole channels
     return value.mul_(mask), norm, mask
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """That of convolutions: autocast's, if it is on and casts x."""
+    """The dtype of convolutions: that of autocast, if it is enabled and casts x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def _rows(volume: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, C, D, H, W) as (B, V, C): a view, if it is in channels_last_3d and of that dtype."""
+    """(B, C, D, H, W) as (B, V, C): a view if it is channels_last_3d and of this dtype."""
     return volume.to(dtype).contiguous(memory_format=LAST).permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
@@ -302,12 +305,12 @@ def _silu(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Written over `grad`."""
+    """The gradient of SiLU at x, written to `grad`."""
     return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
 def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """total (V, C) += rows (V, K) weight (K, C), where total may be wider than the two."""
+    """total (V, C) += rows (V, K) weight (K, C); total may have a wider dtype."""
     if total.dtype == rows.dtype:
         total.addmm_(rows, weight)
     else:
@@ -321,9 +324,9 @@ def _add_products(total: Tensor, rows: Tensor, weight: Tensor) -> None:
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q), in float64."""
+    """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q) in float64."""
     count = _blocks(one.shape[1])
-    if _wide(one.dtype) != one.dtype:  # block by block, so that no wide copy of the whole exists
+    if _accumulation_dtype(one.dtype) != one.dtype:  # by block, without a float32 copy of the whole tensor
         pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
         return torch.stack([(a.float().transpose(1, 2) @ b.float()).double() for a, b in pairs]).sum(0)
     a, b = (each.unflatten(1, (count, -1)).flatten(0, 1) for each in (one, other))
@@ -331,21 +334,21 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _blocks(voxels: int) -> int:
-    """Into how many equal blocks of voxels a sum is cut."""
-    return next(count for count in range(BLOCKS, 0, -1) if voxels % count == 0)
+    """The number of equal blocks of voxels in a sum."""
+    return next(count for count in range(MAX_BLOCKS, 0, -1) if voxels % count == 0)
 
 
 def _sum(rows: Tensor) -> Tensor:
-    """(B, V, C) summed over voxels: (B, C), in float64."""
-    if _wide(rows.dtype) == rows.dtype:
+    """(B, V, C) summed over voxels: (B, C) in float64."""
+    if _accumulation_dtype(rows.dtype) == rows.dtype:
         return rows.sum(1).double()
     blocks = rows.chunk(_blocks(rows.shape[1]), dim=1)
     return torch.stack([block.sum(1, dtype=torch.float32).double() for block in blocks]).sum(0)
 
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
-    """(B, C, C) in float64, of (B, V, C) with this mean."""
-    centred = x - mean[:, None].to(_wide(x.dtype))
+    """The covariance (B, C, C) in float64 of x (B, V, C) with this mean."""
+    centred = x - mean[:, None].to(_accumulation_dtype(x.dtype))
     return _inner(centred, centred) / x.shape[1]
 
 

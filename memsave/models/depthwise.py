@@ -1,23 +1,25 @@
-"""A depthwise 3D convolution with a backward as fast as its forward on the CPU.
+"""A depthwise 3D convolution whose backward is as fast as its forward on the CPU.
 
-PyTorch has a fast kernel for the forward of a depthwise convolution in channels_last_3d, and slow ones for its two
-gradients, which take most of the time of a network of inverted bottlenecks on a CPU. Both follow from fast kernels:
+PyTorch has a fast CPU kernel for the forward of a depthwise convolution in channels_last_3d, and slow kernels for its
+two gradients, which dominate the time of a network of inverted bottlenecks. Both gradients can be computed by fast
+kernels:
 
     dL/dx = conv(dL/dy, w flipped on every axis)                            the forward's own kernel
     dL/dw[:, kd] = sum over d of the 2D weight gradient of (x[d + kd - p], dL/dy[d])
 
-for stride 1 and padding p = (k - 1) / 2. The second reads a channels_last_3d tensor (N, C, D, H, W) as the
-channels_last tensor (N D, C, H, W) that it already is in memory: one 2D weight gradient for each of the k planes of the
-kernel, on slices that are shifted against each other, and no copy.
+for stride 1 and padding p = (k - 1) / 2. The second formula views a channels_last_3d tensor (N, C, D, H, W) as a
+channels_last tensor (N D, C, H, W), which has the same memory layout: one 2D weight gradient for each of the k planes
+of the kernel, on shifted slices, without a copy.
 
-Whatever is not of this form (another device, stride, dilation, padding, an even kernel, several outputs a channel) goes
-to `torch.nn.functional.conv3d`. The result is the same function either way.
+All other cases (another device, stride, dilation or padding, an even kernel, several outputs per channel) use
+`torch.nn.functional.conv3d`. The function is the same in both cases.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from memsave.models._torch_internals import is_transformed
 
 LAST = torch.channels_last_3d
 
@@ -33,13 +35,13 @@ def depthwise_conv3d(
 ) -> Tensor:
     """Convolve each channel of x (N, C, D, H, W) with its own kernel: weight (C, 1, k, k, k), bias (C,).
 
-    `padding=None` keeps the volume's size for odd k at stride 1. Gradients of any order are exact; under autocast,
-    operands are cast as `conv3d` would cast them.
+    `padding=None` keeps the size of the volume for odd k at stride 1. Gradients of any order are exact. Under autocast
+    the operands are cast as by `conv3d`.
     """
     padding = dilation * (weight.shape[-1] // 2) if padding is None else padding
     if not has_fast_backward(x, weight, stride=stride, padding=padding, dilation=dilation):
         return F.conv3d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[-4])
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # a custom Function has to cast for itself
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # autocast does not cast for a custom Function
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -48,13 +50,13 @@ def depthwise_conv3d(
 
 
 def has_fast_backward(x: Tensor, weight: Tensor, *, stride: int, padding: int, dilation: int) -> bool:
-    """Whether the formulas above apply and pay."""
+    """Whether the formulas above apply and are faster."""
     channels, per_group, *kernel = weight.shape
     size = kernel[0]
     return (
         x.device.type == "cpu"
         and x.is_floating_point()
-        and not _transformed()
+        and not is_transformed()
         and x.dim() == 5
         and per_group == 1
         and channels == x.shape[1]
@@ -65,7 +67,7 @@ def has_fast_backward(x: Tensor, weight: Tensor, *, stride: int, padding: int, d
 
 
 def depthwise_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """(dL/dx, dL/dweight) of `depthwise_conv3d(x, weight)` at stride 1 from dL/dy, for those who keep x themselves."""
+    """(dL/dx, dL/dweight) of `depthwise_conv3d(x, weight)` at stride 1 from dL/dy, for callers that keep x."""
     if has_fast_backward(x, weight, stride=1, padding=weight.shape[-1] // 2, dilation=1):
         return same_depthwise_conv(grad, weight.flip(2, 3, 4)), _weight_gradient(x, grad, weight)
     pad, one = [weight.shape[-1] // 2] * 3, [1, 1, 1]
@@ -76,17 +78,12 @@ def depthwise_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor
 
 
 def same_depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution alone, at stride 1, of the volume's size."""
+    """The plain convolution at stride 1 that keeps the size of the volume."""
     return F.conv3d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
 
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which a custom Function would have to know of."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 class _Depthwise(torch.autograd.Function):
-    """Every line of the backward is differentiable by itself, and so gradients of gradients need nothing more."""
+    """Every operation of the backward is differentiable, so higher derivatives need no further code."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -96,7 +93,7 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):  # whoever calls backward inside autocast gets the same gradients
+        with torch.autocast("cpu", enabled=False):  # backward may be called inside autocast
             grad = grad.contiguous(memory_format=LAST)
             grad_x = same_depthwise_conv(grad, weight.flip(2, 3, 4)) if ctx.needs_input_grad[0] else None
             grad_weight = _weight_gradient(x, grad, weight) if ctx.needs_input_grad[1] else None
@@ -126,7 +123,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _as_slices(x: Tensor) -> tuple[Tensor, ...]:
-    """The samples of x (N, C, D, H, W) as (D, C, H, W): views, dense in channels_last when x is in channels_last_3d."""
+    """The samples of x (N, C, D, H, W) as views (D, C, H, W), which are channels_last if x is channels_last_3d."""
     return x.transpose(1, 2).unbind(0)
 
 

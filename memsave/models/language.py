@@ -1,4 +1,4 @@
-"""Causal language models as they are: the loss of each example, normalised by that example alone."""
+"""The per-example losses of any causal language model: each is normalised by the example's own tokens."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from memsave.ghost.gradients import has_values
 from memsave.models.own_head import own_head
 from memsave.models.padding import positions
 
-IGNORED = -100  # the label of what is no target
+IGNORED = -100  # the label of a position without target
 HEADS = ("chunked", "logits")
 
 
@@ -23,27 +23,27 @@ def causal_lm_losses(
     attention_mask: Tensor | None = None,
     head: str = "chunked",
 ) -> Tensor:
-    """(B,): the mean cross-entropy over each example's own target tokens, zero for an example without any.
+    """(B,): the mean cross-entropy over each example's target tokens; zero for an example without targets.
 
     Args:
         model: any causal language model of transformers.
         input_ids: (B, T).
-        labels: (B, T), the same tokens where they are targets and -100 elsewhere; shifted in here, so that each is
-            predicted from those before it.
-        attention_mask: (B, T), zero at padding, which is on the right or on the left: the loss is that of the example
-            alone. A token after padding is no target.
-        head: "chunked" never holds the logits (B, T, V); "logits" takes those that the model gives.
+        labels: (B, T), equal to input_ids at targets and -100 elsewhere. The function shifts them, so that each target
+            is predicted from the tokens before it.
+        attention_mask: (B, T), zero at padding on the right or on the left. The loss equals that of the example without
+            padding. The first token after padding is no target.
+        head: "chunked" never computes all logits (B, T, V) at once; "logits" uses the logits of the model.
 
-    Raises ValueError for padding on the left of a model whose logits it changes, and for targets that are padding. With
-    head="chunked", also for a head that is no `nn.Linear`, and for logits that are changed by more than a factor or a
-    soft cap that the model's configuration names: those need head="logits".
+    Raises ValueError if padding changes the model's logits, and for targets at padding. With head="chunked" also raises
+    ValueError if the head is no `nn.Linear`, or if the model changes the logits by more than a factor or a soft cap
+    named in its configuration: these need head="logits".
     """
     if head not in HEADS:
         raise ValueError(f"head is {head!r}; choose one of {', '.join(HEADS)}")
     inputs, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, labels[:, 1:]
     if attention_mask is not None:
-        where = positions(model, input_ids, attention_mask)
-        inputs |= {} if where is None else {"position_ids": where}
+        position_ids = positions(model, input_ids, attention_mask)
+        inputs |= {} if position_ids is None else {"position_ids": position_ids}
         targets = _after_tokens(targets, attention_mask)
     if head == "chunked":
         linear, hidden, soft_cap = own_head(model, inputs)
@@ -53,27 +53,28 @@ def causal_lm_losses(
         logits = model(**inputs, use_cache=False).logits  # (B, T, V)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        shifted = F.pad(targets, (0, 1), value=IGNORED).flatten()  # instead of the logits, which are not copied so
+        # The targets are padded, because slicing the logits would copy them.
+        shifted = F.pad(targets, (0, 1), value=IGNORED).flatten()
         each = F.cross_entropy(logits.flatten(0, 1), shifted, reduction="none", ignore_index=IGNORED).view_as(labels)
     return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
 
 
 def _after_tokens(targets: Tensor, mask: Tensor) -> Tensor:
-    """The targets (B, T - 1) that the example alone has: those after a token."""
+    """The targets (B, T - 1) that follow a token; the first token after padding is no target."""
     wrong = (targets != IGNORED) & (mask[:, 1:] == 0) & (mask[:, :-1] != 0)
     if has_values(wrong) and bool(wrong.any()):
-        row, place = wrong.nonzero()[0].tolist()
+        row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"labels has the target {int(targets[row, place])} at row {row}, column {place + 1}, where attention_mask "
-            f"is 0; give {IGNORED} there, or a mask of 1"
+            f"labels has the target {int(targets[row, column])} at row {row}, column {column + 1}, where "
+            f"attention_mask is 0; give {IGNORED} there, or a mask of 1"
         )
     return targets.masked_fill(mask[:, :-1] == 0, IGNORED)
 
 
 def fuse_gelu(model: nn.Module) -> int:
-    """Put PyTorch's own tanh GELU in the place of transformers' (`gelu_new`); returns how many were.
+    """Replace transformers' tanh GELU (`gelu_new`) by PyTorch's; returns the number of replacements.
 
-    The same function in one operation, which keeps one tensor for backward where the other keeps four.
+    The function is the same; PyTorch's kernel saves one tensor for backward, the other four.
     """
     found = [
         (parent, key)
@@ -87,12 +88,12 @@ def fuse_gelu(model: nn.Module) -> int:
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether the layers run again in backward."""
+    """Whether the layers of the model are checkpointed."""
     return bool(model.is_activation_checkpointing)
 
 
 def set_checkpointing(model: nn.Module, *, on: bool) -> None:
-    """Have the layers run again in backward, or keep what they computed."""
+    """Enable or disable non-reentrant checkpoints of the model's layers."""
     switch: Any = model
     if on:
         switch.activation_checkpointing_enable({"use_reentrant": False})

@@ -4,11 +4,11 @@
     filter      depthwise 3x3x3        e C -> e C      GroupNorm, SiLU, squeeze-excitation (optional)
     project     1x1x1 convolution      e C -> C        GroupNorm, no activation (a linear bottleneck)
 
-Sandler et al., "MobileNetV2" (2018); squeeze-excitation as in Howard et al., "MobileNetV3" (2019). The expanded tensors
-are what fills a GPU when they are stored: about 37 times the block's input for a coupling of two branches with e = 6.
+Sandler et al., "MobileNetV2" (2018); squeeze-excitation as in Howard et al., "MobileNetV3" (2019). Stored, the expanded
+tensors dominate the memory: about 37 times the block's input for a coupling of two branches with e = 6.
 
-A branch also knows how to recompute itself over chunks of its expanded channels (`chunks.py`), which a
-`ReversibleSequence` makes use of: then no more than a chunk of them ever exists.
+A branch can also recompute itself over chunks of its expanded channels (`chunks.py`). `ReversibleSequence` uses this,
+and then only one chunk of them exists at a time.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class DepthwiseConv3d(nn.Conv3d):
 
     def __init__(self, channels: int, *, kernel_size: int = 3, bias: bool = False):
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}; it must be odd, so that the volume keeps its size")
+            raise ValueError(f"kernel_size is {kernel_size}; give an odd number, which keeps the size of the volume")
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class DepthwiseConv3d(nn.Conv3d):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scale each channel by a gate read from all channels' means (Hu et al. 2018)."""
+    """Scale each channel by a gate computed from the means of all channels (Hu et al. 2018)."""
 
     def __init__(self, channels: int, *, hidden: int):
         super().__init__()
@@ -52,15 +52,15 @@ class SqueezeExcitation(nn.Module):
 
 
 class MBConv3d(nn.Module):
-    """An inverted bottleneck without a residual of its own: (B, C, D, H, W) to the same shape.
+    """An inverted bottleneck without a residual connection: (B, C, D, H, W) to the same shape.
 
     `squeeze_excitation` is the ratio of the gate's hidden channels to C (0: no gate); `dropout` acts on the output.
-    `chunks` is the number of chunks in which the expanded channels are recomputed, where they are; a chunk holds whole
-    groups of their norm, so it divides `norm_groups(expansion * channels)`. It implements
-    `memsave.reversible.RecomputableBranch`.
+    `chunks` is the number of chunks in which the fused engine recomputes the expanded channels. A chunk consists of
+    whole groups of their norm, so `chunks` must divide `norm_groups(expansion * channels)`; ValueError otherwise. The
+    module implements `memsave.reversible.RecomputableBranch`.
     """
 
-    layout = torch.channels_last_3d  # in which it works on voxels by channels
+    layout = torch.channels_last_3d  # in memory a matrix of voxels by channels
 
     def __init__(
         self,
@@ -73,22 +73,22 @@ class MBConv3d(nn.Module):
         chunks: int = 1,
     ):
         super().__init__()
-        wide = channels * expansion
-        self.expand = nn.Conv3d(channels, wide, 1, bias=False)
-        self.expand_norm = group_norm(wide)
-        self.depthwise = DepthwiseConv3d(wide, kernel_size=kernel_size)
-        self.depthwise_norm = group_norm(wide)
+        expanded = channels * expansion
+        self.expand = nn.Conv3d(channels, expanded, 1, bias=False)
+        self.expand_norm = group_norm(expanded)
+        self.depthwise = DepthwiseConv3d(expanded, kernel_size=kernel_size)
+        self.depthwise_norm = group_norm(expanded)
         self.act = nn.SiLU()
         hidden = max(1, round(channels * squeeze_excitation))
-        self.gate = SqueezeExcitation(wide, hidden=hidden) if squeeze_excitation else nn.Identity()
-        self.project = nn.Conv3d(wide, channels, 1, bias=False)
+        self.gate = SqueezeExcitation(expanded, hidden=hidden) if squeeze_excitation else nn.Identity()
+        self.project = nn.Conv3d(expanded, channels, 1, bias=False)
         self.project_norm = group_norm(channels)
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
         self.chunks = chunks
         if chunks < 1 or self.expand_norm.num_groups % chunks:
             raise ValueError(
-                f"chunks is {chunks}, but the norm of the {wide} expanded channels has {self.expand_norm.num_groups} "
-                f"groups, which a chunk holds whole; give a divisor of that"
+                f"chunks is {chunks}, but the norm of the {expanded} expanded channels has "
+                f"{self.expand_norm.num_groups} groups; give a divisor of the number of groups"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,11 +98,11 @@ class MBConv3d(nn.Module):
         return self.dropout(self.project_norm(self.project(x)))  # (B, C, D, H, W)
 
     def refusal(self) -> str | None:
-        """Why this branch cannot be recomputed in chunks; None if it can."""
+        """Why this branch cannot be recomputed in chunks, for an error message; None if it can."""
         if type(self).forward is not MBConv3d.forward:
-            return f"{type(self).__name__} has a forward of its own"
+            return f"{type(self).__name__} overrides forward()"
         if isinstance(self.gate, SqueezeExcitation):
-            return "its squeeze-excitation reads all expanded channels before the first of them is scaled"
+            return "its squeeze-excitation reads all expanded channels before it scales the first one"
         for name, (kinds, parameters, options) in PARTS.items():
             part = self.get_submodule(name)
             if type(part) not in kinds:
@@ -116,15 +116,15 @@ class MBConv3d(nn.Module):
         return None
 
     def tensors(self) -> list[Tensor]:
-        """What `differentiate` gives gradients of, besides x."""
+        """The parameters, in the order of the gradients of `differentiate`."""
         return chunked.tensors(self)
 
     def evaluate(self, x: Tensor) -> Tensor:
-        """`forward` without a graph, in chunks."""
+        """`forward` in chunks, without a graph."""
         return chunked.evaluate(self, x)
 
     def differentiate(self, x: Tensor, grad: Tensor, *, found: Callable[[Tensor], None]) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of sum(grad forward(x)) by x and by each of `tensors()`; `found` is given forward(x)."""
+        """The gradients of sum(grad forward(x)) w.r.t. x and each of `tensors()`; calls `found` with forward(x)."""
         return chunked.differentiate(self, x, grad, found=found)
 
 
@@ -140,14 +140,14 @@ PARTS: dict[str, tuple[tuple[type, ...], set[str], dict[str, object]]] = {
     "project_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
     "dropout": ((nn.Identity, nn.Dropout3d), set(), {}),
 }
-"""What `chunks.py` knows how to recompute: by part its kinds, parameters and options."""
+"""The parts that `chunks.py` can recompute: allowed types, parameters and options by name."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm, which needs no batch, with up to 8 groups of at least two channels, so that one voxel is enough."""
+    """GroupNorm with up to 8 groups of at least two channels, so that a volume of one voxel has a variance."""
     return nn.GroupNorm(norm_groups(channels), channels)
 
 
 def norm_groups(channels: int) -> int:
-    """The groups of `group_norm`."""
+    """The number of groups of `group_norm`."""
     return gcd(NORM_GROUPS, channels // 2) if channels > 1 else 1

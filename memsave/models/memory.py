@@ -1,4 +1,4 @@
-"""What a row of couplings keeps between forward and backward, by one word."""
+"""Memory modes: what a sequence of couplings keeps between forward and backward."""
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,17 @@ MEMORY_MODES = ("stored", "checkpoint", "reversible")
 
 
 def check_memory(mode: str) -> str:
-    """The mode; ValueError for any other word."""
+    """Return the mode; ValueError if it is not one of MEMORY_MODES."""
     if mode not in MEMORY_MODES:
         raise ValueError(f"memory is {mode!r}; choose one of {', '.join(MEMORY_MODES)}")
     return mode
 
 
 def run_blocks(sequence: nn.Module, x: Tensor, *, memory: str) -> Tensor:
-    """(B, C, ...) through a `ReversibleSequence` of `AdditiveCoupling`s, one function in every mode.
+    """Map x (B, C, ...) through a `ReversibleSequence` of `AdditiveCoupling`s; the function is the same in every mode.
 
-    "checkpoint" keeps each block's input; in the other modes the sequence's own `recompute` says whether it keeps all
-    activations or its output alone.
+    "checkpoint" keeps the input of each block. In the other modes the attribute `recompute` of the sequence decides
+    whether it keeps all activations or only its output.
     """
     if memory != "checkpoint" or not torch.is_grad_enabled():
         return sequence(x)
@@ -33,7 +33,7 @@ def run_blocks(sequence: nn.Module, x: Tensor, *, memory: str) -> Tensor:
 
 
 def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
-    """One block under a checkpoint: on the pair, since a join between blocks would round it under autocast."""
+    """Checkpoint one block on the pair of halves, because merging them between blocks would round under autocast."""
 
     def run(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         return block.forward_stream(stream.pair(target, source)).halves()

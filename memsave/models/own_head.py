@@ -1,7 +1,8 @@
-"""The head of a causal language model and what it is given, by the model's own forward.
+"""The output head of a causal language model and its input, found by running the model's forward.
 
-In the place of logits the forward gets numbers that tell what the model does to its logits (`stand_in.py`). Once for
-each model a short forward of real numbers must confirm it: numbers of another length may be treated otherwise.
+During the forward the head returns a stand-in for the logits, which records what the model does to its logits
+(`stand_in.py`). A short forward with real logits must confirm the result once for each model, because the model may
+treat logits of another length differently.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ from memsave.ghost.gradients import has_values, wide
 from memsave.models.stand_in import CAPS, FACTORS, REMEDY, Change, StandIn, change_of, close, named
 from memsave.models.trial import has_passed, note_passed, trial
 
-SHORT = 16  # positions of the forward of real numbers
+TRIAL_LENGTH = 16  # tokens of the forward with real logits
 
 
 def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, float | None]:
-    """(the head, what it is given (B, T, d) times what its logits are scaled by, their soft cap)."""
+    """(the head, its input (B, T, d) times the factor of the logits, their soft cap); ValueError if it is not exact."""
     linear = model.get_output_embeddings()
     name = f"the head of {type(model).__name__}"
     if type(linear) is not nn.Linear:
@@ -28,7 +29,7 @@ def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, flo
     config = getattr(model, "config", None)
     state = (named(config, FACTORS), named(config, CAPS))
     confirmed = has_passed(model, "head", state)
-    real = None if confirmed else _real_numbers(model, linear, inputs["input_ids"], name)
+    real = None if confirmed else _real_logits(model, linear, inputs["input_ids"], name)
     hidden, logits = _hidden(model, linear, inputs, name)
     change = change_of(logits, model, name) if has_values(hidden) else _assumed(config)
     if real is not None:
@@ -42,47 +43,47 @@ def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, flo
 
 
 def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) -> tuple[Tensor, Any]:
-    """(what the head was given, what became of the numbers in the place of its logits)."""
+    """(the input of the head, the model's logits, which are derived from the stand-in)."""
     seen: list[Tensor] = []
 
-    def note(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor) -> Tensor:
         seen.append(hidden)
         return StandIn.of(hidden, name) if has_values(hidden) else hidden[:1, :1]
 
-    with _forward_as(linear, note):
+    with _replaced_forward(linear, forward):
         logits = model(**inputs, use_cache=False).logits
     return _once(seen, name), logits
 
 
-def _real_numbers(model: Any, linear: nn.Linear, input_ids: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-    """(what the head gave, the model's logits) for the start of the first example; None where there is none."""
-    start = input_ids[:1, :SHORT]
+def _real_logits(model: Any, linear: nn.Linear, input_ids: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+    """(output of the head, the model's logits) for the start of the first example; None if it has no values."""
+    start = input_ids[:1, :TRIAL_LENGTH]
     if not has_values(start) or not start.numel():
         return None
     seen: list[Tensor] = []
 
-    def note(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor) -> Tensor:
         seen.append(F.linear(hidden, linear.weight, linear.bias))
         return seen[-1].clone()
 
-    with trial(model), _forward_as(linear, note):
+    with trial(model), _replaced_forward(linear, forward):
         logits = model(input_ids=start, attention_mask=torch.ones_like(start), use_cache=False).logits
     return _once(seen, name), logits
 
 
 def _confirm(change: Change, given: Tensor, logits: Tensor, *, name: str) -> None:
-    """The model's logits must be those of its head, changed."""
+    """Raise ValueError unless the model's logits are `change` of the head's output."""
     eps = max(torch.finfo(each.dtype).eps for each in (given, logits))
     if given.shape != logits.shape:
         raise ValueError(
-            f"{name} gives logits {tuple(given.shape)}, and the model makes {tuple(logits.shape)} of them; {REMEDY}"
+            f"{name} returns logits {tuple(given.shape)}, and the model returns {tuple(logits.shape)}; {REMEDY}"
         )
     if not bool(close(wide(logits), change(wide(given)), eps)):
-        raise ValueError(f"on a text the model's logits are not those of {name} after {change}; {REMEDY}")
+        raise ValueError(f"for real tokens the model's logits are not those of {name} after {change}; {REMEDY}")
 
 
 def _assumed(config: Any) -> Change:
-    """The change of logits that have no values, whose size is all that counts."""
+    """The change under FakeTensorMode, where values are unknown and only the shapes and sizes matter."""
     return Change(1.0, next(iter(named(config, CAPS)), None))
 
 
@@ -93,8 +94,8 @@ def _once(seen: list[Tensor], name: str) -> Tensor:
 
 
 @contextmanager
-def _forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within, the module has another forward, in the place of its own or of a clipper's."""
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Context manager: replaces the module's forward, also one that a clipper has set on the instance."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

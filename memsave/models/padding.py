@@ -1,8 +1,9 @@
-"""Padding that changes nothing: positions that do not count it, and a trial that tells.
+"""Position ids that skip padding, and a trial that checks that padding does not change the logits.
 
-An example is the same whatever it is padded to. On the right causal attention sees to that. On the left a model that
-numbers its positions from the first column must be given other numbers, those of the example alone. Some models have
-neither: once for each model and side, the start of a padded row must have the logits that it has alone.
+The loss of an example must not depend on its padding. Padding on the right has no effect under causal attention. With
+padding on the left, a model that numbers positions from the first column needs the position ids of the example without
+padding. Not every model satisfies this. Therefore, once for each model and side, a trial compares the logits of the
+start of a row with and without padding.
 """
 
 import inspect
@@ -14,23 +15,26 @@ from torch import Tensor, nn
 from memsave.ghost.gradients import has_values
 from memsave.models.trial import has_passed, note_passed, trial
 
-TOKENS = 8  # in the trial, and as much padding
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the largest logit; many norms are float32 in any model
-ROUGH = 5e-2  # in other dtypes
+TRIAL_TOKENS = 8  # in the trial, with at most as much padding
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-3,
+}  # of the largest logit; norms are often float32
+LOW_PRECISION_TOLERANCE = 5e-2  # in other dtypes
 REMEDIES = {"left": "pad on the right", "right": "make batches of examples of one length"}
 
 
 def positions(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor | None:
-    """(B, T): the positions without the padding on the left; None where there is none, or no values to tell from.
+    """(B, T): position ids that skip the padding on the left; None without such padding or without values.
 
-    Raises ValueError for a model that does not take positions, or whose logits padding changes all the same.
+    Raises ValueError if the model takes no position ids, or if padding changes its logits nevertheless.
     """
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; give (B, T)")
     if not has_values(mask) or not mask.numel():
         return None
     kept = mask != 0
-    runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(1)  # of ones
+    runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(1)  # of consecutive ones
     rows = {"left": (runs > 0) & ~kept[:, 0], "right": (runs == 1) & kept[:, 0] & ~kept[:, -1]}
     torn, left, right = torch.stack([(runs > 1).any(), *(each.any() for each in rows.values())]).tolist()
     name = type(base_of(model)).__name__
@@ -48,20 +52,20 @@ def positions(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor | Non
 
 
 def numbered(mask: Tensor) -> Tensor:
-    """The number of each token among those of its row; zero before the first."""
+    """The index of each token among the tokens of its row; zero before the first one."""
     return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
 
 
 def base_of(model: Any) -> nn.Module:
-    """The model inside one of peft's."""
+    """The base model of a PEFT model; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None:
-    """The start of a row's tokens, padded with one of them and alone, must have the same logits."""
-    width, ids = len(ids), ids[kept][None, :TOKENS]
+    """Raise ValueError unless the start of a row has the same logits with and without padding."""
+    width, ids = len(ids), ids[kept][None, :TRIAL_TOKENS]
     count = ids.shape[1]
-    filler = ids[:, :1].expand(-1, min(TOKENS, width - count))
+    filler = ids[:, :1].expand(-1, min(TRIAL_TOKENS, width - count))
     alone = slice(-count, None) if side == "left" else slice(0, count)
     ids = torch.cat([filler, ids] if side == "left" else [ids, filler], 1)
     mask = torch.zeros_like(ids)
@@ -70,13 +74,14 @@ def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None
     with trial(model):
         padded = model(input_ids=ids, attention_mask=mask, **where, use_cache=False).logits[:, alone]
         plain = model(input_ids=ids[:, alone], attention_mask=mask[:, alone], use_cache=False).logits
-    tolerance = ROUGH if torch.is_autocast_enabled(ids.device.type) else TOLERANCE.get(plain.dtype, ROUGH)
+    low = torch.is_autocast_enabled(ids.device.type) or plain.dtype not in TOLERANCE
+    tolerance = LOW_PRECISION_TOLERANCE if low else TOLERANCE[plain.dtype]
     difference, largest = float("nan"), plain[plain.isfinite()].abs().amax().item() if plain.isfinite().any() else 0.0
     if padded.shape == plain.shape:
-        same = (padded == plain) | (padded.isnan() & plain.isnan())  # infinities, too
+        same = (padded == plain) | (padded.isnan() & plain.isnan())  # also for infinities
         difference = torch.where(same, 0, padded - plain).abs().max().item()
     if not difference <= tolerance * largest:
-        given = ", though its position_ids do not count it" if where else ""
+        given = ", although its position_ids skip it" if where else ""
         raise ValueError(
             f"padding on the {side} changes the logits of {name} by {difference:.3g} of {largest:.3g}{given}; "
             f"{REMEDIES[side]}"

@@ -1,15 +1,15 @@
-"""A reversible GPT-2: a causal language model whose activations take no more memory with depth.
+"""A reversible GPT-2: a causal language model whose activation memory does not depend on its depth.
 
     x1 = x2 = wte[ids] + wpe[positions]
     y1 = x1 + F(x2),  y2 = x2 + G(y1)        in each of n layers: F is attention, G the feed-forward network
     logits = LayerNorm(y1 + y2) wte'
 
 as in the Reformer (Kitaev et al., ICLR 2020) and Reversible Vision Transformers (Mangalam et al., CVPR 2022). Both
-halves of the stream are as wide as the model, and lie behind one another in dimension 1: (B, 2T, d). Each branch begins
-with a LayerNorm and ends with one, whose gain starts at 1 / sqrt(n): a branch adds little whatever its weights are, and
-what is rebuilt drifts little.
+halves of the stream have the width of the model and are concatenated in dimension 1: (B, 2T, d). Each branch begins and
+ends with a LayerNorm. The gain of the last one starts at 1 / sqrt(n), so that a branch adds little for any weights, and
+the rebuilt stream drifts little.
 
-Importing this module makes the model known to transformers' AutoConfig and AutoModelForCausalLM.
+Importing this module registers the model with transformers' AutoConfig and AutoModelForCausalLM.
 """
 
 from typing import Any
@@ -24,11 +24,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memsave.models.memory import check_memory, run_blocks
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 
-WIDER = 4  # hidden numbers of the feed-forward network for each of the model's
+MLP_RATIO = 4  # width of the feed-forward network relative to the model
 
 
 class RevGPT2Config(PretrainedConfig):
-    """Sizes, by the names of transformers; the width is a multiple of the heads."""
+    """Sizes, with the names of transformers; `hidden_size` must be a multiple of `num_attention_heads`."""
 
     model_type = "rev_gpt2"
 
@@ -51,7 +51,7 @@ class RevGPT2Config(PretrainedConfig):
 
 
 def post_norm(config: RevGPT2Config) -> nn.LayerNorm:
-    """The end of a branch."""
+    """The LayerNorm at the end of a branch; `first_gain` is its initial weight."""
     norm: Any = nn.LayerNorm(config.hidden_size)
     norm.first_gain = config.num_hidden_layers**-0.5
     return norm
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads:
-            raise ValueError(f"the width {width} is no multiple of the {heads} heads; give one that is")
+            raise ValueError(f"hidden_size is {width}, which is no multiple of the {heads} heads; give one that is")
         self.heads, self.number = heads, number
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -72,18 +72,18 @@ class Attention(nn.Module):
         self.post_norm = post_norm(config)
 
     def forward(self, x: Tensor, *, bias: Tensor | None, cache: Cache | None) -> Tensor:
-        """`bias` (B, 1, T, S) is added to the scores of S keys, those in the cache among them; None is causal."""
-        batch, places, width = x.shape
-        split = self.qkv(self.norm(x)).view(batch, places, 3, self.heads, width // self.heads)
+        """`bias` (B, 1, T, S) is added to the scores of the S keys, cached ones included; None means causal."""
+        batch, length, width = x.shape
+        split = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, heads, T, d / heads) each
         if cache is not None:
             k, v = cache.update(k, v, self.number)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-        return self.post_norm(self.out(mixed.transpose(1, 2).reshape(batch, places, width)))
+        return self.post_norm(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 
-class InCall(nn.Module):
-    """A layer's attention with what one call of the model looks at, for as long as the call's graph lives."""
+class BoundAttention(nn.Module):
+    """The attention of a layer with the mask and cache of one call of the model."""
 
     def __init__(self, attention: nn.Module, *, bias: Tensor | None, cache: Cache | None):
         super().__init__()
@@ -94,7 +94,7 @@ class InCall(nn.Module):
         return self.attention(x, bias=self.bias, cache=self.cache)
 
 
-class Layer(nn.Module):
+class RevGPT2Layer(nn.Module):
     """The two branches of a coupling."""
 
     def __init__(self, config: RevGPT2Config, *, number: int):
@@ -103,22 +103,22 @@ class Layer(nn.Module):
         self.attention: nn.Module = Attention(config, number=number)
         self.mlp: nn.Module = nn.Sequential(
             nn.LayerNorm(width),
-            nn.Linear(width, WIDER * width),
+            nn.Linear(width, MLP_RATIO * width),
             nn.GELU(approximate="tanh"),
-            nn.Linear(WIDER * width, width),
+            nn.Linear(MLP_RATIO * width, width),
             post_norm(config),
         )
 
     def coupling(self, *, bias: Tensor | None, cache: Cache | None) -> AdditiveCoupling:
-        """The block, for one call of the model."""
-        return AdditiveCoupling(InCall(self.attention, bias=bias, cache=cache), self.mlp)
+        """The coupling for one call of the model."""
+        return AdditiveCoupling(BoundAttention(self.attention, bias=bias, cache=cache), self.mlp)
 
 
 class RevGPT2(PreTrainedModel, GenerationMixin):
     """The reversible GPT-2 with its head, tied to the embedding unless the config says otherwise.
 
-    `memory`, which may be changed at any time and is no part of what is saved: "stored" keeps every activation,
-    "checkpoint" each layer's input, "reversible" the last layer's output.
+    `memory` may be changed at any time and is not saved: "stored" keeps every activation, "checkpoint" the input of
+    each layer, "reversible" the output of the last layer.
     """
 
     config_class = RevGPT2Config
@@ -132,14 +132,14 @@ class RevGPT2(PreTrainedModel, GenerationMixin):
         self.memory = memory
         self.wte = nn.Embedding(config.vocab_size, width)
         self.wpe = nn.Embedding(config.max_position_embeddings, width)
-        self.layers = nn.ModuleList(Layer(config, number=number) for number in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(RevGPT2Layer(config, number=number) for number in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
 
     @property
     def memory(self) -> str:
-        """What is kept between forward and backward: one of `memory.MEMORY_MODES`."""
+        """What is kept between forward and backward: one of `MEMORY_MODES`."""
         return self._memory
 
     @memory.setter
@@ -158,22 +158,22 @@ class RevGPT2(PreTrainedModel, GenerationMixin):
         """Logits (B, T, V) of input_ids (B, T), or of the last `logits_to_keep` of them.
 
         Args:
-            input_ids: (B, T), those that follow what is in the cache.
-            attention_mask: (B, S), of what is in the cache, too; zero at padding, at either end. Positions are counted
-                from the first token that is none.
-            past_key_values: the keys and values of earlier tokens, to which these are added; not for training.
-            use_cache: make such a cache and return it.
+            input_ids: (B, T), the tokens after those in the cache.
+            attention_mask: (B, S), including the tokens in the cache; zero at padding, which may be on either side.
+                Positions are counted from the first token that is not padding.
+            past_key_values: cache of the keys and values of earlier tokens, extended in place; only without gradients.
+            use_cache: create such a cache and return it.
             logits_to_keep: 0 keeps all.
         """
         cache, training = past_key_values, torch.is_grad_enabled()
         if training and cache is not None:
             raise ValueError(
-                "past_key_values were given where gradients are taken; give whole texts, or torch.no_grad()"
+                "past_key_values is given while gradients are enabled; give whole texts, or use torch.no_grad()"
             )
         if use_cache and not training and cache is None:
             cache = DynamicCache(config=self.config)
         before = 0 if cache is None else cache.get_seq_length()
-        positions, bias = self._places(input_ids, attention_mask, before=int(before))
+        positions, bias = self._positions_and_bias(input_ids, attention_mask, before=int(before))
         x = self.wte(input_ids) + self.wpe(positions)  # (B, T, d)
         sequence = ReversibleSequence(
             (each.coupling(bias=bias, cache=cache) for each in self.layers),  # type: ignore[operator]
@@ -184,31 +184,31 @@ class RevGPT2(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, -logits_to_keep:])  # of all for 0
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def _places(self, ids: Tensor, mask: Tensor | None, *, before: int) -> tuple[Tensor, Tensor | None]:
-        """(positions (B, T); what is added to the scores (B, 1, T, S), None where causality is all)."""
-        places, device = ids.shape[1], ids.device
+    def _positions_and_bias(self, ids: Tensor, mask: Tensor | None, *, before: int) -> tuple[Tensor, Tensor | None]:
+        """(positions (B, T), the attention bias (B, 1, T, S) or None if attention is causal without padding)."""
+        length, device = ids.shape[1], ids.device
         if mask is None:
-            mask = torch.ones(ids.shape[0], before + places, device=device, dtype=torch.long)
+            mask = torch.ones(ids.shape[0], before + length, device=device, dtype=torch.long)
             if not before:
                 return (mask.cumsum(1) - 1), None
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -places:]
-        key = torch.arange(before + places, device=device)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        key = torch.arange(before + length, device=device)
         query = key[before:, None]  # (T, 1)
-        # a token sees itself even where it is padding, or its softmax would be 0 / 0
+        # a padding token attends to itself, because an empty softmax is 0 / 0
         seen = (key < query) & mask[:, None].bool() | (key == query)  # (B, T, S)
         dtype = self.wte.weight.dtype
         return positions, torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)[:, None]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of tokens."""
+        """The token embedding."""
         return self.wte
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """The language-model head."""
         return self.lm_head
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights, zero biases; the branches' last gains at 1 / sqrt(n)."""
+        """Normal weights, zero biases; the gain of each branch's last LayerNorm is 1 / sqrt(n)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):

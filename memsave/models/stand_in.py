@@ -1,10 +1,10 @@
-"""What a language model does to its logits after the head, read off numbers that stand in their place.
+"""Find out what a language model does to its logits after the head, with a stand-in tensor that records operations.
 
-The numbers are a tensor that notes each operation on it. Allowed are casts, copies, and what leads to
+Casts and copies are allowed, and operations that result in
 
     l' = factor l        or        l' = cap tanh(factor l / cap)
 
-with numbers that the model's configuration names. Anything else raises ValueError.
+with constants that the model's configuration names. Any other operation raises ValueError.
 """
 
 import math
@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from memsave.ghost.gradients import wide
+from memsave.models._torch_internals import DisableTorchFunction
 
 PROBE = (-1024.0, -1.0, 0.0, 0.125, 1.0, 1024.0)
 REMEDY = 'give head="logits"'
@@ -35,30 +37,30 @@ Step = tuple[str, float]
 
 @dataclass(frozen=True)
 class Change:
-    """l to cap tanh(factor l / cap); to factor l without a cap."""
+    """The map l -> cap tanh(factor l / cap), or l -> factor l without a cap."""
 
     factor: float = 1.0
     cap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The logits changed."""
+        """Apply the change to logits."""
         logits = logits * self.factor
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
 
 class StandIn(Tensor):
-    """(1, 1, len(PROBE)), in the place of logits."""
+    """A tensor (1, 1, len(PROBE)) in place of the logits, which records the operations on it."""
 
     head: str
     steps: tuple[Step, ...]
     leaf: Tensor
     with_grad: bool
     eps: float
-    """Of the roughest dtype it had."""
+    """The largest machine epsilon of its dtypes so far."""
 
     @classmethod
     def of(cls, hidden: Tensor, head: str) -> "StandIn":
-        """In the place of what the head gives for these hidden states; with gradients where they are enabled."""
+        """A stand-in for the head's output at these hidden states; requires grad if gradients are enabled."""
         leaf = torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)[None, None]
         leaf.requires_grad_(torch.is_grad_enabled())
         made = leaf.as_subclass(cls)
@@ -68,13 +70,13 @@ class StandIn(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the operation, or refuse it."""
+        """Record the operation, or raise ValueError if it is not allowed."""
         kwargs = kwargs or {}
-        mine = next(each for each in _flat((args, kwargs)) if isinstance(each, StandIn))
+        mine = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, StandIn))
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunction():
             if name in CASTS and args and not isinstance(args[0], StandIn):
-                return func(*args, **kwargs)  # of something else, to the dtype of this
+                return func(*args, **kwargs)  # a cast of another tensor to the dtype of the stand-in
             reads = func.__name__ == "__get__" or name in READS
             step = None if reads or name in CASTS else mine._step(name, args, kwargs)
             found = func(*args, **kwargs)
@@ -89,7 +91,7 @@ class StandIn(Tensor):
         return made
 
     def _step(self, name: str, args: Any, kwargs: Any) -> Step:
-        """What the operation does."""
+        """The step that an operation adds."""
         kind = STEPS.get(name)
         if kind is None or kwargs:
             self._refuse(f"are changed by `{name}`")
@@ -105,10 +107,10 @@ class StandIn(Tensor):
         raise ValueError(f"the logits after {self.head} {what}; {REMEDY}")
 
     def change(self, config: Any) -> Change:
-        """What became of the numbers, as the configuration names it."""
+        """The change that the recorded operations make, checked against the configuration, the graph and the values."""
         change = self._change(named(config, FACTORS), named(config, CAPS))
         self._check_graph()
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunction():
             found, expected = wide(self.detach()), change(wide(self.leaf.detach()))
             if found.shape != expected.shape or not bool(close(found, expected, self.eps)):
                 self._refuse(f"come out as {found.flatten().tolist()} where {expected.flatten().tolist()} is expected")
@@ -129,10 +131,10 @@ class StandIn(Tensor):
         return Change(factor, cap)
 
     def _check_graph(self) -> None:
-        """Autograd must go back by the operations that were noted and no others."""
+        """Raise ValueError if the autograd graph contains other operations than the recorded ones."""
         if not self.with_grad:
             return
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunction():
             node: Any = self.grad_fn
             while node is not None and node.name() != "torch::autograd::AccumulateGrad":
                 before = [each for each, _ in node.next_functions if each is not None]
@@ -144,28 +146,18 @@ class StandIn(Tensor):
 
 
 def change_of(logits: Any, model: nn.Module, head: str) -> Change:
-    """What the model did to the stand-in that became these logits."""
+    """The change that turned the stand-in into these logits."""
     if not isinstance(logits, StandIn):
         raise ValueError(f"the logits of {type(model).__name__} are not those of {head}; {REMEDY}")
     return logits.change(getattr(model, "config", None))
 
 
 def named(config: Any, keys: Iterable[str]) -> list[float]:
-    """The numbers that the configuration, or that of its text model, has under these keys."""
+    """The numbers under these keys in the configuration and in its `text_config`."""
     found = [getattr(each, key, None) for each in (config, getattr(config, "text_config", None)) for key in keys]
     return [float(each) for each in found if isinstance(each, (int, float)) and not isinstance(each, bool)]
 
 
 def close(one: Tensor, other: Tensor, eps: float) -> Tensor:
-    """Whether they agree within rounding."""
+    """Whether two tensors agree within rounding (a boolean tensor)."""
     return torch.isclose(one.to(other.dtype), other, rtol=8 * eps, atol=eps / 100, equal_nan=True).all()
-
-
-def _flat(values: Any) -> Iterable[Any]:
-    if isinstance(values, dict):
-        values = list(values.values())
-    if isinstance(values, (list, tuple)):
-        for each in values:
-            yield from _flat(each)
-    else:
-        yield values

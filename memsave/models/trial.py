@@ -1,4 +1,4 @@
-"""Forwards that only look at what a model does, and leave nothing behind."""
+"""Trial forwards, which test the behaviour of a model and do not change its state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-_passed = WeakIdKeyDictionary()  # model to {name of a check: the state in which the model passed it}
+_passed = WeakIdKeyDictionary()  # model -> {name of a check: the state in which the model passed it}
 
 
 @contextmanager
 def trial(model: nn.Module) -> Iterator[None]:
-    """Within, no gradients and eval mode, in which no buffer changes; the random state and the modes come back."""
+    """Context manager: no gradients, eval mode (no buffer updates); restores training modes and random state."""
     training = [module for module in model.modules() if module.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
@@ -27,11 +27,11 @@ def trial(model: nn.Module) -> Iterator[None]:
 
 
 def has_passed(model: nn.Module, check: str, state: Any = None) -> bool:
-    """Whether this instance has passed the check in this state."""
+    """Whether this model instance passed the check in this state."""
     found = _passed.get(model, {})
     return check in found and found[check] == state
 
 
 def note_passed(model: nn.Module, check: str, state: Any = None) -> None:
-    """Remember that it has."""
+    """Record that this model instance passed the check in this state."""
     _passed.setdefault(model, {})[check] = state

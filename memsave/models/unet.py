@@ -1,18 +1,18 @@
 """A 3D U-Net of reversible mobile inverted bottlenecks, after Pendse et al. 2020 (arXiv 2104.09648).
 
-    x -> stem -> [blocks] ------------------------------------- join -> [blocks] -> head -> logits
+    x -> stem -> [blocks] ------------------------------------- merge -> [blocks] -> head -> logits
                     | down                                        | up
-                 [blocks] ------------------------- join -> [blocks]
+                 [blocks] ------------------------- merge -> [blocks]
                     | down                            | up
                  [blocks] ----------------------------'
 
-[blocks] is a `ReversibleSequence` of additive couplings whose F and G are `MBConv3d` on half of the channels each; it
-holds all of the depth. Stem, down, up, join and head change the number of channels or voxels, so they cannot be
-reversible, and are kept light: pointwise stem and head, one strided convolution down, a pointwise convolution at the
-coarse level followed by trilinear interpolation up.
+[blocks] is a `ReversibleSequence` of additive couplings whose F and G are `MBConv3d` on half of the channels each; all
+of the depth is in these sequences. Stem, down, up, merge and head change the number of channels or voxels, so they
+cannot be reversible. They are kept cheap: pointwise stem and head, one strided convolution down, a pointwise
+convolution at the coarse level followed by trilinear interpolation up.
 
-`memory` says what is kept between forward and backward, and nothing else: parameters, function and random numbers are
-those of one and the same network.
+`memory` only decides what is kept between forward and backward; parameters, function and random numbers do not depend
+on it.
 """
 
 from collections.abc import Sequence
@@ -33,24 +33,27 @@ SKIPS = ("add", "concat")
 class ReversibleUNet3d(nn.Module):
     """Segment volumes (B, in_channels, D, H, W) of any size into logits (B, out_channels, D, H, W).
 
-    `channels` are those of the levels, finest first, all even; `blocks` the couplings per level on the way down, and
-    again on the way up (one number, or one a level); `skip` whether the two ways are added or concatenated.
-    `expansion`, `squeeze_excitation` and `dropout` are those of `MBConv3d`, `grid` is that of
-    `ReversibleSequence`.
+    Args:
+        in_channels, out_channels: of the input and of the logits.
+        channels: of the levels, finest first, all even.
+        blocks: couplings per level, on the encoder's side and again on the decoder's; one number, or one per level.
+        expansion, squeeze_excitation, dropout: see `MBConv3d`.
+        skip: "add" or "concat", how a skip connection is merged.
+        memory: may be changed at any time. "stored" keeps every activation, "checkpoint" the input of each block,
+            "reversible" the output of each level and, with `anchor_every=k`, the input of every k-th block of a level;
+            or one of these for each level, finest first.
+        anchor_every, grid, engine: see `ReversibleSequence`.
+        chunks: the number of chunks in which the fused engine recomputes the branches of the finest level. Coarser
+            levels, whose expanded tensors are smaller, use the smallest number for which a chunk is no larger (adjusted
+            to a divisor of the groups of their norm).
+        deep_supervision: adds a head to each decoder level except the finest; in training the forward also returns the
+            logits of these heads.
 
-    `deep_supervision` adds a head to each level of the way up between the finest and the coarsest, whose logits are
-    given in training, too.
-
-    `memory`, which may be changed at any time: "stored" keeps every activation, "checkpoint" each block's input,
-    "reversible" each level's output, and with `anchor_every=k` every k-th block's input in a level; or one of these for
-    each level, finest first. `engine` is that of
-    `ReversibleSequence`; where it is the fused one, the finest level's branches are recomputed in `chunks`, and coarser
-    ones, whose expanded tensors are smaller, in as few as make a chunk no larger (more, or fewer, where that number
-    does not divide the groups of a norm).
+    Raises ValueError for arguments that do not define a network.
     """
 
     config: Any = None
-    """How a trained network is used, where `memsave.load` has loaded it."""
+    """The `UNetConfig` of a network that `memsave.load` loaded."""
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class ReversibleUNet3d(nn.Module):
         )
         self.down = nn.ModuleList(_down(fine, coarse) for fine, coarse in steps)
         self.up = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in steps)
-        self.join = nn.ModuleList(
+        self.join = nn.ModuleList(  # a name in checkpoints
             nn.Conv3d(2 * fine, fine, 1) if skip == "concat" else nn.Identity() for fine, _ in steps
         )
         self.decoder = nn.ModuleList(
@@ -113,30 +116,31 @@ class ReversibleUNet3d(nn.Module):
 
     @property
     def memory(self) -> str | tuple[str, ...]:
-        """What is kept between forward and backward: one of `memory.MEMORY_MODES`, or one for each level."""
+        """What is kept between forward and backward: one of `MEMORY_MODES`, or one for each level."""
         return self._memory
 
     @memory.setter
     def memory(self, mode: str | Sequence[str]) -> None:
         levels = [mode] * len(self.encoder) if isinstance(mode, str) else list(mode)
         if len(levels) != len(self.encoder):
-            raise ValueError(f"memory has {len(levels)} entries for {len(self.encoder)} levels; give one a level")
+            raise ValueError(f"memory has {len(levels)} entries for {len(self.encoder)} levels; give one per level")
         self._levels = [check_memory(each) for each in levels]
         self._memory: str | tuple[str, ...] = mode if isinstance(mode, str) else tuple(mode)
-        for way in (self.encoder, self.decoder):
-            for each, blocks in zip(levels, way):
+        for side in (self.encoder, self.decoder):
+            for each, blocks in zip(levels, side):
                 assert isinstance(blocks, ReversibleSequence)
                 blocks.recompute = each == "reversible"
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What a network of the same architecture is built with: `ReversibleUNet3d(**network.arguments)`."""
+        """The arguments of a network of the same architecture: `ReversibleUNet3d(**network.arguments)`."""
         return {**self._given, "memory": self.memory}
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, D, H, W) to logits (B, out_channels, D, H, W); in training, with side heads, to a list.
+        """Map (B, in_channels, D, H, W) to logits (B, out_channels, D, H, W).
 
-        The list has those logits first, then those of each coarser level of the way up, half as large each.
+        In training with deep supervision returns a list: these logits, then those of each coarser level of the decoder,
+        with half the size of the level before.
         """
         x = self.stem(x.contiguous(memory_format=torch.channels_last_3d))
         x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -148,30 +152,30 @@ class ReversibleUNet3d(nn.Module):
                 skips.append(x)
                 x = self.down[level](x)
         for level in reversed(range(len(self.decoder))):
-            x = self._rise(level, x, skips.pop())
+            x = self._upsample(level, x, skips.pop())
             x = run_blocks(self.decoder[level], x, memory=self._levels[level])
             if self.training and 0 < level <= len(self.side_heads):
                 coarse.insert(0, self.side_heads[level - 1](x))
         return [self.head(x), *coarse] if coarse else self.head(x)
 
-    def _rise(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
-        """From the level below to this one: (B, 2C, D/2, ...) and the skip (B, C, D, ...) to (B, C, D, ...)."""
+    def _upsample(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        """Upsample x (B, coarser C, D/2, ...) and merge it with the skip (B, C, D, ...): (B, C, D, ...)."""
         x = F.interpolate(self.up[level](x), size=skip.shape[2:], mode="trilinear", align_corners=False)
         return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
 
 
 def _down(fine: int, coarse: int) -> nn.Sequential:
-    """Halve the volume, rounding up, so that every size has a next level."""
+    """Halve the size of the volume, rounding up, so that any size is allowed."""
     return nn.Sequential(nn.Conv3d(fine, coarse, 3, stride=2, padding=1, bias=False), group_norm(coarse))
 
 
 def _divisor(number: int, *, at_least: float) -> int:
-    """The smallest divisor that is large enough; the number itself, if none is."""
+    """The smallest divisor of `number` that is at least `at_least`; `number` if there is none."""
     return next((each for each in range(1, number) if number % each == 0 and each >= at_least), number)
 
 
 def _check_levels(channels: Sequence[int], blocks: int | Sequence[int], skip: str) -> list[int]:
-    """Return the blocks per level; ValueError, in one sentence, for what cannot be built."""
+    """Return the blocks per level; ValueError for arguments that do not define a network."""
     depths = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
     odd = [width for width in channels if width < 2 or width % 2]
     if not channels or odd:

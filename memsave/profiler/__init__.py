@@ -1,10 +1,11 @@
-"""What is allocated, when, by whom, and why: exact live tensor bytes of any training step.
+"""Memory profiler: the exact live tensor bytes of a training step, by time, module and category.
 
-`MemoryRecorder` watches a step on the CPU, on CUDA or on fake tensors; `MemoryReport` says what the peak consisted of;
-`plot_reports` draws several side by side, and `write_html` lets one point at their blocks; `allocator_peak` measures
-what the allocator took, workspaces included; `largest` finds what fits into a budget without running it, and
-`calibrate` makes its answer hold for the allocator.
-Imports torch alone; matplotlib is imported when something is drawn.
+`MemoryRecorder` records a step on the CPU, on CUDA or on fake tensors. `MemoryReport` lists the contents of the peak.
+`plot_reports` draws several reports side by side, and `write_html` writes an interactive page of them.
+`allocator_peak` measures the bytes that the allocator took, workspaces included. `largest` searches for the largest
+size that fits into a budget without running it, and `calibrate` corrects its answer for the allocator.
+
+Imports only torch; matplotlib is imported when a picture is drawn.
 """
 
 from memsave.profiler.allocator import allocator_peak
@@ -13,7 +14,9 @@ from memsave.profiler.html import write_html
 from memsave.profiler.planner import MemoryEstimate, SearchResult, largest, peak_on_fake
 from memsave.profiler.plot import plot_reports
 from memsave.profiler.recorder import MemoryRecorder
-from memsave.profiler.report import CATEGORIES, LiveBlock, MemoryReport, Timeline, format_bytes, parse_bytes
+from memsave.profiler.report import MemoryReport
+from memsave.profiler.sizes import format_bytes, parse_bytes
+from memsave.profiler.timeline import CATEGORIES, LiveBlock, Timeline
 
 __all__ = [
     "CATEGORIES",

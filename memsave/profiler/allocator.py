@@ -1,64 +1,51 @@
-"""What the allocator took while a step ran: the second number, beside the recorder's live bytes.
+"""The peak of the allocator during a step: a second number beside the live bytes of the recorder.
 
-The recorder counts the bytes of tensors that a program can hold. The allocator also hands out what an operator needs
-inside itself, the workspace of a convolution above all, and no recorder of tensors can see that. The number here is
-*above the start*: the memory that existed before the step is not in it, so it stands beside
-`report.peak_bytes - report.start_bytes`.
+The recorder counts the bytes of tensors. The allocator also provides the memory that an operator needs internally, most
+importantly the workspace of a convolution, which a recorder of tensors cannot see. The peak is measured *above the
+start*: memory that existed before the step is not included, so compare it with `report.peak_bytes -
+report.start_bytes`.
 
-- CPU: the profiler's memory events (one per allocation and release by PyTorch's CPU allocator, with its address) are
-  replayed in time order. In: tensors, and workspaces that operators take from this allocator. Out: rounding and caching
-  by malloc, memory that a library takes by itself (MKL, oneDNN's own buffers, NumPy), Python objects, code. A step that
-  releases older memory gets no credit for it, since the profiler does not know the size of what it did not see
-  allocated; release old gradients before the measurement.
-- CUDA: `torch.cuda.max_memory_allocated` after a reset, less what was allocated at the start. In: tensors and
-  workspaces, each rounded up to the allocator's 512 bytes; older memory that the step releases is credited. Out: cached
-  but unused segments, the CUDA context, libraries that call cudaMalloc themselves. The reset moves the process's own
-  peak counter.
+- CPU: replays the profiler's memory events (one per allocation and release by PyTorch's CPU allocator, with its
+  address) in time order. Included: tensors, and workspaces that operators take from this allocator. Not included:
+  rounding and caching by malloc, memory that a library allocates itself (MKL, oneDNN's buffers, NumPy), Python objects,
+  code. If the step releases older memory, the peak is not reduced, because the profiler does not know the size of an
+  allocation that it did not record; release old gradients before the measurement.
+- CUDA: `torch.cuda.max_memory_allocated` after a reset, minus the bytes allocated at the start. Included: tensors and
+  workspaces, each rounded up to 512 bytes by the allocator; the release of older memory reduces the number. Not
+  included: cached but unused segments, the CUDA context, libraries that call cudaMalloc themselves. The reset changes
+  the peak counter of the process.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch._C._profiler import _EventType
+
+from memsave.profiler._torch_internals import allocations, is_fake_mode_active
 
 
 def allocator_peak(step: Callable[[], object], *, device: torch.device | str = "cpu") -> int | None:
     """Run `step()` once and return the most bytes the allocator held above the start.
 
-    None where no allocator answers: for a device other than CPU and CUDA (the step runs all the same), and for fake
-    tensors, which allocate nothing.
+    Returns None on a device other than CPU and CUDA, and under FakeTensorMode, which allocates nothing; the step runs
+    in these cases, too.
     """
-    where = torch.device(device)
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda") or is_fake_mode_active():
         step()
         return None
-    if where.type == "cuda":
-        return _cuda_peak(step, device=where)
-    if where.type == "cpu":
-        return _cpu_peak(step)
-    step()
-    return None
+    return _cpu_peak(step) if device.type == "cpu" else _cuda_peak(step, device=device)
 
 
 def _cpu_peak(step: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes two lines to the user's terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints two lines
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = step()
-    # Held until here so that what the step returns counts as alive to the end, as in the CUDA measurement.
-    del result
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [
-        (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
-        for event in _all_events(profile.profiler.kineto_results.experimental_event_tree())
-        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu"
-    ]
-    changes.sort(key=lambda change: change[0])
-    # By address: a release of what an earlier profile saw allocated is reported too, any other old release is not.
+    del result  # only now, so that the step's result is alive until its end, as in the CUDA measurement
+    # Sizes by address, because the profiler also reports releases of memory that an earlier profile saw allocated.
     sizes: dict[int, int] = {}
     live = peak = 0
-    for _, address, size in changes:
+    for _, address, size in sorted(allocations(profile), key=lambda event: event[0]):
         if size > 0:
             sizes[address] = size
             live += size
@@ -66,12 +53,6 @@ def _cpu_peak(step: Callable[[], object]) -> int:
         else:
             live -= sizes.pop(address, 0)
     return peak
-
-
-def _all_events(events: Iterable[Any]) -> Iterator[Any]:
-    for event in events:
-        yield event
-        yield from _all_events(event.children)
 
 
 def _cuda_peak(step: Callable[[], object], *, device: torch.device) -> int:

@@ -1,12 +1,12 @@
-"""What the allocator takes over the live tensors: found in one small real step, applied to any size.
+"""Calibration: the ratio of allocator bytes to live bytes, measured in one small real step and applied to any size.
 
-`MemoryRecorder` counts tensors. Operators take memory inside themselves, too: copies in another layout, workspaces of
-convolutions. What is taken so at the peak is in proportion to the largest tensor of the step, whatever the depth, the
-volume or the way in which activations are kept (`experiments/planning` shows how closely), and so
+`MemoryRecorder` counts tensors. Operators also allocate memory internally: copies in another memory format, workspaces
+of convolutions. At the peak this memory is proportional to the largest tensor of the step, independent of the depth,
+the volume and the memory mode (`experiments/planning` measures how closely). Therefore
 
-    allocator bytes = exact bytes + workspace_ratio * bytes of the largest activation or temporary .
+    allocator bytes = exact bytes + workspace_ratio * bytes of the largest activation or temporary
 
-The ratio depends on machine, device, dtype and family of models, and is measured for each.
+The ratio depends on machine, device, dtype and family of models, and is measured for each of them.
 """
 
 import json
@@ -24,54 +24,54 @@ from memsave.profiler.report import MemoryReport
 
 
 class TrainingStep(NamedTuple):
-    """A training step that can be taken: forward, backward, optimizer."""
+    """A training step that can be run: forward, backward, optimizer."""
 
     model: nn.Module
     run: Callable[[], object]
-    """Takes one step, and leaves no gradient behind."""
+    """Runs one step and releases the gradients."""
     optimizer: torch.optim.Optimizer | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How allocator bytes follow from exact ones."""
+    """Computes allocator bytes from exact bytes."""
 
     workspace_ratio: float = 0.0
-    """Bytes taken inside operators at the peak, for each byte of the largest activation or temporary."""
+    """Bytes that operators allocate internally at the peak, per byte of the largest activation or temporary."""
 
     def allocator_bytes(self, report: MemoryReport) -> int:
-        """What the allocator takes for such a step."""
+        """The predicted peak of the allocator for the step of this report."""
         return report.peak_bytes + round(self.workspace_ratio * report.largest_block_bytes)
 
 
 def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = "cpu") -> Calibration | None:
-    """Take a small real step and compare what the allocator took with what the recorder counted.
+    """Run a small real step and compare the peak of the allocator with that of the recorder.
 
-    The step runs under the recorder and under the allocator's measurement, once the optimizer has its state.
-    None where no allocator answers (see `allocator_peak`).
+    The step runs once with `MemoryRecorder` and once with `allocator_peak`, after the optimizer has created its state.
+    Returns None if `allocator_peak` does.
     """
-    made = step()
-    if not has_state(made.optimizer):
-        made.run()
-    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
-        made.run()
+    small = step()
+    if not create_state(small.optimizer):
+        small.run()
+    with MemoryRecorder(small.model, optimizer=small.optimizer) as recorder:
+        small.run()
     report = recorder.report()
-    taken = allocator_peak(made.run, device=device)
-    if taken is None:
+    peak = allocator_peak(small.run, device=device)
+    if peak is None:
         return None
-    excess = report.start_bytes + taken - report.peak_bytes
+    excess = report.start_bytes + peak - report.peak_bytes
     return Calibration(workspace_ratio=max(0.0, excess / max(1, report.largest_block_bytes)))
 
 
-def has_state(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Have the optimizer make its state, from gradients that are all there; False where that takes more."""
+def create_state(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Create the optimizer's state by a step with zero gradients; False without one, or if it needs a closure."""
     if optimizer is None:
         return False
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
         parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except TypeError:  # it wants a closure
+    except TypeError:  # it needs a closure
         return False
     finally:
         optimizer.zero_grad()
@@ -79,12 +79,12 @@ def has_state(optimizer: torch.optim.Optimizer | None) -> bool:
 
 
 def read_calibrations(path: Path) -> dict[str, Any]:
-    """What `write_calibration` wrote, by key; empty where there is none yet."""
+    """The contents of the file that `write_calibration` writes, by key; empty if it does not exist."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_calibration(path: Path, key: str, calibration: Calibration, *, notes: Mapping[str, Any]) -> None:
-    """Keep a calibration under its key, with notes for people, beside those that are there."""
+    """Add or replace the calibration of `key` in the file, with notes for readers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**read_calibrations(path), key: {**asdict(calibration), **notes}}
     draft = path.with_name(path.name + ".new")

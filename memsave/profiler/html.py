@@ -1,6 +1,6 @@
-"""The timeline as a page: every block of a step under the mouse, with its module, shape and life.
+"""The timeline as an HTML page: the mouse shows each block of a step with its module, shape and lifetime.
 
-The page needs nothing but itself: data, style and script stand in one file, and nothing is fetched.
+The page is one file with data, style and script, and loads nothing else.
 """
 
 import json
@@ -10,8 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from memsave.profiler.plot import COLOURS, PHASE_COLOURS, around_the_peak
-from memsave.profiler.report import CATEGORIES, LiveBlock, MemoryReport
+from memsave.profiler.plot import COLOURS, PHASE_COLOURS, excerpt_of
+from memsave.profiler.report import MemoryReport
+from memsave.profiler.timeline import CATEGORIES, LiveBlock
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -20,9 +21,9 @@ def write_html(reports: Mapping[str, MemoryReport], path: str | PathLike[str], *
     """Write one page with a chart for each report, all on the same memory axis.
 
     Args:
-        reports: what to call each recording, and its report.
-        path: where to save.
-        title: of the page.
+        reports: the reports by title.
+        path: the file to write.
+        title: the title of the page.
     """
     if not reports:
         raise ValueError("got 0 reports to show and at least 1 is needed: pass {name: report}")
@@ -32,23 +33,23 @@ def write_html(reports: Mapping[str, MemoryReport], path: str | PathLike[str], *
         "colours": [COLOURS[name] for name in CATEGORIES],
         "phases": PHASE_COLOURS,
     }
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no string ends the script
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no string may close the script element
     page = PAGE.read_text(encoding="utf-8")
     page = page.replace("TITLE", escape(title)).replace('"DATA"', text)
     Path(path).write_text(page, encoding="utf-8")
 
 
 def _chart(name: str, report: MemoryReport) -> dict[str, Any]:
-    """What the script draws a report from: the blocks alive at first, then one change an event."""
-    shown, forwards = around_the_peak(report)
-    timeline = shown.timeline
+    """The data that the script draws: the blocks alive in the first state, then one change per event."""
+    excerpt = excerpt_of(report)
+    timeline = excerpt.timeline
     used = sorted({*(block for block, _ in timeline.alive), *timeline.blocks})
-    places = {block: place for place, block in enumerate(used)}
+    indices = {block: index for index, block in enumerate(used)}
     return {
-        "name": name if forwards == 1 else f"{name} (one of {forwards} micro-batches)",
+        "name": name + excerpt.note,
         "peak": report.peak_bytes,
-        "start": [[places[block], size] for block, size in timeline.alive],
-        "events": [[places[block], delta] for block, delta in zip(timeline.blocks, timeline.deltas, strict=True)],
+        "start": [[indices[block], size] for block, size in timeline.alive],
+        "events": [[indices[block], delta] for block, delta in zip(timeline.blocks, timeline.deltas, strict=True)],
         "phases": timeline.phases,
         "blocks": [_block(report.history[block]) for block in used],
     }

@@ -1,18 +1,18 @@
-"""The ledger of storages: which bytes live, from when to when.
+"""The ledger of storages: which bytes were alive, and when.
 
-A tensor is a view; what occupies memory is its untyped storage, and several tensors share one. So the ledger's unit is
-the storage, here called a block: one birth, one death, a size. PyTorch keeps the Python object of a storage alive as
-long as the C++ storage itself lives, even when no Python name refers to it (a tensor that only autograd has saved, for
-example). Two things follow, and the whole package stands on them:
+A tensor is a view of an untyped storage, which occupies the memory and may be shared by several tensors. Therefore the
+unit of the ledger is the storage, here called a block: one birth, one death, a size. PyTorch keeps the Python object of
+a storage alive as long as the C++ storage, even if no Python name refers to it (for example a tensor that only autograd
+has saved). The package relies on two consequences:
 
 - a weak reference to that object dies exactly when the memory is released, and its callback is the death event;
-- `id(storage)` names a living storage, and the callback removes the name before Python can hand it out again.
+- `id(storage)` identifies a living storage, and the callback removes the id before Python can reuse it.
 
-The ledger holds no tensor and no storage, only weak references, so it never prolongs a life. It writes down what
-happened and leaves the questions (whose block, what for) to the binding at the end: `events` is the list of changes
-(block, bytes) in the order in which they happened, and a block's `birth` and `death` are positions in it. State k is
-memory after the first k events; state 0 is what existed at the start. A storage that the ledger meets as the argument
-of an operation without having seen its birth existed before, or came from outside: it is counted from state 0.
+The ledger holds weak references only, no tensor and no storage, so it extends no lifetime. It records events; owner and
+category of a block are determined after the recording. `events` is the list of changes (block, bytes) in order of time,
+and `birth` and `death` of a block are positions in this list. State k is the memory after the first k events; state 0
+is the memory at the start. If a storage appears as an argument of an operation and its birth was not recorded, it
+existed before or came from outside: it is counted from state 0.
 """
 
 import weakref
@@ -22,29 +22,31 @@ from typing import Any
 
 import torch
 
+from memsave.profiler._torch_internals import inner_tensors, is_wrapper
+
 
 @dataclass(slots=True)
 class Block:
-    """One storage: its size, what it was first seen as, and the events between which it lived."""
+    """One storage: its size, its first tensor, and the events of its birth and death."""
 
     bytes: int
-    """Current size, the last one when the block has died."""
+    """Current size; the last size after the death."""
     shape: tuple[int, ...]
     dtype: str
     device: str
     module: str | None
-    """Qualified name of the module in whose forward or backward it was born; None outside every module."""
+    """Qualified name of the module whose forward or backward created it; None outside every module."""
     phase: str
     birth: int
-    """The state in which it first lives; 0 for what existed before."""
+    """The first state in which it is alive; 0 if it existed before."""
     death: int | None = None
-    """The state in which it no longer lives; None while it does."""
+    """The first state in which it is no longer alive; None while it is alive."""
     start_bytes: int = 0
-    """Its size in state 0: nonzero only for what existed before."""
+    """Its size in state 0; 0 if it did not exist before."""
 
 
 class _StorageRef(weakref.ref):
-    """A weak reference that knows its block."""
+    """A weak reference to a storage, with the number of its block."""
 
     __slots__ = ("block", "key")
     block: int
@@ -52,7 +54,10 @@ class _StorageRef(weakref.ref):
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of an operator's arguments or results: tensors, sequences of them, dicts of keywords."""
+    """Yield the tensors of an operator's arguments or results: tensors, sequences of them, dicts of keywords.
+
+    Called twice per operator; `torch.utils._pytree` takes two to ten times as long on such small trees.
+    """
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
@@ -64,10 +69,9 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def storages_of(tensor: torch.Tensor) -> Iterator[tuple[torch.UntypedStorage, torch.Tensor]]:
-    """Yield (storage, the tensor that shows it): one for a dense tensor, several for sparse or wrapper tensors."""
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        names = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-        parts = [getattr(tensor, name) for name in names]
+    """Yield (storage, tensor that views it): one pair for a dense tensor, several for sparse and wrapper tensors."""
+    if is_wrapper(type(tensor)):
+        parts = inner_tensors(tensor)
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage(), tensor
         return
@@ -87,9 +91,9 @@ class Ledger:
     """Blocks and events of one recording.
 
     Args:
-        context: asked at each birth for the (phase, module) of the program; it may look at `events`.
-        before_death: called ahead of each death.
-        device: limits the ledger to the storages of one device; None takes all.
+        context: called at each birth; returns the current (phase, module).
+        before_death: called before each death is recorded.
+        device: records only the storages of this device; None records all.
     """
 
     def __init__(
@@ -107,33 +111,33 @@ class Ledger:
         self._device = device
 
     def find(self, tensor: torch.Tensor) -> Iterator[int]:
-        """Yield the blocks of a tensor, those that the ledger knows."""
+        """Yield the known blocks of a tensor."""
         for storage, _ in storages_of(tensor):
             ref = self._alive.get(id(storage))
             if ref is not None:
                 yield ref.block
 
     def existed(self, tensor: torch.Tensor) -> None:
-        """Note a tensor that must have existed before: unknown storages count from the start."""
-        for storage, shown in storages_of(tensor):
-            self._note(storage, shown, born=False)
+        """Record a tensor that existed before: its unknown storages count from state 0."""
+        for storage, view in storages_of(tensor):
+            self._record(storage, view, born=False)
 
     def produced(self, tensor: torch.Tensor) -> None:
-        """Note a result of an operation: an unknown storage is a birth, a known one may have been resized."""
-        for storage, shown in storages_of(tensor):
-            self._note(storage, shown, born=True)
+        """Record a result of an operation: an unknown storage is a birth; a known one may have been resized."""
+        for storage, view in storages_of(tensor):
+            self._record(storage, view, born=True)
 
     def close(self) -> None:
-        """Stop watching: the blocks that live now have no death."""
+        """Stop recording: blocks that are alive now get no death."""
         self._alive.clear()
 
-    def _note(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, born: bool) -> None:
+    def _record(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, born: bool) -> None:
         key = id(storage)
         size = storage.nbytes()
-        known = self._alive.get(key)
-        if known is not None:
-            if self.blocks[known.block].bytes != size:
-                self._change(known.block, size)
+        ref = self._alive.get(key)
+        if ref is not None:
+            if self.blocks[ref.block].bytes != size:
+                self._change(ref.block, size)
             return
         if self._device is not None and not self._counts(tensor.device):
             return

@@ -1,29 +1,29 @@
-"""Where the program stands: which module's forward is running, and in which phase of the training step.
+"""The phase of the training step and the module that is running, at any moment of a recording.
 
-The tracker keeps one stack of frames. A module's pre-forward hook pushes a frame and its forward hook pops it; the
-optimizer's step hooks do the same. The hooks look at no argument and keep none, so they change neither values nor
-lifetimes. A forward that raises is popped too (`always_call`), which matters since non-reentrant checkpoints leave
-their recomputation by an exception.
+The tracker keeps one stack. The pre-forward hook of a module pushes an entry and its forward hook pops it; the hooks of
+the optimizer's step do the same. The hooks read and keep no argument, so they change neither values nor lifetimes. The
+entry of a forward that raises is popped, too (`always_call`): non-reentrant checkpoints end their recomputation by an
+exception.
 
-Each frame remembers the autograd graph task in which it was entered (-1 outside of backward), and this number is what
-tells the phases apart:
+Each entry stores the autograd graph task in which it was pushed (-1 outside of backward). This number distinguishes the
+phases:
 
-| innermost frame | graph task now | phase |
+| top of the stack | current graph task | phase |
 |---|---|---|
-| a module, entered in this task | none | forward |
-| a module, entered in this task | one | recompute: a forward that runs inside a backward |
-| the optimizer, entered in this task | any | optimizer (a step inside a backward hook included) |
-| entered in another task, or none | one | backward, or recompute when gradients are enabled (a checkpoint) |
-| none | none | forward when gradients are enabled, else the phase before goes on |
+| a module, pushed in this task | none | forward |
+| a module, pushed in this task | one | recompute: a forward that runs inside a backward |
+| the optimizer, pushed in this task | any | optimizer (also a step inside a backward hook) |
+| an entry of another task, or empty | one | backward; recompute if gradients are enabled (a checkpoint) |
+| empty | none | forward if gradients are enabled, otherwise the previous phase continues |
 
-The last line makes a loss computed outside every module part of the forward, and gradient clipping (which runs under
-`no_grad` after a backward) part of the backward. One known mistake remains: a backward with `create_graph=True` runs
-with gradients enabled, and what it makes is called recompute.
+By the last line, a loss computed outside every module belongs to the forward, and gradient clipping (which runs under
+`no_grad` after a backward) belongs to the backward. Known error: a backward with `create_graph=True` runs with
+gradients enabled, so its allocations are assigned to recompute.
 
-A backward runs no module. What it makes belongs to the module whose forward made the graph node that is running: nodes
-are numbered in the order in which they are made, and the tracker notes the number at which each module began and ended.
-(Every thread numbers its own nodes: of a forward that runs inside a backward on CUDA, in autograd's thread, the numbers
-may be taken for those of the main thread's first modules.)
+A backward runs no module. Its allocations belong to the module whose forward created the running graph node: autograd
+numbers nodes in the order of creation, and the tracker records the number at which each module began and ended. (Each
+thread numbers its own nodes. On CUDA, a forward inside a backward runs in autograd's thread, and its numbers may be
+assigned to the first modules of the main thread.)
 """
 
 from bisect import bisect_right
@@ -35,54 +35,47 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-UNNUMBERED = 2**64 - 1  # of the nodes that accumulate gradients
+from memsave.profiler._torch_internals import current_node_number, graph_task, next_node_number
+
 PHASES = ("forward", "recompute", "backward", "optimizer")
 
 
-class _Frame(NamedTuple):
+class _Entry(NamedTuple):
     name: str | None  # None for the optimizer's step
-    owner: int  # id of the module or optimizer, which outlives its own frame
+    owner: int  # id of the module or optimizer, which outlives its entry
     task: int
 
 
-def graph_task() -> int:
-    """The number of the backward that runs in this thread, -1 outside of one."""
-    return torch._C._current_graph_task_id()
-
-
 class PhaseTracker:
-    """The stack of running forwards and the phase that follows from it."""
+    """The stack of running forwards, and the phase derived from it."""
 
     def __init__(self) -> None:
-        self._stack: list[_Frame] = []
+        self._stack: list[_Entry] = []
         self.marks: list[tuple[int, str]] = []
-        """(state, phase): from this state on events belong to the phase."""
-        self._nodes: list[int] = []
-        self._makers: list[str | None] = []
-        """The module that made the graph nodes from each of these numbers on."""
+        """(state, phase): events from this state on belong to the phase."""
+        self._node_numbers: list[int] = []
+        self._node_modules: list[str | None] = []
+        """The module that created the graph nodes from each of these numbers on."""
 
     @property
     def module(self) -> str | None:
-        """The innermost module that is running, or in a backward the one that made the running node, by its name."""
+        """The name of the innermost running module; in a backward, of the module that created the running node."""
         task = graph_task()
         if self._stack and self._stack[-1].task == task:
             return self._stack[-1].name
-        node = torch._C._current_autograd_node() if task != -1 else None
-        return None if node is None else self._maker_of(node._sequence_nr())
-
-    def _maker_of(self, number: int) -> str | None:
-        if number == UNNUMBERED:
+        number = current_node_number() if task != -1 else None
+        if number is None:
             return None
-        place = bisect_right(self._nodes, number)
-        return self._makers[place - 1] if place else None
+        index = bisect_right(self._node_numbers, number)
+        return self._node_modules[index - 1] if index else None
 
-    def _note_maker(self) -> None:
-        self._nodes.append(torch._C._autograd._get_sequence_nr())
-        self._makers.append(self._stack[-1].name if self._stack else None)
+    def _record_node_number(self) -> None:
+        self._node_numbers.append(next_node_number())
+        self._node_modules.append(self._stack[-1].name if self._stack else None)
 
     @property
     def phase(self) -> str:
-        """The current phase, by the table above."""
+        """The current phase, by the table in the module docstring."""
         task = graph_task()
         if self._stack and self._stack[-1].task == task:
             if self._stack[-1].name is None:
@@ -95,27 +88,27 @@ class PhaseTracker:
         return self.marks[-1][1]
 
     def mark(self, state: int) -> str:
-        """Note that the current phase holds from `state` on; return it."""
+        """Record that the current phase holds from `state` on; return it."""
         phase = self.phase
         if not self.marks or self.marks[-1][1] != phase:
             self.marks.append((state, phase))
         return phase
 
     def forward_ends(self) -> list[int]:
-        """The states at which a forward gave way to another phase, in order."""
+        """The states at which a forward phase ends, in order."""
         return [state for (_, before), (state, after) in pairwise(self.marks) if before == "forward" != after]
 
     def watch_module(self, module: nn.Module, *, name: str, undo: ExitStack) -> None:
-        """Hook a module until `undo` closes."""
+        """Register hooks on a module; they are removed when `undo` closes."""
 
-        # Ours run first and last, so that what other hooks allocate counts as the module's own.
+        # These hooks run first and last, so that the allocations of other hooks belong to the module.
         def enter(module: nn.Module, args: tuple) -> None:
             self._push(name, module)
 
         def leave(module: nn.Module, args: tuple, result: object) -> None:
             self._pop(module)
 
-        for hook in (enter, leave):  # whoever takes a forward apart need not run them
+        for hook in (enter, leave):  # code that replaces a forward may skip them
             setattr(hook, "observes_only", True)  # noqa: B010
         undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
         undo.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -123,7 +116,7 @@ class PhaseTracker:
     def watch_optimizer(
         self, optimizer: torch.optim.Optimizer, *, on_step: Callable[[], None], undo: ExitStack
     ) -> None:
-        """Hook an optimizer's step until `undo` closes; `on_step` runs after each step."""
+        """Register hooks on an optimizer's step; removed when `undo` closes. `on_step` runs after each step."""
 
         def enter(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
             self._push(None, optimizer)
@@ -136,13 +129,13 @@ class PhaseTracker:
         undo.callback(optimizer.register_step_post_hook(leave).remove)
 
     def _push(self, name: str | None, owner: object) -> None:
-        self._stack.append(_Frame(name, id(owner), graph_task()))
-        self._note_maker()
+        self._stack.append(_Entry(name, id(owner), graph_task()))
+        self._record_node_number()
 
     def _pop(self, owner: object) -> None:
-        # Everything above the owner's frame was left by an exception that ran no hook.
+        # The entries above the owner's belong to forwards that ended by an exception without running their hooks.
         for depth in reversed(range(len(self._stack))):
             if self._stack[depth].owner == id(owner):
                 del self._stack[depth:]
-                self._note_maker()
+                self._record_node_number()
                 return

@@ -1,58 +1,66 @@
-"""Records every byte that tensors occupy while a program runs, and says afterwards what each byte was for.
+"""Record every byte that tensors occupy while a program runs, and report the category of each byte afterwards.
 
-A `TorchDispatchMode` sees the operations below autograd, those of the backward and of the optimizer included, so every
-tensor passes through it when it is made. Its only work during the run is to write births and deaths of storages into a
-ledger (see `ledger`) beside the phase and the running module (see `phases`). What a block is *for* can't be known at
-its birth: a convolution's result may be dropped at once or kept for the backward, and a fresh tensor in the backward
-may become a parameter's `.grad`. Categories are therefore bound late, when the recorder exits:
+A `TorchDispatchMode` sees all operations below autograd, including those of backward and optimizer, so it sees every
+tensor at its creation. During the run it only records births and deaths of storages in a ledger (see `ledger.py`), with
+the phase and the running module (see `phases.py`). The category of a block is not known at its birth: the result of a
+convolution may be released immediately or kept for backward, and a new tensor in backward may become the `.grad` of a
+parameter. Categories are therefore assigned when the recorder exits:
 
 | category | which blocks |
 |---|---|
-| parameter, buffer | the model's own |
+| parameter, buffer | those of the model |
 | gradient | `.grad` of the model's parameters, seen at start and end, on accumulation, at optimizer steps |
 | optimizer | tensors in the optimizer's state and options |
 | input | existed before the first event (or came from outside), and was used |
-| activation | made in a forward and still alive when that forward gave way to another phase: kept for the backward |
-| temporary | everything else: made and released within one phase, gradients of activations, rebuilt activations |
+| activation | created in a forward and alive when that forward phase ended: kept for backward |
+| temporary | all others: created and released within one phase, gradients of activations, rebuilt activations |
 
-The first line that fits wins, so the categories are disjoint and add up to the total at every moment.
+The first matching line applies, so the categories are disjoint and add up to the total in every state.
 
-What is not seen: memory inside one operator (a convolution's workspace), which `allocator_peak` measures; a storage
-resized without an operator (`UntypedStorage.resize_`) until an operator next uses it; allocations by other libraries.
-Sizes are those of storages, without an allocator's rounding. Fake tensors have storages of the true size and no
-memory, and every statement above holds for them, whichever of the two modes is entered first. Their sizes are those of
-the real run as far as PyTorch's own fake kernels tell the truth: `mse_loss` and `smooth_l1_loss` on the CPU, for
-example, keep the unreduced loss alive behind their scalar, and their fake twins do not. The recorder allocates
-no tensor, keeps none alive, and calls each operator once with the arguments it came with; numbers and lifetimes are
-those of the run without it. (In eval mode under `no_grad`, module hooks keep `nn.TransformerEncoder` from its fused
-inference path.)
+**Not recorded:** memory inside an operator (the workspace of a convolution), which `allocator_peak` measures; a storage
+resized without an operator (`UntypedStorage.resize_`) until an operator uses it; allocations by other libraries. Sizes
+are those of storages, without the allocator's rounding.
+
+**Fake tensors** have storages of the true size without memory. All statements above hold for them, in either order of
+the two modes. Their sizes are those of the real run if PyTorch's fake kernels are accurate: on the CPU, for example,
+`mse_loss` and `smooth_l1_loss` keep the unreduced loss alive behind their scalar, and their fake kernels do not.
+
+**No side effects:** the recorder allocates no tensor, keeps none alive, and calls each operator once with its original
+arguments, so values and lifetimes are those of the run without it. (In eval mode under `no_grad`, module hooks disable
+the fused inference path of `nn.TransformerEncoder`.)
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from memsave.profiler._torch_internals import (
+    TorchDispatchMode,
+    fake_modes,
+    graph_task,
+    is_wrapper,
+    register_first_accumulate_grad_hook,
+)
 from memsave.profiler.ledger import Block, Ledger, tensors_in
-from memsave.profiler.phases import PhaseTracker, graph_task
+from memsave.profiler.phases import PhaseTracker
 from memsave.profiler.report import MemoryReport, build_report
 
 
 class MemoryRecorder(TorchDispatchMode):
-    """Context manager that records live tensor bytes; afterwards `report()` answers.
+    """Context manager that records live tensor bytes; `report()` returns the result after it exits.
 
     with MemoryRecorder(model, optimizer=optimizer) as recorder:
         step()
     print(recorder.report())
 
     Args:
-        model: names the modules, parameters, buffers and gradients.
-        optimizer: names its state and the optimizer phase; its steps count as forward or backward when it is None.
-        device: counts the storages of this device alone ("cuda" takes in every index); None counts all.
+        model: its modules, parameters, buffers and gradients are identified by name.
+        optimizer: its state and steps are identified; without it, optimizer steps count as forward or backward.
+        device: records only the storages of this device ("cuda": of every index); None records all.
     """
 
     def __init__(
@@ -76,10 +84,10 @@ class MemoryRecorder(TorchDispatchMode):
         self._categories: list[str] | None = None
 
     def __enter__(self) -> "MemoryRecorder":
-        """Count what exists, hook model and optimizer, and start to listen."""
+        """Record the existing tensors, register the hooks and start recording."""
         if self._cleanup is not None:
             raise RuntimeError(
-                "this MemoryRecorder was entered twice and a recorder records once: make a new one for each recording"
+                "this MemoryRecorder was entered twice and a recorder records once; make a new one for each recording"
             )
         for _, _, tensor in self._named_state():
             self._ledger.existed(tensor)
@@ -93,24 +101,24 @@ class MemoryRecorder(TorchDispatchMode):
             for name, parameter in self._model.named_parameters():
                 if parameter.requires_grad and parameter.is_leaf:
                     undo.callback(self._watch_gradient(name, parameter))
-            for mode in {p.fake_mode for p in self._model.parameters() if hasattr(p, "fake_mode")}:
-                # A model of fake tensors brings its mode along, so that what the step makes from nothing is fake, too.
+            for mode in fake_modes(self._model.parameters()):
+                # For a fake model the tensors that the step creates from nothing must be fake, too.
                 undo.enter_context(mode)
             super().__enter__()
             self._cleanup = undo.pop_all()
         return self
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        """Stop listening, remove every hook and bind the categories; an exception passes through."""
+        """Stop recording, remove all hooks and assign the categories; an exception is propagated."""
         super().__exit__(exc_type, exc_val, exc_tb)
         assert self._cleanup is not None
         self._cleanup.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run one operator and write its arguments and results into the ledger."""
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # the wrapper subclass unfolds into plain tensors, and those come back here
-        # The argument of lift_fresh is a tensor that was made this moment without an operator: its result is the birth.
+        """Run one operator and record its arguments and results in the ledger."""
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # the wrapper calls operators on its inner tensors, which are dispatched here
+        # The argument of lift_fresh was created just before, without an operator; its result counts as the birth.
         if func is not torch.ops.aten.lift_fresh.default:
             for tensor in tensors_in(args):
                 self._ledger.existed(tensor)
@@ -123,14 +131,14 @@ class MemoryRecorder(TorchDispatchMode):
         return result
 
     def report(self, *, allocator_peak_bytes: int | None = None) -> MemoryReport:
-        """The answer, once the recorder has exited.
+        """The report of the recording; RuntimeError before the recorder has exited.
 
         Args:
-            allocator_peak_bytes: what `allocator_peak` measured for the same step, to be shown in its own column.
+            allocator_peak_bytes: the result of `allocator_peak` for the same step, stored as a separate number.
         """
         if self._categories is None:
             raise RuntimeError(
-                "report() was called before the recording ended, and categories are bound at its end: "
+                "report() was called before the recording ended, and categories are assigned at its end; "
                 "leave the recorder's with-block first"
             )
         return build_report(
@@ -145,26 +153,20 @@ class MemoryRecorder(TorchDispatchMode):
         return self._tracker.mark(len(self._ledger.events)), self._tracker.module
 
     def _before_death(self) -> None:
-        # A backward may release saved tensors before its first operator, and those deaths are already the backward's.
+        # A backward may release saved tensors before its first operator; these deaths belong to the backward, too.
         if graph_task() != -1:
             self._tracker.mark(len(self._ledger.events))
 
-    def _watch_gradient(self, name: str, parameter: nn.Parameter) -> Any:
-        def note(parameter: torch.Tensor) -> None:
+    def _watch_gradient(self, name: str, parameter: nn.Parameter) -> Callable[[], None]:
+        def claim(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 self._claim("gradient", name, parameter.grad)
 
-        setattr(note, "observes_only", True)  # noqa: B010
-        # Ours goes first, for another hook may use the gradient up and drop it. Autograd ignores `move_to_end`.
-        hooks: dict[int, Any] = parameter._post_accumulate_grad_hooks or {}
-        others = dict(hooks)
-        hooks.clear()
-        remove = parameter.register_post_accumulate_grad_hook(note).remove
-        hooks.update(others)
-        return remove
+        setattr(claim, "observes_only", True)  # noqa: B010
+        return register_first_accumulate_grad_hook(parameter, claim)  # a later hook may release the gradient
 
     def _named_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Yield (category, name, tensor) of all that model and optimizer hold now, in the order of precedence."""
+        """Yield (category, name, tensor) for all tensors of model and optimizer, in the order of precedence."""
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         for name, parameter in self._model.named_parameters():
             yield "parameter", name, parameter
@@ -201,7 +203,7 @@ class MemoryRecorder(TorchDispatchMode):
 
 
 def _category(block: Block, forward_ends: list[int]) -> str:
-    """The category of a block that nobody owns."""
+    """The category of a block that belongs to neither model nor optimizer."""
     if block.phase == "before":
         return "input"
     if block.phase == "forward":

@@ -1,21 +1,21 @@
-"""Backend 1: sequences of blocks that rebuild their activations instead of storing them."""
+"""Reversible sequences: blocks whose activations are rebuilt in backward instead of stored."""
 
 from memsave.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, Stream
 from memsave.reversible.fused import RecomputableBranch
 from memsave.reversible.residual import ReversibleResidual, from_residual
 from memsave.reversible.sequence import InvertibleBlock, ReversibleSequence
-from memsave.reversible.verify import Verification, verify
+from memsave.reversible.verify import InversionReport, verify
 
 __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Coupling",
+    "InversionReport",
     "InvertibleBlock",
     "RecomputableBranch",
     "ReversibleResidual",
     "ReversibleSequence",
     "Stream",
-    "Verification",
     "from_residual",
     "verify",
 ]

@@ -1,43 +1,42 @@
-"""The fused engine: half a coupling as one node of the graph, for branches that know how to recompute themselves.
+"""The fused engine: half a coupling as one autograd node, for branches that can recompute themselves.
 
     forward     y1 = x1 + F(x2)                              nothing is saved
-    backward    x1 = y1 - F(x2)     dx2 += J_F(x2)' dy1      in one call of the branch, which needs x2 and dy1 alone
+    backward    x1 = y1 - F(x2)     dx2 += J_F(x2)' dy1      one call of the branch, with x2 and dy1 as arguments
 
-Hooks (`frame.py`) make again whatever a branch saved, all of it at once. A `RecomputableBranch` takes value and
-gradients apart by itself, in chunks perhaps, so that less than one branch's activations ever exists. Parameter
-gradients go back to autograd node by node, as any layer's do; what is written in `frame.py` of who holds whom, and of
-state, holds here, too.
+The hooks engine (`recompute_context.py`) rebuilds everything that a branch saved, all at once. A `RecomputableBranch`
+computes its value and its gradients itself, for example in chunks, so that less than one branch's activations exist at
+a time. Parameter gradients are returned to autograd by each node, as by any layer. The rules on ownership and state in
+`recompute_context.py` apply here, too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from memsave.reversible._torch_internals import hooks_of
 from memsave.reversible.coupling import AdditiveCoupling, Stream
-
-if TYPE_CHECKING:
-    from memsave.reversible.frame import Frame
+from memsave.reversible.recompute_context import Rebuild, RecomputeContext
 
 ENGINES = ("auto", "fused", "hooks")
 
 
 @runtime_checkable
 class RecomputableBranch(Protocol):
-    """A branch F that gives value and gradients without a graph; a module whose `forward` is F, too.
+    """A module whose `forward` is F and that can also compute F and its gradients without a graph.
 
-    `layout` is the memory format in which it takes x and grad without a copy. The tensors that the last two methods
-    return, or give to `found`, are new, and the caller's to overwrite.
+    `layout` is the memory format in which it reads x and grad without a copy. The tensors that the last two methods
+    return, or pass to `found`, are new, and the caller may overwrite them.
     """
 
     layout: torch.memory_format
 
     def refusal(self) -> str | None:
-        """Why it cannot do so as it is now, after its name; None if it can."""
+        """Why the branch cannot recompute itself in its current state, for an error message; None if it can."""
 
     def tensors(self) -> Sequence[Tensor]:
-        """The parameters that it reads."""
+        """The parameters that F reads."""
 
     def evaluate(self, x: Tensor) -> Tensor:
         """F(x), of x's shape."""
@@ -45,124 +44,129 @@ class RecomputableBranch(Protocol):
     def differentiate(
         self, x: Tensor, grad: Tensor, *, found: Callable[[Tensor], None]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The gradients of sum(grad F(x)) by x and by each of `tensors()`, changing neither argument.
+        """The gradients of sum(grad F(x)) with respect to x and to each of `tensors()`; changes neither argument.
 
-        Calls `found` with F(x), the very bits of `evaluate`, as soon as it has it, and holds on to it no longer. Draws
-        the random numbers of one `evaluate`.
+        Calls `found` with F(x), bit for bit the result of `evaluate`, as soon as F(x) is computed, and keeps no
+        reference to it. Draws the random numbers of one `evaluate`.
         """
 
 
 class FusedHalfStep(NamedTuple):
-    """One recomputable branch of an additive coupling."""
+    """One recomputable branch of an additive coupling: a `Step`."""
 
     name: str
     coupling: AdditiveCoupling
     branch: Any
 
     def modules(self) -> Iterator[nn.Module]:
-        """The branch with all that is inside."""
+        """The branch and its submodules."""
         yield from self.branch.modules()
 
     def forward(self, stream: Stream) -> Stream:
         """target + branch(source), without a graph."""
         with torch.no_grad():
-            value = self._admitted(self.branch.evaluate(stream.branch_input()), stream)
-            return stream.pair(stream.source, _in_place_of(value, stream.target, torch.add))
+            value = self._checked(self.branch.evaluate(stream.branch_input()), stream)
+            return stream.pair(stream.source, _into_value(torch.add, stream.target, value))
 
     def inverse(self, stream: Stream) -> Stream:
         """target - branch(source), without a graph."""
         with torch.no_grad():
-            before = stream.rewound()
-            value = self._admitted(self.branch.evaluate(before.branch_input()), before)
-            return before.pair(_in_place_of(value, before.target, torch.sub), before.source)
+            before = stream.undone()
+            return self._subtract(self.branch.evaluate(before.branch_input()), before)
 
-    def run(self, stream: Stream, frame: "Frame", number: int) -> Stream:
-        """`forward` as one node of the graph: step `number` of the frame."""
-        changed = _Half.apply(frame, number, stream, *stream.halves(), *self.branch.tensors())
+    def record(self, stream: Stream, context: RecomputeContext, number: int) -> Stream:
+        """`forward` as one autograd node."""
+        changed = _FusedFunction.apply(self, context, number, stream, *stream.halves(), *self.branch.tensors())
         return stream.pair(stream.source, changed)
 
-    def gradients(self, stream: Stream, grad: Tensor, *, undo: bool) -> tuple[Stream, Tensor, Sequence[Tensor]]:
-        """(the stream before the step, the gradient of the source, those of the branch's tensors).
+    def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
+        """The inverse, in the state of the forward; nothing was saved."""
+        with rebuild.restored_state():
+            return self.inverse(stream) if undo else stream
 
-        `stream` is the one behind the step; or, without `undo`, the one before it.
+    def gradients(self, stream: Stream, grad: Tensor, *, undo: bool) -> tuple[Stream, Tensor, Sequence[Tensor]]:
+        """(the stream before the step, the gradient of the source, the gradients of the branch's tensors).
+
+        `stream` is the stream after the step with `undo`, and the stream before it without.
         """
-        held = [stream.rewound() if undo else stream]
+        held = [stream.undone() if undo else stream]
         del stream
 
         def found(value: Tensor) -> None:
-            if undo:  # at once, so that what is behind the step is let go of
-                before = held.pop()
-                value = self._admitted(value, before)
-                held.append(before.pair(_in_place_of(value, before.target, torch.sub), before.source))
+            if undo:  # immediately, so that the stream after the step is freed
+                held.append(self._subtract(value, held.pop()))
 
         x = held[0].branch_input()
-        by_x, by_tensors = self.branch.differentiate(x, grad.to(x.dtype), found=found)
-        return held[0], by_x.to(held[0].source.dtype), by_tensors
+        grad_x, grad_tensors = self.branch.differentiate(x, grad.to(x.dtype), found=found)
+        return held[0], grad_x.to(held[0].source.dtype), grad_tensors
 
-    def _admitted(self, value: Tensor, stream: Stream) -> Tensor:
+    def _subtract(self, value: Tensor, before: Stream) -> Stream:
+        value = self._checked(value, before)
+        return before.pair(_into_value(torch.sub, before.target, value), before.source)
+
+    def _checked(self, value: Tensor, stream: Stream) -> Tensor:
         if value.shape != stream.target.shape:
             raise ValueError(
                 f"{self.name} ({type(self.branch).__name__}) evaluated {tuple(stream.source.shape)} to "
                 f"{tuple(value.shape)}; give it as many output channels as inputs"
             )
-        return self.coupling.admit(value, stream)
+        return self.coupling.cast_to_stream(value, stream)
 
 
 def refusal(coupling: nn.Module) -> str | None:
-    """Why hooks have to serve this block, in words that follow its name; None if the fused engine can."""
+    """Why this block needs the hooks engine, as a phrase that follows its name; None if the fused engine can serve it.
+
+    The phrase says, for example, "has a hook on f".
+    """
     kind = type(coupling)
-    own = ("combine", "separate", "admit", "undo", "forward", "forward_stream", "half_step", "half_step_back")
-    if any(getattr(kind, each, None) is not getattr(AdditiveCoupling, each) for each in own):
+    methods = ("combine", "separate", "cast_to_stream", "undo", "forward", "forward_stream", "half_step")
+    if any(getattr(kind, each, None) is not getattr(AdditiveCoupling, each) for each in (*methods, "half_step_back")):
         return f"is a {kind.__name__} and no AdditiveCoupling"
     assert isinstance(coupling, AdditiveCoupling)
     for name, branch in (("f", coupling.f), ("g", coupling.g)):
         if not isinstance(branch, RecomputableBranch):
             return f"has a {type(branch).__name__} as {name}, which cannot recompute itself"
-        why = branch.refusal()
-        if why is not None:
-            return f"cannot recompute {name}: {why}"
+        reason = branch.refusal()
+        if reason is not None:
+            return f"cannot recompute {name}: {reason}"
         for inner, module in branch.named_modules():
             if "forward" in vars(module):
-                return f"has another forward on {'.'.join(filter(None, (name, inner)))}"
-            if any(_matters(hook) for each in HOOKS for hook in vars(module)[each].values()):
+                return f"has a replaced forward on {'.'.join(filter(None, (name, inner)))}"
+            if not all(map(_only_observes, hooks_of(module))):
                 return f"has a hook on {'.'.join(filter(None, (name, inner)))}"
     return None
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def _only_observes(hook: Any) -> bool:
+    """Whether the hook may be skipped: it has `observes_only = True`, as the hooks of a memory recorder have."""
+    return getattr(hook, "observes_only", False)
 
 
-def _matters(hook: Any) -> bool:
-    """Whether the hook has to run: not one that is marked `observes_only = True`, as a memory recorder's may be."""
-    return not getattr(hook, "observes_only", False)
-
-
-def _in_place_of(value: Tensor, target: Tensor, operation: Callable[..., Tensor]) -> Tensor:
-    """operation(target, value), in the memory of the value where that is wide enough."""
+def _into_value(operation: Callable[..., Tensor], target: Tensor, value: Tensor) -> Tensor:
+    """operation(target, value), in the memory of `value` if the dtypes are equal."""
     return operation(target, value, out=value) if value.dtype == target.dtype else operation(target, value)
 
 
-class _Half(torch.autograd.Function):
-    """Saves nothing: the frame has the stream."""
+class _FusedFunction(torch.autograd.Function):
+    """Saves nothing: backward takes the stream from the context."""
 
     @staticmethod
-    def forward(ctx, frame, number, stream, target, source, *tensors):
-        ctx.frame, ctx.number = frame, number
-        return frame.records[number].step.forward(stream.pair(target, source)).source
+    def forward(ctx, step, context, number, stream, target, source, *tensors):
+        ctx.step, ctx.context, ctx.number = step, context, number
+        return step.forward(stream.pair(target, source)).source
 
     @staticmethod
     def backward(ctx, *grads):
         with torch.no_grad():
-            by_source, by_tensors = ctx.frame.differentiate(ctx.number, grads[0])
-        found = [grads[0], by_source, *by_tensors]
+            grad_source, grad_tensors = ctx.context.differentiate(ctx.number, ctx.step.gradients, grads[0])
+        outputs = [grads[0], grad_source, *grad_tensors]
         if torch.is_grad_enabled():  # under create_graph=True
-            name = ctx.frame.records[ctx.number].step.name
-            found = _Once.apply(name, torch.empty(0, requires_grad=True), *found)
-        return None, None, None, *found
+            outputs = _OnceDifferentiable.apply(ctx.step.name, torch.empty(0, requires_grad=True), *outputs)
+        return None, None, None, None, *outputs
 
 
-class _Once(torch.autograd.Function):
-    """What the fused engine returns has no derivative of its own."""
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity on gradients, which raises when it is differentiated."""
 
     @staticmethod
     def forward(ctx, name, anchor, *grads):
@@ -172,5 +176,6 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"{ctx.name} was differentiated twice, which the fused engine cannot; give the sequence engine='hooks'"
+            f"{ctx.name} was differentiated twice, which the fused engine does not support; give the sequence "
+            f"engine='hooks'"
         )

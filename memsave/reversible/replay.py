@@ -1,12 +1,12 @@
-"""Evaluating modules a second time exactly as the first time.
+"""Evaluate modules a second time exactly as the first time.
 
 A branch reads more than its input: parameters, buffers, random numbers, the autocast state, training flags. `Replay`
-notes these before the first evaluation, keeps only what is needed, and re-enters them for the second one; what the
-second evaluation would change in the world outside (random streams, buffers) is put back when it ends.
+records these before the first evaluation, keeps what is needed, and restores them for the second evaluation. What the
+second evaluation changes outside the branch (random states, buffers) is restored when it ends.
 
-Parameters and buffers are noted, not copied. One that was *replaced* in between is put back for the replay; one that
-was *changed in place* cannot be, and is answered with an error, as autograd itself would. Copies are made of those
-buffers alone that a forward updates, such as BatchNorm's statistics.
+Parameters and buffers are recorded by reference, not copied. A tensor that was *replaced* in between is put back for
+the replay. A tensor that was *changed in place* cannot be restored: the replay then raises an error, as autograd does.
+Only buffers that a forward updates, such as the statistics of BatchNorm, are copied.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,43 +15,46 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from memsave.reversible.coupling import version_of
-from memsave.reversible.randomness import Source, sources_of
+from memsave.random_state import RandomSource, random_sources
+from memsave.reversible._torch_internals import has_running_statistics, storage_id, tensor_registries, version_of
 
-SMALL = 4096  # elements; see `_is_updated`
+SMALL_BUFFER = 4096  # elements; see `_may_be_updated`
 
 
-class Note(NamedTuple):
-    """A parameter or buffer as a branch first saw it."""
+class TensorState(NamedTuple):
+    """A parameter or buffer before the first evaluation of a branch."""
 
     registry: dict[str, Any]
-    """The module's `_parameters` or `_buffers`."""
+    """The module's dict of parameters or buffers."""
     key: str
     tensor: Tensor
     version: int | None
     storage: int
-    needs_grad: bool
+    requires_grad: bool
 
     @classmethod
-    def of(cls, registry: dict[str, Any], key: str) -> "Note":
-        """Take the note."""
+    def of(cls, registry: dict[str, Any], key: str) -> "TensorState":
+        """Record the tensor that the registry holds now."""
         tensor = registry[key]
-        storage = tensor.untyped_storage()._cdata
-        return cls(registry, key, tensor, version_of(tensor), storage, tensor.requires_grad)
+        return cls(registry, key, tensor, version_of(tensor), storage_id(tensor), tensor.requires_grad)
 
-    def changed(self) -> bool:
-        """Whether the tensor's values may differ from those noted."""
-        return version_of(self.tensor) != self.version or self.tensor.untyped_storage()._cdata != self.storage
+    @property
+    def location(self) -> tuple[int, str]:
+        """Identifies the entry of the registry."""
+        return id(self.registry), self.key
+
+    def is_changed(self) -> bool:
+        """Whether the tensor may hold other values than when it was recorded."""
+        return version_of(self.tensor) != self.version or storage_id(self.tensor) != self.storage
 
 
 class Replay:
-    """What one evaluation of some modules at a tensor on `device` read besides its input."""
+    """The state that one evaluation of some modules, on `device`, reads besides its input."""
 
     def __init__(self, modules: Iterable[nn.Module], *, name: str, device: torch.device):
-        """Take the notes; call it just before the first evaluation, and `settle` just after."""
+        """Record the state just before the first evaluation; call `finalize` just after it."""
         modules = list(modules)
         self.name = name
         self.autocast = [
@@ -59,102 +62,106 @@ class Replay:
             for kind in dict.fromkeys(("cpu", device.type))
             if torch.amp.is_autocast_available(kind)
         ]
-        self.random: list[tuple[Source, Any]] = [(each, each.get()) for each in sources_of(modules, device)]
+        self.random: list[tuple[RandomSource, Any]] = [(each, each.get()) for each in random_sources(modules, device)]
         self.training = [(module, module.training) for module in modules]
-        self.own: set[tuple[int, str]] = set()
-        """What the first evaluation itself changed, past the copies."""
-        registries = [(module, registry) for module in modules for registry in (module._parameters, module._buffers)]
-        self.lazy = [
-            (r, key) for _, r in registries for key, tensor in r.items() if tensor is not None and is_lazy(tensor)
-        ]
-        self.notes = [
-            Note.of(registry, key)
-            for _, registry in registries
+        self.changed_by_forward: set[tuple[int, str]] = set()
+        """The tensors without a copy that the first evaluation itself changed, by location."""
+        tensors = [
+            (registry, key, is_lazy(tensor))
+            for module in modules
+            for registry in tensor_registries(module)
             for key, tensor in registry.items()
-            if tensor is not None and not is_lazy(tensor)
+            if tensor is not None
         ]
+        self.lazy = [(registry, key) for registry, key, lazy in tensors if lazy]
+        self.tensors = [TensorState.of(registry, key) for registry, key, lazy in tensors if not lazy]
         self.updated = [
-            (Note.of(module._buffers, key), buffer.detach().clone(), isinstance(module, _NormBase))
+            (TensorState.of(buffers, key), buffer.detach().clone(), has_running_statistics(module))
             for module in modules
             if module.training
-            for key, buffer in module._buffers.items()
+            for buffers in tensor_registries(module)[1:]
+            for key, buffer in buffers.items()
             if buffer is not None and not is_lazy(buffer)
         ]
 
-    def settle(self) -> None:
-        """Keep only what the first evaluation used: most branches draw no numbers and update no buffers."""
-        self.random = [(each, was) for each, was in self.random if not each.same(was, each.get())]
-        self.updated = [entry for entry in self.updated if _is_updated(*entry)]
-        ours = {(id(note.registry), note.key) for note, _, _ in self.updated}
-        self.notes = [note for note in self.notes if (id(note.registry), note.key) not in ours]
-        self.own = {(id(note.registry), note.key) for note in self.notes if note.changed()}
-        self.notes += [Note.of(registry, key) for registry, key in self.lazy]  # these have become tensors only now
+    def finalize(self) -> None:
+        """Keep what the first evaluation used: most branches draw no random numbers and update no buffers."""
+        self.random = [(each, state) for each, state in self.random if not each.same(state, each.get())]
+        self.updated = [entry for entry in self.updated if _may_be_updated(*entry)]
+        copied = {state.location for state, _, _ in self.updated}
+        self.tensors = [state for state in self.tensors if state.location not in copied]
+        self.changed_by_forward = {state.location for state in self.tensors if state.is_changed()}
+        # Lazy parameters have values only after the first evaluation.
+        self.tensors += [TensorState.of(registry, key) for registry, key in self.lazy]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Within, the state is that of the first evaluation; RuntimeError when that cannot be had again."""
-        for note in self.notes:
-            if note.changed():
-                why = (
+    def restored_state(self) -> Iterator[None]:
+        """Context manager: the state is that of the first evaluation; RuntimeError if it cannot be restored."""
+        self._check_unchanged()
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                # Without the cache: it would keep a low-precision copy of every weight until backward ends.
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            stack.enter_context(self._restored_tensors())
+            stack.enter_context(self._restored_requires_grad())
+            stack.enter_context(self._restored_training())
+            stack.enter_context(self._restored_random_numbers())
+            yield
+
+    def _check_unchanged(self) -> None:
+        for state in self.tensors:
+            if state.is_changed():
+                reason = (
                     "by its own forward in evaluation mode, so its activations cannot be rebuilt; give it train(), or "
                     "set recompute=False"
-                    if (id(note.registry), note.key) in self.own
+                    if state.location in self.changed_by_forward
                     else "between forward and backward, so its activations cannot be rebuilt; run backward before the "
                     "optimizer's step"
                 )
                 raise RuntimeError(
-                    f"{note.key} of shape {tuple(note.tensor.shape)} in {self.name} was changed in place {why}"
+                    f"{state.key} of shape {tuple(state.tensor.shape)} in {self.name} was changed in place {reason}"
                 )
-        with ExitStack() as stack:
-            for kind, enabled, dtype in self.autocast:
-                # No cache: it would keep every weight's low-precision copy alive until backward ends.
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            stack.enter_context(self._tensors_as_they_were())
-            stack.enter_context(self._gradients_as_they_were())
-            stack.enter_context(self._flags_as_they_were())
-            stack.enter_context(self._random_numbers_as_they_were())
-            yield
 
     @contextmanager
-    def _random_numbers_as_they_were(self) -> Iterator[None]:
-        now = [(each, each.get()) for each, _ in self.random]
+    def _restored_random_numbers(self) -> Iterator[None]:
+        current = [(each, each.get()) for each, _ in self.random]
         try:
-            for each, was in self.random:
-                each.set(was)
+            for each, state in self.random:
+                each.set(state)
             yield
         finally:
-            for each, state in now:
+            for each, state in current:
                 each.set(state)
 
     @contextmanager
-    def _tensors_as_they_were(self) -> Iterator[None]:
-        # An updated buffer is replayed on a copy of its copy, so that the notes stay good for another replay.
-        wanted = [(note.registry, note.key, note.tensor) for note in self.notes]
-        wanted += [(note.registry, note.key, was.clone()) for note, was, _ in self.updated]
-        now = [(registry, key, registry.get(key)) for registry, key, was in wanted if registry.get(key) is not was]
+    def _restored_tensors(self) -> Iterator[None]:
+        wanted = [(state.registry, state.key, state.tensor) for state in self.tensors]
+        # The replay updates a copy of the copied buffer, so that the copy serves another replay.
+        wanted += [(state.registry, state.key, copy.clone()) for state, copy, _ in self.updated]
+        replaced = [(registry, key, registry.get(key)) for registry, key, t in wanted if registry.get(key) is not t]
         try:
-            for registry, key, was in wanted:
-                registry[key] = was
-            yield
-        finally:
-            for registry, key, tensor in now:
+            for registry, key, tensor in wanted:
                 registry[key] = tensor
-
-    @contextmanager
-    def _gradients_as_they_were(self) -> Iterator[None]:
-        """What was trainable is so again: some code freezes parts of a model between forward and backward."""
-        changed = [note for note in self.notes if note.tensor.is_leaf and note.tensor.requires_grad != note.needs_grad]
-        try:
-            for note in changed:
-                note.tensor.requires_grad_(note.needs_grad)
             yield
         finally:
-            for note in changed:
-                note.tensor.requires_grad_(not note.needs_grad)
+            for registry, key, current in replaced:
+                registry[key] = current
 
     @contextmanager
-    def _flags_as_they_were(self) -> Iterator[None]:
-        changed = [(module, module.training) for module, was in self.training if module.training != was]
+    def _restored_requires_grad(self) -> Iterator[None]:
+        """Restore `requires_grad` of leaves: some programs freeze parts of a model between forward and backward."""
+        changed = [s for s in self.tensors if s.tensor.is_leaf and s.tensor.requires_grad != s.requires_grad]
+        try:
+            for state in changed:
+                state.tensor.requires_grad_(state.requires_grad)
+            yield
+        finally:
+            for state in changed:
+                state.tensor.requires_grad_(not state.requires_grad)
+
+    @contextmanager
+    def _restored_training(self) -> Iterator[None]:
+        changed = [(module, module.training) for module, flag in self.training if module.training != flag]
         try:
             for module, flag in changed:
                 module.training = not flag
@@ -164,11 +171,12 @@ class Replay:
                 module.training = flag
 
 
-def _is_updated(note: Note, was: Tensor, normalisation: bool) -> bool:
-    """Whether the first evaluation may have moved this buffer.
+def _may_be_updated(state: TensorState, copy: Tensor, running_statistics: bool) -> bool:
+    """Whether the first evaluation may have updated this buffer.
 
-    The kernels of BatchNorm and InstanceNorm move their statistics past the version counter, and so may other modules
-    that call them; to compare values would wait for a GPU. Small buffers are therefore replayed from their copy anyhow.
+    The kernels of BatchNorm and InstanceNorm update their statistics without the version counter, and so do other
+    modules that call these kernels. Comparing values would synchronise with the GPU. Therefore small buffers are always
+    replayed from their copy.
     """
-    moved = note.changed() or note.registry.get(note.key) is not note.tensor
-    return moved or normalisation or was.numel() <= SMALL
+    replaced = state.registry.get(state.key) is not state.tensor
+    return state.is_changed() or replaced or running_statistics or copy.numel() <= SMALL_BUFFER

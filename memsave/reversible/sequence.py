@@ -1,8 +1,8 @@
-"""A sequence of reversible blocks whose backward needs their last output alone.
+"""The public entry point: ReversibleSequence, whose backward needs only the last output of its blocks.
 
 Stored activations of n blocks take memory in proportion to n. Here backward rebuilds each block's input from its
-output, so that the memory of a sequence does not depend on its depth (Gomez et al. 2017); the price is at most one
-more evaluation of each branch. The mechanism is told in `frame.py`.
+output, so the memory of a sequence does not depend on its depth (Gomez et al., "The Reversible Residual Network",
+2017). The cost is at most one additional evaluation of each branch. `recompute_context.py` explains the mechanism.
 """
 
 import math
@@ -15,53 +15,53 @@ import torch
 from torch import Tensor, nn
 
 from memsave.reversible.coupling import AdditiveCoupling, Stream
-from memsave.reversible.frame import Frame
 from memsave.reversible.fused import ENGINES, RecomputableBranch, refusal
-from memsave.reversible.steps import Step, steps_of
+from memsave.reversible.recompute_context import RecomputeContext, Step
+from memsave.reversible.steps import steps_of
 
 
 class InvertibleBlock(Protocol):
-    """A module that a `ReversibleSequence` takes besides couplings: (B, C, ...) to the same dtype, and back."""
+    """A block of a `ReversibleSequence` that is no coupling: maps (B, C, ...) to the same dtype, and back."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x to y; C even on both sides."""
+        """Map x to y; both have an even number of channels."""
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the x with forward(x) = y."""
 
 
 class ReversibleSequence(nn.Module):
-    """Blocks in a row: one function, with or without its activations.
+    """Reversible blocks in a row, with their activations rebuilt in backward or stored.
 
-    With `recompute=True` the activations inside the blocks are rebuilt in backward; with `recompute=False` they are
-    stored, which gives the plain twin to compare with. The flag may be changed between steps. Under `torch.no_grad()`
-    nothing is held either way.
+    With `recompute=True` backward rebuilds the activations inside the blocks. With `recompute=False` they are stored:
+    the same function, as a reference. The flag may be changed between steps. Under `torch.no_grad()` nothing is kept in
+    either mode.
 
-    Input and output have shape (B, C, ...), C even, and one dtype. Between blocks the stream is float32 or wider.
+    Input and output have shape (B, C, ...), C even, and the same dtype. Between blocks the stream is float32 or wider.
 
     A block is a `Coupling`, whose branches are evaluated once more in backward, or any module with a method `inverse`
-    (see `InvertibleBlock`), which takes an inverse and a forward there. TypeError for anything else.
+    (see `InvertibleBlock`), for which backward evaluates the inverse and the forward. Other modules raise TypeError.
 
-    What it asks of them: to do the same when given the same input, random numbers and tensors, and of branches to be
-    normalised at their end. Rounding errors of the rebuilt stream grow from block to block with the gain of the
-    branches: slowly when each ends in a GroupNorm, past all digits within some ten blocks when they are convolutions
-    and ReLUs without any norm. `anchor_every=k` keeps every k-th block's input and so starts afresh there, for one
-    stream tensor each; `memsave.reversible.verify` says whether that is needed.
+    **Requirements.** Blocks must be deterministic, given their input, random numbers, parameters and buffers. Branches
+    should end with a normalisation, because the rounding errors of the rebuilt stream grow from block to block with the
+    gain of the branches: slowly if each branch ends with a GroupNorm, beyond all digits within about ten blocks if the
+    branches are convolutions and ReLUs without a norm. `anchor_every=k` keeps the input of every k-th block and
+    restarts there, at a cost of one stream tensor each; `memsave.reversible.verify` reports whether that is needed.
 
-    `grid=2**-14` rounds the stream, and what branches add to it, to multiples of that power of two. Sums are then exact
-    as long as no entry exceeds 2^24 grids, here 1024, and the rebuilt stream is the forward's to the bit, at any depth
-    and with bfloat16 branches, too. The rounding is part of the function, stored or not; its gradient is taken to be
-    one. For `AdditiveCoupling` alone.
+    **Grid.** `grid=2**-14` rounds the stream, and what branches add to it, to multiples of that power of two. Sums are
+    then exact while no entry exceeds 2^24 grids, here 1024. The rebuilt stream then equals that of the forward exactly,
+    at any depth and with bfloat16 branches, too. The rounding is part of the function in both modes; its gradient is
+    taken as one (straight-through). Only for `AdditiveCoupling`.
 
-    `engine`, which may be changed between steps, too, says how blocks are rebuilt. "hooks" make again what any branch
-    saved. "fused" asks additive couplings of branches that can recompute themselves (`RecomputableBranch`, such as
-    `memsave.models.MBConv3d`) for value and gradients in one call; they need less memory and differ from the stored
-    network by rounding, but their gradients cannot be differentiated again; ValueError in the forward where a block is
-    not of that kind. "auto" is fused for the blocks that can and hooks for the others, among them those with hooks on a
-    branch's modules or another forward put on them; `engines()` says which.
+    **Engines.** `engine` may be changed between steps. "hooks" rebuilds what any branch saved. "fused" calls branches
+    that can recompute themselves (`RecomputableBranch`, such as `memsave.models.MBConv3d`) once for value and
+    gradients. It needs less memory and differs from the stored network by rounding; its gradients cannot be
+    differentiated again. It serves only additive couplings of such branches; the forward raises ValueError for any
+    other block. "auto" chooses fused for the blocks that support it, and hooks for the others, for example those with
+    hooks or a replaced forward on the modules of a branch; `engines()` returns the choice.
 
-    A hook belongs on `f` or `g`: the sequence calls these, and a coupling not as a module. `torch.func` transforms do
-    not support saved-tensor hooks; give them `recompute=False`.
+    Register hooks on `f` or `g`: the sequence calls these and does not call a coupling as a module. `torch.func`
+    transforms do not support saved-tensor hooks; use `recompute=False` with them.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class ReversibleSequence(nn.Module):
             raise ValueError(f"grid is {grid}; give a power of two, such as 2**-14, or None")
         self.anchor_every = anchor_every
         for number, block in enumerate(self.blocks):
-            steps_of(block, name=f"block {number}")  # or it is refused here
+            steps_of(block, name=f"block {number}")  # raises TypeError for a block that cannot be inverted
             if grid is not None and getattr(type(block), "combine", None) is not AdditiveCoupling.combine:
                 raise TypeError(
-                    f"block {number} is a {type(block).__name__}, which a stream on a grid cannot undo to the bit; "
+                    f"block {number} is a {type(block).__name__}, which is not exactly invertible on a grid; "
                     f"make it an AdditiveCoupling, or set grid=None"
                 )
-        self.engines()  # or engine="fused" is refused here
+        self.engines()  # raises ValueError if engine="fused" cannot serve a block
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) through all blocks; ValueError when C is odd."""
@@ -105,32 +105,32 @@ class ReversibleSequence(nn.Module):
             return stream.merge()
         return self._recomputed(stream)
 
-    @torch.compiler.disable  # a compiled branch may save other tensors when it is rebuilt: a graph break instead
+    @torch.compiler.disable  # a compiled branch may save other tensors when it is rebuilt
     def _recomputed(self, stream: Stream) -> Tensor:
-        frame = Frame()
-        steps = self.record(stream, frame)
-        del stream  # each step lets go of the one before
-        (last,) = deque(steps, maxlen=1)
-        return frame.merge(last)
+        context = RecomputeContext()
+        streams = self.run_steps(stream, context)
+        del stream  # so that each step frees the stream before it
+        (last,) = deque(streams, maxlen=1)
+        return context.merge(last)
 
-    def record(self, stream: Stream, frame: Frame) -> Iterator[Stream]:
-        """The stream behind each step in turn, as the frame runs it, anchors being kept on the way."""
+    def run_steps(self, stream: Stream, context: RecomputeContext) -> Iterator[Stream]:
+        """Run all steps in the context, which also keeps the anchors; yield the stream after each step."""
         for number, steps in enumerate(self.steps()):
             if self.anchor_every and number and number % self.anchor_every == 0:
-                frame.keep(stream)
+                context.keep(stream)
             for step in steps:
-                stream = frame.run(step, stream)
+                stream = context.run(step, stream)
                 yield stream
 
     def split(self, x: Tensor) -> Stream:
-        """The stream before the first block, laid out in memory as the blocks want it."""
+        """The stream before the first block, in the memory format of the fused branches if they agree on one."""
         engines = self.engines() if self.recompute else []
         fused = (block for block, engine in zip(self.blocks, engines) if engine == "fused")
         layouts = {cast(RecomputableBranch, block.f).layout for block in fused}
         return Stream.split(x, grid=self.grid, layout=layouts.pop() if len(layouts) == 1 else None)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the x with forward(x) = y, up to rounding; with dropout, in evaluation mode alone."""
+        """Return the x with forward(x) = y, up to rounding; with dropout only in evaluation mode."""
         if not self.blocks:
             return y
         stream = Stream.split(y, grid=self.grid)
@@ -139,13 +139,13 @@ class ReversibleSequence(nn.Module):
         return stream.merge()
 
     def steps(self) -> Iterator[list[Step]]:
-        """The steps of each block, first to last."""
+        """Yield the steps of each block, first to last."""
         engines = self.engines() if self.recompute else ["hooks"] * len(self.blocks)
         for number, (block, engine) in enumerate(zip(self.blocks, engines, strict=True)):
             yield steps_of(block, name=f"blocks.{number}", fused=engine == "fused")
 
     def engines(self) -> list[str]:
-        """Which engine rebuilds each block as it is now: "fused" or "hooks"; ValueError if engine="fused" cannot."""
+        """The engine of each block, "fused" or "hooks"; ValueError if engine="fused" cannot serve a block."""
         reasons = ["" if self.engine == "hooks" else refusal(block) for block in self.blocks]
         if self.engine == "fused" and any(reasons):
             number, reason = next((number, reason) for number, reason in enumerate(reasons) if reason)

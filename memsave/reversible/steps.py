@@ -1,68 +1,30 @@
-"""One step of the stream, forward and rebuilt: half a coupling, or a block with an inverse of its own.
+"""The steps of the hooks engine: half a coupling, or a whole block that has its own inverse.
 
-A step is rebuilt by evaluating what it evaluated once more, which makes again what it saved, and by undoing it on the
-way. A half-step's branch is evaluated once for both. A block with its own inverse is evaluated twice: inverse, forward.
+Evaluating a step again creates the tensors that it saved. A half-step evaluates its branch once, for these tensors and
+for inverting the step. A block with its own inverse is evaluated twice: inverse, then forward.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible.coupling import LOW_PRECISION, AdditiveCoupling, Coupling, Stream, version_of
+from memsave.reversible._torch_internals import version_of
+from memsave.reversible.coupling import LOW_PRECISION, AdditiveCoupling, Coupling, Stream
 from memsave.reversible.fused import FusedHalfStep
-
-
-@dataclass
-class Rebuild:
-    """How a step makes again what it saved."""
-
-    state: Callable[[], AbstractContextManager[Any]]
-    """Enter it to evaluate: random numbers, autocast and tensors are as they were."""
-    saving: Callable[[], AbstractContextManager[Any]]
-    """The same, and what autograd saves is kept."""
-    wanting: Callable[[], bool]
-    """Whether something that was saved in the forward has not been made again yet."""
-    needs: tuple[bool, bool]
-    """Whether (target, source) required a gradient."""
-
-
-class Step(Protocol):
-    """What `frame.Frame` asks of a step."""
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """What it reads besides the stream."""
-
-    def forward(self, stream: Stream) -> Stream:
-        """The stream behind the step."""
-
-    def inverse(self, stream: Stream) -> Stream:
-        """The stream before the step, on new random numbers."""
-
-
-class HookedStep(Step, Protocol):
-    """A step whose saved tensors are made again."""
-
-    def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
-        """The stream before the step, from the one behind it; or, without `undo`, from itself."""
+from memsave.reversible.recompute_context import Rebuild, RecomputeContext, Step
 
 
 class HalfStep(NamedTuple):
-    """One branch of a coupling."""
+    """One branch of a coupling: a `Step`."""
 
     name: str
     coupling: Coupling
     branch: nn.Module
 
     def modules(self) -> Iterator[nn.Module]:
-        """The coupling itself, in case that it has parameters, and the branch with all that is inside."""
+        """The coupling, which may have parameters, the branch and its submodules."""
         yield self.coupling
         yield from self.branch.modules()
 
@@ -74,45 +36,50 @@ class HalfStep(NamedTuple):
         """separate(target, branch(source))."""
         return self.coupling.half_step_back(stream, self.branch)
 
+    def record(self, stream: Stream, context: RecomputeContext, number: int) -> Stream:
+        """`forward`, which saves handles."""
+        with context.saving_handles(number):
+            return self.forward(stream)
+
     def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
-        """One evaluation of the branch, and one of `combine` where that saved anything."""
-        before = stream.rewound() if undo else stream
+        """Evaluate the branch once, and `combine` if that saved anything."""
+        before = stream.undone() if undo else stream
         target = before.target
         with rebuild.saving():
-            value = self.branch(_leaf(before.branch_input(), needs=rebuild.needs[1]))
-            value = self.coupling.admit(value, before)
+            value = self.branch(_leaf(before.branch_input(), requires_grad=rebuild.requires_grad[1]))
+            value = self.coupling.cast_to_stream(value, before)
             if undo:
                 with torch.no_grad():
                     target = self.coupling.undo(target, value)
-            if rebuild.wanting():
-                self.coupling.combine(_leaf(target, needs=rebuild.needs[0]), value)
+            if rebuild.is_incomplete():
+                self.coupling.combine(_leaf(target, requires_grad=rebuild.requires_grad[0]), value)
         return before.pair(target, before.source)
 
 
 class WholeStep(NamedTuple):
-    """A block that knows its inverse: y = block(x), x = block.inverse(y)."""
+    """A block with its own inverse, y = block(x) and x = block.inverse(y): a `Step`."""
 
     name: str
     block: Any
 
     def modules(self) -> Iterator[nn.Module]:
-        """The block with all that is inside."""
+        """The block and its submodules."""
         yield from self.block.modules()
 
     def forward(self, stream: Stream) -> Stream:
         """block(x)."""
         if stream.dtype in LOW_PRECISION:
             raise ValueError(
-                f"{self.name} ({type(self.block).__name__}) has an inverse of its own, whose rounding in "
-                f"{stream.dtype} could not be undone; give the sequence a float32 input"
+                f"{self.name} ({type(self.block).__name__}) has its own inverse(), which cannot undo the rounding of "
+                f"{stream.dtype}; give the sequence a float32 input"
             )
         x = stream.merge()
         version = version_of(x)
         after = self._split(self.block(x), stream, method="forward")
         if version_of(x) != version:
             raise RuntimeError(
-                f"{self.name} ({type(self.block).__name__}) changed its input in place; make its first operation one "
-                f"that is not (inplace=False)"
+                f"{self.name} ({type(self.block).__name__}) changed its input in place; make its first operation out "
+                f"of place (inplace=False)"
             )
         return after
 
@@ -120,35 +87,40 @@ class WholeStep(NamedTuple):
         """block.inverse(y)."""
         return self._split(self.block.inverse(stream.merge()), stream, method="inverse")
 
+    def record(self, stream: Stream, context: RecomputeContext, number: int) -> Stream:
+        """`forward`, which saves handles."""
+        with context.saving_handles(number):
+            return self.forward(stream)
+
+    def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
+        """Evaluate the inverse, and the forward if that saved anything."""
+        before = stream
+        if undo:
+            with rebuild.restored_state(), torch.no_grad():
+                before = self.inverse(stream)
+        if rebuild.is_incomplete():
+            with rebuild.saving():
+                self.block(_leaf(before.merge(), requires_grad=any(rebuild.requires_grad)))
+        return before
+
     def _split(self, y: Any, stream: Stream, *, method: str) -> Stream:
         if not isinstance(y, Tensor) or torch.promote_types(y.dtype, stream.target.dtype) != y.dtype:
             given = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
-                f"{method} of {self.name} ({type(self.block).__name__}) gave {given} for {stream.target.dtype}, which "
-                f"could not be undone; return a tensor of that dtype, with autocast switched off inside"
+                f"{method} of {self.name} ({type(self.block).__name__}) returned {given} for {stream.target.dtype}, "
+                f"which cannot be inverted; return a tensor of that dtype, with autocast disabled inside"
             )
         return Stream.split(y, stream.dtype)
 
-    def rebuild(self, stream: Stream, rebuild: Rebuild, *, undo: bool) -> Stream:
-        """The inverse, and the forward where that saved anything."""
-        before = stream
-        if undo:
-            with rebuild.state(), torch.no_grad():
-                before = self.inverse(stream)
-        if rebuild.wanting():
-            with rebuild.saving():
-                self.block(_leaf(before.merge(), needs=any(rebuild.needs)))
-        return before
-
 
 def steps_of(block: nn.Module, *, name: str, fused: bool = False) -> list[Step]:
-    """The steps of a block, for the engine that serves it; TypeError for one that cannot be undone."""
+    """The steps of a block, with the fused engine or with hooks; TypeError if the block cannot be inverted."""
     kind = type(block)
     if fused:
         assert isinstance(block, AdditiveCoupling)
         return [FusedHalfStep(f"{name}.{each}", block, block.get_submodule(each)) for each in ("f", "g")]
-    plain = (Coupling.forward, Coupling.forward_stream, Coupling.half_step, Coupling.half_step_back)
-    if isinstance(block, Coupling) and all(getattr(kind, each.__name__) is each for each in plain):
+    methods = (Coupling.forward, Coupling.forward_stream, Coupling.half_step, Coupling.half_step_back)
+    if isinstance(block, Coupling) and all(getattr(kind, each.__name__) is each for each in methods):
         return [HalfStep(f"{name}.{each}", block, block.get_submodule(each)) for each in ("f", "g")]
     if not callable(getattr(block, "inverse", None)):
         reason = "has no inverse()"
@@ -163,9 +135,9 @@ def steps_of(block: nn.Module, *, name: str, fused: bool = False) -> list[Step]:
 
 
 def _depth(kind: type, method: str) -> int:
-    """How far up among its base classes the method is defined; -1 for one that the instance itself has."""
-    return next((number for number, each in enumerate(kind.__mro__) if method in vars(each)), -1)
+    """The index in the MRO of the first class that defines the method; -1 if none does (an instance attribute)."""
+    return next((index for index, each in enumerate(kind.__mro__) if method in vars(each)), -1)
 
 
-def _leaf(tensor: Tensor, *, needs: bool) -> Tensor:
-    return tensor.detach().requires_grad_(needs)
+def _leaf(tensor: Tensor, *, requires_grad: bool) -> Tensor:
+    return tensor.detach().requires_grad_(requires_grad)

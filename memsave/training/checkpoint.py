@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State
-from memsave.training.random_state import get_random_state, set_random_state
 
 NAME = "checkpoint"
 RANDOM, PRIVATE, EMA, PREVIOUS = "random/", "private/", "ema/", ".previous"

@@ -15,9 +15,9 @@ from typing import Any
 from memsave.config.schema import TrainerConfig
 from memsave.models.language import is_checkpointing, set_checkpointing
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak, format_bytes
+from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State, accumulate, autocast, evaluating
 from memsave.training.memory_error import is_out_of_memory
-from memsave.training.random_state import get_random_state, set_random_state
 from memsave.training.task import Batch, Task, examples, split
 
 FORWARDS = 4  # that a step takes as long as, about: forward, rebuilding, and a backward of two

@@ -1,4 +1,4 @@
-"""An MBConv recomputed in chunks against its plain forward, in float64."""
+"""An MBConv recomputed in chunks, compared with its plain forward in float64."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def branch(channels=4, *, dtype=torch.float64, seed=0, **options):
     block = MBConv3d(channels, **options).to(dtype)
     with torch.no_grad():
         for parameter in block.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)  # norms of their own, too
+            parameter += 0.3 * torch.randn_like(parameter)  # also those of the norms
     return block
 
 
@@ -29,7 +29,7 @@ def volume(block, *size, batch=2, seed=1, last=True):
 
 
 def plain(block, x, grad):
-    """(value, gradients by x and by all parameters) of the forward, by autograd."""
+    """(value, gradients of x and of all parameters) of the forward, by autograd."""
     torch.manual_seed(5)
     x = x.detach().requires_grad_()
     value = block(x)
@@ -60,29 +60,29 @@ def assert_equal_to_plain(block, x, **tolerance):
     dropout=st.sampled_from([0.0, 0.4]),
     last=st.booleans(),
 )
-def test_value_and_gradients_equal_the_forward(batch, size, kernel, shape, dropout, last):
+def test_value_and_gradients_equal_those_of_the_forward(batch, size, kernel, shape, dropout, last):
     channels, expansion, chunks = shape
     block = branch(channels, expansion=expansion, chunks=chunks, kernel_size=kernel, dropout=dropout)
     assert_equal_to_plain(block, volume(block, *size, batch=batch, last=last), rtol=1e-8, atol=1e-9)
 
 
-def test_more_voxels_than_a_contraction_has_blocks():
+def test_contractions_over_several_blocks_are_exact():
     block = branch(8, expansion=4, chunks=4)
     assert_equal_to_plain(block, volume(block, 7, 6, 5), rtol=1e-10, atol=1e-10)
 
 
-def test_a_mean_far_from_zero_costs_no_digits():
+def test_a_large_mean_costs_no_precision():
     block = branch(4, dtype=torch.float32, chunks=2)
     x = volume(block, 6, 6, 6) + 1000
-    wide = branch(4, chunks=2)
-    wide.load_state_dict(block.state_dict())
-    error = block.evaluate(x).double() - wide.evaluate(x.double())
+    double = branch(4, chunks=2)
+    double.load_state_dict(block.state_dict())
+    error = block.evaluate(x).double() - double.evaluate(x.double())
     assert (
-        error.norm() / wide.evaluate(x.double()).norm() < 2e-3
-    )  # float32 has seven digits, of which the mean has three
+        error.norm() / double.evaluate(x.double()).norm() < 2e-3
+    )  # float32 has seven digits, of which the mean takes three
 
 
-def test_evaluate_has_the_bits_that_differentiate_finds():
+def test_evaluate_and_differentiate_give_bit_identical_values():
     for dtype in (torch.float32, torch.float64):
         block = branch(8, chunks=4, dropout=0.3, dtype=dtype)
         x = volume(block, 5, 4, 3)
@@ -91,7 +91,7 @@ def test_evaluate_has_the_bits_that_differentiate_finds():
         assert torch.equal(value, in_chunks(block, x, torch.ones_like(x))[0])
 
 
-def test_arguments_are_left_as_they_are():
+def test_arguments_are_not_changed():
     block = branch(4, chunks=2)
     x, grad = volume(block, 3, 3, 3), torch.randn(2, 4, 3, 3, 3, dtype=torch.float64)
     before = x.clone(), grad.clone()
@@ -102,7 +102,7 @@ def test_arguments_are_left_as_they_are():
     assert all(p.grad is None for p in block.parameters())
 
 
-def test_it_draws_the_random_numbers_of_the_forward():
+def test_dropout_draws_the_random_numbers_of_the_forward():
     block = branch(4, chunks=2, dropout=0.5)
     x, after = volume(block, 3, 3, 3), []
     for run in (block, block.evaluate, lambda x: in_chunks(block, x, torch.ones_like(x))):
@@ -112,13 +112,13 @@ def test_it_draws_the_random_numbers_of_the_forward():
     assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
 
 
-def test_evaluation_mode_drops_nothing():
+def test_evaluation_mode_has_no_dropout():
     block = branch(4, chunks=2, dropout=0.5).eval()
     assert_equal_to_plain(block, volume(block, 3, 4, 5), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_bfloat16_under_autocast(chunks):
+def test_bfloat16_autocast_is_as_accurate_as_in_the_forward(chunks):
     block = branch(8, dtype=torch.float32, chunks=chunks)
     x = volume(block, 8, 8, 8)
     grad = torch.randn_like(x)
@@ -130,29 +130,29 @@ def test_bfloat16_under_autocast(chunks):
     assert all(each.dtype == torch.float32 for each in gradients)
     for ours, theirs, true in zip([value, *gradients], [stored[0], *stored[1]], [exact[0], *exact[1]], strict=True):
         error, usual = ((each.float() - true).norm() / true.norm() for each in (ours, theirs))
-        assert 0 < error < max(2 * usual, 0.01)  # no worse than what autocast does to the forward
+        assert 0 < error < max(2 * usual, 0.01)  # not worse than the error of autocast in the forward
 
 
-def test_a_branch_in_bfloat16():
+def test_a_bfloat16_branch_is_as_accurate_as_its_forward():
     block = branch(8, dtype=torch.bfloat16, chunks=2)
     x = volume(block, 6, 6, 6)
     grad = torch.randn_like(x)
-    wide = branch(8, chunks=2)
-    wide.load_state_dict(block.state_dict())
-    (value, gradients), (true, slopes) = in_chunks(block, x, grad), plain(wide, x.double(), grad.double())
+    double = branch(8, chunks=2)
+    double.load_state_dict(block.state_dict())
+    (value, gradients), (true, slopes) = in_chunks(block, x, grad), plain(double, x.double(), grad.double())
     assert [each.dtype for each in gradients] == [torch.bfloat16] * len(gradients)
     for ours, exact in zip([value, *gradients], [true, *slopes], strict=True):
         assert (ours.double() - exact).norm() / exact.norm() < 0.03
 
 
-def test_chunks_hold_whole_groups():
+def test_chunks_that_split_groups_are_refused():
     with pytest.raises(ValueError, match="chunks is 3, but the norm of the 16 expanded channels has 8 groups"):
         MBConv3d(4, chunks=3)
     with pytest.raises(ValueError, match="chunks is 0"):
         MBConv3d(4, chunks=0)
 
 
-def test_what_cannot_be_recomputed_in_chunks_says_why():
+def test_branches_that_cannot_be_recomputed_give_the_reason():
     assert branch().refusal() is None
     assert "squeeze-excitation reads all expanded channels" in branch(squeeze_excitation=0.5).refusal()
     parts = {
@@ -186,4 +186,4 @@ def test_what_cannot_be_recomputed_in_chunks_says_why():
         def forward(self, x):
             return super().forward(x) * 2
 
-    assert Other(4).refusal() == "Other has a forward of its own"
+    assert Other(4).refusal() == "Other overrides forward()"

@@ -1,4 +1,4 @@
-"""The depthwise convolution against PyTorch's own, in float64."""
+"""The depthwise convolution compared with PyTorch's, in float64."""
 
 import pytest
 import torch
@@ -47,17 +47,17 @@ def test_value_and_gradients_equal_conv3d(batch, channels, size, kernel, last):
     compare(depthwise_conv3d, operands(batch, channels, size, kernel, last=last))
 
 
-def test_samples_do_not_leak_into_each_other():
+def test_samples_are_independent():
     x, weight = operands(2, 3, (4, 4, 4))
     with torch.no_grad():
         x[1] = 0
     upstream = torch.zeros_like(x)
-    upstream[1] = 1  # all of the gradient belongs to the sample that is zero
+    upstream[1] = 1  # only the zero sample has a gradient
     (gradient,) = torch.autograd.grad(depthwise_conv3d(x, weight), weight, upstream)
     assert gradient.abs().max() == 0
 
 
-def test_fast_backward_serves_the_network_and_nothing_unusual(monkeypatch):
+def test_the_fast_backward_is_used_only_where_it_applies(monkeypatch):
     taken = []
     original = depthwise._Depthwise.apply
     monkeypatch.setattr(depthwise._Depthwise, "apply", lambda *args: taken.append(1) or original(*args))
@@ -67,7 +67,7 @@ def test_fast_backward_serves_the_network_and_nothing_unusual(monkeypatch):
     for kernel, options in [(3, {"stride": 2}), (3, {"dilation": 2}), (3, {"padding": 0}), (2, {})]:
         compare(depthwise_conv3d, operands(2, 2, (6, 6, 6), kernel), **options)
     x, _ = operands(1, 2, (5, 5, 5))
-    several = torch.randn(4, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)  # two outputs a channel
+    several = torch.randn(4, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)  # two outputs per channel
     uneven = torch.randn(2, 1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     compare(depthwise_conv3d, (x, several))
     torch.testing.assert_close(
@@ -76,7 +76,7 @@ def test_fast_backward_serves_the_network_and_nothing_unusual(monkeypatch):
     assert not taken
 
 
-def test_bias_and_frozen_operands():
+def test_bias_and_frozen_operands_are_exact():
     x, weight = operands(2, 3, (3, 4, 5))
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
     compare(depthwise_conv3d, (x, weight, bias))
@@ -84,7 +84,7 @@ def test_bias_and_frozen_operands():
     compare(depthwise_conv3d, (x, weight.detach()))
 
 
-def test_gradients_of_gradients():
+def test_second_derivatives_are_exact():
     x, weight = operands(2, 2, (3, 3, 3))
     assert torch.autograd.gradcheck(depthwise_conv3d, (x, weight))
     assert torch.autograd.gradgradcheck(depthwise_conv3d, (x, weight))
@@ -101,7 +101,7 @@ def test_keeps_channels_last_and_casts_under_autocast():
     assert weight.grad.abs().max() > 0
 
 
-def test_autocast_leaves_float64_alone_and_does_not_reach_into_backward():
+def test_autocast_changes_neither_float64_nor_backward():
     x, weight = operands(2, 4, (4, 4, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert depthwise_conv3d(x, weight).dtype == plain(x, weight).dtype == torch.float64
@@ -114,7 +114,7 @@ def test_autocast_leaves_float64_alone_and_does_not_reach_into_backward():
         assert torch.equal(one, other)
 
 
-def test_transforms_and_unbatched_volumes_take_pytorchs_way():
+def test_transforms_and_unbatched_volumes_use_conv3d():
     x, weight = operands(2, 3, (3, 3, 3))
     torch.testing.assert_close(depthwise_conv3d(x[0], weight), plain(x, weight)[0], rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.func.grad(lambda w, f=f: f(x, w).sin().sum())(weight) for f in (depthwise_conv3d, plain))
@@ -124,7 +124,7 @@ def test_transforms_and_unbatched_volumes_take_pytorchs_way():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_slices_of_a_batch(dtype):
+def test_large_slices_of_a_batch_are_exact(dtype):
     x, weight = operands(3, 16, (9, 8, 7), dtype=dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     ours, theirs = (torch.autograd.grad(f(x, weight).sin().sum(), (x, weight)) for f in (depthwise_conv3d, plain))

@@ -1,4 +1,4 @@
-"""Losses of causal language models without their logits, against those of their logits, in float64."""
+"""The chunked losses of causal language models, compared with those of their logits in float64."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def gemma3(**options):
     return transformers.Gemma3ForCausalLM(config)
 
 
-ROUNDED = {  # their norms compute in float32 inside
+ROUNDED = {  # their norms compute in float32
     "gemma 2, not capped": lambda: of("Gemma2", num_key_value_heads=1, head_dim=8, final_logit_softcapping=None),
     "gemma 2, capped": lambda: of("Gemma2", num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.2),
     "gemma 3, capped": lambda: gemma3(final_logit_softcapping=0.2),
@@ -47,11 +47,11 @@ def small_blocks(monkeypatch):
 
 
 def text():
-    """The first token and padding are no targets, and the last row has none at all."""
+    """The first token and padding are no targets, and the last row has no target."""
     batch = tokens()
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[0, :3] = -100
-    batch["attention_mask"][-1] = 1  # or attention would have nothing to look at
+    batch["attention_mask"][-1] = 1  # attention needs at least one token
     return {**batch, "labels": labels}
 
 
@@ -82,7 +82,7 @@ def test_losses_gradients_and_norms_are_those_of_the_logits(name):
             assert (ordinary[key] - total).norm() <= allowed, key
 
 
-def test_under_checkpoints_and_under_an_outer_one():
+def test_checkpoints_inside_and_around_the_model_are_exact():
     torch.manual_seed(0)
     model, batch = gpt2().double().train(), text()
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -107,7 +107,7 @@ def test_a_head_of_another_class_or_name_is_refused():
         losses_with("fused")(model, batch)
 
 
-def test_the_heads_own_forward_comes_back_whatever_happens():
+def test_the_forward_of_the_head_is_restored_after_errors():
     model, batch = gpt2(), text()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     taken = model.lm_head.forward

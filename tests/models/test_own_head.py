@@ -1,4 +1,4 @@
-"""What a model does to its logits after the head: known, or refused by name."""
+"""Changes that a model makes to its logits after the head are known or refused."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ chunked, whole = losses_with("chunked"), losses_with("logits")
 
 
 def changed(change, **options):
-    """GPT-2, with its logits changed after the head."""
+    """GPT-2 with a change of the logits after the head."""
 
     class Changed(transformers.GPT2LMHeadModel):
         def __init__(self, config):
@@ -40,7 +40,7 @@ def changed(change, **options):
 
 
 class Halved(torch.autograd.Function):
-    """The identity, with half of its gradient."""
+    """The identity, with half of the gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -80,7 +80,7 @@ def hooked(model, x):
     return x
 
 
-ON_A_TEXT = "on a text the model's logits are not those of"
+ON_A_TEXT = "for real tokens the model's logits are not those of"
 REFUSED = {  # name: (change, words)
     "a padded vocabulary, dropped": (lambda m, x: x[..., :20], "changed by `__getitem__`"),
     "dropped where it is long": (lambda m, x: x[..., :20] if x.shape[-1] > 20 else x, r"\(1, 7, 31\).*\(1, 7, 20\)"),
@@ -123,7 +123,7 @@ REFUSED = {  # name: (change, words)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_logits_that_are_changed_otherwise_are_refused_by_name(name):
+def test_unknown_changes_of_the_logits_are_refused_with_the_operation(name):
     change, words = REFUSED[name]
     model = changed(change, logit_scale=2.0, final_logit_softcapping=30.0)
     if name == "a factor of no name":
@@ -146,11 +146,11 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_changes_are_exact(name):
+def test_known_changes_of_the_logits_are_exact(name):
     model, batch = changed(KNOWN[name], logit_scale=2.0, final_logit_softcapping=30.0), text()
     model.scale.requires_grad_(False)
     for parameter in model.parameters():
-        parameter.data *= 4  # for logits of some size
+        parameter.data *= 4  # so that the logits are not small
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours, plain = chunked(model, batch), whole(model, batch)
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=0)
@@ -162,14 +162,14 @@ def test_known_changes_are_exact(name):
             torch.testing.assert_close(chunked(model, batch), plain, rtol=1e-10, atol=0)
 
 
-def test_logits_are_looked_at_in_evaluation_too():
+def test_logits_are_checked_in_evaluation_mode():
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode, pytest.raises(ValueError, match="changed by `add`"):
             chunked(changed(lambda m, x: x + 1.0), text())
 
 
 @pytest.mark.parametrize("kind", ["Inkling", "Inkling2"])
-def test_a_shipped_model_that_drops_its_padded_vocabulary(kind):
+def test_a_model_that_removes_its_padded_vocabulary_is_refused(kind):
     model_class = getattr(transformers, f"{kind}ForCausalLM", None)
     if model_class is None:
         pytest.skip(f"this release of transformers has no {kind}")
@@ -192,12 +192,12 @@ def test_a_scaled_head_with_a_bias_is_refused():
     torch.testing.assert_close(chunked(capped, text()), whole(capped, text()), rtol=1e-10, atol=0)
 
 
-def test_the_trial_leaves_nothing_behind_and_is_made_once():
+def test_the_trial_runs_once_and_changes_no_state():
     calls = []
 
     def change(model, logits):
         calls.append(model.training)
-        torch.rand(1)  # in eval mode, too
+        torch.rand(1)  # also in eval mode
         return logits
 
     model, batch = changed(change).train(), text()
@@ -206,7 +206,7 @@ def test_the_trial_leaves_nothing_behind_and_is_made_once():
     torch.manual_seed(7)
     first = chunked(model, batch)
     clipper.backward(first)
-    assert calls == [False] * 3 + [True]  # of the head, of padding, of the same without
+    assert calls == [False] * 3 + [True]  # the head, with padding, without padding
     assert all(module.training for module in model.modules())
     torch.manual_seed(7)
     second = chunked(model, batch)  # the same dropout masks
@@ -215,7 +215,7 @@ def test_the_trial_leaves_nothing_behind_and_is_made_once():
     assert torch.equal(first, second)
 
 
-def test_a_cap_under_an_outer_checkpoint():
+def test_a_cap_under_an_outer_checkpoint_is_exact():
     model, batch = changed(KNOWN["a named cap"], final_logit_softcapping=30.0), text()
     model.scale.requires_grad_(False)
     norms, _ = by_loop(model, batch, whole, max_grad_norm=1.0)
@@ -226,7 +226,7 @@ def test_a_cap_under_an_outer_checkpoint():
         torch.testing.assert_close(ours, norms, rtol=1e-9, atol=1e-12)
 
 
-def test_a_cap_under_autocast():
+def test_a_cap_under_autocast_is_exact():
     model, batch = (
         changed(KNOWN["a named factor and a named cap"], logit_scale=2.0, final_logit_softcapping=30.0),
         text(),
@@ -237,7 +237,7 @@ def test_a_cap_under_autocast():
     torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
 
 
-def test_another_configuration_is_tried_again():
+def test_a_changed_configuration_is_tried_again():
     model, batch = of("Gemma2", num_key_value_heads=1, head_dim=8, final_logit_softcapping=30.0).eval(), text()
     for parameter in model.parameters():
         parameter.data *= 4
@@ -246,7 +246,7 @@ def test_another_configuration_is_tried_again():
         torch.testing.assert_close(chunked(model, batch), whole(model, batch), rtol=1e-4, atol=1e-6)
 
 
-def test_an_empty_batch_passes_and_is_no_trial():
+def test_an_empty_batch_runs_no_trial():
     model, calls = gptj().double().eval(), []
     model.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(calls)))
     for mask in (None, torch.zeros(0, 7, dtype=torch.long)):
@@ -257,7 +257,7 @@ def test_an_empty_batch_passes_and_is_no_trial():
     assert len(calls) == 2 + 3 + 1
 
 
-def test_fake_tensors_are_not_looked_at():
+def test_fake_tensors_run_no_trial():
     with FakeTensorMode():
         model = of("Gemma2", num_key_value_heads=1, head_dim=8)
         ids = torch.zeros(2, 5, dtype=torch.long)
@@ -266,7 +266,7 @@ def test_fake_tensors_are_not_looked_at():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_change_within_rounding_of_the_dtype(dtype):
+def test_a_change_within_rounding_of_the_dtype_is_accepted(dtype):
     steps = StandIn.of(torch.zeros(1, 2, 3, dtype=dtype), "the head")
     config = transformers.GPT2Config(final_logit_softcapping=30.0, logit_scale=0.7)
     capped = (steps * 0.7 / 30.0).tanh() * 30.0

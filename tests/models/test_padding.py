@@ -1,4 +1,4 @@
-"""The loss, the norm and the clipped gradient of a padded example are those of the example alone."""
+"""Loss, norm and clipped gradient of a padded example equal those of the unpadded one."""
 
 import copy
 
@@ -24,12 +24,12 @@ MODELS = {
     "qwen 2": lambda: of("Qwen2", num_key_value_heads=1),
     "gemma 3, capped": lambda: gemma3(final_logit_softcapping=0.2),
 }
-ROUNDED = ("qwen 2", "gemma 3, capped", "gpt-j")  # their norms or rotations compute in float32 inside
+ROUNDED = ("qwen 2", "gemma 3, capped", "gpt-j")  # their norms or rotations compute in float32
 LENGTHS = (5, 9, 2, 12)
 
 
 def padded(side, lengths=LENGTHS):
-    """Ragged, with padding that is tokens like others."""
+    """A batch of different lengths, whose padding consists of valid tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     column, length = torch.arange(max(lengths))[None], torch.tensor(lengths)[:, None]
@@ -74,7 +74,7 @@ def assert_as_alone(model, batch, *, head, rtol=1e-9, passes=(1, 2)):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_an_example_is_that_alone(name, side, head):
+def test_a_padded_example_equals_the_unpadded_one(name, side, head):
     torch.manual_seed(0)
     model = in_float64(MODELS[name]()).eval()
     assert_as_alone(model, padded(side), head=head, rtol=1e-5 if name in ROUNDED else 1e-9)
@@ -82,8 +82,8 @@ def test_an_example_is_that_alone(name, side, head):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_gemma_2_in_float32(side, head):
-    """Whose attention is NaN in float64 where there is nothing to look at."""
+def test_a_padded_example_equals_the_unpadded_one_for_gemma_2_in_float32(side, head):
+    """In float64 the attention of Gemma 2 is NaN for a token without keys."""
     torch.manual_seed(0)
     model = of("Gemma2", num_key_value_heads=1, head_dim=8).eval()
     batch, losses = padded(side), losses_with(head)
@@ -95,7 +95,7 @@ def test_gemma_2_in_float32(side, head):
 
 
 @pytest.mark.parametrize("longest", [6, 9, 20])
-def test_longer_batch_mates_change_nothing(longest):
+def test_the_length_of_other_examples_has_no_effect(longest):
     torch.manual_seed(0)
     model = gpt2().double().eval()
     for side in ("left", "right"):
@@ -103,8 +103,8 @@ def test_longer_batch_mates_change_nothing(longest):
 
 
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_what_follows_padding_is_no_target(head):
-    """The first token would be predicted from padding, and padding from padding."""
+def test_the_first_token_after_padding_is_no_target(head):
+    """It would be predicted from padding."""
     torch.manual_seed(0)
     model, batch, losses = gpt2().double().eval(), padded("left"), losses_with(head)
     everything = {**batch, "labels": batch["input_ids"]}
@@ -112,7 +112,7 @@ def test_what_follows_padding_is_no_target(head):
 
 
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_a_target_that_is_padding_is_refused(head):
+def test_a_target_at_padding_is_refused(head):
     model, batch = gpt2(), padded("right")
     batch["labels"] = batch["input_ids"]
     words = rf"the target {batch['labels'][0, 5]} at row 0, column 5, where attention_mask is 0; give -100 there"
@@ -120,7 +120,7 @@ def test_a_target_that_is_padding_is_refused(head):
         losses_with(head)(model, batch)
 
 
-def test_an_example_of_padding_alone_needs_no_positions():
+def test_an_example_of_only_padding_needs_no_position_ids():
     torch.manual_seed(0)
     model = of("Bloom", n_head=2, n_layer=2).double().eval()
     batch = padded("right", (4, 0, 6))
@@ -129,7 +129,7 @@ def test_an_example_of_padding_alone_needs_no_positions():
     assert losses_with("chunked")(gpt2().double().eval(), both)[1] == 0
 
 
-def test_without_padding_the_model_numbers_its_positions_itself():
+def test_without_padding_no_position_ids_are_given():
     torch.manual_seed(0)
     model = gpt2().eval()
     seen = []
@@ -143,7 +143,7 @@ def test_without_padding_the_model_numbers_its_positions_itself():
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_the_trial_has_no_more_columns_than_the_batch(side):
+def test_the_trial_is_no_longer_than_the_batch(side):
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": max(LENGTHS)}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).double().eval()
@@ -175,7 +175,7 @@ REFUSED = {  # name: (model, side, words)
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_a_model_that_padding_changes_is_refused_by_name(name, head):
+def test_a_model_whose_logits_depend_on_padding_is_refused(name, head):
     torch.manual_seed(0)
     make, side, words = REFUSED[name]
     remedy = "pad on the right" if side == "left" else "make batches of examples of one length"
@@ -185,7 +185,7 @@ def test_a_model_that_padding_changes_is_refused_by_name(name, head):
             losses_with(head)(model, padded(side))
 
 
-def test_masks_that_are_refused():
+def test_invalid_masks_are_refused():
     model, batch = gpt2(), padded("left")
     batch["attention_mask"][3, 2] = 0
     with pytest.raises(ValueError, match=r"zeros on the left, and between ones in row 3; pad on the right"):
@@ -196,7 +196,7 @@ def test_masks_that_are_refused():
 
 
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_lora_on_left_padding(head):
+def test_lora_with_left_padding_is_exact(head):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = peft.get_peft_model(gpt2(), peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True))
@@ -209,7 +209,7 @@ def test_lora_on_left_padding(head):
 
 
 @pytest.mark.parametrize("head", ["chunked", "logits"])
-def test_a_learned_prefix_on_left_padding(head):
+def test_a_learned_prefix_with_left_padding_is_exact(head):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -218,13 +218,13 @@ def test_a_learned_prefix_on_left_padding(head):
     torch.testing.assert_close(losses_with(head)(model, batch), torch.cat(each), rtol=1e-9, atol=0)
 
 
-def test_the_trial_leaves_nothing_behind_under_a_clipper():
+def test_the_trial_changes_no_state_of_a_clipper():
     torch.manual_seed(0)
     model, batch, calls = gpt2().train(), padded("left"), []
     model.transformer.h[0].register_forward_pre_hook(lambda module, args: calls.append(module.training))
     clipper = GhostClipper(model, max_grad_norm=1.0)
     found = []
-    for count in (4, 1):  # the head, padding, the same without, and itself
+    for count in (4, 1):  # the head, with padding, without padding, and the step itself
         calls.clear()
         torch.manual_seed(7)
         found.append(losses_with("chunked")(model, batch))

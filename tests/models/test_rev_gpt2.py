@@ -1,4 +1,4 @@
-"""The reversible language model: one function in every memory mode, private or not, at memory flat in depth."""
+"""The reversible GPT-2 computes the same function in every memory mode, private or not, with memory flat in depth."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def model_of(*, layers=2, heads=2, width=16, seed=0, double=True, **options):
         **ends, **sizes, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, **options
     )
     model = RevGPT2(config).train()
-    return model.double() if double else model  # a fake one cannot be converted
+    return model.double() if double else model  # a fake model cannot be converted
 
 
 def losses_of(model, batch, *, head="chunked"):
@@ -44,14 +44,14 @@ def gradients(model, batch, mode):
 
 @given(
     batch=st.integers(1, 4),
-    places=st.integers(1, 9),
+    length=st.integers(1, 9),
     layers=st.integers(1, 5),
     heads=st.sampled_from([1, 2, 4]),
     tied=st.booleans(),
 )
 @settings(max_examples=8, deadline=None)
-def test_memory_modes_are_one_function(batch, places, layers, heads, tied):
-    model, batch = model_of(layers=layers, heads=heads, tie_word_embeddings=tied), tokens(batch=batch, places=places)
+def test_memory_modes_compute_the_same_function(batch, length, layers, heads, tied):
+    model, batch = model_of(layers=layers, heads=heads, tie_word_embeddings=tied), tokens(batch=batch, places=length)
     stored, expected = gradients(model, batch, "stored")
     for mode in ("checkpoint", "reversible"):
         losses, found = gradients(model, batch, mode)
@@ -68,7 +68,7 @@ def test_norms_and_clipped_sums_are_exact_in_each_memory_mode(mode, head):
     assert_exact(model, tokens(), lambda model, batch: losses_of(model, batch, head=head))
 
 
-def test_an_automatic_clipper_takes_two_passes_where_activations_are_rebuilt():
+def test_passes_auto_takes_two_passes_when_activations_are_rebuilt():
     for mode, passes in (("stored", 1), ("checkpoint", 2), ("reversible", 2)):
         model = model_of()
         model.memory = mode
@@ -82,7 +82,7 @@ MATRICES, TAPS, TENSORS = 4, 8, 16  # of a layer
 
 
 def bytes_beside_parameters(layers, *, mode, private):
-    """The most that a step ever holds besides parameters and gradients, exact."""
+    """The exact peak of a step without parameters and gradients."""
     with FakeTensorMode():
         model, ids = model_of(layers=layers, double=False), torch.zeros(BATCH, 24, dtype=torch.long)
         model.memory = mode
@@ -106,14 +106,14 @@ def test_memory_is_flat_in_depth(private):
         assert bytes_beside_parameters(48, mode="checkpoint", private=False) > 5 * many
 
 
-def test_what_is_rebuilt_drifts_little_in_48_layers():
+def test_the_rebuilt_stream_drifts_little_in_48_layers():
     model, batch = model_of(layers=48, double=False), tokens()
     expected = gradients(model, batch, "stored")[1]
     for one, other in zip(gradients(model, batch, "reversible")[1], expected, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
 
 
-def test_later_tokens_and_padding_change_nothing():
+def test_later_tokens_and_padding_have_no_effect():
     model, ids = model_of().eval(), torch.randint(1, VOCABULARY, (2, 7))
     whole = model(ids).logits
     torch.testing.assert_close(model(ids[:, :4]).logits, whole[:, :4])
@@ -125,7 +125,7 @@ def test_later_tokens_and_padding_change_nothing():
         padded.fill_(PAD), mask.fill_(0)
 
 
-def test_generation_from_a_cache_is_that_without():
+def test_generation_with_and_without_a_cache_is_equal():
     model, mask = model_of().eval(), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids = torch.randint(1, VOCABULARY, (2, 4)) * mask
     options = {"attention_mask": mask, "num_beams": 3, "do_sample": False, "max_new_tokens": 6}
@@ -134,14 +134,14 @@ def test_generation_from_a_cache_is_that_without():
     alone = model.generate(ids[1:, 2:], num_beams=3, do_sample=False, max_new_tokens=6)
     assert torch.equal(cached[1, 2 : 2 + alone.shape[1]], alone[0])
     with torch.no_grad():
-        known = model(ids[:, :3], mask[:, :3], use_cache=True).past_key_values
-        last = model(ids[:, 3:], mask, past_key_values=known, logits_to_keep=1).logits
+        cache = model(ids[:, :3], mask[:, :3], use_cache=True).past_key_values
+        last = model(ids[:, 3:], mask, past_key_values=cache, logits_to_keep=1).logits
     torch.testing.assert_close(last, model(ids, mask).logits[:, -1:])
-    with pytest.raises(ValueError, match=r"give whole texts, or torch\.no_grad\(\)"):
-        model(ids, mask, past_key_values=known)
+    with pytest.raises(ValueError, match=r"give whole texts, or use torch\.no_grad\(\)"):
+        model(ids, mask, past_key_values=cache)
 
 
-def test_it_is_saved_and_loaded_by_transformers(tmp_path):
+def test_transformers_saves_and_loads_the_model(tmp_path):
     model = model_of(double=False)
     model.memory = "reversible"
     model.save_pretrained(tmp_path)
@@ -152,15 +152,15 @@ def test_it_is_saved_and_loaded_by_transformers(tmp_path):
         assert torch.equal(loaded(tokens()["input_ids"]).logits, model.eval()(tokens()["input_ids"]).logits)
 
 
-def test_each_branch_begins_small():
+def test_each_branch_is_small_at_initialisation():
     model = model_of(layers=4)
     for layer in model.layers:
         for norm in (layer.attention.post_norm, layer.mlp[-1]):
             assert (norm.weight == 0.5).all()
 
 
-def test_what_cannot_be_built_is_said_in_one_sentence():
-    with pytest.raises(ValueError, match="the width 16 is no multiple of the 3 heads"):
+def test_invalid_arguments_raise_errors():
+    with pytest.raises(ValueError, match="hidden_size is 16, which is no multiple of the 3 heads"):
         model_of(heads=3)
     with pytest.raises(ValueError, match="memory is 'free'; choose one of stored, checkpoint, reversible"):
         model_of().memory = "free"

@@ -1,4 +1,4 @@
-"""The U-Net: one function and one set of gradients in every memory mode, at every size."""
+"""The U-Net computes the same function and gradients in every memory mode, at every size."""
 
 import json
 
@@ -32,8 +32,8 @@ def step(net, x, mode):
     return y.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}, torch.rand(2)
 
 
-def test_its_arguments_make_the_same_architecture():
-    """By way of JSON, in which they are kept beside the weights."""
+def test_arguments_rebuild_the_same_architecture():
+    """After a round trip through JSON, the format in which they are saved."""
     options = {"skip": "concat", "squeeze_excitation": 0.25, "deep_supervision": True, "blocks": (1, 2, 3), "chunks": 2}
     net, x = network(**options, memory=["stored", "reversible", "reversible"]).eval(), volume(8, 9, 7)
     net.memory = ("checkpoint", "stored", "reversible")
@@ -56,14 +56,14 @@ def test_its_arguments_make_the_same_architecture():
     ],
     ids=["plain", "concat", "gate", "dropout", "depths", "grid", "deep supervision"],
 )
-def test_memory_modes_are_one_function(options):
+def test_memory_modes_compute_the_same_function(options):
     net, x = network(**options), volume(8, 9, 7)
     stored = step(net, x, "stored")
     for mode in ("checkpoint", "reversible", "hooks"):
         for sequence in [*net.encoder, *net.decoder]:
             sequence.engine = "hooks" if mode == "hooks" else "auto"
         y, gradients, after = step(net, x, "reversible" if mode == "hooks" else mode)
-        if mode == "reversible":  # in chunks: up to rounding
+        if mode == "reversible":  # computed in chunks: equal up to rounding
             torch.testing.assert_close(y, stored[0], rtol=1e-9, atol=1e-12)
         else:
             assert torch.equal(y, stored[0])
@@ -72,7 +72,7 @@ def test_memory_modes_are_one_function(options):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=f"{mode}: {name}")
 
 
-def test_memory_modes_are_one_function_under_autocast():
+def test_memory_modes_compute_the_same_function_under_autocast():
     net = network(dtype=torch.float32, channels=(8, 16), blocks=4, engine="hooks")
     x = volume(8, 8, 8, dtype=torch.float32)
 
@@ -86,7 +86,7 @@ def test_memory_modes_are_one_function_under_autocast():
         assert torch.equal(under_autocast(mode), stored)
 
 
-def test_a_stream_on_a_grid_has_the_stored_gradients_to_the_bit_under_autocast():
+def test_with_a_grid_gradients_under_autocast_are_bit_identical_to_stored():
     net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14, engine="hooks")
     x = volume(8, 8, 8, dtype=torch.float32)
 
@@ -105,12 +105,12 @@ def test_a_stream_on_a_grid_has_the_stored_gradients_to_the_bit_under_autocast()
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 6, 7), (16, 8, 12), (3, 17, 2)])
 @pytest.mark.parametrize("skip", ["add", "concat"])
-def test_every_size_has_logits_of_its_size(size, skip):
+def test_logits_have_the_size_of_the_input(size, skip):
     x = volume(*size, batch=1)
     assert network(skip=skip)(x).shape == (1, 3, *size)
 
 
-def test_side_heads_are_for_training():
+def test_side_heads_are_used_only_in_training():
     net = network(channels=(4, 8, 8, 8), deep_supervision=True)
     levels = net(volume(16, 12, 9))
     assert [tuple(each.shape[1:]) for each in levels] == [(3, 16, 12, 9), (3, 8, 6, 5), (3, 4, 3, 3)]
@@ -120,7 +120,7 @@ def test_side_heads_are_for_training():
     assert torch.equal(plain(volume(8, 8, 8)), net(volume(8, 8, 8)))
 
 
-def test_coarser_levels_take_fewer_chunks():
+def test_coarser_levels_use_fewer_chunks():
     def chunks_of(net):
         assert all(set(level.engines()) == {"fused"} for level in [*net.encoder, *net.decoder])
         return [level.blocks[0].f.chunks for level in net.encoder]
@@ -130,7 +130,7 @@ def test_coarser_levels_take_fewer_chunks():
     assert chunks_of(network(channels=(4, 8, 256), chunks=8)) == [2, 2, 8]
 
 
-def test_checkpoints_are_interchangeable():
+def test_state_dicts_are_interchangeable_between_memory_modes():
     nets = [network(seed, memory=mode) for seed, mode in enumerate(MEMORY_MODES)]
     for net in nets[1:]:
         net.load_state_dict(nets[0].state_dict())
@@ -156,7 +156,7 @@ def test_mbconv_keeps_shape_and_layout():
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_step_holds_little_besides_one_block_of_the_finest_level():
+def test_a_step_keeps_little_more_than_one_block_of_the_finest_level():
     def peak(**options):
         torch.manual_seed(0)
         net = ReversibleUNet3d(channels=(16, 32, 64), **options)
@@ -188,6 +188,6 @@ def test_a_step_holds_little_besides_one_block_of_the_finest_level():
         ({"memory": "free"}, "choose one of stored, checkpoint, reversible"),
     ],
 )
-def test_what_cannot_be_built_is_said_in_one_sentence(options, words):
+def test_invalid_arguments_raise_errors(options, words):
     with pytest.raises(ValueError, match=words):
         network(**options)

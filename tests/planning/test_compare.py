@@ -93,7 +93,7 @@ def test_a_budget_holds_for_what_is_compared(run, capfd):
 
 def test_a_model_that_cannot_be_predicted_trains(run, monkeypatch, capfd):
     def fail(step):
-        raise ValueError("the step looks at the values of a tensor")
+        raise ValueError("the step reads the values of a tensor")
 
     monkeypatch.setattr(compare, "peak_on_fake", fail)
     code, result, _ = run(ALL)

@@ -1,4 +1,4 @@
-"""Small programs whose memory the tests know: one training step each, as a function of nothing."""
+"""Small training steps whose memory the tests know."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class ConvNet(nn.Module):
 
 
 class Square(torch.autograd.Function):
-    """x * x by hand: keeps x, and makes a temporary in its backward."""
+    """x * x: saves x, and creates a temporary in its backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -49,11 +49,11 @@ class Program:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: Callable[[], list[torch.Tensor]]
-    """Trains once and returns copies of loss and gradients."""
+    """Runs one training step and returns copies of loss and gradients."""
 
 
 def conv_program(*, size: int = 8, release: bool = False, warm: bool = False, **net: Any) -> Program:
-    """AdamW on a `ConvNet`; `release` lets go of the gradients at the end of a step, `warm` trains one step before."""
+    """AdamW on a `ConvNet`; `release` frees the gradients at the end of a step, `warm` runs one step before."""
     torch.manual_seed(0)
     model = ConvNet(**net)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)

@@ -1,4 +1,4 @@
-"""The allocator's number against allocations of known size."""
+"""The peak of the allocator, for allocations of known size."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memsave.profiler import MemoryRecorder, allocator_peak
 
 
-def test_known_allocations():
+def test_the_peak_of_known_allocations_is_exact():
     def step():
         a = torch.empty(1 << 20, dtype=torch.uint8)
         b = torch.empty(3 << 20, dtype=torch.uint8)
@@ -19,7 +19,7 @@ def test_known_allocations():
 
 
 @pytest.mark.parametrize("profiled_before", [False, True])
-def test_what_existed_before_is_not_in_the_number_nor_is_its_release(profiled_before):
+def test_older_memory_and_its_release_are_not_counted(profiled_before):
     box = []
 
     def fill():
@@ -37,7 +37,7 @@ def test_what_existed_before_is_not_in_the_number_nor_is_its_release(profiled_be
     assert allocator_peak(step) == 5 << 20
 
 
-def test_workspaces_of_operators_are_in_the_number():
+def test_workspaces_of_operators_are_counted():
     net, x = torch.nn.Conv3d(8, 8, 3), torch.randn(1, 8, 12, 12, 12)
 
     def step():
@@ -50,7 +50,7 @@ def test_workspaces_of_operators_are_in_the_number():
     assert allocator_peak(step) > report.peak_bytes - report.start_bytes
 
 
-def test_fake_tensors_and_other_devices_have_no_allocator():
+def test_fake_tensors_and_other_devices_give_none():
     ran = []
     with FakeTensorMode():
         assert allocator_peak(lambda: ran.append(torch.empty(10))) is None
@@ -59,5 +59,5 @@ def test_fake_tensors_and_other_devices_have_no_allocator():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda():
+def test_the_peak_on_cuda_is_exact():
     assert allocator_peak(lambda: torch.empty(8 << 20, dtype=torch.uint8, device="cuda"), device="cuda") == 8 << 20

@@ -1,4 +1,4 @@
-"""What the allocator takes over the live tensors, and how it is kept."""
+"""The ratio of allocator bytes to live bytes, and its file."""
 
 import json
 
@@ -10,14 +10,14 @@ from memsave.profiler.calibration import read_calibrations, write_calibration
 from tests.profiler.test_planner import line_step
 
 
-def test_a_step_without_workspace_needs_none():
+def test_a_step_without_workspace_has_ratio_zero():
     found = calibrate(lambda: line_step(500))
     assert 0 <= found.workspace_ratio < 0.02
     report = peak_on_fake(lambda: line_step(500))
     assert report.peak_bytes <= found.allocator_bytes(report) < 1.02 * report.peak_bytes
 
 
-def test_workspace_is_in_proportion_to_the_largest_block(monkeypatch):
+def test_workspace_is_proportional_to_the_largest_block(monkeypatch):
     extra = 3 * 500 * 64 * 4
     real = allocator_peak
     monkeypatch.setattr(calibration, "allocator_peak", lambda step, *, device: real(step, device=device) + extra)
@@ -29,13 +29,13 @@ def test_workspace_is_in_proportion_to_the_largest_block(monkeypatch):
     assert Calibration(3.0).allocator_bytes(report) == report.peak_bytes + 3 * 5000 * 64 * 4
 
 
-def test_no_allocator_gives_no_calibration():
+def test_without_an_allocator_there_is_no_calibration():
     model = nn.Linear(1, 1, device="meta")
     step = TrainingStep(model, lambda: model(torch.zeros(1, 1, device="meta")).sum().backward())
     assert calibrate(lambda: step, device="meta") is None
 
 
-def test_calibrations_are_kept_side_by_side_and_readable(tmp_path):
+def test_calibrations_are_added_to_the_file_by_key(tmp_path):
     path = tmp_path / "cache" / "calibration.json"
     assert read_calibrations(path) == {}
     write_calibration(path, "one", Calibration(0.5), notes={"date": "2026-01-31"})

@@ -1,4 +1,4 @@
-"""What each byte is for: categories, phases and modules, exact and always adding up."""
+"""Categories, phases and modules of each byte are exact and add up to the total."""
 
 from itertools import pairwise
 
@@ -37,14 +37,14 @@ def assert_adds_up(report) -> None:
         assert sum(block.bytes for block in report.blocks if block.category == name) == size
 
 
-def test_every_category_of_a_linear_layer_by_hand():
+def test_every_category_of_a_linear_layer_is_exact():
     model = nn.Linear(10, 5)
     model.register_buffer("scale", torch.ones(5))
     x = torch.randn(4, 10)
 
     def step():
         y = model(x)  # 80, kept by square
-        z = (y * model.scale).square()  # the product 80 is kept, the square 80 is not
+        z = (y * model.scale).square()  # the product (80 bytes) is saved, the square (80 bytes) is not
         loss = z.sum()
         loss.backward()
 
@@ -58,7 +58,7 @@ def test_every_category_of_a_linear_layer_by_hand():
     at_backward = report.timeline.phases[1][0]
     by_category = report.timeline.by_category()
     # Kept: y for the product's gradient? No: scale needs no gradient, so only the product and what Python holds:
-    # y, z and loss are local names, and the root gradient (4 bytes) is made before the backward begins.
+    # y, z and loss are local names, and the root gradient (4 bytes) is created before the backward begins.
     assert by_category["activation"][at_backward] == 80 + 80 + 80 + 4 + 4
     assert by_category["gradient"][-1] == (50 + 5) * 4
     assert by_category["temporary"][-1] == 0 == by_category["activation"][-1]
@@ -82,7 +82,7 @@ def test_parameters_gradients_and_optimizer_state_are_exact(warm, release):
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
-def test_optimizer_implementations(options):
+def test_all_optimizer_implementations_are_exact(options):
     program = conv_program(release=True)
     program.optimizer = torch.optim.AdamW(program.model.parameters(), **options)
     x = torch.randn(2, 2, 8, 8)
@@ -136,7 +136,7 @@ def test_gradients_assigned_by_hand_are_gradients():
     assert (max(gradient), gradient[-1]) == (parameter_bytes(model), 0)
 
 
-def test_what_a_forward_drops_is_temporary_and_what_it_keeps_is_activation():
+def test_tensors_dropped_in_the_forward_are_temporary_and_kept_ones_are_activations():
     x = torch.randn(100, requires_grad=True)
 
     def step():
@@ -154,7 +154,7 @@ def test_what_a_forward_drops_is_temporary_and_what_it_keeps_is_activation():
 
 
 class Keeps(torch.autograd.Function):
-    """Saves a tensor that its backward never uses, and makes none in its backward."""
+    """Saves a tensor that its backward does not use, and creates none in its backward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -166,7 +166,7 @@ class Keeps(torch.autograd.Function):
         return grads[0].expand(100)
 
 
-def test_what_a_backward_releases_before_it_makes_anything_was_kept():
+def test_tensors_released_at_the_start_of_backward_are_activations():
     x = torch.randn(100, requires_grad=True)
     with MemoryRecorder(nn.Identity()) as recorder:
         Keeps.apply(x).backward()
@@ -182,7 +182,7 @@ def test_gradients_of_activations_are_temporary():
     assert found.shape == (100,)
 
 
-def test_two_forwards_before_one_backward_and_again():
+def test_two_forwards_before_one_backward_have_exact_categories():
     model = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
     x = torch.randn(4, 8)
 
@@ -201,12 +201,12 @@ def test_two_forwards_before_one_backward_and_again():
             assert 2 * 128 <= kept <= 2 * 128 + 6 * 4
 
 
-def test_phases_and_modules_of_a_checkpointed_step():
+def test_phases_and_modules_of_a_checkpointed_step_are_correct():
     report = record(conv_program(checkpointed=True, size=16))
     phases = [phase for _, phase in report.timeline.phases]
     assert phases[0] == "forward"
     assert phases.count("recompute") == 3
-    assert phases[-2:] == ["optimizer", "forward"]  # the step copies its gradients last, outside of everything
+    assert phases[-2:] == ["optimizer", "forward"]  # the step copies its gradients last, outside all modules
     rebuilt = [block for block in report.blocks if block.phase == "recompute"]
     assert rebuilt and {block.module for block in rebuilt} <= {f"blocks.2.{index}" for index in range(3)}
     assert {block.category for block in rebuilt} == {"temporary"}
@@ -215,7 +215,7 @@ def test_phases_and_modules_of_a_checkpointed_step():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_what_a_backward_makes_belongs_to_the_module_of_its_node(checkpointed):
+def test_allocations_of_a_backward_belong_to_the_module_of_the_node(checkpointed):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -230,12 +230,12 @@ def test_what_a_backward_makes_belongs_to_the_module_of_its_node(checkpointed):
         (net(x) ** 2).sum().backward()
     made = {(block.module, block.shape) for block in recorder._ledger.blocks if block.phase == "backward"}
     assert ("last", (3, 8)) in made  # the gradient of its input
-    assert ("act", (3, 8)) in made  # and that of the activation's
+    assert ("act", (3, 8)) in made  # and that of the activation's input
     assert ("first", (8, 4)) in made and ("last", (16, 8)) in made  # weights
-    assert {shape for module, shape in made if module is None} <= {(), (3, 16)}  # of the loss, outside
+    assert {shape for module, shape in made if module is None} <= {(), (3, 16)}  # of the loss, outside all modules
 
 
-def test_modules_of_a_backward_inside_a_forward():
+def test_modules_of_a_backward_inside_a_forward_are_correct():
     class Inner(nn.Module):
         def __init__(self):
             super().__init__()
@@ -260,7 +260,7 @@ def test_a_checkpointed_function_without_modules_is_recompute():
     assert "recompute" in [phase for _, phase in recorder.report().timeline.phases]
 
 
-def test_clipping_after_a_backward_is_no_forward():
+def test_clipping_after_a_backward_belongs_to_the_backward():
     model = nn.Linear(8, 8)
     x = torch.randn(2, 8)
     with MemoryRecorder(model) as recorder:
@@ -275,7 +275,7 @@ def test_checkpoint_peaks_below_stored():
     assert max(frugal.timeline.by_category()["activation"]) < max(stored.timeline.by_category()["activation"])
 
 
-def test_inference_keeps_only_its_result():
+def test_inference_keeps_only_the_output():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(4, 8)
     with torch.no_grad(), MemoryRecorder(model) as recorder:

@@ -1,4 +1,4 @@
-"""The page of a recording, looked at by a real browser where there is one."""
+"""The HTML page of a recording, tested in a browser if one is installed."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def page_of(tmp_path, *reports):
     return path
 
 
-def test_the_page_stands_alone_and_holds_every_event(tmp_path, report):
+def test_the_page_is_self_contained_and_has_every_event(tmp_path, report):
     text = page_of(tmp_path, report).read_text()
     assert "A &lt;step&gt;" in text
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", text)
@@ -56,13 +56,13 @@ def test_a_report_read_from_json_gives_the_same_page(tmp_path, report):
     assert page_of(tmp_path, MemoryReport.from_json(tmp_path / "memory.json")).read_text() == one
 
 
-def test_nothing_to_show_is_an_error(tmp_path):
+def test_no_reports_raise_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least 1 is needed"):
         write_html({}, tmp_path / "memory.html")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser")
-def test_a_browser_names_the_block_under_the_mouse(tmp_path, report):
+def test_a_browser_shows_the_block_under_the_mouse(tmp_path, report):
     path = page_of(tmp_path, report, report)
     path.write_text(path.read_text().replace("</body>", POINT))
     seen = subprocess.run(

@@ -20,7 +20,7 @@ def record(step, model=NOTHING, **kwargs):
     return recorder.report(), result
 
 
-def test_births_and_deaths_of_a_chain():
+def test_births_and_deaths_of_a_chain_are_exact():
     x = torch.randn(100)
 
     def step():
@@ -40,7 +40,7 @@ def test_births_and_deaths_of_a_chain():
     assert report.blocks[0].shape == (200,) and report.blocks[0].dtype == "float64"
 
 
-def test_deaths_come_in_the_order_of_the_releases():
+def test_deaths_are_recorded_in_the_order_of_release():
     def step():
         small, middle, large = torch.zeros(1), torch.zeros(2), torch.zeros(3)
         del middle
@@ -65,7 +65,7 @@ def test_views_share_one_block():
     assert report.peak_bytes == 800
 
 
-def test_a_view_keeps_the_whole_storage_and_its_death_is_the_last_views():
+def test_a_block_dies_with_its_last_view():
     def step():
         y = torch.zeros(100)
         corner = y[:1]
@@ -77,20 +77,20 @@ def test_a_view_keeps_the_whole_storage_and_its_death_is_the_last_views():
     assert report.timeline.deltas == [400, 4, -4, -400]
 
 
-def test_in_place_operations_take_nothing():
+def test_in_place_operations_allocate_nothing():
     x = torch.randn(100)
     report, _ = record(lambda: x.add_(1).mul_(2).relu_())
     assert report.timeline.deltas == []
     assert report.peak_bytes == 400
 
 
-def test_resizing_changes_the_block():
+def test_resizing_changes_the_size_of_the_block():
     def step():
         y = torch.zeros(10)
         y.resize_(30)
         y.untyped_storage().resize_(0)
         y.data_ptr()
-        y.view(-1)  # the next operator sees what the storage did by itself
+        y.view(-1)  # the next operator sees the new size of the storage
         return y
 
     report, _ = record(step)
@@ -98,12 +98,12 @@ def test_resizing_changes_the_block():
     assert [block.bytes for block in report.blocks] == [120]
 
 
-def test_empty_storages_count_nothing():
+def test_empty_storages_have_no_bytes():
     report, _ = record(lambda: [torch.empty(0), torch.empty(0, 5), torch.zeros(3)[:0]])
-    assert report.timeline.totals()[-1] == 12  # an empty view holds its storage
+    assert report.timeline.totals()[-1] == 12  # an empty view keeps its storage alive
 
 
-def test_tensors_made_from_python_and_numpy_are_born_not_inputs():
+def test_tensors_created_from_python_and_numpy_are_not_inputs():
     def step():
         a = torch.tensor([1.0, 2.0])
         b = torch.from_numpy(torch.zeros(5).numpy())
@@ -114,14 +114,14 @@ def test_tensors_made_from_python_and_numpy_are_born_not_inputs():
     assert report.timeline.totals()[-1] == 8 + 20
 
 
-def test_an_input_counts_from_the_start_even_when_it_is_used_late():
+def test_an_input_used_late_counts_from_the_start():
     x, y = torch.randn(10), torch.randn(1000)
     report, _ = record(lambda: (x + 1, y.sum()))
     assert report.start_bytes == 40 + 4000
     assert report.peak_by_category["input"] == 4040
 
 
-def test_an_input_that_the_step_releases_dies():
+def test_the_release_of_an_input_is_recorded():
     box = [torch.randn(100)]
 
     def step():
@@ -133,7 +133,7 @@ def test_an_input_that_the_step_releases_dies():
     assert report.timeline.totals() == [400, 404, 4]
 
 
-def test_identity_numbers_that_python_reuses_do_not_confuse_blocks():
+def test_reused_python_ids_are_different_blocks():
     def step():
         for _ in range(200):
             torch.zeros(10)
@@ -142,11 +142,11 @@ def test_identity_numbers_that_python_reuses_do_not_confuse_blocks():
     assert report.timeline.deltas == [40, -40] * 200
 
 
-def test_what_only_autograd_holds_lives():
+def test_tensors_saved_only_by_autograd_are_alive():
     x = torch.randn(100, requires_grad=True)
 
     def step():
-        y = x.exp().sum()  # exp keeps its result for the backward
+        y = x.exp().sum()  # exp saves its result
         gc.collect()
         torch.zeros(1)
         return y
@@ -167,7 +167,7 @@ def test_sparse_gradients_count_indices_and_values():
 
 
 class Wasteful(TwoTensor):
-    """Two tensors, and a thousand zeros for each operator."""
+    """Two tensors; each operator also allocates a thousand zeros."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -175,14 +175,14 @@ class Wasteful(TwoTensor):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_wrapper_subclasses_count_what_is_inside_and_what_they_do_inside():
+def test_inner_tensors_and_operators_of_wrapper_subclasses_are_counted():
     x = Wasteful(torch.randn(10), torch.randn(10))
     report, _ = record(lambda: x * 2)
     assert report.timeline.deltas[:2] == [4000, -4000]
     assert report.timeline.totals()[-1] == 160
 
 
-def test_saved_tensor_hooks_free_what_they_replace():
+def test_tensors_replaced_by_saved_tensor_hooks_are_freed():
     x = torch.randn(100, requires_grad=True)
 
     def step(pack, unpack):
@@ -199,7 +199,7 @@ def test_saved_tensor_hooks_free_what_they_replace():
     assert at_backward[0] - at_backward[1] == 200
 
 
-def test_a_device_filter_leaves_the_others_out():
+def test_a_device_filter_excludes_other_devices():
     x = torch.randn(10)
     report, _ = record(lambda: (x + 1, torch.zeros(100, device="meta")), device="meta")
     assert report.timeline.totals() == [0, 400]
@@ -207,7 +207,7 @@ def test_a_device_filter_leaves_the_others_out():
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_the_blocks_of_a_checkpoint(use_checkpoint):
+def test_a_checkpoint_keeps_only_its_input(use_checkpoint):
     x = torch.randn(100, requires_grad=True)
 
     def step():
@@ -218,5 +218,5 @@ def test_the_blocks_of_a_checkpoint(use_checkpoint):
         return y.sum()
 
     report, _ = record(step)
-    # exp's result is kept by exp and by sin; the checkpoint keeps x alone, which lives anyway.
+    # exp and sin save the result of exp; the checkpoint saves only x, which is alive in any case.
     assert report.timeline.totals()[-1] == 400 + 4 + (0 if use_checkpoint else 400)

@@ -1,4 +1,4 @@
-"""The recorder on whole models: what fake tensors predict is what the real step takes."""
+"""The recorder on whole models: fake tensors predict the bytes of the real step."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ def unet_step(memory, *, blocks=1, engine="auto"):
 
 
 def gpt2_step(checkpointing=False):
-    """The same of a small GPT-2 of transformers, one loss per example."""
+    """The same for a small GPT-2 of transformers, with one loss per example."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=500, n_positions=64, use_cache=False)
@@ -43,7 +43,7 @@ def train(model, inputs, loss):
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimizer has its state from here on
+    step()  # creates the state of the optimizer
     return model, optimizer, inputs, step
 
 
@@ -65,7 +65,7 @@ def test_a_unet_on_fake_tensors_takes_the_same_bytes(memory):
 def test_a_gpt2_on_fake_tensors_takes_nearly_the_same_bytes(checkpointing):
     real, fake = (report_of(lambda: gpt2_step(checkpointing), fake=fake) for fake in (False, True))
     assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.005)
-    for category, size in real.peak_by_category.items():  # transformers makes its mask in another way there
+    for category, size in real.peak_by_category.items():  # transformers creates the mask differently for fake tensors
         assert fake.peak_by_category[category] == pytest.approx(size, abs=0.005 * real.peak_bytes)
 
 
@@ -74,7 +74,7 @@ def test_a_gpt2_on_fake_tensors_takes_nearly_the_same_bytes(checkpointing):
     [*(lambda memory=memory: unet_step(memory, blocks=2, engine="hooks") for memory in MODES), gpt2_step],
     ids=[*MODES, "gpt2"],
 )
-def test_totals_are_those_of_mem_tracker(make):
+def test_totals_equal_those_of_mem_tracker(make):
     ours = report_of(make, fake=True)
     with FakeTensorMode():
         model, optimizer, inputs, step = make()

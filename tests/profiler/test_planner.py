@@ -1,4 +1,4 @@
-"""What fits: the answer is the largest, verified on both sides, whatever the sizes do."""
+"""The search returns the largest size that fits, verified on both sides, also for non-monotone totals."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def line_step(size, *, width=64):
-    """A step whose activations grow with `size`, the batch."""
+    """A step whose activations grow with `size`, the batch size."""
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     inputs = torch.zeros(size, width)
@@ -33,23 +33,23 @@ def measured(size):
     return recorder.report()
 
 
-def test_the_fake_step_is_the_second_one_with_the_optimizers_state():
+def test_the_fake_step_includes_the_optimizer_state():
     report = peak_on_fake(lambda: line_step(1000))
     assert report == measured(1000)
     assert report.peak_by_category["optimizer"] > 0
 
 
-def test_an_optimizer_that_wants_more_is_given_two_whole_steps():
+def test_an_optimizer_that_needs_a_closure_runs_two_whole_steps():
     def step():
         made = line_step(100)
         optimizer = torch.optim.LBFGS(made.model.parameters())
         return TrainingStep(made.model, lambda: made.model(torch.zeros(100, 64)).sum().backward(), optimizer)
 
     twice = peak_on_fake(step)
-    assert twice.peak_by_category["gradient"] == twice.peak_by_category["parameter"]  # the first step's
+    assert twice.peak_by_category["gradient"] == twice.peak_by_category["parameter"]  # of the first step
 
 
-def test_planning_leaves_the_random_numbers_alone():
+def test_planning_does_not_change_the_random_state():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     peak_on_fake(lambda: line_step(10))
@@ -58,7 +58,7 @@ def test_planning_leaves_the_random_numbers_alone():
 
 @pytest.mark.parametrize("start", [None, 1, 700, 4096])
 @pytest.mark.parametrize("budget", [200_000, 3 * MIB, "4MiB"])
-def test_the_answer_fits_and_one_step_more_does_not_for_real(budget, start):
+def test_the_answer_fits_and_the_next_size_does_not_in_real_steps(budget, start):
     answer = largest(line_step, budget=budget, low=8, high=4096, multiple=8, start=start)
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     assert answer.size % 8 == 0
@@ -68,7 +68,7 @@ def test_the_answer_fits_and_one_step_more_does_not_for_real(budget, start):
     assert len(answer.tried) < 12
 
 
-def test_where_nothing_fits_the_smallest_budget_does():
+def test_if_nothing_fits_the_smallest_budget_is_reported():
     answer = largest(line_step, budget=1000, low=16, high=64, multiple=16)
     assert answer.size is None
     assert "nothing fits into 1000 B: the lowest size, 16" in str(answer)
@@ -76,32 +76,34 @@ def test_where_nothing_fits_the_smallest_budget_does():
     assert largest(line_step, budget=answer.smallest_budget - 1, low=16, high=64, multiple=16).size is None
 
 
-def test_the_top_of_the_range_is_told_as_such():
+def test_the_result_says_if_the_highest_size_fits():
     answer = largest(line_step, budget="1GiB", low=16, high=70, multiple=16)
     assert (answer.size, answer.above) == (64, None)
-    assert "the highest that was allowed" in str(answer)
+    assert "the highest allowed" in str(answer)
 
 
-def test_without_a_top_sizes_grow_until_one_does_not_fit():
+def test_without_high_sizes_grow_until_one_does_not_fit():
     answer = largest(line_step, budget="24MiB", low=8, multiple=8, power=2)
     assert measured(answer.size).peak_bytes <= 24 * MIB < measured(answer.size + 8).peak_bytes
     assert answer.size > 4096
     assert not answer.timed_out
 
 
-def test_a_search_without_time_names_what_is_known_to_fit():
+def test_a_timed_out_search_returns_the_largest_size_known_to_fit():
     answer = largest(line_step, budget="24MiB", low=8, multiple=8, start=80, seconds=0)
     assert (answer.size, answer.above, answer.timed_out) == (80, None, True)
-    assert "the search ended by its time, so larger ones may fit" in str(answer)
-    assert largest(line_step, budget="1MiB", low=8, multiple=8, start=8000, seconds=0).above.total > MIB  # not upward
+    assert "the time limit ended the search, so larger ones may fit" in str(answer)
+    assert (
+        largest(line_step, budget="1MiB", low=8, multiple=8, start=8000, seconds=0).above.total > MIB
+    )  # still tries lower
 
 
-def test_a_size_whose_step_would_take_too_long_is_not_tried(monkeypatch):
+def test_a_size_whose_step_may_exceed_the_time_limit_is_not_tried(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(planner.time, "process_time", lambda: now[0])
 
     def step_at(size):
-        now[0] += size / 100  # as of a depth
+        now[0] += size / 100  # time grows with the size
         return line_step(size)
 
     answer = largest(step_at, budget="1GiB", low=1, start=100, seconds=10)
@@ -110,7 +112,7 @@ def test_a_size_whose_step_would_take_too_long_is_not_tried(monkeypatch):
     assert now[0] < 20 + 1
 
 
-def test_exact_calibrated_and_reserve_are_three_numbers():
+def test_exact_calibrated_and_reserve_bytes_are_separate():
     plain = largest(line_step, budget="3MiB", low=8, high=4096, multiple=8)
     assert plain.need.exact == plain.need.calibrated == plain.need.total
     calibration = Calibration(workspace_ratio=2.0)
@@ -123,14 +125,14 @@ def test_exact_calibrated_and_reserve_are_three_numbers():
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 1), (5, 4, 1), (1, 4, 0)])
-def test_no_sizes_are_refused(sizes):
+def test_invalid_ranges_of_sizes_are_refused(sizes):
     low, high, multiple = sizes
     with pytest.raises(ValueError, match=f"sizes go from {low} to {high} in steps of {multiple}; give"):
         largest(line_step, budget=1, low=low, high=high, multiple=multiple)
 
 
 def pretend(monkeypatch, totals):
-    """Have size s take totals[s] bytes."""
+    """Make size s take totals[s] bytes."""
 
     class Report:
         largest_block_bytes = 0
@@ -147,7 +149,7 @@ def pretend(monkeypatch, totals):
     limit=st.integers(0, 40_000),
     start=st.integers(1, 100),
 )
-def test_the_search_finds_the_largest_of_whatever_grows(steps, limit, start):
+def test_the_search_finds_the_largest_size_for_increasing_totals(steps, limit, start):
     totals = {size: sum(steps[:size]) for size in range(1, len(steps) + 1)}
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch, totals)
@@ -158,21 +160,21 @@ def test_the_search_finds_the_largest_of_whatever_grows(steps, limit, start):
 
 @settings(max_examples=100, deadline=None)
 @given(totals=st.lists(st.integers(0, 100), min_size=1, max_size=30), limit=st.integers(0, 100))
-def test_sizes_that_were_found_out_of_order_are_all_tried(totals, limit):
-    known = dict(enumerate(totals, start=1))
+def test_all_sizes_are_tried_if_totals_are_not_monotone(totals, limit):
+    by_size = dict(enumerate(totals, start=1))
     with pytest.MonkeyPatch.context() as patch:
-        pretend(patch, known)
+        pretend(patch, by_size)
         answer = largest(lambda size: size, budget=limit, low=1, high=len(totals))
-    if answer.monotone:  # nothing was seen out of order; the answer is verified all the same
-        assert answer.size is None or known[answer.size] <= limit
+    if answer.monotone:  # no violation was seen; the answer is verified nevertheless
+        assert answer.size is None or by_size[answer.size] <= limit
         assert answer.above is None or answer.above.total > limit
     else:
-        assert answer.size == max((size for size in known if known[size] <= limit), default=None)
+        assert answer.size == max((size for size in by_size if by_size[size] <= limit), default=None)
 
 
 @settings(max_examples=200, deadline=None)
 @given(limit=st.integers(0, 10**9), slope=st.integers(1, 50), start=st.integers(1, 10**4), multiple=st.integers(1, 64))
-def test_the_search_without_a_top_finds_the_largest(limit, slope, start, multiple):
+def test_the_search_without_high_finds_the_largest_size(limit, slope, start, multiple):
     class Totals:
         def __getitem__(self, size):
             return slope * size
@@ -185,7 +187,7 @@ def test_the_search_without_a_top_finds_the_largest(limit, slope, start, multipl
     assert len(answer.tried) < 60
 
 
-def test_sizes_out_of_order_are_tried_up_to_the_highest_that_was(monkeypatch):
+def test_without_high_non_monotone_sizes_are_tried_from_the_highest_one_tried(monkeypatch):
     class Totals:
         def __getitem__(self, size):
             return 5000 if 40 <= size <= 50 else 10 * size
@@ -199,11 +201,11 @@ def test_sizes_out_of_order_are_tried_up_to_the_highest_that_was(monkeypatch):
     assert hurried.need.total <= 450
 
 
-def test_a_step_that_looks_at_values_says_so():
+def test_a_step_that_reads_values_raises_an_error():
     def step(look):
         model = nn.Linear(2, 2)
         return TrainingStep(model, lambda: look(model(torch.zeros(1, 2))))
 
     for look in (lambda x: x.sum().item(), lambda x: x[x > 0]):
-        with pytest.raises(ValueError, match=r"looks at the values of a tensor \(aten.*keep \.item\(\)"):
+        with pytest.raises(ValueError, match=r"reads the values of a tensor \(aten.*avoid \.item\(\)"):
             peak_on_fake(lambda look=look: step(look))

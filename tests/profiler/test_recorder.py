@@ -1,4 +1,4 @@
-"""The recorder against other witnesses, and that nobody notices it."""
+"""The recorder agrees with MemTracker, and does not change the step that it records."""
 
 import contextlib
 
@@ -20,7 +20,7 @@ def record(program, *, model=None, optimizer=None):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_peak_is_that_of_mem_tracker(checkpointed):
+def test_the_peak_equals_that_of_mem_tracker(checkpointed):
     ours, _ = record(conv_program(release=True, checkpointed=checkpointed))
     with FakeTensorMode():
         program = conv_program(release=True, checkpointed=checkpointed)
@@ -64,17 +64,17 @@ def test_losses_and_gradients_are_bit_equal(checkpointed):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_hooks_change_no_lifetime(checkpointed):
+def test_hooks_do_not_change_lifetimes(checkpointed):
     hooked, _ = record(conv_program(checkpointed=checkpointed, release=True))
     program = conv_program(checkpointed=checkpointed, release=True)
-    bystander = nn.Linear(1, 1)  # the hooks sit on another model, whose 8 bytes are counted, too
+    bystander = nn.Linear(1, 1)  # the hooks are on another model, whose 8 bytes are counted, too
     bare, _ = record(program, model=bystander, optimizer=torch.optim.SGD(bystander.parameters()))
     assert hooked.timeline.deltas == bare.timeline.deltas
     assert hooked.peak_bytes == bare.peak_bytes - 8
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_allocator_sees_the_same_step_with_and_without_the_recorder(checkpointed):
+def test_the_allocator_peak_does_not_change_under_the_recorder(checkpointed):
     plain = conv_program(checkpointed=checkpointed, release=True, warm=True, size=32)
     watched = conv_program(checkpointed=checkpointed, release=True, warm=True, size=32)
     assert allocator_peak(plain.step) == allocator_peak(lambda: record(watched))
@@ -88,7 +88,7 @@ def hook_counts(model, optimizer):
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_every_hook_goes_at_the_end_also_after_an_exception(fail):
+def test_all_hooks_are_removed_at_exit_and_after_an_exception(fail):
     program = conv_program()
     recorder = MemoryRecorder(program.model, optimizer=program.optimizer)
     with pytest.raises(KeyError) if fail else contextlib.nullcontext(), recorder:
@@ -103,7 +103,7 @@ def test_every_hook_goes_at_the_end_also_after_an_exception(fail):
     assert len(recorder.report().timeline) == before
 
 
-def test_a_model_that_cannot_be_hooked_is_left_as_it_was():
+def test_a_failed_entry_removes_all_hooks():
     class Stubborn(nn.Linear):
         def register_forward_hook(self, *args, **kwargs):
             raise TypeError("no hooks")
@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_hooked_is_left_as_it_was():
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
-def test_a_forward_that_raises_leaves_the_stack_in_order():
+def test_modules_are_correct_after_a_forward_that_raises():
     class Fails(nn.Module):
         def forward(self, x):
             raise ValueError("broken forward")
@@ -131,7 +131,7 @@ def test_a_forward_that_raises_leaves_the_stack_in_order():
     assert len(kept) == 2
 
 
-def test_cpu_autocast():
+def test_cpu_autocast_is_recorded():
     program = conv_program(release=True)
     x = torch.randn(2, 2, 8, 8)
 
@@ -147,7 +147,7 @@ def test_cpu_autocast():
     assert sum(report.peak_by_category.values()) == report.peak_bytes
 
 
-def test_a_recorder_records_once_and_reports_afterwards():
+def test_entering_twice_and_reporting_early_raise_errors():
     recorder = MemoryRecorder(ConvNet())
     with pytest.raises(RuntimeError, match="leave the recorder's with-block first"):
         recorder.report()

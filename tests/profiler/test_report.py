@@ -48,12 +48,12 @@ def test_units_are_binary(count, text):
     ("text", "count"),
     [("16GiB", 16 << 30), ("80 GB", 80 * 10**9), ("500mib", 500 << 20), ("1.5e9", 1500000000), ("7", 7)],
 )
-def test_sizes_are_read(text, count):
+def test_sizes_are_parsed(text, count):
     assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["much", "", "1.2.3GB", "-5MiB", "5XB"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match="is no size; give one such as 16GiB"):
         parse_bytes(text)
 
@@ -87,7 +87,7 @@ def test_a_plot_is_a_picture_as_wide_as_its_panels(tmp_path):
     assert widths == sorted(set(widths))
 
 
-def test_a_recording_of_nothing_plots(tmp_path):
+def test_an_empty_recording_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     with MemoryRecorder(nn.Identity()) as recorder:
         pass
@@ -110,7 +110,7 @@ def test_importing_the_package_does_not_import_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_of_many_micro_batches_the_one_with_the_peak_is_drawn(tmp_path):
+def test_only_the_micro_batch_with_the_peak_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     with MemoryRecorder(model) as recorder:
@@ -119,12 +119,12 @@ def test_of_many_micro_batches_the_one_with_the_peak_is_drawn(tmp_path):
     report = recorder.report()
     totals = report.timeline.totals()
 
-    (part, micro_batches), whole = plot.around_the_peak(report), plot.around_the_peak(report_of())
-    assert (micro_batches, whole[1]) == (6, 1)
+    part, whole = plot.excerpt_of(report), plot.excerpt_of(report_of())
+    assert (part.forwards, whole.forwards) == (6, 1)
     shown = part.timeline.totals()
     assert shown[part.peak_index] == max(shown) == report.peak_bytes
     first = report.peak_index - part.peak_index
-    assert shown == totals[first : first + len(shown)]  # one stretch of the whole, as it is
+    assert shown == totals[first : first + len(shown)]  # an unchanged part of the whole
     assert [phase for _, phase in part.timeline.phases] == ["forward", "backward"]
     report.plot(tmp_path / "many.png")
     assert png_size(tmp_path / "many.png")[0] > 100

@@ -1,4 +1,4 @@
-"""Small branches and the comparison with the stored twin that the tests of this folder share."""
+"""Small branches, and the comparison with stored activations, for the tests of this folder."""
 
 import copy
 
@@ -22,7 +22,7 @@ def sequence(depth=3, channels=4, *, branch=conv_branch, dtype=torch.float64, se
 
 
 def twin_of(net):
-    """The same network with every sequence stored."""
+    """A copy of the network with stored activations."""
     twin = copy.deepcopy(net)
     for module in twin.modules():
         if isinstance(module, ReversibleSequence):
@@ -31,7 +31,7 @@ def twin_of(net):
 
 
 def gradients(net, x, *, seed=1, loss=lambda y: y.square().mean()):
-    """Loss and gradients of one step, with respect to the input and every parameter."""
+    """The loss of one step, and the gradients of the input and every parameter."""
     torch.manual_seed(seed)
     net.zero_grad()
     x = x.clone().requires_grad_()
@@ -47,12 +47,12 @@ def assert_same(ours, stored, *, rtol=1e-9, atol=1e-12):
 
 
 def assert_same_as_stored(net, x, **options):
-    twin = twin_of(net)  # before the step, which may move buffers
+    twin = twin_of(net)  # before the step, which may update buffers
     assert_same(gradients(net, x, **options), gradients(twin, x, **options))
 
 
 class Twice(nn.Module):
-    """One network used twice in a graph."""
+    """Applies one network twice."""
 
     def __init__(self, net):
         super().__init__()

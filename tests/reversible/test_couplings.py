@@ -1,4 +1,4 @@
-"""Every kind of block: couplings of several forms, and blocks with an inverse of their own."""
+"""All kinds of blocks: several couplings, and blocks with their own inverse."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.reversible.test_sequence import image
 
 
 class Widening(nn.Module):
-    """As many channels again, as an affine coupling asks for."""
+    """Doubles the channels, as an affine coupling requires."""
 
     def __init__(self, channels, **options):
         super().__init__()
@@ -24,7 +24,7 @@ class Widening(nn.Module):
 
 
 class Weighted(Coupling):
-    """target + weight value, with a parameter of the coupling's own."""
+    """target + weight * value, where the weight is a parameter of the coupling."""
 
     def __init__(self, f, g):
         super().__init__(f, g)
@@ -52,7 +52,7 @@ class Mixing(nn.Module):
 
 
 class Unshuffle(nn.Module):
-    """Space into channels: invertible, and another shape."""
+    """Space to channels: invertible, with another shape."""
 
     def forward(self, x):
         return nn.functional.pixel_unshuffle(x, 2)
@@ -89,13 +89,13 @@ def net_of(kinds, channels=4, *, recompute=True, anchor_every=None, **options):
     dropout=st.sampled_from([0.0, 0.3]),
     anchor_every=st.sampled_from([None, 1, 2, 3]),
 )
-def test_any_blocks_in_any_order_equal_the_stored_twin(kinds, half, dropout, anchor_every):
+def test_gradients_of_any_blocks_in_any_order_equal_stored_activations(kinds, half, dropout, anchor_every):
     net = net_of(kinds, 2 * half, dropout=dropout, anchor_every=anchor_every)
     assert_same_as_stored(net, image(channels=2 * half))
 
 
 @pytest.mark.parametrize("kind", [AdditiveCoupling, AffineCoupling, Weighted])
-def test_gradients_are_derivatives(kind):
+def test_gradients_pass_gradcheck(kind):
     torch.manual_seed(0)
     branches = [nn.Sequential(nn.Linear(2, 2 * kind.values), nn.Tanh()) for _ in range(2)]
     net = ReversibleSequence([kind(*branches), Mixing(4), kind(*branches)]).double()
@@ -106,7 +106,7 @@ def test_gradients_are_derivatives(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_inverse_undoes_the_forward(kind):
+def test_inverse_of_forward_is_the_input(kind):
     net, x = net_of([kind] * 4), image()
     torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-11, atol=1e-11)
 
@@ -119,12 +119,12 @@ def test_a_block_may_change_the_shape_when_it_has_an_inverse():
     assert_same_as_stored(net, x)
 
 
-def test_a_sequence_is_a_block():
+def test_a_sequence_can_be_a_block_of_a_sequence():
     inner = sequence(depth=2)
     assert_same_as_stored(ReversibleSequence([additive(4), inner, affine(4)]).double(), image())
 
 
-def test_frozen_branches_of_an_affine_coupling():
+def test_frozen_branches_of_an_affine_coupling_are_exact():
     for chosen in ("f", "g", "last", "weight"):
         net = net_of(["affine", "affine"])
         for name, parameter in net.named_parameters():
@@ -132,7 +132,7 @@ def test_frozen_branches_of_an_affine_coupling():
         assert_same_as_stored(net, image())
 
 
-def test_an_affine_coupling_is_bounded():
+def test_an_affine_coupling_scales_within_its_limit():
     block = AffineCoupling(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1), limit=0.5)
     value = 1e3 * torch.randn(2, 4, 3, 3)
     value[:, 2:] = 0
@@ -144,31 +144,31 @@ def test_an_affine_coupling_is_bounded():
         AffineCoupling(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 4, 1))(torch.ones(2, 4, 3, 3))
 
 
-def test_a_block_of_its_own_inverse_needs_a_wide_stream():
+def test_a_block_with_its_own_inverse_refuses_low_precision():
     net = ReversibleSequence([Mixing(4)]).bfloat16()
     with pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\).*float32 input"):
         net(image().bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["affine", "weighted"])
-def test_branches_in_bfloat16_do_not_break_the_inverse(kind):
-    """exp(s) and exp(-s), each rounded to bfloat16, are not inverse."""
+def test_values_of_bfloat16_branches_are_upcast_before_separate(kind):
+    """Rounded to bfloat16, exp(s) and exp(-s) are not inverse."""
     net, x = net_of([kind] * 8).float(), image(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert verify(net, x).gradient < 0.01
 
 
-def test_a_block_that_gives_less_than_it_was_given_is_refused():
+def test_a_block_that_returns_a_narrower_dtype_is_refused():
     net = ReversibleSequence([Mixing(4)])
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\) gave.*autocast"),
+        pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\) returned.*autocast"),
     ):
         net(image(dtype=torch.float32))
 
 
 class Permuted(nn.Module):
-    """Exchanges channels, in whatever layout that gives."""
+    """Reverses the channels without restoring the memory format."""
 
     def forward(self, x):
         return x.flip(1)
@@ -177,13 +177,13 @@ class Permuted(nn.Module):
         return y.flip(1).contiguous()
 
 
-def test_a_rebuilt_input_has_the_layout_that_it_had():
+def test_a_rebuilt_input_has_the_strides_of_the_forward():
     for last in (Permuted(), Mixing(4)):
         net = ReversibleSequence([additive(4, dropout=0.5), last]).double()
         assert_same_as_stored(net, image().to(memory_format=torch.channels_last))
 
 
-def test_what_a_coupling_may_not_do_is_said():
+def test_invalid_couplings_raise_errors():
     class Overwriting(Weighted):
         def separate(self, target, value):
             return target.sub_(self.weight * value)
@@ -213,7 +213,7 @@ class InPlace(Mixing):
 
 
 class Newton(Mixing):
-    """Its inverse is found by differentiating."""
+    """Computes its inverse with autograd."""
 
     def inverse(self, y):
         with torch.enable_grad():
@@ -222,16 +222,16 @@ class Newton(Mixing):
         return step.detach()
 
 
-def test_own_inverses_may_differentiate_and_not_work_in_place():
+def test_an_inverse_may_call_autograd_but_not_change_its_input():
     torch.manual_seed(0)
     net = ReversibleSequence([Newton(4), additive(4)]).double()
-    net.blocks[0].weight.data = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]  # so W^T is its inverse
+    net.blocks[0].weight.data = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]  # W^T inverts it
     assert_same_as_stored(net, image())
     with pytest.raises(RuntimeError, match=r"blocks\.0 \(InPlace\) changed its input in place"):
         ReversibleSequence([InPlace(4)]).double()(image())
 
 
-def test_an_inverse_of_an_older_forward_is_refused():
+def test_a_forward_overridden_without_its_inverse_is_refused():
     class Newer(Mixing):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -240,7 +240,7 @@ def test_an_inverse_of_an_older_forward_is_refused():
         ReversibleSequence([Newer(4)])
 
 
-def test_an_inverse_that_is_not_one_is_an_error_of_its_gradient():
+def test_a_wrong_inverse_gives_a_wrong_gradient():
     class Wrong(Mixing):
         def inverse(self, y):
             return 2 * super().inverse(y)

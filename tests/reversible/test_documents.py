@@ -1,4 +1,4 @@
-"""docs/own-unet.md and docs/reversible.md: their code runs as it stands."""
+"""The code of docs/own-unet.md and docs/reversible.md runs unchanged."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ def code_of(name):
     return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), flags=re.DOTALL)
 
 
-def test_ones_own_unet(tmp_path, monkeypatch, capsys):
+def test_the_code_of_own_unet_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("monai")
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -31,7 +31,7 @@ def test_ones_own_unet(tmp_path, monkeypatch, capsys):
     assert peaks["reversible"] < peaks["stored"]
 
 
-def test_the_idea_in_three_lines(capsys):
+def test_the_code_of_reversible_runs(capsys):
     def branch():
         return torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.GroupNorm(1, 4))
 

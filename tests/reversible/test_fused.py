@@ -1,4 +1,4 @@
-"""The fused engine: the survival matrix of hooks, against the stored twin in float64, and less memory."""
+"""The fused engine gives the gradients of stored activations (float64) wherever the hooks engine does."""
 
 import os
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from memsave.models import MBConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, RecomputableBranch, ReversibleSequence, verify
-from memsave.reversible.frame import Frame
+from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 from tests.reversible.test_sequence import distance
 
@@ -47,7 +47,7 @@ def volume(*size, batch=2, channels=4, dtype=torch.float64):
     anchor_every=st.sampled_from([None, 1, 2]),
     last=st.booleans(),
 )
-def test_gradients_equal_the_stored_twin(depth, batch, half, size, chunks, dropout, anchor_every, last):
+def test_gradients_equal_those_with_stored_activations(depth, batch, half, size, chunks, dropout, anchor_every, last):
     x = volume(*size, batch=batch, channels=2 * half)
     x = x.to(memory_format=torch.channels_last_3d) if last else x
     net = sequence(depth, 2 * half, chunks=chunks, dropout=dropout, anchor_every=anchor_every)
@@ -55,7 +55,7 @@ def test_gradients_equal_the_stored_twin(depth, batch, half, size, chunks, dropo
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4, 8])
-def test_any_number_of_chunks(chunks):
+def test_gradients_are_exact_for_any_number_of_chunks(chunks):
     net = sequence(2, 8, chunks=chunks)
     assert_same_as_stored(net, volume(channels=8))
 
@@ -68,11 +68,11 @@ def grads(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_one_sequence_used_twice_in_a_graph():
+def test_a_sequence_used_twice_in_a_graph_is_exact():
     assert_same_as_stored(Twice(sequence(dropout=0.3)), volume())
 
 
-def test_parameters_shared_between_blocks_and_within_a_branch():
+def test_shared_parameters_are_exact():
     net = sequence(dropout=0.2)
     net.blocks[2].f, net.blocks[1].g = net.blocks[0].f, net.blocks[0].f
     net.blocks[1].f.expand_norm = net.blocks[1].f.depthwise_norm
@@ -80,7 +80,7 @@ def test_parameters_shared_between_blocks_and_within_a_branch():
     assert_same_as_stored(net, volume())
 
 
-def test_two_forwards_before_one_backward():
+def test_two_forwards_before_one_backward_are_exact():
     first, second = volume(), 2 * volume() + 1
 
     def two(model):
@@ -91,7 +91,7 @@ def test_two_forwards_before_one_backward():
     assert_step_as_stored(sequence(dropout=0.3), two)
 
 
-def test_gradients_accumulate():
+def test_gradients_accumulate_over_two_steps():
     def three(model):
         torch.manual_seed(0)
         for scale in (1.0, 0.5, 2.0):
@@ -101,7 +101,7 @@ def test_gradients_accumulate():
     assert_step_as_stored(sequence(dropout=0.3), three)
 
 
-def test_a_second_backward_and_a_partial_one_before_it():
+def test_a_second_backward_after_a_partial_one_is_exact():
     def steps(model):
         torch.manual_seed(0)
         x = volume().requires_grad_()
@@ -116,7 +116,7 @@ def test_a_second_backward_and_a_partial_one_before_it():
     assert_step_as_stored(sequence(dropout=0.3), steps)
 
 
-def test_autograd_grad_of_parameters_and_of_a_part():
+def test_autograd_grad_of_some_parameters_is_exact():
     net, x = sequence(), volume()
     twin = twin_of(net)
     for chosen in (slice(None), slice(0, 2), slice(-2, None)):
@@ -128,7 +128,7 @@ def test_autograd_grad_of_parameters_and_of_a_part():
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_an_input_without_grad_and_frozen_parameters():
+def test_an_input_without_grad_and_frozen_parameters_are_exact():
     net = sequence()
     net.blocks[1].f.requires_grad_(False)
     net.blocks[2].g.project.weight.requires_grad_(False)
@@ -153,7 +153,7 @@ def test_hooks_on_parameters_run_once():
     assert len(calls) == 2
 
 
-def test_parts_frozen_between_forward_and_backward():
+def test_parameters_frozen_between_forward_and_backward_are_exact():
     def step(model):
         x = volume().requires_grad_()
         loss = model(x).square().mean()
@@ -165,7 +165,7 @@ def test_parts_frozen_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("anchor_every", [None, 1])
-def test_a_checkpoint_around(anchor_every):
+def test_a_checkpoint_around_the_sequence_is_exact(anchor_every):
     class Outside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,7 +177,7 @@ def test_a_checkpoint_around(anchor_every):
     assert_same_as_stored(Outside(), volume())
 
 
-def test_hooks_and_fused_in_one_sequence():
+def test_both_engines_in_one_sequence_are_exact():
     def mixed():
         torch.manual_seed(0)
         kinds = [
@@ -194,11 +194,11 @@ def test_hooks_and_fused_in_one_sequence():
     torch.testing.assert_close(net.eval().inverse(net(volume())), volume(), rtol=1e-10, atol=1e-11)
 
 
-def test_double_backward_is_refused_in_a_sentence():
+def test_double_backward_raises_an_error():
     net, x = sequence(), volume().requires_grad_()
     (slope,) = torch.autograd.grad(net(x).pow(3).mean(), x, create_graph=True)
     (stored,) = torch.autograd.grad(twin_of(net)(x).pow(3).mean(), x)
-    torch.testing.assert_close(slope, stored, rtol=1e-9, atol=1e-12)  # the first one is right
+    torch.testing.assert_close(slope, stored, rtol=1e-9, atol=1e-12)  # the first derivative is exact
     with pytest.raises(RuntimeError, match=r"blocks\.0\.f was differentiated twice.*engine='hooks'"):
         slope.square().sum().backward()
     net.engine = "hooks"
@@ -206,14 +206,14 @@ def test_double_backward_is_refused_in_a_sentence():
     slope.square().sum().backward()
 
 
-def test_a_block_behind_an_anchor_starts_from_it(monkeypatch):
-    loads, load = [], Frame._load
-    monkeypatch.setattr(Frame, "_load", lambda frame, stage: loads.append(stage) or load(frame, stage))
+def test_the_block_before_an_anchor_is_rebuilt_from_it(monkeypatch):
+    loads, load = [], RecomputeContext._load
+    monkeypatch.setattr(RecomputeContext, "_load", lambda self, stage: loads.append(stage) or load(self, stage))
     sequence(4, anchor_every=1)(volume()).sum().backward()
     assert loads == [8, 6, 4, 2]
 
 
-def test_a_parameter_changed_before_backward_is_an_error():
+def test_a_parameter_changed_before_backward_raises_an_error():
     net = sequence()
     loss = net(volume()).square().mean()
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_a_parameter_changed_before_backward_is_an_error():
         loss.backward()
 
 
-def test_the_output_changed_in_place_is_an_error():
+def test_an_output_changed_in_place_raises_an_error():
     net = sequence()
     y = net(volume())
     loss = y.exp().sum()
@@ -241,7 +241,7 @@ def test_each_branch_is_called_once_in_forward_and_once_in_backward(monkeypatch)
     assert calls == ["evaluate"] * 4 + ["differentiate"] * 4
 
 
-def test_the_random_stream_goes_on_as_if_stored():
+def test_the_random_state_after_a_step_is_that_with_stored_activations():
     net, after = sequence(dropout=0.5), []
     for model in (net, twin_of(net)):
         torch.manual_seed(5)
@@ -251,15 +251,15 @@ def test_the_random_stream_goes_on_as_if_stored():
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_a_stream_on_a_grid_is_rebuilt_to_the_bit(low):
+def test_a_stream_on_a_grid_is_rebuilt_exactly(low):
     net = sequence(16, 8, dtype=torch.float32, grid=2**-14)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
         report = verify(net, volume(channels=8, dtype=torch.float32))
     assert set(report.drift[""]) == {0.0}
-    assert report.ok or low, str(report)  # the stored twin rounds to bfloat16 in other places
+    assert report.ok or low, str(report)  # with stored activations bfloat16 rounding happens elsewhere
 
 
-def test_autocast_has_a_wide_stream_and_the_stored_gradients_as_far_as_bfloat16_goes():
+def test_under_autocast_the_stream_is_float32_and_gradients_agree_within_bfloat16():
     net, x = sequence(4, 8, dtype=torch.float32), volume(6, 6, 6, channels=8, dtype=torch.float32)
     exact = gradients(twin_of(net), x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -269,31 +269,31 @@ def test_autocast_has_a_wide_stream_and_the_stored_gradients_as_far_as_bfloat16_
     assert all(each.dtype == torch.float32 for each in ours.values())
 
 
-def test_a_bfloat16_network_keeps_a_wide_stream():
+def test_a_bfloat16_network_has_a_float32_stream():
     net, x = sequence(4, 8, dtype=torch.bfloat16), volume(6, 6, 6, channels=8, dtype=torch.bfloat16)
     assert net(x).dtype == torch.bfloat16
     assert distance(gradients(net, x), gradients(twin_of(net), x)) < 0.05
 
 
-def test_it_verifies():
+def test_verify_accepts_the_fused_engine():
     report = verify(sequence(dtype=torch.float32, dropout=0.3), volume(dtype=torch.float32))
     assert report.ok, str(report)
 
 
-def test_a_sequence_says_which_engine_serves_a_block():
+def test_engines_and_repr_show_the_engine_of_each_block():
     net = sequence(engine="auto")
     assert isinstance(net.blocks[0].f, RecomputableBranch)
     assert net.engines() == ["fused"] * 3
     assert "engine=auto (fused for 3 of 3 blocks" in repr(net)
     branch = net.blocks[1].f
-    branch.expand.forward = branch.expand.forward  # as a clipper does
+    branch.expand.forward = branch.expand.forward  # as a clipper sets it
     assert net.engines() == ["fused", "hooks", "fused"]
     del branch.expand.forward
     handle = branch.act.register_forward_hook(lambda module, args, value: 2 * value)
     assert net.engines() == ["fused", "hooks", "fused"]
     assert_same_as_stored(net, volume())
     handle.remove()
-    with MemoryRecorder(net):  # its hooks look on
+    with MemoryRecorder(net):  # its hooks only observe
         assert net.engines() == ["fused"] * 3
     net.engine = "hooks"
     assert net.engines() == ["hooks"] * 3
@@ -305,17 +305,17 @@ def test_a_sequence_says_which_engine_serves_a_block():
         (lambda net: setattr(net.blocks[1], "g", conv_branch(2)), "blocks.1 has a Sequential as g, which cannot"),
         (lambda net: setattr(net.blocks[0].f, "gate", MBConv3d(2, squeeze_excitation=1).gate), "squeeze-excitation"),
         (lambda net: net.blocks[2].f.register_forward_pre_hook(print), "blocks.2 has a hook on f"),
-        (lambda net: vars(net.blocks[0].g.act).update(forward=abs), "blocks.0 has another forward on g.act"),
+        (lambda net: vars(net.blocks[0].g.act).update(forward=abs), "blocks.0 has a replaced forward on g.act"),
     ],
 )
-def test_an_engine_that_cannot_is_refused_in_a_sentence(change, words):
+def test_fused_raises_an_error_with_the_reason_for_unsupported_blocks(change, words):
     net = sequence()
     change(net)
     with pytest.raises(ValueError, match=rf"engine is 'fused', but .*{words}.*give engine='auto' or engine='hooks'"):
         net(volume())
 
 
-def test_refused_from_the_start():
+def test_unsupported_blocks_and_unknown_engines_are_refused_at_construction():
     with pytest.raises(ValueError, match=r"blocks\.0 is a AffineCoupling and no AdditiveCoupling"):
         ReversibleSequence([AffineCoupling(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1))], engine="fused")
     with pytest.raises(ValueError, match="engine is 'fast'; choose one of auto, fused, hooks"):
@@ -326,12 +326,12 @@ def _worker(rank, path, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     net = sequence()
-    wrapped = DistributedDataParallel(net)  # held: it averages while it lives
+    wrapped = DistributedDataParallel(net)  # a reference: its hooks average while it is alive
     wrapped(volume(batch=4)[2 * rank : 2 * rank + 2]).square().mean().backward()
     if rank == 0:
         torch.save(grads(net), results)
     torch.distributed.barrier()
-    os._exit(0)  # gloo's own tear-down now and then waits for the other process for ever
+    os._exit(0)  # gloo's tear-down sometimes waits forever for the other process
 
 
 def test_two_processes_average_their_gradients(tmp_path):

@@ -1,4 +1,4 @@
-"""What the fused engine holds: flat in depth, less with more chunks, and gone after the step."""
+"""The memory of the fused engine is flat in depth, decreases with the number of chunks, and is freed after the step."""
 
 import gc
 import weakref
@@ -17,12 +17,12 @@ def stack(depth, chunks, *, engine="fused"):
 
 
 def channels_last(*shape):
-    """A fake tensor of that layout, which cannot be converted to."""
+    """A fake tensor in channels_last_3d; fake tensors cannot be converted to a memory format."""
     strides = torch.empty(shape, device="meta", memory_format=torch.channels_last_3d).stride()
     return torch.empty_strided(shape, strides)
 
 
-def test_live_bytes_are_flat_in_depth_and_fall_with_the_chunks():
+def test_live_bytes_are_flat_in_depth_and_decrease_with_the_number_of_chunks():
     x = volume(16, 16, 16, batch=1, channels=16, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
     stream = x.numel() * x.element_size()
     for chunks, limit in {2: 12.5, 4: 8.5, 8: 6.5}.items():
@@ -32,27 +32,27 @@ def test_live_bytes_are_flat_in_depth_and_fall_with_the_chunks():
     assert live_peak(stack(4, 1), x) < 0.9 * live_peak(stack(4, 1, engine="hooks"), x)
 
 
-def test_real_tensors_take_the_bytes_of_fake_ones():
+def test_real_and_fake_tensors_take_the_same_bytes():
     x = volume(16, 16, 16, batch=1, channels=16, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
     real = live_peak(stack(2, 2), x)
     with FakeTensorMode():
         assert live_peak(stack(2, 2), channels_last(*x.shape)) == real
 
 
-def test_a_forward_without_gradients_takes_chunks_too():
+def test_a_forward_without_gradients_uses_chunks():
     def peak(net):
         with torch.no_grad(), FakeTensorMode(), MemoryRecorder(net) as recorder:
             net(channels_last(1, 16, 16, 16, 16))
         return recorder.report().peak_bytes
 
     with FakeTensorMode():
-        net, stored = stack(2, 8), stack(2, 8)  # not a copy: that would read the data pointers of fake tensors
+        net, stored = stack(2, 8), stack(2, 8)  # deepcopy would read the data pointers of fake tensors
     stored.recompute = False
     assert peak(net) < 0.5 * peak(stored)
 
 
 @pytest.mark.parametrize("engine", ["fused", "hooks"])
-def test_the_output_is_let_go_of_when_backward_begins(engine):
+def test_the_output_is_freed_when_backward_begins(engine):
     net, alive = sequence(2, engine=engine), []
     y = net(volume())
     reference = weakref.ref(y.untyped_storage())
@@ -64,7 +64,7 @@ def test_the_output_is_let_go_of_when_backward_begins(engine):
     assert alive == [True, False]
 
 
-def test_nothing_outlives_a_step_without_the_collector():
+def test_a_step_frees_everything_without_the_garbage_collector():
     net = sequence(dtype=torch.float32)
     gc.collect()
     gc.disable()

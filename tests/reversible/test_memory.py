@@ -1,4 +1,4 @@
-"""What a reversible sequence keeps: nothing that grows with its depth."""
+"""The memory of a reversible sequence does not grow with its depth."""
 
 import gc
 import weakref
@@ -11,7 +11,7 @@ from tests.reversible.blocks import sequence, twin_of
 
 
 def live_peak(net, x):
-    """The most bytes of everything but parameters and their gradients, whatever those take at that moment."""
+    """The peak of all bytes except parameters and their gradients."""
     with MemoryRecorder(net) as recorder:
         net(x).square().mean().backward()
         net.zero_grad()
@@ -45,7 +45,7 @@ def test_activations_are_freed_by_reference_counts_alone():
     gc.disable()
     try:
         y = net(torch.randn(1, 4, 8, 8))
-        assert all(reference() is None for reference in freed)  # nothing of a branch outlives the forward
+        assert all(reference() is None for reference in freed)  # the forward frees all tensors of branches
         y.sum().backward()
         del y
         assert all(reference() is None for reference in freed)
@@ -53,7 +53,7 @@ def test_activations_are_freed_by_reference_counts_alone():
         gc.enable()
 
 
-def test_an_output_dropped_without_backward_frees_its_frame():
+def test_an_output_dropped_without_backward_frees_its_context():
     net, x = sequence(dtype=torch.float32), torch.randn(1, 4, 8, 8)
     gc.collect()
     gc.disable()

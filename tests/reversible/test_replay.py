@@ -1,4 +1,4 @@
-"""A replay reads what the first evaluation read, whatever has happened in between; or it is refused."""
+"""A replay reads the state of the first evaluation, or raises an error if that state is lost."""
 
 import random
 import weakref
@@ -39,7 +39,7 @@ def replace_bool_buffer(branch):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("change", [replace_parameter, replace_float_buffer, replace_bool_buffer])
-def test_what_was_replaced_is_put_back_for_the_replay(change, training):
+def test_replaced_tensors_are_restored_for_the_replay(change, training):
     def step(net):
         net.train(training)
         x = image().requires_grad_()
@@ -54,7 +54,7 @@ def test_what_was_replaced_is_put_back_for_the_replay(change, training):
     twin = twin_of(net)
     assert_same(step(net), step(twin))
     for (name, ours), (_, stored) in zip(net.state_dict().items(), twin.state_dict().items(), strict=True):
-        assert torch.equal(ours, stored), name  # and what replaced it is there again
+        assert torch.equal(ours, stored), name  # the replacement is restored after the replay
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -68,7 +68,7 @@ def test_what_was_replaced_is_put_back_for_the_replay(change, training):
     ],
     ids=["parameter", "float buffer", "bool buffer", "parameter by .data ="],
 )
-def test_what_was_changed_in_place_is_an_error(change, training):
+def test_tensors_changed_in_place_raise_an_error(change, training):
     net = sequence(branch=Scaled, channels=8196).train(training)  # buffers too large to be copied
     loss = net(image(batch=1, channels=8196, size=1).requires_grad_()).sum()
     with torch.no_grad():
@@ -77,14 +77,14 @@ def test_what_was_changed_in_place_is_an_error(change, training):
         loss.backward()
 
 
-def test_a_branch_whose_saved_tensors_depend_on_the_inputs_need_of_a_gradient():
+def test_a_branch_whose_saved_tensors_depend_on_requires_grad_is_exact():
     class Exponential(nn.Module):
         def __init__(self, channels):
             super().__init__()
             self.weight = nn.Parameter(torch.rand(1, channels, 1, 1))
 
         def forward(self, x):
-            return (x * self.weight.exp()).sin()  # the product saves exp(w) only if x needs a gradient
+            return (x * self.weight.exp()).sin()  # the product saves exp(w) only if x requires a gradient
 
     net, x = sequence(branch=Exponential), image()
     twin = twin_of(net)
@@ -93,7 +93,7 @@ def test_a_branch_whose_saved_tensors_depend_on_the_inputs_need_of_a_gradient():
     assert_same({n: p.grad for n, p in net.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()})
 
 
-def test_a_frozen_factor_changed_in_place_is_an_error():
+def test_a_frozen_parameter_changed_in_place_raises_an_error():
     class Frozen(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -134,7 +134,7 @@ class PythonNumbers(nn.Module):
 
 
 class OwnNumbers(nn.Module):
-    """Generators of NumPy and Python that a module owns, some in a list."""
+    """Stores generators of NumPy and Python in attributes and in a list."""
 
     def __init__(self, channels):
         super().__init__()
@@ -154,7 +154,7 @@ class OwnNumbers(nn.Module):
 
 
 @pytest.mark.parametrize("branch", [OwnGenerator, OwnNumbers, PythonNumbers])
-def test_every_source_of_random_numbers_is_replayed_and_goes_on_as_if_stored(branch):
+def test_every_random_generator_is_replayed_and_continues_as_with_stored_activations(branch):
     net = sequence(branch=branch)
 
     def step(model):
@@ -185,7 +185,7 @@ def test_training_flags_may_change_before_backward():
     assert_same(step(net), step(twin))
 
 
-def test_functional_call_with_other_parameters():
+def test_functional_call_with_other_parameters_is_exact():
     net, x = sequence(), image()
     twin = twin_of(net)
     others = {name: (p.detach() * 1.5).requires_grad_() for name, p in net.named_parameters()}
@@ -197,7 +197,7 @@ def test_functional_call_with_other_parameters():
         torch.testing.assert_close(ours, stored, rtol=1e-9, atol=1e-12)
 
 
-def test_lazy_layers_and_tables_made_under_inference_mode():
+def test_lazy_layers_and_inference_tensors_are_exact():
     assert_same_as_stored(sequence(branch=lambda c: nn.Sequential(nn.LazyConv2d(c, 1), nn.Tanh())), image())
 
     class Cached(nn.Module):
@@ -216,7 +216,7 @@ def test_lazy_layers_and_tables_made_under_inference_mode():
     net(image().requires_grad_()).sum().backward()
 
 
-def test_a_tensor_put_aside_in_a_replay_is_answered_in_a_sentence():
+def test_a_tensor_stored_elsewhere_in_a_replay_raises_an_error():
     class Aside(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -228,7 +228,7 @@ def test_a_tensor_put_aside_in_a_replay_is_answered_in_a_sentence():
 
     net = sequence(branch=Aside)
     net(image()).sum().backward()
-    with pytest.raises(RuntimeError, match="put aside while its activations were rebuilt"):
+    with pytest.raises(RuntimeError, match="stored elsewhere while its activations were rebuilt"):
         net.blocks[0].f.aside.sum().backward()
 
 
@@ -259,7 +259,7 @@ def test_constant_tables_are_not_copied():
     y.sum().backward()
 
 
-def test_a_saved_tensor_opened_twice_costs_one_evaluation_more():
+def test_a_saved_tensor_opened_twice_costs_one_more_evaluation():
     class Twice(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -285,11 +285,11 @@ def test_a_saved_tensor_opened_twice_costs_one_evaluation_more():
         calls.clear()
         net = sequence(depth, branch=Branch)
         assert_same_as_stored(net, image())
-        # ours: forward, rebuild, reopened; and the stored twin's forward
+        # forward, rebuild, reopened handle; and the forward with stored activations
         assert len(calls) == (3 + 1) * 2 * depth
 
 
-def test_a_backward_after_one_that_failed(monkeypatch):
+def test_a_backward_after_a_failed_one_is_exact(monkeypatch):
     net, x = sequence(depth=3, branch=conv_branch), image().requires_grad_()
     twin = twin_of(net)
     y = net(x)

@@ -1,4 +1,4 @@
-"""Residual blocks of one's own, and MONAI's, as a reversible stack."""
+"""Existing residual blocks, including MONAI's, as a reversible stack."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def blocks_of(count, **options):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 @pytest.mark.parametrize("activation", [False, True])
-def test_gradients_equal_the_stored_twin(count, activation):
+def test_gradients_equal_those_with_stored_activations(count, activation):
     stack = from_residual(blocks_of(count, activation=activation, dropout=0.2))
     assert stack(image()).shape == image().shape
     assert_same_as_stored(stack, image())
@@ -34,7 +34,7 @@ def test_gradients_equal_the_stored_twin(count, activation):
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_it_is_the_midpoint_rule(count):
+def test_the_stack_is_the_midpoint_rule(count):
     blocks, x = blocks_of(count), image()
     earlier = later = x
     for block in blocks:
@@ -42,7 +42,7 @@ def test_it_is_the_midpoint_rule(count):
     torch.testing.assert_close(from_residual(blocks)(x), (earlier + later) / 2, rtol=1e-12, atol=1e-12)
 
 
-def test_one_block_is_itself_and_several_agree_in_first_order():
+def test_one_block_is_unchanged_and_several_agree_to_first_order():
     x = image()
     (block,) = blocks_of(1)
     torch.testing.assert_close(from_residual([block])(x), block(x), rtol=1e-12, atol=1e-12)
@@ -53,10 +53,10 @@ def test_one_block_is_itself_and_several_agree_in_first_order():
         for block in blocks:
             y = block(y)
         errors.append((from_residual(blocks)(x) - y).norm().item())
-    assert errors[1] < 0.02 * errors[0]  # a tenth of the step is a hundredth of the difference
+    assert errors[1] < 0.02 * errors[0]  # the difference is of second order
 
 
-def test_a_block_that_changes_the_shape_is_named():
+def test_a_block_that_changes_the_shape_raises_an_error_with_its_number():
     blocks = [*blocks_of(2), nn.Conv2d(4, 4, 3, stride=2, padding=1).double()]
     with pytest.raises(ValueError, match=r"residual block 2 \(Conv2d\) turned \(2, 4, 6, 6\) into \(2, 4, 3, 3\).*two"):
         from_residual(blocks)(image())
@@ -76,7 +76,7 @@ def monai_blocks():
 
 
 @pytest.mark.parametrize("name", ["ResidualUnit", "ResBlock", "UnetResBlock"])
-def test_blocks_of_monai(name):
+def test_monai_blocks_are_exact(name):
     torch.manual_seed(0)
     make = monai_blocks()[name]
     stack = from_residual([make() for _ in range(4)]).double()

@@ -1,4 +1,4 @@
-"""A reversible sequence against its stored twin, in float64."""
+"""A reversible sequence compared with stored activations, in float64."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
-from memsave.reversible.frame import Frame
+from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.blocks import (
     assert_same,
     assert_same_as_stored,
@@ -25,7 +25,7 @@ def image(batch=2, channels=4, size=6, dtype=torch.float64):
 
 
 def distance(ours, stored):
-    """Relative distance of two sets of gradients taken whole: a rebuilt stream may move a bfloat16 by one digit."""
+    """The relative distance of two sets of gradients as a whole: single entries may differ by one bfloat16 digit."""
     flat = [torch.cat([value.flatten().double() for value in each.values()]) for each in (ours, stored)]
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
@@ -39,14 +39,14 @@ def distance(ours, stored):
     norm=st.sampled_from(["group", "batch", "none"]),
     channels_last=st.booleans(),
 )
-def test_gradients_equal_the_stored_twin(depth, batch, half, dropout, norm, channels_last):
+def test_gradients_equal_those_with_stored_activations(depth, batch, half, dropout, norm, channels_last):
     x = image(batch, 2 * half)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     assert_same_as_stored(sequence(depth, 2 * half, dropout=dropout, norm=norm), x)
 
 
-def test_forward_equals_the_blocks_one_after_the_other():
+def test_forward_equals_the_composition_of_the_blocks():
     net, x = sequence(), image()
     y = x
     for block in net.blocks:
@@ -54,12 +54,12 @@ def test_forward_equals_the_blocks_one_after_the_other():
     assert torch.equal(net(x), y)
 
 
-def test_inverse_undoes_the_forward():
+def test_inverse_of_forward_is_the_input():
     net, x = sequence(depth=5), image()
     torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-12, atol=1e-12)
 
 
-def test_a_replay_sees_the_layout_of_the_forward():
+def test_a_replay_has_the_memory_format_of_the_forward():
     layouts = []
 
     class Layout(nn.Module):
@@ -83,7 +83,7 @@ def test_each_branch_is_evaluated_once_in_backward():
     assert [c.calls for c in counters] == [2] * 8  # once in forward, once in backward
 
 
-def test_random_stream_goes_on_as_if_stored():
+def test_the_random_state_after_a_step_is_that_with_stored_activations():
     net, x = sequence(dropout=0.5), image()
     after = []
     for model in (net, twin_of(net)):
@@ -93,7 +93,7 @@ def test_random_stream_goes_on_as_if_stored():
     assert torch.equal(*after)
 
 
-def test_two_forwards_before_one_backward():
+def test_two_forwards_before_one_backward_are_exact():
     net = sequence(dropout=0.3)
     first, second = image(), 2 * image() + 1
 
@@ -106,7 +106,7 @@ def test_two_forwards_before_one_backward():
     assert_same(two(net), two(twin_of(net)))
 
 
-def test_autograd_grad_of_parameters_and_of_a_part():
+def test_autograd_grad_of_some_parameters_is_exact():
     net, x = sequence(), image().requires_grad_()
     twin = twin_of(net)
     for chosen in (slice(None), slice(0, 2), slice(-2, None)):
@@ -116,7 +116,7 @@ def test_autograd_grad_of_parameters_and_of_a_part():
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_input_without_grad():
+def test_an_input_without_grad_is_exact():
     net, x = sequence(), image()
     twin = twin_of(net)
     for model in (net, twin):
@@ -129,7 +129,7 @@ def test_input_without_grad():
     [nn.ReLU(), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1).double()],
     ids=["relu", "relu in place", "conv"],
 )
-def test_a_layer_and_a_skip_around_the_sequence(before):
+def test_a_layer_before_and_a_skip_around_the_sequence_are_exact(before):
     class Skip(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,12 +137,12 @@ def test_a_layer_and_a_skip_around_the_sequence(before):
 
         def forward(self, x):
             x = self.first(x * 1.5)
-            return x * self.net(x)  # the caller still reads x: it must be whole
+            return x * self.net(x)  # the caller reads x afterwards
 
     assert_same_as_stored(Skip(), image())
 
 
-def test_retain_graph_and_double_backward():
+def test_retain_graph_and_double_backward_are_exact():
     net = sequence(depth=2, dropout=0.2)
 
     def second_order(model):
@@ -158,7 +158,7 @@ def test_retain_graph_and_double_backward():
     assert_same(second_order(net), second_order(twin_of(net)))
 
 
-def test_checkpoints_inside_and_outside():
+def test_checkpoints_inside_and_outside_are_exact():
     class Inside(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -181,7 +181,7 @@ def test_checkpoints_inside_and_outside():
     assert_same_as_stored(Outside(), image())
 
 
-def test_a_sequence_inside_a_branch():
+def test_a_sequence_inside_a_branch_is_exact():
     net = sequence(depth=2, channels=8, branch=lambda c: sequence(depth=2, channels=c))
     assert_same_as_stored(net, image(channels=8))
 
@@ -198,7 +198,7 @@ def test_bfloat16_autocast_keeps_the_stream_in_float32():
             torch.manual_seed(0)
             value = loss(model(x.clone().requires_grad_()))
         model.zero_grad()
-        value.backward()  # outside autocast, as everyone does: the rebuild must enter it again
+        value.backward()  # outside autocast, as usual: the rebuild must enter autocast again
         return {"loss": value.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
     ours, stored = step(net), step(twin_of(net))
@@ -212,22 +212,22 @@ def test_a_low_precision_network_carries_a_float32_stream():
     ours, stored = gradients(net, x), gradients(twin_of(net), x)
     assert distance(ours, stored) < 1e-3  # 0.03 with a bfloat16 stream
 
-    with torch.no_grad():  # the inverse, too, rounds at its ends alone
+    with torch.no_grad():  # the inverse also rounds only at its ends
         whole, rounded = net.inverse(net(x)), net(x)
         for block in reversed(net.blocks):
             rounded = block.inverse(rounded)
         assert (whole - x).norm() < 0.7 * (rounded - x).norm()
 
 
-def test_no_grad_makes_no_frame(monkeypatch):
-    monkeypatch.setattr(Frame, "__init__", lambda self: pytest.fail("a frame under no_grad"))
+def test_no_grad_creates_no_recompute_context(monkeypatch):
+    monkeypatch.setattr(RecomputeContext, "__init__", lambda self: pytest.fail("a context under no_grad"))
     with torch.no_grad():
         sequence()(image())
     with torch.inference_mode():
         sequence()(image())
 
 
-def test_batchnorm_statistics_move_once():
+def test_batchnorm_statistics_are_updated_once():
     net, x = sequence(norm="batch"), image()
     twin = twin_of(net)
     for model in (net, twin):
@@ -236,29 +236,29 @@ def test_batchnorm_statistics_move_once():
         assert torch.equal(ours, stored), name
 
 
-def test_frozen_parameters_stay_without_gradient():
+def test_frozen_parameters_get_no_gradient():
     net = sequence()
     for name, parameter in net.named_parameters():
         parameter.requires_grad_("weight" not in name)
     assert_same_as_stored(net, image())
 
 
-def test_output_changed_in_place_is_an_error_that_names_the_block():
+def test_an_output_changed_in_place_raises_an_error_with_the_block():
     y = sequence(depth=3)(image())
     with pytest.raises(RuntimeError, match=r"changed in place after blocks\.2\.g.*clone"):
         torch.relu_(y).sum().backward()
 
 
-def test_parameter_changed_before_backward_is_an_error():
+def test_a_parameter_changed_before_backward_raises_an_error():
     net = sequence()
     loss = net(image()).sum()
     with torch.no_grad():
-        net.blocks[1].f[0].bias.add_(1)  # autograd does not save a bias: only the replay reads it
+        net.blocks[1].f[0].bias.add_(1)  # autograd does not save a bias; only the replay reads it
     with pytest.raises(RuntimeError, match=r"blocks\.1\.f was changed in place.*before the optimizer"):
         loss.backward()
 
 
-def test_a_branch_that_changes_its_mind_is_an_error():
+def test_a_branch_that_saves_other_tensors_when_rebuilt_raises_an_error():
     class Fickle(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -273,13 +273,13 @@ def test_a_branch_that_changes_its_mind_is_an_error():
         net(image().requires_grad_()).sum().backward()
 
 
-def test_a_branch_that_writes_its_input_is_an_error():
+def test_a_branch_that_changes_its_input_raises_an_error():
     net = sequence(branch=lambda c: nn.ReLU(inplace=True))
     with pytest.raises(RuntimeError, match="changed its input in place"):
         net(image())
 
 
-def test_a_saved_tensor_changed_in_place_within_the_branch_is_an_error():
+def test_a_saved_tensor_changed_in_place_in_the_branch_raises_an_error():
     class Overwrites(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -296,7 +296,7 @@ def test_a_saved_tensor_changed_in_place_within_the_branch_is_an_error():
             net(image().requires_grad_()).sum().backward()
 
 
-def test_bad_shapes_are_answered_in_one_sentence():
+def test_invalid_shapes_raise_errors():
     with pytest.raises(ValueError, match=r"even number of channels.*\(2, 3, 6, 6\)"):
         sequence()(image(channels=3))
     with pytest.raises(ValueError, match="must keep the shape"):
@@ -312,7 +312,7 @@ def test_bad_shapes_are_answered_in_one_sentence():
         ReversibleSequence([nn.Conv2d(4, 4, 1)])
 
 
-def test_replay_restores_what_a_spectral_norm_read():
+def test_replay_restores_the_buffers_of_spectral_norm():
     def branch(channels):
         return nn.utils.parametrizations.spectral_norm(nn.Conv2d(channels, channels, 1))
 

@@ -1,4 +1,4 @@
-"""What training code does to a model: used twice, shared, hooked, accumulated, wrapped, compiled."""
+"""Reversible sequences in training code: used twice, shared, hooked, accumulated, wrapped, compiled."""
 
 import os
 
@@ -23,11 +23,11 @@ from tests.reversible.blocks import (
 from tests.reversible.test_sequence import distance, image
 
 
-def test_one_sequence_used_twice_in_a_graph():
+def test_a_sequence_used_twice_in_a_graph_is_exact():
     assert_same_as_stored(Twice(sequence(dropout=0.3)), image())
 
 
-def test_parameters_shared_between_blocks():
+def test_parameters_shared_between_blocks_are_exact():
     torch.manual_seed(0)
     f, g = conv_branch(2, dropout=0.2), conv_branch(2)
     block = AdditiveCoupling(f, g)
@@ -35,7 +35,7 @@ def test_parameters_shared_between_blocks():
     assert_same_as_stored(net, image())
 
 
-def test_gradients_accumulate():
+def test_gradients_accumulate_over_two_steps():
     net = sequence(dropout=0.3)
 
     def three(model):
@@ -48,7 +48,7 @@ def test_gradients_accumulate():
     assert_same(three(net), three(twin_of(net)))
 
 
-def test_a_second_backward_and_a_partial_one_before_it():
+def test_a_second_backward_after_a_partial_one_is_exact():
     net = sequence(dropout=0.3)
 
     def steps(model):
@@ -65,13 +65,13 @@ def test_a_second_backward_and_a_partial_one_before_it():
     assert_same(steps(net), steps(twin_of(net)))
 
 
-def test_a_loss_of_a_part_of_the_output():
+def test_a_loss_of_a_slice_of_the_output_is_exact():
     net, x = sequence(), image()
     for part in (lambda y: y[:, :2], lambda y: y[:, 2:], lambda y: y[:1, :, ::2]):
         assert_same_as_stored(net, x, loss=lambda y, part=part: part(y).square().sum())
 
 
-def test_hooks_on_inner_modules_change_values_and_gradients():
+def test_hooks_on_inner_modules_that_change_values_and_gradients_are_exact():
     def hooked(net):
         calls = []
         conv = net.blocks[1].f[0]
@@ -91,10 +91,10 @@ def test_hooks_on_inner_modules_change_values_and_gradients():
         model(x).square().mean().backward()
         results.append({"x": grad, **{n: p.grad for n, p in model.named_parameters()}})
     assert_same(*results)
-    assert calls == expected == ["weight"]  # a parameter's hook runs once, rebuilt or not
+    assert calls == expected == ["weight"]  # a hook of a parameter runs once in both cases
 
 
-def test_a_checkpoint_outside_lets_go_of_the_output():
+def test_a_checkpoint_around_the_sequence_frees_the_output():
     torch.manual_seed(0)
     net = sequence(depth=4, channels=8, dtype=torch.float32)
     x = torch.randn(1, 8, 32, 32, requires_grad=True)
@@ -107,11 +107,11 @@ def test_a_checkpoint_outside_lets_go_of_the_output():
 
     plain, under = held(net), held(lambda x: checkpoint(net, x, use_reentrant=False))
     size = x.numel() * x.element_size()
-    assert plain >= size > under  # the output that the frame keeps is made again, too
+    assert plain >= size > under  # the output that the context keeps is recomputed, too
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_a_checkpoint_around_anchors(every):
+def test_a_checkpoint_around_anchors_is_exact(every):
     class Outside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -123,7 +123,7 @@ def test_a_checkpoint_around_anchors(every):
     assert_same_as_stored(Outside(), image())
 
 
-def test_parts_frozen_between_forward_and_backward():
+def test_parameters_frozen_between_forward_and_backward_are_exact():
     net = sequence()
     results = []
     for model in (net, twin_of(net)):
@@ -136,7 +136,7 @@ def test_parts_frozen_between_forward_and_backward():
     assert_same(*results)
 
 
-def test_a_branch_that_differentiates_inside_is_answered_in_a_sentence():
+def test_a_branch_that_calls_backward_in_its_forward_raises_an_error():
     class Energy(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -146,11 +146,11 @@ def test_a_branch_that_differentiates_inside_is_answered_in_a_sentence():
             x = x if x.requires_grad else x.detach().requires_grad_()
             return torch.autograd.grad(self.conv(x).square().sum(), x, create_graph=True)[0]
 
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.f differentiates inside its own forward.*recompute=False"):
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.f calls backward inside its own forward.*recompute=False"):
         sequence(branch=Energy)(image())
 
 
-def test_anchors_hold_their_inputs_and_no_more():
+def test_anchors_keep_only_their_inputs():
     torch.manual_seed(0)
     size = 4 * 8 * 32 * 32
     peaks = {}
@@ -181,7 +181,7 @@ def test_anchors_stop_the_drift():
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_a_stream_on_a_grid_is_rebuilt_to_the_bit(low):
+def test_a_stream_on_a_grid_is_rebuilt_exactly(low):
     blocks = sequence(depth=32, dtype=torch.float32, dropout=0.1).blocks
     net = ReversibleSequence(blocks, grid=2**-14)
     x = image(dtype=torch.float32)
@@ -190,7 +190,7 @@ def test_a_stream_on_a_grid_is_rebuilt_to_the_bit(low):
         assert report.ok, str(report)
         assert report.gradient == 0
         assert set(report.drift[""]) == {0.0}
-        assert max(verify(ReversibleSequence(blocks), x).drift[""]) > 0  # which is not so without
+        assert max(verify(ReversibleSequence(blocks), x).drift[""]) > 0  # without the grid there is drift
     y = net(x)
     assert torch.equal(y * 2**14, (y * 2**14).round())
     net.eval()
@@ -198,9 +198,9 @@ def test_a_stream_on_a_grid_is_rebuilt_to_the_bit(low):
         assert torch.equal(net.inverse(net(x)), (x * 2**14).round() / 2**14)
 
 
-def test_a_stream_on_a_grid_is_for_sums_alone():
+def test_a_grid_is_refused_for_affine_couplings():
     blocks = [AffineCoupling(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1))]
-    with pytest.raises(TypeError, match="block 0 is a AffineCoupling, which a stream on a grid cannot undo"):
+    with pytest.raises(TypeError, match="block 0 is a AffineCoupling, which is not exactly invertible on a grid"):
         ReversibleSequence(blocks, grid=2**-14)
     for grid in (0.1, 0.0, -0.5):
         with pytest.raises(ValueError, match="give a power of two"):
@@ -217,7 +217,7 @@ def _worker(rank, path, results):
     if rank == 0:
         torch.save({name: p.grad for name, p in net.named_parameters()}, results)
     torch.distributed.barrier()
-    os._exit(0)  # gloo's own tear-down now and then waits for the other process for ever
+    os._exit(0)  # gloo's tear-down sometimes waits forever for the other process
 
 
 def test_two_processes_average_their_gradients(tmp_path):
@@ -227,7 +227,7 @@ def test_two_processes_average_their_gradients(tmp_path):
     assert_same(torch.load(tmp_path / "gradients"), {name: p.grad for name, p in twin.named_parameters()})
 
 
-def test_a_compiled_model_breaks_its_graph_there():
+def test_a_compiled_model_has_a_graph_break_at_the_sequence():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""What `verify` finds, and that it leaves everything as it was."""
+"""`verify` finds all problems and changes nothing."""
 
 import random
 
@@ -20,7 +20,7 @@ def unnormalised(channels, gain=4.0):
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.3}, {"norm": "batch"}, {}])
-def test_a_sound_sequence(options):
+def test_verify_accepts_an_exact_sequence(options):
     report = verify(sequence(depth=4, **options), image())
     assert report.ok, str(report)
     assert report.gradient < 1e-12
@@ -29,14 +29,14 @@ def test_a_sound_sequence(options):
     assert "as stored" in str(report) and "through 4 blocks" in str(report)
 
 
-def test_a_whole_network_names_its_worst_sequence():
+def test_the_drift_of_every_sequence_is_reported():
     net = ReversibleUNet3d(channels=(4, 8), blocks=2)
     report = verify(net, torch.randn(1, 4, 16, 16, 16))
     assert report.ok, str(report)
     assert set(report.drift) == {"encoder.0", "encoder.1", "decoder.0"}
 
 
-def test_it_leaves_everything_as_it_was():
+def test_verify_does_not_change_the_module_or_the_random_state():
     net, x = sequence(norm="batch", dropout=0.2), image()
     net(x).sum().backward()
     before = [p.grad.clone() for p in net.parameters()] + [b.clone() for b in net.buffers()]
@@ -48,7 +48,7 @@ def test_it_leaves_everything_as_it_was():
     assert not x.requires_grad and net.recompute
 
 
-def test_drift_is_told_with_the_anchors_that_hold_it():
+def test_drift_is_reported_with_the_largest_sufficient_anchor_every():
     net, x = sequence(depth=12, branch=unnormalised, dtype=torch.float32), image(dtype=torch.float32)
     report = verify(net, x)
     assert not report.ok
@@ -60,17 +60,17 @@ def test_drift_is_told_with_the_anchors_that_hold_it():
     net.anchor_every = report.anchor_every
     assert verify(net, x).ok
     net.anchor_every *= 2
-    assert not verify(net, x).ok  # it was the largest
+    assert not verify(net, x).ok  # anchor_every was the largest sufficient one
 
 
-def test_a_tolerance_of_ones_own():
+def test_a_given_tolerance_is_used():
     net, x = sequence(depth=8, dtype=torch.float32), image(dtype=torch.float32)
     assert verify(net, x).ok
     assert not verify(net, x, tolerance=1e-12).ok
 
 
 class Fickle(nn.Module):
-    """Other values, from no source that anyone could know."""
+    """Depends on internal state."""
 
     def __init__(self, channels):
         super().__init__()
@@ -87,7 +87,7 @@ class Wrong(Mixing):
 
 
 class Moving(nn.Module):
-    """Moves a large buffer where no version counter sees it."""
+    """Updates a large buffer without the version counter."""
 
     def __init__(self, channels):
         super().__init__()
@@ -101,13 +101,13 @@ class Moving(nn.Module):
 @pytest.mark.parametrize(
     ("blocks", "words"),
     [
-        ([AdditiveCoupling(Fickle(2), Fickle(2))], "do its branches do the same twice"),
+        ([AdditiveCoupling(Fickle(2), Fickle(2))], "are its branches deterministic"),
         ([Wrong(4)], "the gradient is off"),
         ([AdditiveCoupling(conv_branch(2), nn.ReLU(inplace=True))], "changed its input in place"),
-        ([AdditiveCoupling(Moving(2), conv_branch(2))], r"the buffer blocks\.0\.f\.seen is moved otherwise"),
+        ([AdditiveCoupling(Moving(2), conv_branch(2))], r"the buffer blocks\.0\.f\.seen differs after the step"),
     ],
 )
-def test_what_is_wrong_is_said(blocks, words):
+def test_problems_are_named(blocks, words):
     torch.manual_seed(0)
     net = ReversibleSequence(blocks).double()
     report = verify(net, image())
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_said(blocks, words):
 
 
 class Flips(nn.Module):
-    """Gives one small parameter the opposite gradient when it runs again."""
+    """Negates the gradient of one small parameter when it runs again."""
 
     def __init__(self, channels):
         super().__init__()
@@ -148,7 +148,7 @@ class Outer(nn.Module):
         return self.net(x=x) if self.reached else x * 1.0
 
 
-def test_whatever_way_a_sequence_is_called():
+def test_a_sequence_called_with_keywords_or_under_no_grad_is_verified():
     report = verify(Outer(), image())
     assert report.ok, str(report)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_whatever_way_a_sequence_is_called():
     assert "output is not finite" in str(verify(sequence(), image() * float("inf")))
 
 
-def test_complex_numbers():
+def test_complex_networks_are_verified():
     def branch(channels):
         return nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -168,6 +168,6 @@ def test_complex_numbers():
     assert report.ok, str(report)
 
 
-def test_nothing_to_verify_is_said():
+def test_a_module_without_sequences_is_refused():
     with pytest.raises(ValueError, match="Linear has no ReversibleSequence"):
         verify(nn.Linear(2, 2), torch.ones(1, 2))

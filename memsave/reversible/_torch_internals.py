@@ -1,0 +1,38 @@
+"""All private API of PyTorch that `memsave.reversible` uses, in one place; tests/reversible/test_torch_internals.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+HOOK_REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The number of in-place changes so far; None for an inference tensor, which does not count them.
+
+    No public API tells whether a tensor was changed in place.
+    """
+    return None if tensor.is_inference() else tensor._version
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The address of the tensor's storage object; FakeTensors and empty tensors have no useful `data_ptr`."""
+    return tensor.untyped_storage()._cdata
+
+
+def tensor_registries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters, buffers) of the module itself, None entries included; setattr would check and register again."""
+    return module._parameters, module._buffers
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether the module is a BatchNorm or InstanceNorm: the two have no public base class."""
+    return isinstance(module, _NormBase)
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The forward and backward hooks registered on the module; there is no public way to list them."""
+    for registry in HOOK_REGISTRIES:
+        yield from vars(module)[registry].values()
