@@ -115,11 +115,11 @@ def test_everything_that_a_forward_comes_upon_is_told_at_its_end():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError) as refusal:
         model(torch.zeros(3, 5, dtype=torch.long))
-    told = str(refusal.value)
-    assert "4 reasons" in told  # the forward also changes the weight that it renormalises
-    assert "look (Embedding) has max_norm" in told
-    assert "one, two (LSTM): each gave a tuple for a batch of 3" in told
-    assert "gru (GRU) gave a tuple" in told
+    message = str(refusal.value)
+    assert "4 reasons" in message  # the forward also changes the weight that it renormalises
+    assert "look (Embedding) has max_norm" in message
+    assert "one, two (LSTM): each returned a tuple for a batch of 3" in message
+    assert "gru (GRU) returned a tuple" in message
     with pytest.raises(ValueError, match="no forward"):
         clipper.backward(torch.zeros(3, requires_grad=True))
     with torch.no_grad():

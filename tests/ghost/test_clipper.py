@@ -101,7 +101,7 @@ def test_micro_batches_leave_nothing_behind_but_gradients(passes):
     model, x = small(), draw(6, 4)
     clipper = GhostClipper(model, max_grad_norm=0.2, passes=passes)
     clipper.backward(model(x).sin().sum(1))
-    clipper._separation._wait = 10**9  # no other look
+    clipper._independence._steps_left = 10**9  # no other look
     peaks = []
     for count in (2, 6):
         model.zero_grad()
@@ -144,7 +144,7 @@ def test_no_grad_leaves_no_state():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with torch.no_grad():
         model(draw(2, 4))
-    assert clipper._call is None
+    assert clipper._context is None
 
 
 def test_refusals_name_what_and_the_remedy():
@@ -216,7 +216,7 @@ def test_the_batch_is_found_in_mappings_and_may_be_given():
     assert_exact(OfParts().double(), {"x": draw(3, 4)}, lambda m, b: losses_of(lambda x: m(2.0, x), b))
     model, temperatures = OfParts().double(), draw(5)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"layer \(Linear\) gave \(3, 2\) for a batch of 5"):
+    with pytest.raises(ValueError, match=r"layer \(Linear\) returned \(3, 2\) for a batch of 5"):
         model(temperatures, {"x": draw(3, 4)})
     clipper.close()
     clipper = GhostClipper(model, max_grad_norm=1.0, batch_size=3)
@@ -263,7 +263,7 @@ def test_a_step_runs_on_fake_tensors_in_the_bytes_of_a_real_one(passes):
             clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
             for _ in range(2):  # the first step looks at the examples, too
                 model.zero_grad()
-                clipper._separation._wait = 2  # no other look
+                clipper._independence._steps_left = 2  # no other look
                 with MemoryRecorder(model) as recorder:
                     clipper.backward(model(ids).square().sum((1, 2)))
             peaks.append(recorder.report().peak_bytes)

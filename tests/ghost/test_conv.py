@@ -41,8 +41,8 @@ def convolutions(draw_from):
         bias=draw_from(st.booleans()),
     )
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    room = [each + draw_from(st.integers(1, 3)) for each in reach]
-    return layer, (draw_from(st.integers(1, 4)), inputs, *room)
+    space_sizes = [each + draw_from(st.integers(1, 3)) for each in reach]
+    return layer, (draw_from(st.integers(1, 4)), inputs, *space_sizes)
 
 
 @settings(max_examples=40, deadline=None)

@@ -145,7 +145,7 @@ def test_a_checkpoint_inside_a_layer_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), Block()).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match=r"a checkpoint computed something else again.*move checkpoints out"):
+    with pytest.raises(ValueError, match=r"a checkpoint recomputed something else.*move checkpoints out"):
         clipper.backward(losses)
 
 
@@ -163,7 +163,7 @@ def test_a_parameter_that_a_rule_does_not_know_is_exact_or_refused():
     model = Scaled(False).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match=r"layer\.scale is used outside the forward|layer gives the losses something"):
+    with pytest.raises(ValueError, match=r"layer\.scale is used outside the forward|layer passes something"):
         clipper.backward(losses)
 
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, gradients, verify
-from memsave.ghost.gradients import Dense, Outer, cheapest
-from memsave.ghost.groups import layers_of
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, cheapest_form
+from memsave.ghost.groups import groups_by_layer
 from memsave.profiler import MemoryRecorder
 from tests.ghost.test_clipper import Checkpointed, small
 from tests.ghost.test_head import Both, Speaker, chunked
@@ -158,16 +158,16 @@ def test_two_passes_do_not_go_with_it():
 def test_verify_knows_every_clipping(clipping, monkeypatch):
     batch = {"ids": text()["ids"], "targets": text()["targets"]}
     assert verify(Speaker().double(), batch, chunked, clipping=clipping).ok
-    monkeypatch.setattr(GhostClipper, "_factors", lambda clipper, norms: torch.ones_like(norms) / 2)
+    monkeypatch.setattr(GhostClipper, "_clip_factors", lambda clipper, norms: torch.ones_like(norms) / 2)
     assert not verify(Speaker().double(), batch, chunked, clipping=clipping).ok
 
 
 def test_groups_do_not_depend_on_the_order_of_sharing():
     one, two, three = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     two.bias, two.weight = one.bias, three.weight
-    groups = layers_of(nn.ModuleList([one, three, two, nn.Linear(2, 2)]))
+    groups = groups_by_layer(nn.ModuleList([one, three, two, nn.Linear(2, 2)]))
     assert sorted(len(group) for group in groups.members) == [2, 4]
-    assert groups.share(1.0) == pytest.approx(2**-0.5)
+    assert groups.bound_of_each(1.0) == pytest.approx(2**-0.5)
 
 
 def test_nothing_is_kept_until_the_end():
@@ -187,10 +187,10 @@ def test_nothing_is_kept_until_the_end():
 
 def test_a_budget_lets_gradients_be_formed_where_that_is_faster():
     with torch.device("meta"):
-        gradient = Outer(torch.empty(64, 512, 768), torch.empty(64, 512, 3072), rows=768)
+        gradient = FactoredGrad(torch.empty(64, 512, 768), torch.empty(64, 512, 3072))
     more = 4 * (63 * 768 * 3072 - 64 * 512 * (768 + 3072))
-    assert isinstance(cheapest(gradient, summed=True, room=more - 4), Outer)
-    assert isinstance(cheapest(gradient, summed=True, room=more), Dense)
+    assert isinstance(cheapest_form(gradient, summed=True, bytes_left=more - 4), FactoredGrad)
+    assert isinstance(cheapest_form(gradient, summed=True, bytes_left=more), PerSampleGrad)
 
 
 def test_the_plan_says_what_was_kept_and_the_budget_bounds_it(monkeypatch):

@@ -24,7 +24,7 @@ ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference 
 def small_blocks(monkeypatch):
     """So that few of them divide the vocabulary."""
     monkeypatch.setattr(logits, "BLOCK", 50)
-    monkeypatch.setattr(logits, "LEAST", 1)
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     monkeypatch.setattr(logits, "TRIANGLE", 3)
 
 
@@ -328,7 +328,7 @@ def test_fake_tensors_take_the_bytes_of_real_ones(passes):
 def test_no_logits_are_held(monkeypatch):
     """Neither by the plain head nor by the private one; ignored places cost nothing."""
     monkeypatch.setattr(logits, "BLOCK", 1000)
-    monkeypatch.setattr(logits, "LEAST", 1)
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     torch.manual_seed(0)
     model, whole = Speaker(vocabulary=3000, width=4), draw(4, 50, vocabulary=3000, ignored=0.0)
     whole["targets"] = whole["ids"]
@@ -359,7 +359,7 @@ def test_refusals_name_what_and_the_remedy():
     for cap in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"soft_cap={cap}; give a positive number, or None"):
             linear_cross_entropy(hidden, weight, targets, soft_cap=cap)
-    with pytest.raises(RuntimeError, match=r"no double backward.*take the logits"):
+    with pytest.raises(RuntimeError, match=r"no double backward.*compute the logits"):
         losses = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
         torch.autograd.grad(losses.sum(), hidden, create_graph=True)
     model, batch = Speaker(), draw()
@@ -376,7 +376,7 @@ def test_refusals_name_what_and_the_remedy():
 def test_a_loss_that_mixes_examples_is_refused():
     model, batch = Speaker().double(), draw(ignored=0.0)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="examples are not apart at linear_cross_entropy"):
+    with pytest.raises(ValueError, match="examples are not independent at linear_cross_entropy"):
         losses = chunked(model, batch)
         clipper.backward(losses / losses.sum())
 
@@ -384,7 +384,7 @@ def test_a_loss_that_mixes_examples_is_refused():
 @pytest.mark.parametrize(("rows", "width"), [(0, 1000), (1, 1000), (20, 50), (21, 47), (100, 10), (5000, 10)])
 def test_blocks_of_the_vocabulary_stay_wide_however_many_rows(monkeypatch, rows, width):
     monkeypatch.setattr(logits, "BLOCK", 1000)
-    monkeypatch.setattr(logits, "LEAST", 10)
-    found = list(logits.parts(rows, 107))
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 10)
+    found = list(logits.vocabulary_blocks(rows, 107))
     assert [place for part in found for place in range(part.start, part.stop)] == list(range(107))
     assert {part.stop - part.start for part in found[:-1]} <= {width}

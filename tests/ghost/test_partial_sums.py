@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memsave.ghost import GhostClipper, direct, tap
+from memsave.ghost import GhostClipper, direct, ledger
 from tests.ghost.test_layers import draw, losses_of
 from tests.ghost.test_recomputation import Checkpointed
 
@@ -18,7 +18,7 @@ OPTIONS = [
 
 def out_of_memory_after(monkeypatch, count):
     """The sum of one parameter fails, after so many that did not."""
-    add_sum, calls = tap.add_sum, []
+    add_sum, calls = ledger.add_sum, []
 
     def failing(*args):
         calls.append(args)
@@ -26,7 +26,7 @@ def out_of_memory_after(monkeypatch, count):
             raise torch.OutOfMemoryError("out of memory")
         add_sum(*args)
 
-    monkeypatch.setattr(tap, "add_sum", failing)
+    monkeypatch.setattr(ledger, "add_sum", failing)
     monkeypatch.setattr(direct, "add_sum", failing)
 
 
@@ -68,7 +68,7 @@ def test_a_failure_before_the_sums_may_be_retried(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tap.Call, "add", failing)
+        patch.setattr(ledger.Ledger, "add", failing)
         with pytest.raises(torch.OutOfMemoryError):
             clip.backward(losses_of(model, draw(3, 4)))
     assert not clip.unfinished

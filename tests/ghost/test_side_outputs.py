@@ -50,7 +50,7 @@ def with_auxiliary(model, batch):
     return losses + 0.1 * taken_from(model)
 
 
-WORDS = r"inner gives the losses something beside its output"
+WORDS = r"inner passes something besides its output to the losses"
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -141,5 +141,5 @@ def test_an_attribute_that_another_layer_without_a_rule_reads_is_refused():
     model = nn.Sequential(first, ReadsAnother(first)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match="0 gives the losses something beside its output"):
+    with pytest.raises(ValueError, match="0 passes something besides its output to the losses"):
         clipper.backward(losses)

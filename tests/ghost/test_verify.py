@@ -37,7 +37,7 @@ def test_a_loss_that_mixes_examples_is_found():
 def test_a_wrong_rule_is_found_by_parameter(monkeypatch):
     from memsave.ghost import gradients
 
-    monkeypatch.setattr(linear, "wide", lambda tensor: gradients.wide(tensor) * 1.01)
+    monkeypatch.setattr(linear, "upcast", lambda tensor: gradients.upcast(tensor) * 1.01)
     report = verify(small(), draw(4, 4), losses_of)
     assert any(finding.startswith("0.bias: the clipped sum is off") for finding in report.findings)
     assert any(finding.startswith("example 0: the clipper's norm is") for finding in report.findings)
@@ -75,7 +75,7 @@ def test_a_count_over_the_batch_is_found_even_among_equal_lengths():
 
 def test_what_the_clipper_refuses_is_a_finding():
     report = verify(nn.Linear(3, 2).double(), draw(4, 3), lambda m, b: losses_of(m, b) / losses_of(m, b).sum())
-    assert "examples are not apart at the model" in str(report)
+    assert "examples are not independent at the model" in str(report)
 
 
 def test_tensors_of_the_batch_that_hold_no_examples_stay_as_they_are():
@@ -117,7 +117,9 @@ def test_a_replaced_forward_that_a_copy_would_not_follow_is_refused():
     model = small()
     original = model[0].forward
     model[0].forward = lambda x: original(x)
-    with pytest.raises(ValueError, match=r"the forward of 0 was replaced \(.*<lambda>\), which a copy .* before that"):
+    with pytest.raises(
+        ValueError, match=r"the forward of 0 was replaced \(.*<lambda>\), and would call the original .* before that"
+    ):
         verify(model, torch.randn(3, 4), losses_of)
 
 

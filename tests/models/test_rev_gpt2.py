@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 from memsave.ghost import GhostClipper
-from memsave.ghost.unchanged import SAMPLE
+from memsave.ghost.snapshot import SAMPLE
 from memsave.models.language import causal_lm_losses
 from memsave.models.memory import MEMORY_MODES
 from memsave.models.rev_gpt2 import RevGPT2, RevGPT2Config
@@ -78,7 +78,7 @@ def test_an_automatic_clipper_takes_two_passes_where_activations_are_rebuilt():
 
 
 BATCH = 8
-MATRICES, TAPS, TENSORS = 4, 8, 16  # of a layer
+MATRICES, NORM_HOOKS, TENSORS = 4, 8, 16  # of a layer
 
 
 def bytes_beside_parameters(layers, *, mode, private):
@@ -98,9 +98,9 @@ def bytes_beside_parameters(layers, *, mode, private):
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "ghost"])
 def test_memory_is_flat_in_depth(private):
     few, many = (bytes_beside_parameters(layers, mode="reversible", private=private) for layers in (6, 48))
-    # an example's numbers: a matrix's bound on rounding, and for two tensors of each tap, a sum and a norm to compare
-    # the two passes by; and of each parameter, a sample to see whether the forward changed it
-    numbers = (4 * BATCH * (MATRICES + 2 * 2 * TAPS) + 4 * SAMPLE * TENSORS) * (48 - 6)
+    # for each example: a matrix's bound on rounding, and for two tensors of each norm hook, a sum and a norm that compare
+    # the two passes; for each parameter: a sample that shows whether the forward changed it
+    numbers = (4 * BATCH * (MATRICES + 2 * 2 * NORM_HOOKS) + 4 * SAMPLE * TENSORS) * (48 - 6)
     assert 0 <= many - few <= (numbers if private else 0)
     if not private:
         assert bytes_beside_parameters(48, mode="checkpoint", private=False) > 5 * many

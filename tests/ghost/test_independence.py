@@ -53,7 +53,7 @@ def from_last_to_first(layer, x):
 def test_a_model_that_mixes_examples_is_refused_by_layer(around, passes):
     model = Around(around).double()
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
-    with pytest.raises(ValueError, match=r"examples are not apart at (first|layer): .*batch in dimension 0"):
+    with pytest.raises(ValueError, match=r"examples are not independent at (first|layer): .*batch in dimension 0"):
         clipper.backward(losses_of(model, draw(4, 4, 3)))  # as many places as examples
     assert all(p.grad is None for p in model.parameters())
 
@@ -62,7 +62,7 @@ def test_losses_that_mix_examples_are_refused():
     model = nn.Linear(3, 2).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match="examples are not apart at the model"):
+    with pytest.raises(ValueError, match="examples are not independent at the model"):
         clipper.backward(losses / losses.sum())
 
 
@@ -77,9 +77,9 @@ def test_positions_without_a_batch_are_refused_even_where_they_are_as_many_as_ex
 
     model = Positions().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"look \(Embedding\) gave \(4, 3\) for a batch of 2"):
+    with pytest.raises(ValueError, match=r"look \(Embedding\) returned \(4, 3\) for a batch of 2"):
         model(draw(2, 4, 3))
-    with pytest.raises(ValueError, match="examples are not apart at look"):
+    with pytest.raises(ValueError, match="examples are not independent at look"):
         clipper.backward(losses_of(model, draw(4, 4, 3)))
 
 
@@ -155,7 +155,9 @@ def test_a_generic_layer_that_mixes_examples_or_draws_is_refused(layer):
     model = nn.Sequential(nn.Linear(3, 3), layer)
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = model(torch.randn(4, 3)).sum(1)
-    with pytest.raises(ValueError, match=rf"examples are not apart at 0|1 \({type(layer).__name__}\) gives .* alone"):
+    with pytest.raises(
+        ValueError, match=rf"examples are not independent at 0|1 \({type(layer).__name__}\) gives .* alone"
+    ):
         clipper.backward(losses)
     assert all(p.grad is None for p in model.parameters())
 
@@ -193,8 +195,8 @@ def test_auto_says_which_passes_it_takes(caplog):
         for _ in range(2):
             clipper.backward(losses_of(model, draw(2, 4)))
         assert clipper.chosen_passes == chosen
-    told = [record.getMessage() for record in caplog.records]
-    assert [each.split(":")[0] for each in told] == ["passes='auto' takes 1", "passes='auto' takes 2"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [each.split(":")[0] for each in messages] == ["passes='auto' takes 1", "passes='auto' takes 2"]
 
 
 def test_a_buffer_that_the_forward_changes_is_refused():

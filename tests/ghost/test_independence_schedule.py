@@ -29,7 +29,7 @@ class Counted:
 
 def never_again(clipper):
     """No look at random steps."""
-    clipper._separation._wait = 10**9
+    clipper._independence._steps_left = 10**9
 
 
 def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypatch):
@@ -88,7 +88,7 @@ def test_mixing_in_train_mode_is_found_after_a_first_batch_in_eval_mode():
     clipper.backward(losses_of(model, draw(4, 3)))
     never_again(clipper)
     model.train()
-    with pytest.raises(ValueError, match="examples are not apart at layer"):
+    with pytest.raises(ValueError, match="examples are not independent at layer"):
         clipper.backward(losses_of(model, draw(4, 3)))
 
 
@@ -109,11 +109,11 @@ def test_layers_below_a_head_of_zeros_are_looked_at_when_a_gradient_reaches_them
     model = Centred().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     clipper.backward(losses_of(model, draw(4, 3)))
-    assert clipper._separation.seen == {"head"}
+    assert clipper._independence.checked == {"head"}
     never_again(clipper)
     with torch.no_grad():
         model.head.weight += 0.1
-    with pytest.raises(ValueError, match="examples are not apart at layer"):
+    with pytest.raises(ValueError, match="examples are not independent at layer"):
         clipper.backward(losses_of(model, draw(4, 3)))
     apart, count = Centred(mixes=False).double(), Counted(monkeypatch)
     clipper = GhostClipper(apart, max_grad_norm=1.0)
@@ -125,7 +125,7 @@ def test_layers_below_a_head_of_zeros_are_looked_at_when_a_gradient_reaches_them
     with torch.no_grad():
         apart.head.weight += 0.1
     step()
-    assert clipper._separation.seen == {"head", "layer"}
+    assert clipper._independence.checked == {"head", "layer"}
 
 
 def test_an_example_without_a_gradient_is_not_waited_for_and_a_layer_outside_the_loss_is_not_looked_at(monkeypatch):
@@ -168,7 +168,7 @@ def test_rows_that_are_sorted_by_length_are_found_though_the_first_batches_were_
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     for _ in range(batches_before):
         clipper.backward(losses_of(model, ids))
-    with pytest.raises(ValueError, match="examples are not apart at mix"):
+    with pytest.raises(ValueError, match="examples are not independent at mix"):
         for _ in range(257):  # the longest time between two looks; the first one follows at once
             clipper.backward(losses_of(model, ids.flip(0)))
             if batches_before == 1:
@@ -180,7 +180,7 @@ def test_a_loss_that_mixes_later_is_found():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     for _ in range(3):
         clipper.backward(losses_of(model, draw(4, 3)))
-    with pytest.raises(ValueError, match="examples are not apart at the model"):
+    with pytest.raises(ValueError, match="examples are not independent at the model"):
         for _ in range(257):
             losses = losses_of(model, draw(4, 3))
             clipper.backward(losses / losses.sum())
@@ -207,9 +207,9 @@ def test_under_checkpoints_a_look_takes_no_more_memory_than_the_norms(kind, pass
         clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
         x = torch.randn(16, 64, 32)
         clipper.backward(losses_of(model, x))
-        clipper._separation._wait = 1 if look == "quick" else 10**9
+        clipper._independence._steps_left = 1 if look == "quick" else 10**9
         if look == "complete":
-            clipper._separation.seen.clear()
+            clipper._independence.checked.clear()
         with MemoryRecorder(model) as recorder:
             clipper.backward(losses_of(model, x))
         return recorder.report().peak_bytes
@@ -223,7 +223,7 @@ def test_looks_at_random_steps_change_no_random_numbers():
         model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2)).double()
         clipper = GhostClipper(model, max_grad_norm=0.1)
         for _ in range(5):
-            clipper._separation._wait = wait
+            clipper._independence._steps_left = wait
             clipper.backward(losses_of(model, draw(4, 3)))
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
