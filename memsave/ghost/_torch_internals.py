@@ -5,6 +5,7 @@ and fails where a version no longer does what the package relies on.
 """
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,9 +50,8 @@ __all__ = [
 ]
 
 
-def current_backward() -> int:
-    """The number of the backward that runs in this thread, or -1: a backward inside a backward has another number."""
-    return torch._C._current_graph_task_id()
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward that runs in this thread, or -1: a backward inside a backward has another number."""
 
 
 def in_backward() -> bool:
@@ -74,9 +74,8 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def version(tensor: Tensor) -> int:
-    """The tensor's in-place counter: detects that a tensor was written."""
-    return tensor._version
+version: Callable[[Tensor], int] = attrgetter("_version")
+"""The tensor's in-place counter: detects that a tensor was written."""
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -100,14 +99,11 @@ def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
     return [hook for registered in both for hook in (registered or {}).values()]
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The registry of the module's own parameters, which may be written: setattr accepts no plain tensor."""
-    return module._parameters
+own_parameters: Callable[[nn.Module], dict[str, Any]] = attrgetter("_parameters")
+"""The registry of the module's own parameters, which may be written: setattr accepts no plain tensor."""
 
-
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The registry of the module's own buffers: `named_buffers` leaves out those that are None."""
-    return module._buffers
+own_buffers: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
+"""The registry of the module's own buffers: `named_buffers` leaves out those that are None."""
 
 
 def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -115,9 +111,8 @@ def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in module._modules.items() if child is not None)
 
 
-def non_persistent_buffers(module: nn.Module) -> set[str]:
-    """The names of the module's buffers that `state_dict` leaves out: these are not released."""
-    return module._non_persistent_buffers_set
+non_persistent_buffers: Callable[[nn.Module], set[str]] = attrgetter("_non_persistent_buffers_set")
+"""The names of the module's buffers that `state_dict` leaves out: these are not released."""
 
 
 def operator_arguments(operator: Any) -> list[Any]:

@@ -96,7 +96,8 @@ def test_saved_tensors_are_redirected_only_inside_checkpoints():
 
 def test_attributes_of_a_functions_context_are_found_on_its_node_with_its_input_first():
     x, z = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    node = Record.apply(x.sin(), z, lambda: None, "tag").grad_fn
+    y = Record.apply(x.sin(), z, lambda: None, "tag")  # its node is valid while it is alive
+    node = y.grad_fn
     assert node.tag == "tag"
     (first, _), (second, _), *_ = node.next_functions
     assert first.name() == "SinBackward0"
