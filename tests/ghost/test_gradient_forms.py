@@ -44,7 +44,7 @@ def tile(request, monkeypatch):
 
 @pytest.mark.parametrize("positions", [1, 6, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_squared_norms(kind, positions, tile):
+def test_squared_norms_equal_those_of_the_full_gradients(kind, positions, tile):
     gradient, full = form(kind, positions=positions)
     expected = full.square().sum((1, 2))
     torch.testing.assert_close(inner_products(gradient, gradient), expected, rtol=1e-12, atol=0)
@@ -65,7 +65,7 @@ def test_squared_norms(kind, positions, tile):
         (64, 512, 768, 3072, True, False),  # formed would be faster, but takes more memory
     ],
 )
-def test_the_cheaper_form_is_chosen_by_shape(batch, positions, p, d, summed, formed):
+def test_the_cheapest_form_is_chosen_by_shape(batch, positions, p, d, summed, formed):
     with torch.device("meta"):
         gradient = FactoredGrad(torch.empty(batch, positions, p), torch.empty(batch, positions, d))
     assert isinstance(cheapest_form(gradient, summed=summed), PerSampleGrad) == formed
@@ -94,7 +94,7 @@ def test_layers_with_the_same_input_form_its_products_once(monkeypatch):
     assert len(formed) == 2  # of y, and of x
 
 
-def test_products_are_not_taken_for_those_of_an_input_that_changed():
+def test_the_gram_cache_notices_changed_activations():
     output_grads, activations = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
     cache = gradients.ActivationGramCache()
     for change in (0.0, 1.0):
@@ -117,15 +117,15 @@ def test_inner_products_of_many_float32_elements_are_exact_to_1e_5():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", KINDS)
-def test_inner_products(kind, other, tile):
-    """Of any two uses of one parameter, at different numbers of positions."""
+def test_inner_products_equal_those_of_the_full_gradients(kind, other, tile):
+    """Any two uses of one parameter, at different numbers of positions."""
     (one, full), (two, other_full) = form(kind), form(other, positions=9, seed=1)
     expected = (full * other_full).sum((1, 2))
     torch.testing.assert_close(inner_products(one, two), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weighted_sums(kind):
+def test_weighted_sums_equal_those_of_the_full_gradients(kind):
     gradient, full = form(kind)
     weights = torch.tensor([0.7, 0.2, 1.3], dtype=torch.float64)
     close = {"rtol": 1e-12, "atol": 1e-14}
@@ -136,7 +136,7 @@ def test_weighted_sums(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_examples_that_are_not_kept_contribute_nothing_not_even_nan(kind):
+def test_masked_examples_contribute_zero_even_if_they_are_nan(kind):
     gradient, full = form(kind)
     for part in ("values", "output_grads", "activations"):
         tensor = getattr(gradient, part, None)
@@ -149,17 +149,17 @@ def test_examples_that_are_not_kept_contribute_nothing_not_even_nan(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_the_gradients_formed(kind):
+def test_per_sample_gradients_equal_the_full_gradients(kind):
     gradient, full = form(kind)
     torch.testing.assert_close(gradient.per_sample().values, full, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm(4, eps=0.3), nn.RMSNorm(4, eps=0.3), nn.GroupNorm(2, 4, eps=0.3)])
-def test_norms_of_any_epsilon(layer):
+def test_norm_layers_with_any_epsilon_are_exact(layer):
     assert_exact(Head(layer, before=nn.PReLU()).double(), draw(3, 4, 4), losses_of)
 
 
-def test_generic_layers_with_an_argument_that_has_no_batch():
+def test_generic_layers_with_an_argument_without_a_batch_are_exact():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -204,14 +204,14 @@ class Body(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
-def test_a_recomputation_is_no_second_use_and_keeps_nothing(monkeypatch):
+def test_a_recomputation_counts_no_second_use_and_keeps_no_gradients(monkeypatch):
     kept, add = [], Ledger.add
     monkeypatch.setattr(Ledger, "add", lambda self, *args: (add(self, *args), kept.append(len(self.entries)))[0])
     by_clipper(Body().double(), draw(3, 4), losses_of, max_grad_norm=1.0, passes=2)
     assert kept == [0] * 4
 
 
-def test_a_checkpoint_around_the_whole_model():
+def test_a_checkpoint_around_the_whole_model_is_exact():
     def losses(model, batch):
         return checkpoint(model, batch, use_reentrant=False).sin().sum(1)
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_around_the_whole_model():
 
 
 class Twice(nn.Module):
-    """Two uses whose gradients cancel but for a little."""
+    """Two uses whose gradients almost cancel."""
 
     def __init__(self, kind):
         super().__init__()
@@ -235,7 +235,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("kind", ["uses", "positions"])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0, 30000.0])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_norm_is_never_too_small_even_where_it_cancels(kind, offset, passes):
+def test_a_norm_is_never_too_small_even_under_cancellation(kind, offset, passes):
     torch.manual_seed(0)
     model, x = Twice(kind), torch.randn(64, 2, 8) + offset
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes)

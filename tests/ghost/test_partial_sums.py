@@ -17,7 +17,7 @@ OPTIONS = [
 
 
 def out_of_memory_after(monkeypatch, count):
-    """The sum of one parameter fails, after so many that did not."""
+    """Let the sum of one parameter fail, after `count` successful sums."""
     add_sum, calls = ledger.add_sum, []
 
     def failing(*args):
@@ -52,7 +52,7 @@ def test_a_retry_is_refused_until_the_gradients_are_cleared(options, monkeypatch
         for losses in (losses_of(model, batch), losses_of(model, batch)[:0]):
             with pytest.raises(ValueError, match=r"clear the gradients .* begin the logical batch again") as refusal:
                 clip.backward(losses)
-        assert "out of memory" not in str(refusal.value)  # by which others know when to retry
+        assert "out of memory" not in str(refusal.value)  # callers retry when they find these words
         model.zero_grad(set_to_none=set_to_none)
         assert not clip.unfinished
         clip.backward(losses_of(model, batch))

@@ -44,14 +44,17 @@ def gradients(model, batch, mode):
 
 @given(
     batch=st.integers(1, 4),
-    places=st.integers(1, 9),
+    positions=st.integers(1, 9),
     layers=st.integers(1, 5),
     heads=st.sampled_from([1, 2, 4]),
     tied=st.booleans(),
 )
 @settings(max_examples=8, deadline=None)
-def test_memory_modes_are_one_function(batch, places, layers, heads, tied):
-    model, batch = model_of(layers=layers, heads=heads, tie_word_embeddings=tied), tokens(batch=batch, places=places)
+def test_memory_modes_are_one_function(batch, positions, layers, heads, tied):
+    model, batch = (
+        model_of(layers=layers, heads=heads, tie_word_embeddings=tied),
+        tokens(batch=batch, positions=positions),
+    )
     stored, expected = gradients(model, batch, "stored")
     for mode in ("checkpoint", "reversible"):
         losses, found = gradients(model, batch, mode)
