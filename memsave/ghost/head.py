@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_values, upcast
 from memsave.ghost.logits import LogitGradients, TargetPositions, scan
 from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
@@ -65,24 +66,28 @@ def linear_cross_entropy(
             f"the batch in dimension 0"
         )
     context.record_use(NAME, [p for p in trainable.values() if isinstance(p, nn.Parameter)])
-    detached_bias, ledger = None if bias is None else bias.detach(), context.ledger
     with_gram = "weight" in trainable and not (context.batch_size == 1 and clipper.passes_for(context) == 1)
     bytes_per_column = max(1, positions.count * upcast(tokens.detach()[:0]).element_size())
-    store = min(len(weight), ledger.bytes_left // bytes_per_column)
-    losses, *numbers = _Head.apply(
-        tokens, weight.detach(), detached_bias, labels, positions, soft_cap, with_gram, store
-    )
-    logit_grads = _logit_gradients(
-        tokens.detach(), weight.detach(), detached_bias, labels, positions, soft_cap, numbers
-    )
+    store = min(len(weight), context.ledger.bytes_left // bytes_per_column)
+    fixed = (weight.detach(), None if bias is None else bias.detach(), labels, positions, soft_cap)
+    losses, *numbers = _Head.apply(tokens, *fixed, with_gram, store)
+    logit_grads = _logit_gradients(tokens.detach(), *fixed, numbers)
+    return _with_norm_hook(losses, logit_grads, context, trainable)
+
+
+def _with_norm_hook(
+    losses: Tensor, logit_grads: LogitGradients, context: BackwardContext, trainable: dict[str, Tensor]
+) -> Tensor:
+    """The losses (N,) as (B, T), with a norm hook."""
     stored = logit_grads.first_logits
-    ledger.bytes_left -= 0 if stored is None else stored.numel() * stored.element_size()
+    context.ledger.bytes_left -= 0 if stored is None else stored.numel() * stored.element_size()
     saved, unpack = _pack(logit_grads)
+    names, positions = tuple(trainable), logit_grads.positions
 
     def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-        return _per_example_grads(unpack(saved), grad, trainable=tuple(trainable))
+        return _per_example_grads(unpack(saved), grad, trainable=names)
 
-    spec = HookSpec(NAME, tuple(trainable), per_example_grads)
+    spec = HookSpec(NAME, names, per_example_grads)
     return apply_norm_hook(positions.scatter(losses), spec, context, saved, list(trainable.values()))
 
 
