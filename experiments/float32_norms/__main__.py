@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.record import insert, keep, machine
-from memsave.ghost.gradients import Dense, inner
+from memsave.ghost.gradients import PerSampleGrad, inner_products
 
 HERE = Path(__file__).parent
 SIZES = {"768": 768, "768 x 3072": 768 * 3072, "50257 x 768": 50257 * 768}
@@ -22,7 +22,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "`bmm`": lambda values: (values[:, None] @ values[:, :, None]).flatten().sqrt(),
     "`Tensor.norm(2, dim=1)`": lambda values: values.norm(2, dim=1),
     "`(g * g).sum(1)`": lambda values: (values * values).sum(1).sqrt(),
-    "memsave": lambda values: inner(Dense(values), Dense(values)).sqrt(),
+    "memsave": lambda values: inner_products(PerSampleGrad(values), PerSampleGrad(values)).sqrt(),
 }
 
 

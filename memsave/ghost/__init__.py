@@ -1,7 +1,19 @@
-"""Backend 2: per-example clipping without per-example gradients."""
+"""Per-example gradient clipping without per-example gradients."""
 
 from memsave.ghost.clipper import GhostClipper
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.head import linear_cross_entropy
-from memsave.ghost.verify import Verification, verify
+from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
+from memsave.ghost.verify import ClippingReport, verify
 
-__all__ = ["GhostClipper", "Verification", "linear_cross_entropy", "verify"]
+__all__ = [
+    "ClippingReport",
+    "FactoredGrad",
+    "GhostClipper",
+    "LayerInputs",
+    "PerSampleGrad",
+    "RuleOutput",
+    "linear_cross_entropy",
+    "register_rule",
+    "verify",
+]

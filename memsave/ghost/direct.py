@@ -1,17 +1,17 @@
-"""One example whose gradient is formed as ever, whatever the layers, and clipped."""
+"""passes="direct": the gradient of a single example is formed by an ordinary backward and clipped, for any layers."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Dense, has_values
+from memsave.ghost.gradients import PerSampleGrad, has_values, safe_sqrt
 from memsave.ghost.groups import Groups
-from memsave.ghost.tap import add_sum, root
+from memsave.ghost.ledger import add_sum
 
 
-def add_formed_gradient(
-    losses: Tensor, parameters: list[nn.Parameter], groups: Groups | None, factors_of: Callable[[Tensor], Tensor]
+def add_clipped_gradient(
+    losses: Tensor, parameters: list[nn.Parameter], groups: Groups | None, clip_factors_of: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Add the clipped gradient of the only loss, (1,), to `.grad`.
 
@@ -23,14 +23,14 @@ def add_formed_gradient(
         for p, g in zip(parameters, found, strict=True)
         if g is not None
     }
-    squares, lowest = losses.detach() * 0, torch.ones_like(losses)
-    for group in (groups or Groups.whole(gradients)).members:
+    squared, lowest = losses.detach() * 0, torch.ones_like(losses)
+    for group in (groups or Groups.single(gradients)).members:
         members = [p for p in group if p in gradients]
-        wides = (gradients[p].to(torch.promote_types(gradients[p].dtype, torch.float32)) for p in members)
-        squared = sum((each.square().sum()[None] for each in wides), losses.detach() * 0)
-        factors = factors_of(root(squared))
-        squares, lowest = squares + squared, torch.minimum(lowest, factors)
-        if not has_values(factors) or bool(factors.all()):  # finite
+        upcasts = (gradients[p].to(torch.promote_types(gradients[p].dtype, torch.float32)) for p in members)
+        squared_of_group = sum((each.square().sum()[None] for each in upcasts), losses.detach() * 0)
+        factors = clip_factors_of(safe_sqrt(squared_of_group))
+        squared, lowest = squared + squared_of_group, torch.minimum(lowest, factors)
+        if not has_values(factors) or bool(factors.all()):  # a zero factor marks a gradient that is not finite
             for p in members:
-                add_sum(p, Dense(gradients[p][None]), factors)
-    return squares, lowest
+                add_sum(p, PerSampleGrad(gradients[p][None]), factors)
+    return squared, lowest

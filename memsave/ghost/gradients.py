@@ -1,15 +1,15 @@
-"""One parameter's per-example gradients, held in the form that is cheapest to hold.
+"""One parameter's per-example gradients, held in the form that takes the least memory or time.
 
-Where a weight W is used at T places of an example, its gradient is a sum of T outer products,
+Where a weight W is used at T positions of an example, its gradient is a sum of T outer products,
 
-    dL_b/dW = sum_t u_bt (x) v_bt ,
+    dL_b/dW = sum_t g_bt (x) a_bt ,
 
-with u the output's gradients and v the inputs of a linear layer (or one-hot rows of an embedding). Norms, inner
-products and weighted sums follow from u and v without the gradients themselves:
+with g the output's gradients and a the activations (the inputs) of a linear layer; an embedding's activations are
+one-hot. Norms, inner products and weighted sums follow from g and a without the gradients themselves:
 
-    <g, g'>_b = sum_{t,s} <u_bt, u'_bs> <v_bt, v'_bs>        (ghost norm: Goodfellow 2015; Li et al. 2022, section 4)
+    <G, G'>_b = sum_{t,s} <g_bt, g'_bs> <a_bt, a'_bs>        (ghost norm: Goodfellow 2015; Li et al. 2022, section 4)
 
-`Outer` holds (u, v), `Dense` the gradients. All arithmetic is float32 or wider.
+`FactoredGrad` holds (g, a), `PerSampleGrad` holds the gradients. All arithmetic is in float32 or wider.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,314 +18,360 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-TRIANGLE = 128  # places of a tile of a Gram matrix that is symmetric
+from memsave.ghost import _torch_internals as internals
+
+TRIANGLE = 128  # positions of a tile of a symmetric Gram matrix
 TILE = 2**24  # elements of the largest Gram tile: 64 MiB in float32
 PIECE = 2**20  # elements multiplied and summed at a time: 4 MiB in float32, which stay in the cache
-SMALL = 1.25  # time of a multiply-add in Gram matrices, over one in the large products of weight gradients
-WRITE = 90  # multiply-adds in whose time one element of an instantiated gradient is written and read, on a CPU
+SMALL = 1.25  # time of a multiply-add in Gram matrices, relative to one in the large products of weight gradients
+WRITE = 90  # multiply-adds that take as long as writing and reading one element of a formed gradient, on a CPU
 
 
-class Rows(Protocol):
-    """Rows u_bt, (B, T, p), that are not held but made again where they are needed."""
+class LazyOutputGrads(Protocol):
+    """Output gradients g_bt, (B, T, p), that are not stored and are computed again where they are needed."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(B, T, p)."""
 
     @property
-    def products(self) -> Tensor | None:
-        """<u_bt, u_bs>, (B, T, T), where that is held."""
+    def gram(self) -> Tensor | None:
+        """<g_bt, g_bs>, (B, T, T), or None if it is not stored."""
 
-    def against(self, other: "Tensor | Rows") -> Tensor:
-        """<u_bt, u'_bs>, (B, T, S), with rows (B, S, p)."""
+    def pairwise_products(self, other: "Tensor | LazyOutputGrads") -> Tensor:
+        """<g_bt, u_bs>, (B, T, S), with vectors u (B, S, p)."""
 
-    def columns(self, rows: Tensor) -> Tensor:
-        """u_bt at the row numbers (B, S): (B, T, S), zero for a negative number."""
+    def gather(self, index: Tensor) -> Tensor:
+        """The entries of g_bt at index (B, S): (B, T, S), zero for a negative index."""
 
-    def formed(self, right: Tensor) -> Tensor:
-        """sum_t u_bt (x) v_bt, (B, p, d), for v (B, T, d)."""
+    def per_sample(self, activations: Tensor) -> Tensor:
+        """sum_t g_bt (x) a_bt, (B, p, d), for activations (B, T, d)."""
 
-    def pull(self, values: Tensor) -> Tensor:
-        """u_bt' D_b, (B, T, d), for D (B, p, d)."""
+    def matmul(self, values: Tensor) -> Tensor:
+        """g_b @ values, (B, T, d), for values (B, p, d)."""
 
-    def add_sum(self, total: Tensor, right: Tensor) -> None:
-        """Add sum_bt u_bt (x) v_bt to a total (p, d)."""
+    def add_sum(self, total: Tensor, activations: Tensor) -> None:
+        """Add sum_bt g_bt (x) a_bt to `total` (p, d)."""
 
-    def keep(self, kept: Tensor) -> "Rows":
-        """With rows of zeros for the examples that `kept` (B,) does not name."""
+    def masked(self, mask: Tensor) -> "LazyOutputGrads":
+        """A copy that is zero for the examples where `mask` (B,) is False."""
 
 
 @dataclass(frozen=True)
-class Dense:
+class PerSampleGrad:
     """The gradients themselves, (B, *shape of the parameter)."""
 
     values: Tensor
-    fresh: bool = False
-    """Whether nothing else has the values, as a rule's may be another parameter's or those of an activation."""
+    owns_values: bool = False
+    """Whether no other tensor shares the memory; a rule may return an activation's memory, or one tensor twice."""
 
-    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None, spare: bool = False) -> Tensor:
-        """sum_b weights[b] g_b, in the parameter's shape; added to `into` where that is given.
+    def weighted_sum(self, weights: Tensor, *, add_to: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """sum_b weights[b] g_b, in the parameter's shape, added in place to `add_to` if given.
 
-        `spare`: the gradients are not needed any more; the sum takes their place if it can.
+        `overwrite`: the gradients are not needed any more, and the sum may take their memory.
         """
-        values = wide(self.values)
+        values = upcast(self.values)
         weights = weights.to(values.dtype)
-        if len(values) == 1 and into is None and spare and self.fresh:
+        if len(values) == 1 and add_to is None and overwrite and self.owns_values:
             return values[0].mul_(weights[0])
-        if len(values) == 1 and into is not None:
-            return into.addcmul_(values[0], weights[0])
+        if len(values) == 1 and add_to is not None:
+            return add_to.addcmul_(values[0], weights[0])
         total = (values.reshape(len(values), -1).T @ weights).view(values.shape[1:])
-        return total if into is None else into.add_(total)
+        return total if add_to is None else add_to.add_(total)
 
-    def keep(self, kept: Tensor) -> "Dense":
-        """Without the examples that `kept` (B,) does not name: their rows are zero, even where they were NaN."""
-        return Dense(_rows(self.values, kept))
+    def masked(self, mask: Tensor) -> "PerSampleGrad":
+        """A copy that is zero for the examples where `mask` (B,) is False, even where they were NaN."""
+        return PerSampleGrad(_zero_unless(mask, self.values))
 
 
 @dataclass(frozen=True)
-class Outer:
-    """Sums of outer products: left (B, T, p), or row numbers (B, T) of one-hot rows, and right (B, T, d).
+class FactoredGrad:
+    """Sums of outer products of output gradients (B, T, p) and activations (B, T, d).
 
-    The gradient is (p, d), or (d, p) when `transposed`, as in a layer that stores its weight that way. A left that is
-    no tensor makes its rows again where they are needed.
+    Integer activations (B, T) are the indices of one-hot vectors of length `num_embeddings`; a negative index is a
+    vector of zeros. The gradient has the shape (p, d), or (d, p) when `transposed`, as in layers that store their
+    weight that way.
     """
 
-    left: Tensor | Rows
-    right: Tensor
-    rows: int
-    """p, the number of rows."""
+    output_grads: Tensor | LazyOutputGrads
+    activations: Tensor
     transposed: bool = False
+    num_embeddings: int | None = None
+    """d, which the shape of one-hot activations does not contain."""
 
     @property
     def one_hot(self) -> bool:
-        """Whether `left` holds row numbers; a negative number is a row of zeros."""
-        return isinstance(self.left, Tensor) and not self.left.is_floating_point()
+        """Whether the activations are indices of one-hot vectors."""
+        return not self.activations.is_floating_point()
 
-    def dense(self) -> Dense:
+    @property
+    def rows(self) -> "Tensor | LazyOutputGrads":
+        """The factor that belongs to the rows of the weight."""
+        return self.activations if self.transposed else self.output_grads
+
+    @property
+    def columns(self) -> "Tensor | LazyOutputGrads":
+        """The factor that belongs to the columns of the weight."""
+        return self.output_grads if self.transposed else self.activations
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(B, T, p, d)."""
+        batch, length, p = self.output_grads.shape
+        return batch, length, p, self.num_embeddings if self.num_embeddings is not None else self.activations.shape[-1]
+
+    def per_sample(self) -> PerSampleGrad:
         """Form the gradients."""
-        right = wide(self.right)
-        if not isinstance(self.left, Tensor):
-            return Dense(self.left.formed(right), fresh=True)
+        if not isinstance(self.output_grads, Tensor):
+            values = self.output_grads.per_sample(upcast(self.activations))
+            return PerSampleGrad(values.transpose(1, 2) if self.transposed else values, owns_values=True)
+        grads = upcast(self.output_grads)
         if self.one_hot:
-            values = right.new_zeros(len(right), self.rows, right.shape[-1])
-            index = self.left.clamp(min=0).unsqueeze(-1).expand_as(right)
-            values.scatter_add_(1, index, _rows(right, self.left >= 0))
-            return Dense(values.transpose(1, 2) if self.transposed else values, fresh=True)
-        left = wide(self.left)
-        return Dense(right.transpose(1, 2) @ left if self.transposed else left.transpose(1, 2) @ right, fresh=True)
+            batch, _, p, d = self.sizes()
+            values = grads.new_zeros(batch, d, p)
+            index = self.activations.clamp(min=0).unsqueeze(-1).expand_as(grads)
+            values.scatter_add_(1, index, _zero_unless(self.activations >= 0, grads))
+            return PerSampleGrad(values if self.transposed else values.transpose(1, 2), owns_values=True)
+        inputs = upcast(self.activations)
+        values = inputs.transpose(1, 2) @ grads if self.transposed else grads.transpose(1, 2) @ inputs
+        return PerSampleGrad(values, owns_values=True)
 
-    def weighted_sum(self, weights: Tensor, *, into: Tensor | None = None, spare: bool = False) -> Tensor:
-        """sum_b weights[b] g_b, without the g_b; added to `into` where that is given."""
-        right = wide(self.right)
-        weights = weights.to(right.dtype)[:, None, None]
-        if not isinstance(self.left, Tensor):
-            total = right.new_zeros(self.rows, right.shape[-1]) if into is None else into
-            self.left.add_sum(total, right * weights)
+    def weighted_sum(self, weights: Tensor, *, add_to: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """sum_b weights[b] g_b, without the g_b, added in place to `add_to` if given."""
+        if self.one_hot:
+            return self._weighted_sum_of_one_hot(weights, add_to)
+        inputs = upcast(self.activations)
+        weights = weights.to(inputs.dtype)[:, None, None]
+        if not isinstance(self.output_grads, Tensor):
+            _, _, p, d = self.sizes()
+            shape = (d, p) if self.transposed else (p, d)
+            total = inputs.new_zeros(shape) if add_to is None else add_to
+            self.output_grads.add_sum(total.T if self.transposed else total, inputs * weights)
             return total
-        left = wide(self.left)
-        if self.one_hot or right.shape[-1] <= left.shape[-1]:  # the smaller one: it is copied for that
-            right = right * weights
+        grads = upcast(self.output_grads)
+        if inputs.shape[-1] <= grads.shape[-1]:  # weigh the smaller factor, because weighing copies it
+            inputs = inputs * weights
         else:
-            left = left * weights
-        if self.one_hot:
-            total = right.new_zeros(self.rows, right.shape[-1]) if into is None else into.T if self.transposed else into
-            total.index_add_(0, left.clamp(min=0).flatten(), _rows(right, left >= 0).flatten(0, 1))
-            return total.T if self.transposed else total
-        first, second = (right, left) if self.transposed else (left, right)
-        first, second = first.flatten(0, 1).T, second.flatten(0, 1)
-        return first @ second if into is None else into.addmm_(first, second)
+            grads = grads * weights
+        rows, columns = (inputs, grads) if self.transposed else (grads, inputs)
+        rows, columns = rows.flatten(0, 1).T, columns.flatten(0, 1)
+        return rows @ columns if add_to is None else add_to.addmm_(rows, columns)
 
-    def keep(self, kept: Tensor) -> "Outer":
-        """Without the examples that `kept` (B,) does not name: their rows are zero, even where they were NaN."""
-        if isinstance(self.left, Tensor):
-            left: Tensor | Rows = self.left if self.one_hot else _rows(self.left, kept)
+    def _weighted_sum_of_one_hot(self, weights: Tensor, add_to: Tensor | None) -> Tensor:
+        assert isinstance(self.output_grads, Tensor)
+        grads, (_, _, p, d) = upcast(self.output_grads), self.sizes()
+        grads = grads * weights.to(grads.dtype)[:, None, None]
+        if add_to is None:
+            total = grads.new_zeros(d, p)
         else:
-            left = self.left.keep(kept)
-        return Outer(left, _rows(self.right, kept), rows=self.rows, transposed=self.transposed)
+            total = add_to if self.transposed else add_to.T
+        index = self.activations
+        total.index_add_(0, index.clamp(min=0).flatten(), _zero_unless(index >= 0, grads).flatten(0, 1))
+        return total if self.transposed else total.T
+
+    def masked(self, mask: Tensor) -> "FactoredGrad":
+        """A copy that is zero for the examples where `mask` (B,) is False, even where they were NaN."""
+        if isinstance(self.output_grads, Tensor):
+            grads: Tensor | LazyOutputGrads = _zero_unless(mask, self.output_grads)
+        else:
+            grads = self.output_grads.masked(mask)
+        inputs = self.activations if self.one_hot else _zero_unless(mask, self.activations)
+        return FactoredGrad(grads, inputs, transposed=self.transposed, num_embeddings=self.num_embeddings)
 
 
-Gradient = Dense | Outer
+Gradient = PerSampleGrad | FactoredGrad
 
 
-class InputTiles:
-    """v v' of the last v that was seen: layers with the same input, as q, k and v of attention, form it once.
+class ActivationGramCache:
+    """The Gram matrix a a' of the last activations: layers with the same input (q, k, v of attention) form it once.
 
-    Tiles on and below the diagonal; held only where they take less than v itself.
+    It consists of the tiles on and below the diagonal, and is stored only if it takes less memory than a itself.
     """
 
     def __init__(self) -> None:
-        self._of: Tensor | None = None  # held, or its memory might be another's
+        self._activations: Tensor | None = None  # kept alive, because freed memory may be reused by another tensor
         self._version = 0
         self._tiles: list[Tensor] = []
 
-    def of(self, right: Tensor) -> Iterable[Tensor]:
-        """(B, t, S) for each tile, in their order."""
-        if right.shape[1] > right.shape[2]:
-            return _tiles(right)
-        if self._of is None or self._version != right._version or _place(self._of) != _place(right):
-            self._of, self._version, self._tiles = right, right._version, list(_tiles(right))
+    def tiles(self, activations: Tensor) -> Iterable[Tensor]:
+        """The tiles, (B, t, S) each, in their order."""
+        if activations.shape[1] > activations.shape[2]:
+            return _gram_tiles(activations)
+        version = internals.version(activations)
+        same = self._activations is not None and _memory_layout(self._activations) == _memory_layout(activations)
+        if not same or self._version != version:
+            self._activations, self._version, self._tiles = activations, version, list(_gram_tiles(activations))
         return self._tiles
 
 
-def _tiles(right: Tensor) -> Iterator[Tensor]:
-    for first in range(0, right.shape[1], TRIANGLE):
+def _gram_tiles(activations: Tensor) -> Iterator[Tensor]:
+    for first in range(0, activations.shape[1], TRIANGLE):
         last = first + TRIANGLE
-        yield wide(right[:, first:last]) @ wide(right[:, :last]).transpose(1, 2)
+        yield upcast(activations[:, first:last]) @ upcast(activations[:, :last]).transpose(1, 2)
 
 
-def _place(values: Tensor) -> tuple[Any, ...]:
-    """Where it lies in memory, and how."""
-    return values.untyped_storage()._cdata, values.storage_offset(), values.shape, values.stride(), values.dtype
+def _memory_layout(values: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that view the same memory in the same way."""
+    return internals.storage_id(values), values.storage_offset(), values.shape, values.stride(), values.dtype
 
 
-def inner(one: Gradient, other: Gradient, *, tiles: InputTiles | None = None) -> Tensor:
-    """<g_b, g'_b> for each example: (B,). `tiles`: of products that are to be shared between layers."""
-    if isinstance(one, Outer) and isinstance(other, Outer):
-        if one is other and isinstance(one.left, Tensor) and not one.one_hot:
-            return _own_gram(one.left, one.right, tiles or InputTiles())
-        return _gram(one, other) if one.transposed == other.transposed else _against(one.dense(), other)
-    if isinstance(other, Outer):
+def inner_products(one: Gradient, other: Gradient, *, gram_cache: ActivationGramCache | None = None) -> Tensor:
+    """<g_b, g'_b> for each example: (B,). `gram_cache` is shared between layers."""
+    if isinstance(one, FactoredGrad) and isinstance(other, FactoredGrad):
+        if one is other and isinstance(one.output_grads, Tensor) and not one.one_hot:
+            return _squared_norms(one.output_grads, one.activations, gram_cache or ActivationGramCache())
+        return _factored_products(one, other)
+    if isinstance(other, FactoredGrad):
         one, other = other, one
-    assert isinstance(other, Dense)
-    if isinstance(one, Outer):
-        return _against(other, one)
-    return _dot(one.values, other.values)
+    assert isinstance(other, PerSampleGrad)
+    if isinstance(one, FactoredGrad):
+        return _mixed_products(other, one)
+    return _elementwise_products(one.values, other.values)
 
 
 def magnitude(gradient: Gradient) -> Tensor:
-    """What the norm would be if nothing in the sum cancelled, (B,): sum_t |u_bt| |v_bt|, or the norm itself."""
-    if isinstance(gradient, Dense):
-        return inner(gradient, gradient).sqrt()
-    sizes = torch.linalg.vector_norm(wide(gradient.right), dim=-1)  # (B, T)
-    left = gradient.left
-    if not isinstance(left, Tensor):
-        squares = (left.against(left) if left.products is None else left.products).diagonal(dim1=1, dim2=2)
-        return (sizes * squares.clamp(min=0).sqrt()).sum(1)
+    """The norm without any cancellation in the sum, (B,): sum_t |g_bt| |a_bt|, or the norm itself."""
+    if isinstance(gradient, PerSampleGrad):
+        return inner_products(gradient, gradient).sqrt()
+    grads, inputs = gradient.output_grads, gradient.activations
+    if not isinstance(grads, Tensor):
+        gram = grads.pairwise_products(grads) if grads.gram is None else grads.gram
+        norms = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    else:
+        norms = torch.linalg.vector_norm(upcast(grads), dim=-1)  # (B, T)
     if gradient.one_hot:
-        return (sizes * (left >= 0)).sum(1)
-    return (sizes * torch.linalg.vector_norm(wide(left), dim=-1)).sum(1)
+        return (norms * (inputs >= 0)).sum(1)
+    return (torch.linalg.vector_norm(upcast(inputs), dim=-1) * norms).sum(1)
 
 
-def cheapest(gradient: Gradient, *, summed: bool, room: int = 0) -> Gradient:
-    """The form in which an example's norm takes the least time, of those that take at most `room` bytes over (u, v).
+def cheapest_form(gradient: Gradient, *, summed: bool, bytes_left: int = 0) -> Gradient:
+    """The form that gives the norm in the least time, among those that take at most `bytes_left` more than (g, a).
 
-    The Gram form takes T^2 (p + d) multiply-adds, or half of that for its tiles on and below the diagonal; the gradient
-    T p d and its writing. `summed`: the clipped sum will be formed from what is returned; the gradient then replaces
-    that product, T p d more, and one of the B that are held is the sum's own.
+    Gram matrices take T^2 (p + d) multiply-adds, or half of that with tiles on and below the diagonal. The gradient
+    takes T p d multiply-adds and must be written. `summed`: the clipped sum is formed from the returned form; a formed
+    gradient then replaces the product T p d of that sum, and one of the B stored gradients becomes the sum.
     """
-    if isinstance(gradient, Dense):
+    if isinstance(gradient, PerSampleGrad):
         return gradient
-    if not isinstance(gradient.left, Tensor):
-        return gradient.dense() if gradient.left.products is None else gradient
-    batch, places, d = gradient.right.shape
-    p = gradient.rows
-    gram, formed = SMALL * places * (places + min(places, TRIANGLE)) / 2 * (p + d), (places + WRITE) * p * d
-    if gradient.one_hot:  # the rows are compared, and added to where they are equal
-        gram, formed = SMALL * places * places * d, places * d + WRITE * p * d
+    if not isinstance(gradient.output_grads, Tensor):
+        return gradient.per_sample() if gradient.output_grads.gram is None else gradient
+    batch, length, p, d = gradient.sizes()
+    gram_time = SMALL * length * (length + min(length, TRIANGLE)) / 2 * (p + d)
+    forming_time = (length + WRITE) * p * d
+    if gradient.one_hot:  # indices are compared, and gradients are added where indices are equal
+        gram_time, forming_time = SMALL * length * length * p, length * p + WRITE * p * d
     elif summed:
-        gram += places * p * d
-    whole = (batch - summed) * p * d * wide(gradient.right[:0]).element_size()
-    return gradient.dense() if whole <= held_bytes(gradient) + room and formed < gram else gradient
+        gram_time += length * p * d
+    formed_bytes = (batch - summed) * p * d * upcast(gradient.output_grads[:0]).element_size()
+    fits = formed_bytes <= held_bytes(gradient) + bytes_left
+    return gradient.per_sample() if fits and forming_time < gram_time else gradient
 
 
 def held_bytes(gradient: Gradient) -> int:
-    """What its own tensors take."""
-    tensors = (gradient.values,) if isinstance(gradient, Dense) else (gradient.left, gradient.right)
-    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))
+    """The bytes of the form's tensors."""
+    held = (gradient.values,) if isinstance(gradient, PerSampleGrad) else (gradient.output_grads, gradient.activations)
+    return sum(each.numel() * each.element_size() for each in held if isinstance(each, Tensor))
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """The tensor in float32 or wider."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def safe_sqrt(squared: Tensor) -> Tensor:
+    """Norms from squared norms that rounding may have made negative; NaN stays NaN."""
+    return torch.where(squared < 0, 0.0, squared).sqrt()
+
+
 def has_values(tensor: Tensor) -> bool:
-    """Whether its values may be asked for; a fake tensor or one on `meta` has none."""
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+    """Whether the values can be read; fake tensors and tensors on `meta` have none."""
+    return tensor.device.type != "meta" and not internals.is_fake(tensor)
 
 
-def _rows(values: Tensor, kept: Tensor) -> Tensor:
-    """Zero what is not kept, by the leading dimensions, before anything is multiplied: 0 x NaN is NaN."""
-    kept = kept.view(*kept.shape, *[1] * (values.dim() - kept.dim()))
-    return torch.where(kept, values, values.new_zeros(()))
+def flatten_positions(tensor: Tensor) -> Tensor:
+    """(B, ..., d) to (B, T, d)."""
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """sum over all but the examples, (B,), piece by piece: a product in one (einsum, bmm) loses digits in float32.
+def _zero_unless(mask: Tensor, values: Tensor) -> Tensor:
+    """Zero where `mask` (the leading dimensions) is False, before any product, because 0 x NaN is NaN."""
+    mask = mask.view(*mask.shape, *[1] * (values.dim() - mask.dim()))
+    return torch.where(mask, values, values.new_zeros(()))
 
-    `experiments/float32_norms` shows how many.
+
+def _elementwise_products(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products over all but the batch, (B,), piece by piece: one product (einsum, bmm) is inexact in float32.
+
+    `experiments/float32_norms` measures by how much.
     """
     one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
     step = max(1, PIECE // max(1, len(one)))
-    pieces = [(wide(a) * wide(b)).sum(1) for a, b in zip(one.split(step, 1), other.split(step, 1), strict=True)]
+    pieces = [(upcast(a) * upcast(b)).sum(1) for a, b in zip(one.split(step, 1), other.split(step, 1), strict=True)]
     return torch.stack(pieces).sum(0)
 
 
-def _against(dense: Dense, outer: Outer) -> Tensor:
-    """sum_t u_t' D v_t, (B,), without the other gradient."""
-    values = wide(dense.values).transpose(1, 2) if outer.transposed else wide(dense.values)  # (B, p, d)
-    left, right = outer.left, wide(outer.right)
-    if not isinstance(left, Tensor):
-        rows = left.pull(values)  # (B, T, d)
-    elif outer.one_hot:
-        rows = values.gather(1, left.clamp(min=0).unsqueeze(-1).expand_as(right)) * (left >= 0).unsqueeze(-1)
-    else:
-        rows = wide(left) @ values
-    return (rows * right).sum((1, 2))
+def _mixed_products(formed: PerSampleGrad, factored: FactoredGrad) -> Tensor:
+    """sum_t g_t' D a_t, (B,), for formed gradients D; the factored gradients are not formed."""
+    values, grads, inputs = upcast(formed.values), factored.output_grads, factored.activations
+    if factored.one_hot:
+        assert isinstance(grads, Tensor)
+        values = values if factored.transposed else values.transpose(1, 2)  # (B, d, p)
+        picked = values.gather(1, inputs.clamp(min=0).unsqueeze(-1).expand_as(grads)) * (inputs >= 0).unsqueeze(-1)
+        return (picked * upcast(grads)).sum((1, 2))
+    values = values.transpose(1, 2) if factored.transposed else values  # (B, p, d)
+    products = upcast(grads) @ values if isinstance(grads, Tensor) else grads.matmul(values)  # (B, T, d)
+    return (products * upcast(inputs)).sum((1, 2))
 
 
-def _own_gram(left: Tensor, right: Tensor, tiles: InputTiles) -> Tensor:
-    """sum_ts <u_t, u_s> <v_t, v_s>: what is above the diagonal is what is below it."""
-    total = right.new_zeros(len(right), dtype=wide(right).dtype)
-    for number, rights in enumerate(tiles.of(right)):
+def _squared_norms(grads: Tensor, activations: Tensor, gram_cache: ActivationGramCache) -> Tensor:
+    """sum_ts <g_t, g_s> <a_t, a_s>: entries above the diagonal equal those below it."""
+    total = activations.new_zeros(len(activations), dtype=upcast(activations).dtype)
+    for number, tile in enumerate(gram_cache.tiles(activations)):
         first, last = number * TRIANGLE, (number + 1) * TRIANGLE
-        entries = _lefts(left[:, first:last], left[:, :last]).mul_(rights)  # (B, t, S)
+        entries = _pairwise_products(grads[:, first:last], grads[:, :last]).mul_(tile)  # (B, t, S)
         entries[:, :, :first] *= 2
         total = total + entries.sum((1, 2))
     return total
 
 
-def _gram(one: Outer, other: Outer) -> Tensor:
-    """Rows of the two Gram matrices, tile by tile: sum_t sum_s (u_t . u'_s) (v_t . v'_s)."""
-    if not isinstance(one.left, Tensor):
-        return _gram_of_rows(one.left, one.right, other)
-    if not isinstance(other.left, Tensor):
-        return _gram_of_rows(other.left, other.right, one)
-    batch, places = one.right.shape[:2]
-    step = max(1, TILE // max(1, batch * other.right.shape[1]))
-    total = one.right.new_zeros(batch, dtype=wide(one.right).dtype)
-    for first in range(0, places, step):
+def _factored_products(one: FactoredGrad, other: FactoredGrad) -> Tensor:
+    """Products of two Gram matrices, tile by tile: sum_ts <row_t, row'_s> <column_t, column'_s>."""
+    rows, other_rows, columns, other_columns = one.rows, other.rows, one.columns, other.columns
+    if not (isinstance(columns, Tensor) and isinstance(other_columns, Tensor)):
+        return (_pairwise_products(columns, other_columns) * _pairwise_products(rows, other_rows)).sum((1, 2))
+    if not (isinstance(rows, Tensor) and isinstance(other_rows, Tensor)):
+        row_products = _pairwise_products(rows, other_rows)  # first, because lazy gradients need temporary memory
+        return _pairwise_products(columns, other_columns).mul_(row_products).sum((1, 2))
+    (batch, length), grads = rows.shape[:2], columns if rows.dim() == 2 else rows
+    step = max(1, TILE // max(1, batch * other_rows.shape[1]))
+    total = grads.new_zeros(batch, dtype=upcast(grads).dtype)
+    for first in range(0, length, step):
         part = slice(first, first + step)
-        rights = wide(one.right[:, part]) @ wide(other.right).transpose(1, 2)  # (B, t, S)
-        total = total + (_lefts(one.left[:, part], other.left) * rights).sum((1, 2))
+        products = _pairwise_products(columns[:, part], other_columns)  # (B, t, S)
+        total = total + (_pairwise_products(rows[:, part], other_rows) * products).sum((1, 2))
     return total
 
 
-def _gram_of_rows(left: Rows, right: Tensor, other: Outer) -> Tensor:
-    if left is other.left and left.products is not None:
-        lefts = left.products
-    elif other.one_hot:
-        assert isinstance(other.left, Tensor)
-        lefts = left.columns(other.left)
-    else:
-        lefts = left.against(other.left)
-    return (wide(right) @ wide(other.right).transpose(1, 2)).mul_(lefts).sum((1, 2))
-
-
-def _lefts(one: Tensor, other: Tensor) -> Tensor:
-    """<u_bt, u'_bs>, (B, T, S), where either side may be row numbers of one-hot rows."""
+def _pairwise_products(one: "Tensor | LazyOutputGrads", other: "Tensor | LazyOutputGrads") -> Tensor:
+    """<u_bt, u'_bs>, (B, T, S), of any two factors; integers are the indices of one-hot vectors."""
+    if not isinstance(one, Tensor):
+        if one is other and one.gram is not None:
+            return one.gram
+        if isinstance(other, Tensor) and not other.is_floating_point():
+            return one.gather(other)
+        return one.pairwise_products(other)
+    if not isinstance(other, Tensor):
+        return _pairwise_products(other, one).transpose(1, 2)
     if one.is_floating_point() and other.is_floating_point():
-        return wide(one) @ wide(other).transpose(1, 2)
+        return upcast(one) @ upcast(other).transpose(1, 2)
     if not one.is_floating_point() and not other.is_floating_point():
         return (one[:, :, None] == other[:, None, :]) & (one >= 0)[:, :, None]
     if one.is_floating_point():
-        return _columns(one, other)  # u_t at row x_s
-    return _columns(other, one).transpose(1, 2)
+        return _gather(one, other)
+    return _gather(other, one).transpose(1, 2)
 
 
-def _columns(dense: Tensor, rows: Tensor) -> Tensor:
-    """dense (B, T, p) at the row numbers (B, S): (B, T, S), zero for a negative number."""
-    index = rows.clamp(min=0)[:, None, :].expand(-1, dense.shape[1], -1)
-    return wide(dense.gather(2, index)) * (rows >= 0)[:, None, :]
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    """The entries of values (B, T, p) at index (B, S): (B, T, S), zero for a negative index."""
+    columns = index.clamp(min=0)[:, None, :].expand(-1, values.shape[1], -1)
+    return upcast(values.gather(2, columns)) * (index >= 0)[:, None, :]

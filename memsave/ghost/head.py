@@ -1,8 +1,8 @@
-"""The head of a language model and its loss in one, without the logits (B, T, V).
+"""The head of a language model and its loss in one function, without the logits (B, T, V).
 
-Places that are ignored go first. A pass over blocks of the vocabulary then gives the losses and, where they are wanted,
-their gradients in the hidden states and what the ghost norm of the head's weight needs; a second one, in backward, the
-weight's gradient. The equations are in `logits.py`.
+Positions that are ignored are dropped first. One pass over blocks of the vocabulary then gives the losses and, if
+needed, their gradients with respect to the hidden states and what the ghost norm of the head's weight needs. A second
+pass, in the backward, gives the weight's gradient. The equations are in `logits.py`.
 """
 
 import math
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Dense, Gradient, Outer, has_values, wide
-from memsave.ghost.layer import note_uses
-from memsave.ghost.logits import LogitGradients, Places, scan
-from memsave.ghost.tap import Tap, Tapped, clipper_of
+from memsave.ghost.backward_context import BackwardContext
+from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_values, upcast
+from memsave.ghost.logits import LogitGradients, TargetPositions, scan
+from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
+from memsave.ghost.owners import clipper_of
 
 NAME = "linear_cross_entropy"
 
@@ -30,58 +31,68 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """(B, T): the cross-entropy of each target with logits l = W h + b; zero where it is ignored.
+    """(B, T): the cross-entropy of each target with logits l = W h + b; zero for ignored targets.
 
-    Exact in value and gradient; where a GhostClipper holds `weight` or `bias`, in the norms, too, and call it then
-    with hidden states of the model's last forward. Under autocast products are in its dtype; all else is float32 or
-    wider.
+    The values and gradients are exact. If a GhostClipper clips `weight` or `bias`, the norms are exact, too; the hidden
+    states must then come from the model's last forward. Under autocast, matrix products are in its dtype; all else is
+    float32 or wider.
 
     Args:
         hidden: (B, T, d).
         weight: (V, d).
         targets: (B, T), row numbers of `weight`.
         bias: (V,).
-        ignore_index: the target of what is no target.
-        soft_cap: c, for the logits c tanh(l / c) in the place of l.
+        ignore_index: the value in `targets` that marks a position without a target.
+        soft_cap: c, for logits c tanh(l / c) instead of l.
 
-    Raises ValueError for shapes that do not go together and for targets that are no rows of `weight`; has no double
-    backward. No outputs of the head exist: to scale them scale `hidden`; to change them otherwise take the logits.
+    Raises ValueError for shapes that do not match and for targets that are no rows of `weight`. There is no double
+    backward. The logits do not exist: to scale them, scale `hidden`; for any other change, compute them yourself.
     """
     _check(hidden, weight, targets, bias, ignore_index, soft_cap)
-    places, labels = _places(targets, ignore_index)
+    positions, labels = _target_positions(targets, ignore_index)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    rows = places.select(hidden)  # (N, d)
-    owned = {key: p for key, p in (("weight", weight), ("bias", bias)) if p is not None and p.requires_grad}
-    clipper = next((found for found in map(clipper_of, owned.values()) if found is not None), None)
-    call = None if clipper is None else clipper.call_of(NAME, after=True)
-    if clipper is None or call is None:
-        losses, *_ = _Head.apply(rows, weight, bias, labels, places, soft_cap, False, 0)
-        return places.spread(losses)
-    if len(targets) != call.batch_size:
+    tokens = positions.select(hidden)  # (N, d)
+    trainable = {key: p for key, p in (("weight", weight), ("bias", bias)) if p is not None and p.requires_grad}
+    clipper = next((found for found in map(clipper_of, trainable.values()) if found is not None), None)
+    context = None if clipper is None else clipper.context_for(NAME, after_forward=True)
+    if clipper is None or context is None:
+        losses, *_ = _Head.apply(tokens, weight, bias, labels, positions, soft_cap, False, 0)
+        return positions.scatter(losses)
+    if len(targets) != context.batch_size:
         raise ValueError(
-            f"{NAME} got targets for {len(targets)} examples, but the model saw a batch of {call.batch_size}; keep "
+            f"{NAME} got targets for {len(targets)} examples, but the model saw a batch of {context.batch_size}; keep "
             f"the batch in dimension 0"
         )
-    note_uses(call, NAME, [p for p in owned.values() if isinstance(p, nn.Parameter)])
-    fixed = None if bias is None else bias.detach()
-    products = "weight" in owned and not (call.batch_size == 1 and clipper.passes_of(call) == 1)
-    keep = min(len(weight), call.room // max(1, places.count * wide(rows.detach()[:0]).element_size()))
-    losses, *found = _Head.apply(rows, weight.detach(), fixed, labels, places, soft_cap, products, keep)
-    left = _left(rows.detach(), weight.detach(), fixed, labels, places, soft_cap, found)
-    call.room -= 0 if left.kept is None else left.kept.numel() * left.kept.element_size()
-    saved, restored = _packed(left)
+    context.record_use(NAME, [p for p in trainable.values() if isinstance(p, nn.Parameter)])
+    with_gram = "weight" in trainable and not (context.batch_size == 1 and clipper.passes_for(context) == 1)
+    bytes_per_column = max(1, positions.count * upcast(tokens.detach()[:0]).element_size())
+    store = min(len(weight), context.ledger.bytes_left // bytes_per_column)
+    fixed = (weight.detach(), None if bias is None else bias.detach(), labels, positions, soft_cap)
+    losses, *numbers = _Head.apply(tokens, *fixed, with_gram, store)
+    logit_grads = _logit_gradients(tokens.detach(), *fixed, numbers)
+    return _with_norm_hook(losses, logit_grads, context, trainable)
 
-    def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-        return _per_example(restored(saved), grad, wanted=tuple(owned))
 
-    tapped = Tapped(NAME, tuple(owned), per_example)
-    return Tap.apply(places.spread(losses), call.probe, tapped, call, len(saved), *saved, *owned.values())
+def _with_norm_hook(
+    losses: Tensor, logit_grads: LogitGradients, context: BackwardContext, trainable: dict[str, Tensor]
+) -> Tensor:
+    """The losses (N,) as (B, T), with a norm hook."""
+    stored = logit_grads.first_logits
+    context.ledger.bytes_left -= 0 if stored is None else stored.numel() * stored.element_size()
+    saved, unpack = _pack(logit_grads)
+    names, positions = tuple(trainable), logit_grads.positions
+
+    def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+        return _per_example_grads(unpack(saved), grad, trainable=names)
+
+    spec = HookSpec(NAME, names, per_example_grads)
+    return apply_norm_hook(positions.scatter(losses), spec, context, saved, list(trainable.values()))
 
 
 class _Head(torch.autograd.Function):
-    """(losses (N,), then what `left` found out) of rows (N, d)."""
+    """(losses (N,), then the numbers of `LogitGradients`) from hidden states (N, d)."""
 
     @staticmethod
     def forward(
@@ -90,105 +101,117 @@ class _Head(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        places: Places,
+        positions: TargetPositions,
         soft_cap: float | None,
-        products: bool,
-        keep: int,
+        with_gram: bool,
+        store: int,
     ) -> tuple[Tensor | None, ...]:
-        nothing = wide(hidden.new_empty(0))
-        left = _left(hidden, weight, bias, labels, places, soft_cap, (nothing, nothing, nothing))
-        found = scan(left, pull=ctx.needs_input_grad[0], products=products, keep=keep)
-        left, again = found.left, any(ctx.needs_input_grad[1:3])
-        saved, ctx.restored = _packed(left) if again else ((), None)
-        ctx.save_for_backward(found.pulled, *saved)
+        empty = upcast(hidden.new_empty(0))
+        grads = _logit_gradients(hidden, weight, bias, labels, positions, soft_cap, (empty, empty, empty))
+        result = scan(grads, with_hidden_grads=ctx.needs_input_grad[0], with_gram=with_gram, store=store)
+        grads, needs_second_pass = result.logit_grads, any(ctx.needs_input_grad[1:3])
+        saved, ctx.unpack = _pack(grads) if needs_second_pass else ((), None)
+        ctx.save_for_backward(result.hidden_grads, *saved)
         ctx.dtype = hidden.dtype
-        outputs = (left.top, left.scale, left.others, left.products, left.kept)
-        ctx.set_materialize_grads(False)  # zeros as large as the logits that are kept
+        outputs = (grads.max_logits, grads.inverse_sums, grads.minus_target_grads, grads.gram, grads.first_logits)
+        ctx.set_materialize_grads(False)  # else autograd would allocate zeros of the size of the stored logits
         ctx.mark_non_differentiable(*(each for each in outputs if each is not None))
-        return found.losses, *outputs
+        return result.losses, *outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(f"{NAME} has no double backward; take the logits, and a cross-entropy of them")
-        pulled, *saved = ctx.saved_tensors
-        grad, of_weight, of_bias = wide(grad), None, None
-        of_hidden = None if pulled is None else (grad[:, None] * pulled).to(ctx.dtype)
-        if ctx.restored is not None:
-            left = ctx.restored(saved)
-            right = wide(left.hidden) * grad[:, None]
+            raise RuntimeError(f"{NAME} has no double backward; compute the logits and their cross-entropy")
+        hidden_grads, *saved = ctx.saved_tensors
+        grad, of_weight, of_bias = upcast(grad), None, None
+        of_hidden = None if hidden_grads is None else (grad[:, None] * hidden_grads).to(ctx.dtype)
+        if ctx.unpack is not None:
+            logit_grads = ctx.unpack(saved)
+            weighted = upcast(logit_grads.hidden) * grad[:, None]
             if ctx.needs_input_grad[1]:
-                of_weight = torch.empty_like(left.weight, dtype=right.dtype)
+                of_weight = torch.empty_like(logit_grads.weight, dtype=weighted.dtype)
             if ctx.needs_input_grad[2]:
-                of_bias = torch.empty_like(left.bias, dtype=right.dtype)
-            for columns, q in left.blocks():
+                of_bias = torch.empty_like(logit_grads.bias, dtype=weighted.dtype)
+            for columns, q in logit_grads.blocks():
                 if of_weight is not None:
-                    torch.mm(q.T, right, out=of_weight[columns])
+                    torch.mm(q.T, weighted, out=of_weight[columns])
                 if of_bias is not None:
                     torch.mv(q.T, grad, out=of_bias[columns])
-            of_weight = None if of_weight is None else of_weight.to(left.weight.dtype)
-            of_bias = None if of_bias is None else of_bias.to(left.bias.dtype)
+            of_weight = None if of_weight is None else of_weight.to(logit_grads.weight.dtype)
+            of_bias = None if of_bias is None else of_bias.to(logit_grads.bias.dtype)
         return of_hidden, of_weight, of_bias, None, None, None, None, None
 
 
-def _per_example(left: LogitGradients, grad: Tensor, *, wanted: tuple[str, ...]) -> dict[str, Gradient]:
-    """From the gradient (B, T) of the losses."""
-    grad, found = wide(left.places.select(grad))[:, None], dict[str, Gradient]()  # (N, 1)
-    if "weight" in wanted:
-        right = left.places.together(wide(left.hidden) * grad)  # (B, width, d)
-        found["weight"] = Outer(left, right, rows=len(left.weight))
-    if "bias" in wanted:
-        sums = [left.places.together(q * grad).sum(1) for _, q in left.blocks()]
-        found["bias"] = Dense(torch.cat(sums, 1))
+def _per_example_grads(logit_grads: LogitGradients, grad: Tensor, *, trainable: tuple[str, ...]) -> dict[str, Gradient]:
+    """The gradients of weight and bias, from the gradient (B, T) of the losses."""
+    positions, found = logit_grads.positions, dict[str, Gradient]()
+    grad = upcast(positions.select(grad))[:, None]  # (N, 1)
+    if "weight" in trainable:
+        found["weight"] = FactoredGrad(logit_grads, positions.pad(upcast(logit_grads.hidden) * grad))  # (B, width, d)
+    if "bias" in trainable:
+        sums = [positions.pad(q * grad).sum(1) for _, q in logit_grads.blocks()]
+        found["bias"] = PerSampleGrad(torch.cat(sums, 1))
     return found
 
 
-def _left(
+def _logit_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    places: Places,
+    positions: TargetPositions,
     soft_cap: float | None,
-    found: Sequence[Any],
+    numbers: Sequence[Any],
 ) -> LogitGradients:
-    """`found`: top, scale and others; products and kept, where they are."""
-    top, scale, others, products, kept = (*found, None, None)[:5]
-    return LogitGradients(hidden, weight, bias, labels, top, scale, others, places, products, kept, soft_cap)
+    """`numbers`: max_logits, inverse_sums, minus_target_grads and, if they exist, gram and first_logits."""
+    max_logits, inverse_sums, minus_target_grads, gram, first_logits = (*numbers, None, None)[:5]
+    return LogitGradients(
+        hidden,
+        weight,
+        bias,
+        labels,
+        max_logits,
+        inverse_sums,
+        minus_target_grads,
+        positions,
+        gram,
+        first_logits,
+        soft_cap,
+    )
 
 
-def _packed(left: LogitGradients) -> tuple[tuple[Tensor, ...], Any]:
-    """Its tensors, and what puts them together again: a function that holds none."""
-    mine = {each.name: getattr(left, each.name) for each in fields(left)}
-    places, soft_cap = mine.pop("places"), mine.pop("soft_cap")
-    mine |= {"index": places.index, "spots": places.spots}
-    names = [name for name, value in mine.items() if value is not None]
-    empty, bare = dict.fromkeys(mine), replace(places, index=None, spots=None)
+def _pack(logit_grads: LogitGradients) -> tuple[tuple[Tensor, ...], Any]:
+    """Its tensors, and a function without tensors that puts them together again."""
+    values = {each.name: getattr(logit_grads, each.name) for each in fields(logit_grads)}
+    positions, soft_cap = values.pop("positions"), values.pop("soft_cap")
+    values |= {"index": positions.index, "slots": positions.slots}
+    names = [name for name, value in values.items() if value is not None]
+    empty, without_tensors = dict.fromkeys(values), replace(positions, index=None, slots=None)
 
-    def restored(tensors: Any) -> LogitGradients:
+    def unpack(tensors: Any) -> LogitGradients:
         values = {**empty, **dict(zip(names, tensors, strict=True))}
-        where = replace(bare, index=values.pop("index"), spots=values.pop("spots"))
-        return LogitGradients(places=where, soft_cap=soft_cap, **values)
+        positions = replace(without_tensors, index=values.pop("index"), slots=values.pop("slots"))
+        return LogitGradients(positions=positions, soft_cap=soft_cap, **values)
 
-    return tuple(mine[name] for name in names), restored
+    return tuple(values[name] for name in names), unpack
 
 
-def _places(targets: Tensor, ignore_index: int) -> tuple[Places, Tensor]:
-    """Where targets are, and the (N,) of them; fake tensors, which do not say, keep all places."""
+def _target_positions(targets: Tensor, ignore_index: int) -> tuple[TargetPositions, Tensor]:
+    """The positions with a target, and their targets (N,); of fake tensors, which have no values, all positions."""
     batch, length = targets.shape
-    wanted = targets != ignore_index
-    everywhere = Places(batch, length, length, None, None)
+    has_target = targets != ignore_index
+    everywhere = TargetPositions(batch, length, length, None, None)
     if not has_values(targets):
-        return everywhere, targets.masked_fill(~wanted, -1).flatten()
-    counts = wanted.sum(1).tolist()
+        return everywhere, targets.masked_fill(~has_target, -1).flatten()
+    counts = has_target.sum(1).tolist()
     if min(counts, default=0) == length:
         return everywhere, targets.flatten()
-    width, wanted_flat = max(counts, default=0), wanted.flatten()
-    index = wanted_flat.nonzero()[:, 0]
+    width = max(counts, default=0)
+    index = has_target.flatten().nonzero()[:, 0]
     first = torch.arange(batch, device=targets.device)[:, None] * width
-    spots = (first + wanted.cumsum(1) - 1).flatten()[index]
+    slots = (first + has_target.cumsum(1) - 1).flatten()[index]
     all_full = len(index) == batch * width
-    return Places(batch, length, width, index, None if all_full else spots), targets.flatten()[index]
+    return TargetPositions(batch, length, width, index, None if all_full else slots), targets.flatten()[index]
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The gradients of token losses in their logits, a block of the vocabulary at a time.
+"""The gradients of token losses with respect to their logits, one block of the vocabulary at a time.
 
     l_t = W h_t + b        loss_t = log sum_j exp(l_tj) - l_ty, y the target of t        q_t = softmax(l_t) - onehot(y)
 
@@ -6,9 +6,9 @@ With a soft cap c, the loss is that of l'_t = c tanh(l_t / c), and each entry of
 
     q_t = (softmax(l'_t) - onehot(y)) sech^2(l_t / c)
 
-`scan` goes over the vocabulary once, with the normaliser of what it has seen so far (Milakov and Gimelshein 2018): what
-was accumulated is rescaled whenever the largest logit changes. The target is left out of all of its sums and comes in
-at their end, as q_ty = -sum_{j != y} softmax(l_t)_j: where the model is sure, 1 - softmax(l_t)_y would have no digits.
+`scan` goes over the vocabulary once with a running normaliser (Milakov and Gimelshein 2018): the accumulated sums are
+rescaled whenever the largest logit changes. The target is left out of all sums and is added at the end, as
+q_ty = -sum_{j != y} softmax(l_t)_j, because 1 - softmax(l_t)_y suffers catastrophic cancellation for a confident model.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memsave.ghost.gradients import TRIANGLE, Rows, wide
+from memsave.ghost.gradients import TRIANGLE, LazyOutputGrads, upcast
 
 BLOCK = 2**22  # logits at a time: 16 MiB in float32
-LEAST = 512  # columns of a block: of very many rows it is larger than BLOCK, and still smaller than their hidden states
+MIN_COLUMNS = 512  # of a block, which exceeds BLOCK for very many tokens, but is smaller than their hidden states
 
 
 @dataclass(frozen=True)
-class Places:
-    """Which N of (B, T) places have a target, and where each stands when those of an example are moved together."""
+class TargetPositions:
+    """Which N of the (B, T) positions have a target, and their slots in (B, width) after the others are dropped."""
 
     batch: int
     length: int
@@ -34,9 +34,9 @@ class Places:
     width: int
     """The largest number of targets of an example."""
     index: Tensor | None
-    """(N,) of B T; None where all places are taken."""
-    spots: Tensor | None
-    """(N,) of B width; None where N = B width."""
+    """(N,) of B T; None if all positions have a target."""
+    slots: Tensor | None
+    """(N,) of B width; None if N = B width."""
 
     @property
     def count(self) -> int:
@@ -48,249 +48,266 @@ class Places:
         flat = values.reshape(self.batch * self.length, *values.shape[2:])
         return flat if self.index is None else flat.index_select(0, self.index)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def scatter(self, values: Tensor) -> Tensor:
         """(N,) to (B, T), zero elsewhere."""
         if self.index is not None:
             values = values.new_zeros(self.batch * self.length).index_copy(0, self.index, values)
         return values.view(self.batch, self.length)
 
-    def together(self, values: Tensor) -> Tensor:
-        """(N, ...) to (B, width, ...), zero where an example has fewer targets."""
-        if self.spots is not None:
+    def pad(self, values: Tensor) -> Tensor:
+        """(N, ...) to (B, width, ...), padded with zeros for examples with fewer targets."""
+        if self.slots is not None:
             padded = values.new_zeros(self.batch * self.width, *values.shape[1:])
-            values = padded.index_copy_(0, self.spots, values)
+            values = padded.index_copy_(0, self.slots, values)
         return values.view(self.batch, self.width, *values.shape[1:])
 
-    def apart(self, values: Tensor) -> Tensor:
+    def unpad(self, values: Tensor) -> Tensor:
         """(B, width, ...) to (N, ...)."""
         values = values.flatten(0, 1)
-        return values if self.spots is None else values[self.spots]
+        return values if self.slots is None else values[self.slots]
 
 
 @dataclass(frozen=True)
 class LogitGradients:
-    """The q_t of an example's targets: rows u_bt of an `Outer`, (B, width, V), made again where they are asked for."""
+    """The gradients q_t, (B, width, V), as the lazy output gradients of a `FactoredGrad`; see `LazyOutputGrads`."""
 
     hidden: Tensor
-    """(N, d), in the dtype of the products."""
+    """(N, d), in the dtype of the matrix products."""
     weight: Tensor
     """(V, d)."""
     bias: Tensor | None
     labels: Tensor
-    """(N,); negative for no target, whose row is zero."""
-    top: Tensor
+    """(N,); negative for no target, whose q_t is zero."""
+    max_logits: Tensor
     """(N,): the largest logit, after the soft cap."""
-    scale: Tensor
-    """(N,): 1 / sum_j exp(l_tj - top_t)."""
-    others: Tensor
+    inverse_sums: Tensor
+    """(N,): 1 / sum_j exp(l_tj - max_logit_t)."""
+    minus_target_grads: Tensor
     """(N,): -q_ty, which is 1 - softmax(l_t)_y without a soft cap."""
-    places: Places
-    products: Tensor | None = None
+    positions: TargetPositions
+    gram: Tensor | None = None
     """(B, width, width): <q_t, q_s>."""
-    kept: Tensor | None = None
-    """(N, K): the first K logits of each before the soft cap, where there is room for them."""
+    first_logits: Tensor | None = None
+    """(N, K): the first K logits of each token before the soft cap, if the memory budget allows."""
     soft_cap: float | None = None
     """c."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(B, width, V)."""
-        return self.places.batch, self.places.width, len(self.weight)
+        return self.positions.batch, self.positions.width, len(self.weight)
 
     def blocks(self, *, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, q in them (N, columns)) over the vocabulary, in blocks as of so many rows."""
-        for columns in parts(len(self.labels) if rows is None else rows, len(self.weight)):
-            logits, slopes = self._below_top(columns)
-            q = logits.exp_().mul_(self.scale[:, None])
+        """(columns, q (N, columns)) over the vocabulary; `rows`: the number of tokens that sets the size of a block."""
+        for columns in vocabulary_blocks(len(self.labels) if rows is None else rows, len(self.weight)):
+            logits, slopes = self._shifted_logits(columns)
+            q = logits.exp_().mul_(self.inverse_sums[:, None])
             if slopes is not None:
                 q.mul_(slopes)
-            _put(q, self.labels, columns, -self.others)
+            _replace_at_labels(q, self.labels, columns, -self.minus_target_grads)
             yield columns, q
 
-    def _below_top(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """(logits less the largest, their slopes under a soft cap), (N, columns) each, to be overwritten."""
-        held = self.kept[:, columns] if self.kept is not None and columns.stop <= self.kept.shape[1] else None
-        if self.soft_cap is None and held is not None:
-            return held - self.top[:, None], None
-        logits = logits_of(self.hidden, self.weight, self.bias, columns) if held is None else held.clone()
+    def _shifted_logits(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """(logits minus the largest, their slopes under a soft cap), (N, columns) each, which may be overwritten."""
+        stored = self.first_logits
+        stored = stored[:, columns] if stored is not None and columns.stop <= stored.shape[1] else None
+        if self.soft_cap is None and stored is not None:
+            return stored - self.max_logits[:, None], None
+        logits = logits_of(self.hidden, self.weight, self.bias, columns) if stored is None else stored.clone()
         slopes = None if self.soft_cap is None else cap_(logits, self.soft_cap)
-        return logits.sub_(self.top[:, None]), slopes
+        return logits.sub_(self.max_logits[:, None]), slopes
 
-    def columns(self, rows: Tensor) -> Tensor:
-        """q_bt at the row numbers (B, S): (B, width, S), zero for a negative number."""
-        index = rows.clamp(min=0)
-        weight = self.weight[index].to(self.hidden.dtype)  # (B, S, d)
-        logits = wide(self.places.together(self.hidden) @ weight.transpose(1, 2))
+    def gather(self, index: Tensor) -> Tensor:
+        """The entries of q_bt at index (B, S): (B, width, S), zero for a negative index."""
+        rows = index.clamp(min=0)
+        weight = self.weight[rows].to(self.hidden.dtype)  # (B, S, d)
+        logits = upcast(self.positions.pad(self.hidden) @ weight.transpose(1, 2))
         if self.bias is not None:
-            logits = logits + wide(self.bias)[index][:, None]
-        top, scale, others = (self.places.together(each)[..., None] for each in (self.top, self.scale, self.others))
-        labels = self.places.together(self.labels + 1)[..., None] - 1  # -1 where there is none
+            logits = logits + upcast(self.bias)[rows][:, None]
+        numbers = (self.max_logits, self.inverse_sums, self.minus_target_grads)
+        max_logits, inverse_sums, minus_target_grads = (self.positions.pad(each)[..., None] for each in numbers)
+        labels = self.positions.pad(self.labels + 1)[..., None] - 1  # -1 for padding
         slopes = None if self.soft_cap is None else cap_(logits, self.soft_cap)
-        shares = (logits - top).exp() * scale
-        q = torch.where(labels == rows[:, None], -others, shares if slopes is None else shares * slopes)
-        return torch.where((rows >= 0)[:, None] & (labels >= 0), q, 0)
+        softmax = (logits - max_logits).exp() * inverse_sums
+        q = softmax if slopes is None else softmax * slopes
+        q = torch.where(labels == index[:, None], -minus_target_grads, q)
+        return torch.where((index >= 0)[:, None] & (labels >= 0), q, 0)
 
-    def against(self, other: Tensor | Rows) -> Tensor:
-        """<q_bt, u_bs>, (B, width, S), with rows (B, S, V) or those of another head."""
+    def pairwise_products(self, other: Tensor | LazyOutputGrads) -> Tensor:
+        """<q_bt, u_bs>, (B, width, S), with vectors (B, S, V) or the gradients of another head."""
         if isinstance(other, Tensor):
             pairs = ((q, other[..., columns]) for columns, q in self.blocks())
         else:
             assert isinstance(other, LogitGradients)
             rows = max(len(self.labels), len(other.labels))
             both = zip(self.blocks(rows=rows), other.blocks(rows=rows), strict=True)
-            pairs = ((q, other.places.together(u)) for (_, q), (_, u) in both)
+            pairs = ((q, other.positions.pad(u)) for (_, q), (_, u) in both)
         total: Tensor | None = None
         for q, u in pairs:
-            product = self.places.together(q) @ wide(u).transpose(1, 2)
+            product = self.positions.pad(q) @ upcast(u).transpose(1, 2)
             total = product if total is None else total.add_(product)
         assert total is not None
         return total
 
-    def formed(self, right: Tensor) -> Tensor:
-        """sum_t q_bt (x) v_bt, (B, V, d), for v (B, width, d)."""
-        total = right.new_empty(len(right), len(self.weight), right.shape[-1])
+    def per_sample(self, activations: Tensor) -> Tensor:
+        """sum_t q_bt (x) a_bt, (B, V, d), for activations (B, width, d)."""
+        total = activations.new_empty(len(activations), len(self.weight), activations.shape[-1])
         for columns, q in self.blocks():
-            torch.bmm(self.places.together(q).transpose(1, 2), right, out=total[:, columns])
+            torch.bmm(self.positions.pad(q).transpose(1, 2), activations, out=total[:, columns])
         return total
 
-    def pull(self, values: Tensor) -> Tensor:
-        """q_bt' D_b, (B, width, d), for D (B, V, d)."""
+    def matmul(self, values: Tensor) -> Tensor:
+        """q_b @ values, (B, width, d), for values (B, V, d)."""
         total = values.new_zeros(*self.shape[:2], values.shape[-1])
         for columns, q in self.blocks():
-            total.baddbmm_(self.places.together(q), values[:, columns])
+            total.baddbmm_(self.positions.pad(q), values[:, columns])
         return total
 
-    def add_sum(self, total: Tensor, right: Tensor) -> None:
-        """Add sum_bt q_bt (x) v_bt to a total (V, d), for v (B, width, d)."""
-        right = self.places.apart(right)
+    def add_sum(self, total: Tensor, activations: Tensor) -> None:
+        """Add sum_bt q_bt (x) a_bt to `total` (V, d), for activations (B, width, d)."""
+        activations = self.positions.unpad(activations)
         for columns, q in self.blocks():
-            total[columns].addmm_(q.T, right)
+            total[columns].addmm_(q.T, activations)
 
-    def keep(self, kept: Tensor) -> "LogitGradients":
-        """With rows of zeros for the examples that `kept` (B,) does not name."""
-        rows = self.places.apart(kept[:, None].expand(-1, self.places.width))
-        top, scale, others = (torch.where(rows, each, 0) for each in (self.top, self.scale, self.others))
-        hidden = torch.where(rows[:, None], self.hidden, 0)
-        return replace(self, hidden=hidden, top=top, scale=scale, others=others, products=None, kept=None)
+    def masked(self, mask: Tensor) -> "LogitGradients":
+        """A copy that is zero for the examples where `mask` (B,) is False."""
+        tokens = self.positions.unpad(mask[:, None].expand(-1, self.positions.width))
+        return replace(
+            self,
+            hidden=torch.where(tokens[:, None], self.hidden, 0),
+            max_logits=torch.where(tokens, self.max_logits, 0),
+            inverse_sums=torch.where(tokens, self.inverse_sums, 0),
+            minus_target_grads=torch.where(tokens, self.minus_target_grads, 0),
+            gram=None,
+            first_logits=None,
+        )
 
 
 @dataclass
-class Scan:
-    """What one pass over the vocabulary gives."""
+class ScanResult:
+    """The results of one pass over the vocabulary."""
 
     losses: Tensor
-    """(N,); zero where there is no target."""
-    left: LogitGradients
-    pulled: Tensor | None
+    """(N,); zero for no target."""
+    logit_grads: LogitGradients
+    hidden_grads: Tensor | None
     """(N, d): W' q_t."""
 
 
-def scan(left: LogitGradients, *, pull: bool, products: bool, keep: int) -> Scan:
-    """Fill in what `left` does not have yet: top, scale, others, and what is wanted: products, the first logits."""
-    hidden, weight, labels, places = left.hidden, left.weight, left.labels, left.places
-    count, numbers = len(labels), dict[str, Any](dtype=left.top.dtype, device=hidden.device)
-    most = torch.full((count,), torch.finfo(left.top.dtype).min, **numbers)  # but for the target
-    total, target = torch.zeros(count, **numbers), torch.zeros(count, **numbers)
-    slope = None if left.soft_cap is None else torch.zeros(count, **numbers)  # of the target
-    pulled = torch.zeros(hidden.shape, **numbers) if pull else None
-    gram = torch.zeros(places.batch, places.width, places.width, **numbers) if products else None
-    keep = max((each.stop for each in parts(count, len(weight)) if each.stop <= keep), default=0)
-    kept = torch.empty(count, keep, **numbers) if keep else None
-    for columns in parts(count, len(weight)):
-        logits = logits_of(hidden, weight, left.bias, columns)
-        if kept is not None and columns.stop <= keep:
-            kept[:, columns] = logits
-        slopes = None if left.soft_cap is None else cap_(logits, left.soft_cap)
-        if slope is not None and slopes is not None:
-            slope = _put(slopes, labels, columns, slope, otherwise=slope)
-        target = _put(logits, labels, columns, torch.full_like(target, -torch.inf), otherwise=target)
-        before, most = most, torch.maximum(most, logits.amax(1))
-        decay = (before - most).exp_()
-        shares = logits.sub_(most[:, None]).exp_()
-        total = total.mul_(decay).add_(shares.sum(1))
+def scan(logit_grads: LogitGradients, *, with_hidden_grads: bool, with_gram: bool, store: int) -> ScanResult:
+    """Go over the vocabulary once; returns `logit_grads` with the fields that it does not have yet.
+
+    `store`: at most how many of the first logits of each token are stored.
+    """
+    hidden, weight, labels = logit_grads.hidden, logit_grads.weight, logit_grads.labels
+    positions, soft_cap = logit_grads.positions, logit_grads.soft_cap
+    count, options = len(labels), dict[str, Any](dtype=logit_grads.max_logits.dtype, device=hidden.device)
+    max_logits = torch.full((count,), torch.finfo(options["dtype"]).min, **options)  # of all but the target
+    total, target = torch.zeros(count, **options), torch.zeros(count, **options)
+    target_slope = None if soft_cap is None else torch.zeros(count, **options)
+    hidden_grads = torch.zeros(hidden.shape, **options) if with_hidden_grads else None
+    gram = torch.zeros(positions.batch, positions.width, positions.width, **options) if with_gram else None
+    store = max((each.stop for each in vocabulary_blocks(count, len(weight)) if each.stop <= store), default=0)
+    first_logits = torch.empty(count, store, **options) if store else None
+    for columns in vocabulary_blocks(count, len(weight)):
+        logits = logits_of(hidden, weight, logit_grads.bias, columns)
+        if first_logits is not None and columns.stop <= store:
+            first_logits[:, columns] = logits
+        slopes = None if soft_cap is None else cap_(logits, soft_cap)
+        if target_slope is not None and slopes is not None:
+            target_slope = _replace_at_labels(slopes, labels, columns, target_slope, otherwise=target_slope)
+        target = _replace_at_labels(logits, labels, columns, torch.full_like(target, -torch.inf), otherwise=target)
+        before, max_logits = max_logits, torch.maximum(max_logits, logits.amax(1))
+        decay = (before - max_logits).exp_()
+        exponentials = logits.sub_(max_logits[:, None]).exp_()
+        total = total.mul_(decay).add_(exponentials.sum(1))
         if slopes is not None:
-            shares.mul_(slopes)
-        if pulled is not None:
-            pulled.mul_(decay[:, None])
-            _add_product(pulled, shares.to(hidden.dtype), weight[columns].to(hidden.dtype))
+            exponentials.mul_(slopes)
+        if hidden_grads is not None:
+            hidden_grads.mul_(decay[:, None])
+            _add_product(hidden_grads, exponentials.to(hidden.dtype), weight[columns].to(hidden.dtype))
         if gram is not None:
-            together = places.together(decay)
-            gram.mul_(together[:, :, None]).mul_(together[:, None])
-            _add_gram(gram, places.together(shares))
-    return _finished(left, (most, total, target, slope), pulled, gram, kept)
+            padded = positions.pad(decay)
+            gram.mul_(padded[:, :, None]).mul_(padded[:, None])
+            _add_gram(gram, positions.pad(exponentials))
+    logit_grads = replace(logit_grads, first_logits=first_logits)
+    return _with_targets(logit_grads, (max_logits, total, target, target_slope), hidden_grads, gram)
 
 
-def _finished(
-    left: LogitGradients,
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    pulled: Tensor | None,
+def _with_targets(
+    logit_grads: LogitGradients,
+    sums: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    hidden_grads: Tensor | None,
     gram: Tensor | None,
-    kept: Tensor | None,
-) -> Scan:
-    """The target's logit comes in; sums over the others, in units of exp(most), become those of q.
+) -> ScanResult:
+    """Add the target's logit, and turn sums over the others, in units of exp(max_logit), into those of q.
 
-    `found`: the others' largest logit and sum; the target's logit and, under a soft cap, its slope.
+    `sums`: the others' largest logit and sum; the target's logit and, under a soft cap, its slope.
     """
-    most, total, target, slope = found
-    wanted = left.labels >= 0
-    top = torch.maximum(most, target)
-    shrink = (most - top).exp()
+    max_of_others, total, target, target_slope = sums
+    has_target = logit_grads.labels >= 0
+    max_logits = torch.maximum(max_of_others, target)
+    shrink = (max_of_others - max_logits).exp()
     rest = total * shrink
-    whole = rest + (target - top).exp()
-    losses = torch.where(target >= most, rest.log1p(), (top - target) + whole.log())
-    losses, scale, others = (torch.where(wanted, each, 0) for each in (losses, 1 / whole, rest / whole))
-    if slope is not None:
-        others = others * slope
-    left = replace(left, top=top, scale=scale, others=others, kept=kept)
-    if pulled is not None:
-        pulled.mul_((shrink * scale)[:, None])
-        pulled.sub_(wide(left.weight[left.labels.clamp(min=0)]).mul_(others[:, None]))
+    whole = rest + (target - max_logits).exp()
+    losses = torch.where(target >= max_of_others, rest.log1p(), (max_logits - target) + whole.log())
+    losses, inverse_sums, others = (torch.where(has_target, each, 0) for each in (losses, 1 / whole, rest / whole))
+    if target_slope is not None:
+        others = others * target_slope
+    logit_grads = replace(logit_grads, max_logits=max_logits, inverse_sums=inverse_sums, minus_target_grads=others)
+    if hidden_grads is not None:
+        hidden_grads.mul_((shrink * inverse_sums)[:, None])
+        hidden_grads.sub_(upcast(logit_grads.weight[logit_grads.labels.clamp(min=0)]).mul_(others[:, None]))
     if gram is not None:
-        left = replace(left, products=_with_targets(left, gram, shrink * scale))
-    return Scan(losses, left, pulled)
+        logit_grads = replace(logit_grads, gram=_gram_with_targets(logit_grads, gram, shrink * inverse_sums))
+    return ScanResult(losses, logit_grads, hidden_grads)
 
 
-def _with_targets(left: LogitGradients, gram: Tensor, factor: Tensor) -> Tensor:
-    """<q_t, q_s> from the products of all but their targets:
+def _gram_with_targets(logit_grads: LogitGradients, gram: Tensor, factor: Tensor) -> Tensor:
+    """<q_t, q_s> from the products of all entries but the targets:
 
-    <q_t, q_s> = <q'_t, q'_s> - o_s q'_t[y_s] - o_t q'_s[y_t] + o_t o_s [y_t = y_s],  with o the others' share.
+    <q_t, q_s> = <q'_t, q'_s> - o_s q'_t[y_s] - o_t q'_s[y_t] + o_t o_s [y_t = y_s],  with o_t = -q_ty.
     """
-    if left.places.width > TRIANGLE:
+    positions = logit_grads.positions
+    if positions.width > TRIANGLE:
         lower = gram.tril_()
         gram = lower + lower.tril(-1).transpose(1, 2)
-    factor, others = left.places.together(factor), left.places.together(left.others)
+    factor, others = positions.pad(factor), positions.pad(logit_grads.minus_target_grads)
     gram.mul_(factor[:, :, None]).mul_(factor[:, None])
-    labels = left.places.together(left.labels + 1) - 1
-    at_targets = left.columns(labels)  # -o_t where y_t = y_s
+    labels = positions.pad(logit_grads.labels + 1) - 1
+    at_targets = logit_grads.gather(labels)  # -o_t where y_t = y_s
     crossed = at_targets * others[:, None]
     same = (labels[:, :, None] == labels[:, None]) & (labels >= 0)[:, None]
     gram.sub_(crossed).sub_(crossed.transpose(1, 2))
     return gram.sub_(same * others[:, :, None] * others[:, None])
 
 
-def parts(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Parts of the vocabulary of which so many rows have at most BLOCK logits, and no fewer than LEAST columns."""
-    size = max(LEAST, BLOCK // max(1, rows))
+def vocabulary_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Blocks of the vocabulary: at most BLOCK logits of this many tokens, but at least MIN_COLUMNS columns."""
+    size = max(MIN_COLUMNS, BLOCK // max(1, rows))
     return (slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size))
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """(N, columns), float32 or wider; the product is in the dtype of `hidden`."""
-    logits = wide(hidden @ weight[columns].to(hidden.dtype).T)
-    return logits if bias is None else logits.add_(wide(bias[columns]))
+    """(N, columns), float32 or wider; the matrix product is in the dtype of `hidden`."""
+    logits = upcast(hidden @ weight[columns].to(hidden.dtype).T)
+    return logits if bias is None else logits.add_(upcast(bias[columns]))
 
 
 def cap_(logits: Tensor, cap: float) -> Tensor:
-    """Overwrite l with cap tanh(l / cap); returns its slope sech^2(l / cap), which 1 - tanh^2 has no digits of."""
+    """Overwrite l with cap tanh(l / cap); returns its slope sech^2(l / cap).
+
+    1 - tanh^2 would suffer catastrophic cancellation.
+    """
     slopes = logits.div_(cap).cosh().reciprocal_().square_()
     logits.tanh_().mul_(cap)
     return slopes
 
 
-def _put(
+def _replace_at_labels(
     values: Tensor, labels: Tensor, columns: slice, at_labels: Tensor, *, otherwise: Tensor | None = None
 ) -> Tensor:
-    """Overwrite (N, columns) at the labels that are among them; returns what stood there, elsewhere `otherwise`."""
+    """Overwrite values (N, columns) at the labels in these columns; returns the old values there, else `otherwise`."""
     inside = (labels >= columns.start) & (labels < columns.stop)
     local = (labels - columns.start).clamp(0, values.shape[1] - 1)[:, None]
     found = values.gather(1, local)[:, 0]
@@ -306,7 +323,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add <u_t, u_s>, (B, T, T): its tiles on and below the diagonal."""
+    """Add <u_t, u_s>, (B, T, T), in tiles on and below the diagonal."""
     for first in range(0, rows.shape[1], TRIANGLE):
         last = first + TRIANGLE
         total[:, first:last, :last].baddbmm_(rows[:, first:last], rows[:, :last].transpose(1, 2))

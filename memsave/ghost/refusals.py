@@ -1,4 +1,4 @@
-"""What cannot be clipped exactly: each refusal names it and the remedy."""
+"""Refusals: what cannot be clipped exactly raises an error that names it and the remedy."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointError
 
+from memsave.ghost import _torch_internals as internals
 from memsave.processes import several_processes
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -26,11 +25,11 @@ OLD_UTILITIES = (
     (
         BasePruningMethod,
         "prune",
-        "make it permanent by torch.nn.utils.prune.remove, or write the mask as a parametrization "
+        "make it permanent with torch.nn.utils.prune.remove, or write the mask as a parametrization "
         "(torch.nn.utils.parametrize)",
     ),
 )
-SHOWN = 3  # names listed of those that are refused for the same reason
+MAX_NAMES = 3  # listed for one reason
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Refusal:
     kind: str
     """The class, or "" for a parameter."""
     reason: str
-    """What follows the name in the sentence."""
+    """The part of the sentence after the name."""
     remedy: str
 
     @classmethod
@@ -50,7 +49,7 @@ class Refusal:
         return cls(name or "the model", type(module).__name__, reason, remedy)
 
 
-class Refused(Exception):
+class LayerRefused(Exception):
     """Raised by a layer rule: this layer cannot be clipped exactly."""
 
     def __init__(self, reason: str, remedy: str):
@@ -59,7 +58,7 @@ class Refused(Exception):
 
 
 def raise_refusals(refusals: Iterable[Refusal]) -> None:
-    """Raise one ValueError for all of them: one sentence for each class, reason and remedy."""
+    """Raise one ValueError for all refusals, with one sentence for each class, reason and remedy."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for each in refusals:
         names = groups.setdefault((each.kind, each.reason, each.remedy), [])
@@ -67,9 +66,9 @@ def raise_refusals(refusals: Iterable[Refusal]) -> None:
             names.append(each.name)
     sentences = []
     for (kind, reason, remedy), names in groups.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         subject = (
-            ", ".join(names[:SHOWN]) + more + (f" ({kind})" if kind else "") + (": each" if len(names) > 1 else "")
+            ", ".join(names[:MAX_NAMES]) + more + (f" ({kind})" if kind else "") + (": each" if len(names) > 1 else "")
         )
         sentences.append(f"{subject} {reason}; {remedy}")
     if len(sentences) == 1:
@@ -88,9 +87,9 @@ def wrapped(model: nn.Module) -> Iterator[Refusal]:
                 name or "the model",
                 "",
                 f"is wrapped in {type(module).__name__}, whose gradients leave the process unclipped",
-                "give the GhostClipper the module inside it, and call that one",
+                "give the GhostClipper the module inside it, and call that module",
             )
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        if type(module).__name__ == "OptimizedModule" or internals.is_compiled(module):
             yield Refusal(
                 name or "the model",
                 "",
@@ -99,20 +98,22 @@ def wrapped(model: nn.Module) -> Iterator[Refusal]:
             )
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            yield Refusal(name, "", "is sharded over processes, where no norm is exact", "give an unsharded model")
+            yield Refusal(
+                name, "", "is sharded over processes, so its norms would not be exact", "give an unsharded model"
+            )
 
 
-def statistics(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Refusal]:
-    """Layers in which the statistics of a batch are used or kept, as they are set now."""
+def batch_statistics(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Refusal]:
+    """Layers that use or keep statistics of the batch in their current mode."""
     for name, module in modules:
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, internals.BatchNorm) and (module.training or module.running_mean is None):
             yield Refusal.of(
                 name,
                 module,
                 "makes every example's gradient depend on the others",
-                "put a GroupNorm in its place, or leave it in eval mode with the statistics that it has",
+                "replace it by a GroupNorm, or keep it in eval mode with its present statistics",
             )
-        if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
+        if isinstance(module, internals.InstanceNorm) and module.training and module.track_running_stats:
             yield Refusal.of(
                 name,
                 module,
@@ -121,34 +122,32 @@ def statistics(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Refusal]:
             )
 
 
-def replaced_weights(model: nn.Module) -> Iterator[Refusal]:
-    """The older utilities of `torch.nn.utils`, which compute a weight in a hook, before the layer's own forward."""
+def hook_computed_weights(model: nn.Module) -> Iterator[Refusal]:
+    """Layers with an older utility of `torch.nn.utils`, which computes a weight in a hook before the forward."""
     for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in internals.forward_pre_hooks(module):
             for kind, utility, remedy in OLD_UTILITIES:
                 if isinstance(hook, kind):
                     reason = f"has a weight that torch.nn.utils.{utility} computes in a hook, outside its forward"
                     yield Refusal.of(name, module, reason, remedy)
 
 
-def parameter_hooks(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[Refusal]:
-    """Hooks that want a parameter's gradient, which backward does not form here."""
+def gradient_hooks(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[Refusal]:
+    """Parameters with hooks on their gradient, which the clipper's backward does not form."""
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        both = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
-        hooks = [hook for registered in both for hook in (registered or {}).values()]
-        if any(not getattr(hook, "observes_only", False) for hook in hooks):
+        if any(not getattr(hook, "observes_only", False) for hook in internals.gradient_hooks(parameter)):
             yield Refusal(
                 name,
                 "",
-                "has a gradient hook, which would not be called: its gradient is never formed",
+                "has a gradient hook, which would not be called, because its gradient is never formed",
                 "remove the hook, and change .grad after clipper.backward",
             )
 
 
-def frozen_since(trainable: Mapping[str, nn.Parameter], used: Iterable[nn.Parameter]) -> Iterator[Refusal]:
-    """Parameters that were trainable in the forward and are not in the backward."""
+def frozen_after_forward(trainable: Mapping[str, nn.Parameter], used: Iterable[nn.Parameter]) -> Iterator[Refusal]:
+    """Parameters that were trainable in the forward and are frozen in the backward."""
     names = {p: name for name, p in trainable.items()}
     for parameter in used:
         if not parameter.requires_grad:
@@ -157,19 +156,19 @@ def frozen_since(trainable: Mapping[str, nn.Parameter], used: Iterable[nn.Parame
 
 
 def side_outputs(layers: Iterable[str]) -> Iterator[Refusal]:
-    """Layers that give the losses a gradient past their output."""
+    """Layers on which the losses depend past the layer's output."""
     for name in sorted(layers):
         yield Refusal(
             name,
             "",
-            "gives the losses something beside its output (a tensor kept as an attribute, or a hook on a module inside "
-            "it), whose gradient would be lost",
+            "passes something besides its output to the losses (a tensor kept as an attribute, or a hook on a module "
+            "inside it), whose gradient would be lost",
             "return it as a part of the output, detach it, or freeze the layer",
         )
 
 
-def described(function: Callable[..., Any]) -> str:
-    """Where a function was written, whatever it wraps and is named after."""
+def source_of(function: Callable[..., Any]) -> str:
+    """The module and qualified name under which a function was written, also of a partial or a bound method."""
     inner: Any = getattr(function, "func", function)
     inner = getattr(inner, "__func__", inner)
     if hasattr(inner, "__code__"):
@@ -177,24 +176,27 @@ def described(function: Callable[..., Any]) -> str:
     return f"{type(inner).__module__}.{type(inner).__qualname__}"
 
 
-def refuse_mixed(mixed: Mapping[str, bool]) -> None:
-    """Layers in whose output the loss of one example has a gradient in another's row; `mixed` is by layer."""
+def refuse_dependent_examples(mixed: Mapping[str, bool]) -> None:
+    """Raise ValueError for the first layer in whose output one example's loss has a gradient in another's row."""
     for name, found in mixed.items():
         if found:
             raise ValueError(
-                f"examples are not apart at {name}: the loss of one has a gradient in another's row of its output; "
-                f"keep the batch in dimension 0 there, and let no later layer and no loss mix examples"
+                f"examples are not independent at {name}: the loss of one example has a gradient in another "
+                f"example's row of its output; keep the batch in dimension 0 there, and let no later layer and no loss "
+                f"mix examples"
             )
 
 
-def refuse_escaped(model: nn.Module, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    """Parameters that have an ordinary gradient, past every tap."""
+def refuse_used_elsewhere(
+    model: nn.Module, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+) -> None:
+    """Raise ValueError for parameters that have an ordinary gradient: it passed no norm hook."""
     names = {p: name for name, p in model.named_parameters()}
     raise_refusals(
         Refusal(
             names[parameter],
             "",
-            "is used outside the forward of the module that owns it, where no rule sees its gradient",
+            "is used outside the forward of the module that owns it, so its gradient passes no norm hook",
             "freeze it, or use it through its module",
         )
         for parameter, gradient in zip(parameters, gradients, strict=True)
@@ -203,24 +205,24 @@ def refuse_escaped(model: nn.Module, parameters: Sequence[nn.Parameter], gradien
 
 
 def refuse_several_processes() -> None:
-    """Refuse to clip in one of several processes: nothing would add up their sums."""
+    """Raise ValueError in one of several processes: nothing would add up their clipped sums."""
     found = several_processes()
     if found is not None:
         raise ValueError(f"{found}, and each would clip and sum its own examples alone; start one process")
 
 
 class GradientWritten(ValueError):
-    """Somebody else wrote `.grad` in the backward."""
+    """The backward itself wrote `.grad`, unclipped."""
 
 
 @contextmanager
-def gradients_left_alone(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within, nothing writes `.grad`, as a backward inside the backward would; raises GradientWritten at the end."""
-    before = {name: (p.grad, p.grad._version) for name, p in parameters.items() if p.grad is not None}
+def written_gradients_refused(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Raise GradientWritten at the end if `.grad` was written inside, as by a backward inside the backward."""
+    before = {name: (p.grad, internals.version(p.grad)) for name, p in parameters.items() if p.grad is not None}
     yield
     for name, parameter in parameters.items():
         grad, version = before.get(name, (None, 0))
-        if parameter.grad is not grad or (grad is not None and grad._version != version):
+        if parameter.grad is not grad or (grad is not None and internals.version(grad) != version):
             raise GradientWritten(
                 f"the backward wrote the gradient of {name} by itself, unclipped (a backward inside the backward does "
                 f"that); freeze it, or use memsave.reversible or checkpoints with use_reentrant=False"
@@ -228,17 +230,17 @@ def gradients_left_alone(parameters: Mapping[str, nn.Parameter]) -> Iterator[Non
 
 
 @contextmanager
-def reentrant_checkpoints_refused() -> Iterator[None]:
-    """PyTorch's own error about them, as one of ours."""
+def checkpoint_errors_explained() -> Iterator[None]:
+    """Turn PyTorch's errors about checkpoints into a ValueError that names the remedy."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, CheckpointError):
             raise ValueError(
-                f"a checkpoint computed something else again than in the forward ({str(error).splitlines()[0]}); move "
-                f"checkpoints out of layers that own parameters beside children with parameters"
+                f"a checkpoint recomputed something else than in the forward ({str(error).splitlines()[0]}); move "
+                f"checkpoints out of layers that own parameters besides children with parameters"
             ) from error
-        if "use_reentrant=True" not in str(error):
+        if not internals.is_reentrant_checkpoint_error(error):
             raise
         raise ValueError(
             "the model runs under reentrant checkpoints, which cannot be differentiated for norms; checkpoint with "

@@ -1,4 +1,4 @@
-"""Is this model clipped exactly on this batch? The clipper against the plain loop, in plain words."""
+"""`verify`: compare the clipper with one backward per example, on a given model and batch."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost.clipper import GhostClipper
-from memsave.ghost.groups import Groups, clip_factors, layers_of
-from memsave.ghost.layer import Layer
-from memsave.ghost.refusals import described
+from memsave.ghost.groups import Groups, clip_factors, groups_by_layer
+from memsave.ghost.layer_patch import LayerPatch
+from memsave.ghost.refusals import source_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 Losses = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass
-class Verification:
-    """What was found; `print` it."""
+class ClippingReport:
+    """The findings of `verify`; `print` it."""
 
     findings: list[str] = field(default_factory=list)
-    """One sentence for each thing that is wrong."""
+    """One sentence for each error."""
     checked: int = 0
-    """Parameters compared."""
+    """The number of parameters that were compared."""
 
     @property
     def ok(self) -> bool:
@@ -44,19 +44,20 @@ def verify(
     *,
     passes: str | int = "auto",
     clipping: str = "flat",
-) -> Verification:
+) -> ClippingReport:
     """Compare the clipper with each `losses[i]` differentiated alone, on the same batch and random numbers.
 
-    Also checks that example 0's gradient stays when its batch-mates are exchanged for copies of it, and, in eval mode,
-    when it is alone; and of a mapping with an "attention_mask" (B, T), that the most padded example's stays when it is
-    alone without its padding, which is taken off all tensors (B, T, ...). A batch is a tensor, or tensors in mappings
-    and sequences; those of them with as many entries in dimension 0 as there are losses hold the examples. Leaves the
-    model, its gradients and the random state as they were; takes the time of B backward passes, on a copy of the model.
+    Also checks that example 0's gradient does not change when the other examples are replaced by copies of it, and, in
+    eval mode, when it is alone. If the batch is a mapping with an "attention_mask" (B, T), also checks that the
+    gradient of the most padded example does not change when it is alone without its padding, which is removed from all
+    tensors (B, T, ...). A batch is a tensor, or tensors in mappings and sequences; tensors with one entry in dimension
+    0 for each loss hold the examples. The model, its gradients and the random state do not change. Takes the time of B
+    backward passes, on a copy of the model.
 
     Raises ValueError for a model whose forward is replaced, TypeError for a batch of another kind.
     """
     _refuse_replaced_forwards(model)
-    report = Verification()
+    report = ClippingReport()
     try:
         GhostClipper(model, max_grad_norm=1.0, passes=passes, clipping=clipping).close()
     except ValueError as refusal:
@@ -67,7 +68,7 @@ def verify(
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = torch.seed()
-        norms, sums, bound = _each_alone(model, batch, per_example_losses, clipping=clipping, seed=seed)
+        norms, sums, bound = _plain_loop(model, batch, per_example_losses, clipping=clipping, seed=seed)
         if not norms.isfinite().all():
             report.findings.append("a plain gradient is not finite on this batch: give verify finite examples")
             return report
@@ -81,42 +82,42 @@ def verify(
             report.findings.append(str(refusal))
         finally:
             clipper.close()
-        _exchange_batch_mates(report, model, batch, per_example_losses, len(norms), seed=seed)
-        _take_off_padding(report, model, batch, per_example_losses, len(norms), seed=seed)
+        _check_batch_mates(report, model, batch, per_example_losses, len(norms), seed=seed)
+        _check_padding(report, model, batch, per_example_losses, len(norms), seed=seed)
     return report
 
 
 def _refuse_replaced_forwards(model: nn.Module) -> None:
-    """What a copy of the model would not follow: it would compare the original with itself."""
+    """Raise ValueError for replaced forwards: in a copy of the model they would still call the original."""
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
         owner = getattr(forward, "__self__", None)
-        if isinstance(owner, Layer):
+        if isinstance(owner, LayerPatch):
             raise ValueError("a GhostClipper is attached to this model; close it, then verify")
         if forward is not None and owner is not module:
             raise ValueError(
-                f"the forward of {name or 'the model'} was replaced ({described(forward)}), which a copy of the model "
-                f"would not follow; verify the model before that"
+                f"the forward of {name or 'the model'} was replaced ({source_of(forward)}), and would call the "
+                f"original in a copy of the model; verify the model before that"
             )
 
 
-def _each_alone(
+def _plain_loop(
     model: nn.Module, batch: Any, per_example_losses: Losses, *, clipping: str, seed: int
 ) -> tuple[Tensor, list[Tensor], float]:
-    """The norms (B,), the clipped sum of each parameter, and the bound: example 0's norm, so that some are clipped."""
+    """Norms (B,), the clipped sum of each parameter, and the bound: example 0's norm, so that some are clipped."""
     torch.manual_seed(seed)
     parameters = _trainable(model)
     norms, sums, bound = [], [torch.zeros_like(p, dtype=torch.float64) for p in parameters], 1.0
-    groups = layers_of(model) if clipping == "per_layer" else Groups.whole(parameters)
+    groups = groups_by_layer(model) if clipping == "per_layer" else Groups.single(parameters)
     for example, loss in enumerate(per_example_losses(model, batch)):
         gradient = dict(zip(parameters, _gradient(model, loss), strict=True))
         norms.append(_norm(list(gradient.values())))
         if example == 0:
             bound = norms[0].item() or 1.0
         of_group = [_norm([gradient[p] for p in members]) for members in groups.members]
-        factors = [clip_factors(norm, groups.share(bound), clipping=clipping) for norm in of_group]
+        factors = [clip_factors(norm, groups.bound_of_each(bound), clipping=clipping) for norm in of_group]
         for total, p in zip(sums, parameters, strict=True):
-            total += factors[groups.number[p]] * gradient[p]
+            total += factors[groups.index[p]] * gradient[p]
     return torch.stack(norms), sums, bound
 
 
@@ -135,7 +136,7 @@ def _norm(gradient: list[Tensor]) -> Tensor:
 
 
 def _compare(
-    report: Verification, model: nn.Module, sums: list[Tensor], norms: Tensor, ours: Tensor, *, bound: float
+    report: ClippingReport, model: nn.Module, sums: list[Tensor], norms: Tensor, ours: Tensor, *, bound: float
 ) -> None:
     tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
     for example, (one, other) in enumerate(zip(ours.tolist(), norms.tolist(), strict=True)):
@@ -152,16 +153,16 @@ def _compare(
             )
 
 
-def _exchange_batch_mates(
-    report: Verification, model: nn.Module, batch: Any, per_example_losses: Losses, size: int, *, seed: int
+def _check_batch_mates(
+    report: ClippingReport, model: nn.Module, batch: Any, per_example_losses: Losses, size: int, *, seed: int
 ) -> None:
-    """Example 0 among its batch-mates, among copies of itself, and alone."""
-    company = {
+    """Compare example 0 in its batch, among copies of itself, and alone."""
+    changes = {
         "its batch-mates do": (lambda each: each[:1].expand_as(each).clone(), True),  # with the same dropout masks
-        "it is alone": (lambda each: each[:1], False),  # where the masks would be others
+        "it is alone": (lambda each: each[:1], False),  # without dropout, whose masks would differ
     }
     training = [module for module in model.modules() if module.training]
-    for change, (exchanged, with_dropout) in company.items():
+    for change, (exchanged, with_dropout) in changes.items():
         for module in training:
             module.training = with_dropout
         before, after = (
@@ -177,15 +178,15 @@ def _exchange_batch_mates(
             )
 
 
-def _take_off_padding(
-    report: Verification, model: nn.Module, batch: Any, per_example_losses: Losses, size: int, *, seed: int
+def _check_padding(
+    report: ClippingReport, model: nn.Module, batch: Any, per_example_losses: Losses, size: int, *, seed: int
 ) -> None:
-    """The most padded example in its batch, and alone without the columns in which its mask is zero."""
+    """Compare the most padded example in its batch, and alone without the columns where its mask is zero."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != size:
         return
     kept = mask != 0
-    zeros = torch.where(kept.sum(1) > 1, (~kept).sum(1), 0)  # of one token alone nothing is predicted
+    zeros = torch.where(kept.sum(1) > 1, (~kept).sum(1), 0)  # a single token predicts nothing
     example = int(zeros.argmax())
     if not zeros[example]:
         return
@@ -214,7 +215,7 @@ def _gradient_of(example: int, model: nn.Module, batch: Any, per_example_losses:
 
 
 def _examples(batch: Any, size: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor of `size` entries changed."""
+    """The batch with `change` applied to every tensor of `size` entries."""
     if isinstance(batch, Tensor):
         return change(batch) if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memsave.ghost.gradients import has_values, wide
+from memsave.ghost.gradients import has_values, upcast
 from memsave.models.stand_in import CAPS, FACTORS, REMEDY, Change, StandIn, change_of, close, named
 from memsave.models.trial import has_passed, note_passed, trial
 
@@ -78,7 +78,7 @@ def _confirm(change: Change, given: Tensor, logits: Tensor, *, name: str) -> Non
         raise ValueError(
             f"{name} returns logits {tuple(given.shape)}, and the model returns {tuple(logits.shape)}; {REMEDY}"
         )
-    if not bool(close(wide(logits), change(wide(given)), eps)):
+    if not bool(close(upcast(logits), change(upcast(given)), eps)):
         raise ValueError(f"for real tokens the model's logits are not those of {name} after {change}; {REMEDY}")
 
 

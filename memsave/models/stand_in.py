@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from memsave.ghost.gradients import wide
+from memsave.ghost.gradients import upcast
 from memsave.models._torch_internals import DisableTorchFunction
 
 PROBE = (-1024.0, -1.0, 0.0, 0.125, 1.0, 1024.0)
@@ -111,7 +111,7 @@ class StandIn(Tensor):
         change = self._change(named(config, FACTORS), named(config, CAPS))
         self._check_graph()
         with DisableTorchFunction():
-            found, expected = wide(self.detach()), change(wide(self.leaf.detach()))
+            found, expected = upcast(self.detach()), change(upcast(self.leaf.detach()))
             if found.shape != expected.shape or not bool(close(found, expected, self.eps)):
                 self._refuse(f"come out as {found.flatten().tolist()} where {expected.flatten().tolist()} is expected")
         return change

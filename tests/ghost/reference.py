@@ -1,4 +1,4 @@
-"""The plain twin of a clipper: each loss differentiated alone, on the same batch and with the same random numbers."""
+"""The reference for a clipper: each loss differentiated alone, on the same batch and random numbers."""
 
 import copy
 

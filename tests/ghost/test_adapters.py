@@ -23,14 +23,14 @@ def trainable(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def test_lora_on_gpt2():
+def test_lora_on_gpt2_is_exact():
     torch.manual_seed(0)
     model = with_lora(gpt2(), task="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True).double()
     assert len(trainable(model)) == 4  # A and B of two layers
     assert_exact(model, tokens(), next_token_losses)
 
 
-def test_lora_on_gpt2_under_gradient_checkpointing():
+def test_lora_on_gpt2_under_gradient_checkpointing_is_exact():
     torch.manual_seed(0)
     model = with_lora(gpt2(), task="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True).double()
     model.enable_input_require_grads()
@@ -38,20 +38,20 @@ def test_lora_on_gpt2_under_gradient_checkpointing():
     assert_exact(model, tokens(), next_token_losses)
 
 
-def test_lora_on_llama():
+def test_lora_on_llama_is_exact():
     torch.manual_seed(0)
     model = with_lora(in_float64(llama()), task="CAUSAL_LM", target_modules=["q_proj", "v_proj", "down_proj"]).double()
     assert_exact(model, tokens(), next_token_losses)
 
 
-def test_lora_on_bert_with_its_classifier():
+def test_lora_on_bert_with_its_classifier_is_exact():
     torch.manual_seed(0)
     model = with_lora(bert(), task="SEQ_CLS", target_modules=["query", "value"]).double()
     assert any("classifier" in name for name in trainable(model))
     assert_exact(model, tokens(), class_losses)
 
 
-def test_bitfit_on_bert():
+def test_bitfit_on_bert_is_exact():
     torch.manual_seed(0)
     model = bert().double().train()
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What is found when a clipper is attached, or in the first forward: all of it at once, by name, with its remedy."""
+"""Refusals at attach or in the first forward: all in one error, by name, with the remedy."""
 
 import copy
 import warnings
@@ -66,13 +66,13 @@ def removed(layer):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("remedy", [parametrizations.weight_norm, in_eval_mode, masked, removed])
-def test_the_remedies_are_exact(remedy, bias):
+def test_remedies_for_hook_computed_weights_are_exact(remedy, bias):
     torch.manual_seed(0)
     model = nn.Sequential(remedy(nn.Linear(4, 4, bias=bias).double()), nn.Linear(4, 2).double())
     assert_exact(model, draw(3, 5, 4), losses_of)
 
 
-def test_spectral_norm_that_still_estimates_is_refused():
+def test_spectral_norm_in_train_mode_is_refused():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4).double()))
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"0\.parametrizations\.weight\.0\._u, .*the forward changed.*in eval mode"):
@@ -80,7 +80,7 @@ def test_spectral_norm_that_still_estimates_is_refused():
 
 
 class Several(nn.Module):
-    """Much that cannot be clipped, of several classes."""
+    """Several classes of layers that cannot be clipped."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class Several(nn.Module):
         return x
 
 
-def test_everything_that_attach_finds_is_told_at_once():
+def test_attach_reports_all_refusals_in_one_error():
     with pytest.raises(ValueError) as refusal:
         GhostClipper(Several(), max_grad_norm=1.0)
     lines = str(refusal.value).splitlines()
@@ -101,7 +101,7 @@ def test_everything_that_attach_finds_is_told_at_once():
     assert lines[3].startswith("- attention (MultiheadAttention) owns in_proj_weight")
 
 
-def test_everything_that_a_forward_comes_upon_is_told_at_its_end():
+def test_a_forward_reports_all_refusals_in_one_error_at_its_end():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -115,18 +115,18 @@ def test_everything_that_a_forward_comes_upon_is_told_at_its_end():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError) as refusal:
         model(torch.zeros(3, 5, dtype=torch.long))
-    told = str(refusal.value)
-    assert "4 reasons" in told  # the forward also changes the weight that it renormalises
-    assert "look (Embedding) has max_norm" in told
-    assert "one, two (LSTM): each gave a tuple for a batch of 3" in told
-    assert "gru (GRU) gave a tuple" in told
+    message = str(refusal.value)
+    assert "4 reasons" in message  # the forward also changes the weight that it renormalises
+    assert "look (Embedding) has max_norm" in message
+    assert "one, two (LSTM): each returned a tuple for a batch of 3" in message
+    assert "gru (GRU) returned a tuple" in message
     with pytest.raises(ValueError, match="no forward"):
         clipper.backward(torch.zeros(3, requires_grad=True))
     with torch.no_grad():
         model(torch.zeros(3, 5, dtype=torch.long))  # without gradients there is nothing to refuse
 
 
-def test_every_parameter_that_escapes_its_module_is_told_at_once():
+def test_all_parameters_used_outside_their_module_are_refused_in_one_error():
     class Escapes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -149,7 +149,7 @@ def test_a_model_that_was_compiled_before_is_refused(compiled):
         GhostClipper(before, max_grad_norm=1.0)
 
 
-def test_a_forward_that_was_replaced_above_the_layers_is_no_obstacle_and_stays():
+def test_a_model_with_a_replaced_forward_is_exact_and_keeps_it_after_close():
     """As accelerate does in mixed precision, and TRL."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     original, calls = model.forward, []
@@ -167,7 +167,7 @@ def test_a_forward_that_was_replaced_above_the_layers_is_no_obstacle_and_stays()
     assert calls
 
 
-def test_a_layer_whose_forward_was_replaced_is_differentiated_as_it_is():
+def test_a_layer_with_a_replaced_forward_is_exact():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     scaled = partial(type(model[0]).forward, model[0])
     model[0].forward = lambda x: 3 * scaled(x).tanh()
@@ -178,7 +178,7 @@ def test_a_layer_whose_forward_was_replaced_is_differentiated_as_it_is():
     torch.testing.assert_close(model[0].weight.grad, sums["0.weight"], rtol=1e-9, atol=1e-14)
 
 
-def test_a_large_layer_whose_forward_was_replaced_is_refused_with_who_did_it():
+def test_a_large_layer_with_a_replaced_forward_is_refused_with_the_source_of_the_forward():
     layer = nn.Linear(1024, 1025)
     original = layer.forward
     layer.forward = lambda x: original(x)
@@ -307,7 +307,7 @@ def test_a_copy_of_an_attached_model_has_no_clipper():
     torch.testing.assert_close(clipper.backward(losses_of(model, batch)), norms)  # the first is what it was
 
 
-def test_losses_of_something_else_are_refused():
+def test_losses_of_another_model_are_refused():
     model, other = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     model(draw(4, 3))

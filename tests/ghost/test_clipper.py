@@ -1,4 +1,4 @@
-"""The clipper's contract: what it adds, what it refuses, what it leaves."""
+"""The clipper's contract: clipped sums, refusals, and the state after a step."""
 
 import weakref
 from contextlib import nullcontext
@@ -50,7 +50,7 @@ class Reversible(nn.Module):
 
 
 @pytest.mark.parametrize("make", [small, Checkpointed, Reversible])
-def test_exact_with_dropout_checkpoints_and_reversible_sequences(make):
+def test_dropout_checkpoints_and_reversible_sequences_are_exact(make):
     torch.manual_seed(0)
     assert_exact(make().double(), draw(4, 4), losses_of)
 
@@ -97,11 +97,11 @@ def test_gradients_accumulate_over_micro_batches():
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_micro_batches_leave_nothing_behind_but_gradients(passes):
+def test_the_memory_peak_does_not_grow_with_the_number_of_micro_batches(passes):
     model, x = small(), draw(6, 4)
     clipper = GhostClipper(model, max_grad_norm=0.2, passes=passes)
     clipper.backward(model(x).sin().sum(1))
-    clipper._separation._wait = 10**9  # no other look
+    clipper._independence._steps_left = 10**9  # no other check
     peaks = []
     for count in (2, 6):
         model.zero_grad()
@@ -113,7 +113,7 @@ def test_micro_batches_leave_nothing_behind_but_gradients(passes):
     assert peaks[0] == peaks[1]
 
 
-def test_direct_is_for_single_examples_of_any_layers():
+def test_direct_is_exact_for_one_example_of_any_layers():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)).double(), draw(1, 4)
 
     def losses(m, b):
@@ -139,15 +139,15 @@ def test_close_leaves_the_model_as_it_was():
     model(draw(2, 4)).sum().backward()  # an ordinary backward again
 
 
-def test_no_grad_leaves_no_state():
+def test_a_forward_without_grad_creates_no_context():
     model = small()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with torch.no_grad():
         model(draw(2, 4))
-    assert clipper._call is None
+    assert clipper._context is None
 
 
-def test_refusals_name_what_and_the_remedy():
+def test_errors_name_the_value_and_the_remedy():
     model = small()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"shape \(\).*one loss per example"):
@@ -179,7 +179,7 @@ def test_models_that_cannot_be_clipped_exactly_are_refused_by_name(model, words)
         GhostClipper(model, max_grad_norm=1.0)
 
 
-def test_a_parameter_that_escapes_its_module_is_refused_by_name():
+def test_a_parameter_used_outside_its_module_is_refused_by_name():
     class Escape(nn.Module):
         def __init__(self):
             super().__init__()
@@ -202,7 +202,7 @@ def test_a_refused_model_is_left_as_it_was():
 
 
 class OfParts(nn.Module):
-    """A model that is given its batch in a dict, after something else."""
+    """A model that takes its batch in a dict, after another argument."""
 
     def __init__(self):
         super().__init__()
@@ -212,11 +212,11 @@ class OfParts(nn.Module):
         return self.layer(parts["x"]) / (temperature if isinstance(temperature, float) else temperature.sum())
 
 
-def test_the_batch_is_found_in_mappings_and_may_be_given():
+def test_the_batch_size_is_read_from_mappings_or_given_as_an_argument():
     assert_exact(OfParts().double(), {"x": draw(3, 4)}, lambda m, b: losses_of(lambda x: m(2.0, x), b))
     model, temperatures = OfParts().double(), draw(5)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"layer \(Linear\) gave \(3, 2\) for a batch of 5"):
+    with pytest.raises(ValueError, match=r"layer \(Linear\) returned \(3, 2\) for a batch of 5"):
         model(temperatures, {"x": draw(3, 4)})
     clipper.close()
     clipper = GhostClipper(model, max_grad_norm=1.0, batch_size=3)
@@ -254,16 +254,16 @@ def test_models_of_several_processes_are_refused_and_the_module_inside_is_not(on
 
 
 @pytest.mark.parametrize("passes", [1, 2, "direct"])
-def test_a_step_runs_on_fake_tensors_in_the_bytes_of_a_real_one(passes):
+def test_a_step_on_fake_tensors_has_the_memory_peak_of_a_real_one(passes):
     peaks = []
     for fake in (False, True):
         with FakeTensorMode() if fake else nullcontext():
             model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 30))
             ids = torch.zeros(1 if passes == "direct" else 4, 6, dtype=torch.long)
             clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
-            for _ in range(2):  # the first step looks at the examples, too
+            for _ in range(2):  # the first step also checks independence
                 model.zero_grad()
-                clipper._separation._wait = 2  # no other look
+                clipper._independence._steps_left = 2  # no other check
                 with MemoryRecorder(model) as recorder:
                     clipper.backward(model(ids).square().sum((1, 2)))
             peaks.append(recorder.report().peak_bytes)

@@ -1,4 +1,4 @@
-"""Convolutions against the loop, over dimensions, shapes and options."""
+"""Convolutions against one backward per example, over dimensions, shapes and options."""
 
 import pytest
 import torch
@@ -41,13 +41,13 @@ def convolutions(draw_from):
         bias=draw_from(st.booleans()),
     )
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    room = [each + draw_from(st.integers(1, 3)) for each in reach]
-    return layer, (draw_from(st.integers(1, 4)), inputs, *room)
+    space_sizes = [each + draw_from(st.integers(1, 3)) for each in reach]
+    return layer, (draw_from(st.integers(1, 4)), inputs, *space_sizes)
 
 
 @settings(max_examples=40, deadline=None)
 @given(convolutions())
-def test_convolutions(case):
+def test_convolutions_of_any_shape_are_exact(case):
     layer, shape = case
     torch.manual_seed(0)
     assert_exact(Head(layer, before=nn.PReLU()).double(), draw(*shape), losses_of)
@@ -80,18 +80,18 @@ def test_convolutions(case):
         "own",
     ],
 )
-def test_kinds_of_convolution(layer, shape):
+def test_all_options_of_convolutions_are_exact(layer, shape):
     assert_exact(Head(layer).double(), draw(*shape), losses_of)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-def test_half_frozen(frozen):
+def test_a_convolution_with_a_frozen_weight_or_bias_is_exact(frozen):
     layer = nn.Conv1d(3, 4, 3)
     layer.get_parameter(frozen).requires_grad_(False)
     assert_exact(Head(layer, before=nn.PReLU()).double(), draw(3, 3, 6), losses_of)
 
 
-def test_a_convolution_used_twice():
+def test_a_convolution_used_twice_is_exact():
     layer = nn.Conv1d(3, 3, 3, padding=1)
     assert_exact(nn.Sequential(layer, nn.Tanh(), layer).double(), draw(4, 3, 6), losses_of)
 
@@ -112,7 +112,7 @@ def test_inputs_without_a_batch_are_refused():
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-def test_the_reversible_unet_in_each_memory_mode(memory):
+def test_the_reversible_unet_is_exact_in_each_memory_mode(memory):
     torch.manual_seed(0)
     net = ReversibleUNet3d(2, 3, channels=(4, 8), expansion=2, squeeze_excitation=0.5, dropout=0.1, memory=memory)
     assert_exact(net.double(), draw(3, 2, 4, 5, 4), losses_of)

@@ -1,4 +1,4 @@
-"""docs/ghost.md: its code runs as it stands, and what it says of Opacus holds in numbers."""
+"""docs/ghost.md: its code runs, and its statements about Opacus hold."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from memsave.ghost import GhostClipper
-from tests.ghost.reference import by_loop
+from memsave.ghost.rules import rule_for
+from tests.ghost.reference import assert_exact, by_loop
 from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw
 
@@ -59,7 +60,7 @@ def assert_same(steps, expected):
 
 def test_the_code_on_the_page_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     torch.manual_seed(0)
     names = {"__name__": "page"}
     for number, block in enumerate(blocks):
@@ -67,6 +68,16 @@ def test_the_code_on_the_page_runs():
     assert names["norms"].shape == (8,)
     assert sum(count for *_, count in names["accountant"].history) == len(names["loader"]) == 20
     assert 0 < names["epsilon"] < 20
+
+
+def test_the_rule_on_the_page_is_exact():
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if "@register_rule" in block]
+    names = {"__name__": "page"}
+    exec(compile(block, PAGE.name, "exec"), names)
+    layer = names["Scale"](4)
+    assert rule_for(layer) is names["scale"]
+    assert_exact(nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 2)).double(), draw(3, 5, 4), losses_of)
 
 
 def test_without_noise_a_step_is_the_clipped_mean():
@@ -154,7 +165,7 @@ def test_without_zero_grad_after_a_skipped_step_the_first_micro_batch_counts_twi
     assert_same(steps_of(model, before), {name: value + more[name] / EXPECTED for name, value in once.items()})
 
 
-def test_the_optimizer_for_per_example_gradients_refuses():
+def test_the_optimizer_for_per_example_gradients_is_refused():
     model = small()
     clipper, noisy = private(model, kind=DPOptimizer)
     clipper.backward(losses_of(model, draw(2, 4)))

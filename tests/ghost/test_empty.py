@@ -1,4 +1,4 @@
-"""An empty batch, as Poisson sampling draws it: it passes, and nothing is learned from it."""
+"""An empty batch, as Poisson sampling draws it, gives zero gradients and leaves no cached decisions."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Gemma(nn.Module):
 
 @pytest.mark.parametrize("first", [(0, 5, 6), (4, 0, 6)], ids=["no examples", "no positions"])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_nothing_that_was_seen_on_an_empty_batch_is_kept(first, passes):
+def test_a_batch_after_an_empty_batch_is_exact(first, passes):
     model, batch = Gemma().double(), draw(4, 5, 6)
     norms, sums = by_loop(model, batch, losses_of, max_grad_norm=1.0)
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
@@ -38,7 +38,7 @@ def test_nothing_that_was_seen_on_an_empty_batch_is_kept(first, passes):
 
 
 class Scaled(nn.Module):
-    """Without a rule, and with a table that is as long as a batch may be."""
+    """A layer without a rule, with a table that may be as long as the batch."""
 
     def __init__(self):
         super().__init__()

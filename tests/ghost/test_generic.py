@@ -1,4 +1,4 @@
-"""Layers without a rule: differentiated by their own forward, which must give every example what it gave before."""
+"""Layers without a rule: replayed example by example, with the same outputs as in the batch."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ class WritesItsInput(Own):
 
 
 class Branches(Own):
-    """Takes the branch of the whole batch."""
+    """Takes a branch that depends on the whole batch."""
 
     def forward(self, x):
         return x * self.scale if len(x) == 1 or x.sum() > 1e9 else x - self.scale
@@ -56,13 +56,13 @@ class Branches(Own):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("layer", [FirstIsSpecial, Branches, Counting, FunctionalDropout, WritesItsInput])
-def test_a_layer_that_gives_any_example_another_output_when_it_runs_again_is_refused(layer, batch):
+def test_a_layer_whose_replay_differs_for_any_example_is_refused(layer, batch):
     if layer in (FirstIsSpecial, Branches) and batch == 1:
         pytest.skip("an example alone is the batch")
     model = nn.Sequential(nn.Linear(3, 3), layer()).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(batch, 20, 3))
-    with pytest.raises(ValueError, match=rf"1 \({layer.__name__}\) gives an example another output when it runs again"):
+    with pytest.raises(ValueError, match=rf"1 \({layer.__name__}\) gives an example another output in a replay"):
         clipper.backward(losses)
     assert all(p.grad is None for p in model.parameters())
 
@@ -77,7 +77,7 @@ def test_a_weight_that_changed_between_forward_and_backward_is_refused():
 
 
 class Gated(Own):
-    """A table that is as long as the batch, behind a gate that starts at zero: both readings give the same output."""
+    """A table as long as the batch, behind a gate of zero: the output is the same if it is taken as examples."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class WithTable(nn.Module):
         return self.layer(self.first(x), torch.arange(12.0, dtype=x.dtype).view(4, 3))
 
 
-def test_a_reading_of_the_arguments_is_kept_only_where_no_other_gives_the_same():
+def test_ambiguous_batch_axes_are_refused_and_not_cached():
     model = WithTable().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
@@ -105,14 +105,14 @@ def test_a_reading_of_the_arguments_is_kept_only_where_no_other_gives_the_same()
     clipper.close()
     with torch.no_grad():
         model.layer.gate += 0.3
-    assert_exact(model, draw(4, 3), losses_of)  # now they can be told apart
+    assert_exact(model, draw(4, 3), losses_of)  # now a table and examples give different outputs
     with torch.no_grad():
         model.layer.gate.zero_()
-    assert_exact(model, draw(5, 3), losses_of)  # no argument is as long as the table
+    assert_exact(model, draw(5, 3), losses_of)  # no argument is as long as the batch
 
 
 class Masked(Own):
-    """Takes lists and dicts of tensors, and a mask of all ones that both readings agree on."""
+    """Takes lists and dicts of tensors, and a mask of all ones, which may be a table or examples."""
 
     def forward(self, pair, *, named):
         one, (two,) = pair
@@ -129,7 +129,7 @@ class TakesNested(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_arguments_in_lists_dicts_and_tuples(batch):
+def test_tensor_arguments_in_lists_dicts_and_tuples_are_exact(batch):
     assert_exact(TakesNested().double(), draw(batch, 3), losses_of)
 
 
@@ -220,7 +220,7 @@ class Raising(Own):
         return x * self.scale
 
 
-def test_an_error_of_the_layer_itself_is_told_with_its_name():
+def test_an_error_of_the_layer_itself_is_raised_with_the_layers_name():
     model = nn.Sequential(nn.Linear(3, 3), Raising()).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
@@ -271,11 +271,11 @@ class Perceiver(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_layer_whose_output_depends_on_no_example(batch):
+def test_a_layer_whose_output_depends_on_no_example_is_exact(batch):
     assert_exact(Perceiver().double(), draw(batch, 5, 3), losses_of)
 
 
-def test_under_autocast_a_layer_runs_again_in_float32():
+def test_the_replay_of_a_layer_under_autocast_gives_finite_norms():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), only_output(nn.RNN).float(), nn.Linear(3, 2))
     model[1] = nn.Sequential(nn.Conv1d(5, 5, 3, padding=1, padding_mode="reflect"))
@@ -286,7 +286,7 @@ def test_under_autocast_a_layer_runs_again_in_float32():
     assert clipper.backward(losses).isfinite().all()
 
 
-def test_in_a_checkpoint_a_layer_without_a_rule_is_exact():
+def test_a_layer_without_a_rule_in_a_checkpoint_is_exact():
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()

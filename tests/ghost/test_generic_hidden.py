@@ -1,4 +1,4 @@
-"""Layers without a rule whose output hides something: random numbers, cached weights, examples in opaque arguments."""
+"""Layers without a rule whose output does not show random numbers, cached weights or examples in opaque arguments."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.ghost.test_layers import draw, losses_of
 
 
 class Rezero(nn.Module):
-    """A block behind a gate that starts at zero, which hides what is drawn inside."""
+    """A block behind a gate of zero, so that random numbers inside do not change the output."""
 
     def __init__(self, draw_mask, gate=0.0):
         super().__init__()
@@ -25,7 +25,7 @@ class Rezero(nn.Module):
 
 
 def by_item(y):
-    """Random, and nothing that vmap can map."""
+    """Draws random numbers, and is not supported by vmap."""
     return F.dropout(y, 0.5) if y.abs().max().item() < 1e9 else y
 
 
@@ -82,7 +82,7 @@ def test_parametrisations_that_are_cached_are_exact_or_refused():
 
 
 class Opaque:
-    """Holds a tensor where nobody looks for one."""
+    """Holds a tensor in an attribute."""
 
     def __init__(self, x):
         self.x = x
@@ -116,7 +116,7 @@ def test_examples_in_an_argument_that_is_no_tensor_are_refused(centred):
 
 
 class TiedBesideAParameter(nn.Module):
-    """A small language model whose positions are a parameter of its own, with a tied head."""
+    """A small language model whose positions are a separate parameter, with a tied head."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ def test_a_checkpoint_inside_a_layer_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), Block()).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match=r"a checkpoint computed something else again.*move checkpoints out"):
+    with pytest.raises(ValueError, match=r"a checkpoint recomputed something else.*move checkpoints out"):
         clipper.backward(losses)
 
 
@@ -163,7 +163,7 @@ def test_a_parameter_that_a_rule_does_not_know_is_exact_or_refused():
     model = Scaled(False).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match=r"layer\.scale is used outside the forward|layer gives the losses something"):
+    with pytest.raises(ValueError, match=r"layer\.scale is used outside the forward|layer passes something"):
         clipper.backward(losses)
 
 
@@ -183,18 +183,18 @@ def test_sparse_bags_are_refused():
 
 
 class Shifted(Own):
-    """Adds a bias that a softmax over the positions takes out again."""
+    """Adds a bias that a softmax over the positions cancels."""
 
     def forward(self, x):
         return x + self.scale
 
 
-def test_a_gradient_that_cancels_to_nothing_is_no_fault():
+def test_a_gradient_that_cancels_to_zero_is_accepted():
     model = nn.Sequential(nn.Linear(3, 3), Shifted(), nn.Linear(3, 1)).double()
     assert_exact(model, draw(4, 20, 3), lambda m, b: m(b).squeeze(-1).log_softmax(1)[:, 0].neg(), passes=(1, 2))
 
 
-def test_a_layer_that_computes_in_float32_inside_is_no_fault():
+def test_a_layer_that_computes_in_float32_inside_is_accepted():
     class Narrow(Own):
         def forward(self, x):
             return (x.float() * self.scale.float()).to(x.dtype)
@@ -202,7 +202,7 @@ def test_a_layer_that_computes_in_float32_inside_is_no_fault():
     assert_exact(nn.Sequential(nn.Linear(3, 3), Narrow()).double(), draw(4, 20, 3), losses_of, rtol=1e-5)
 
 
-def test_a_layer_that_is_given_a_cache_says_how_to_do_without():
+def test_a_layer_with_a_cache_argument_is_refused_with_use_cache_as_the_remedy():
     class GrowingCache:
         def __init__(self):
             self.calls = 0

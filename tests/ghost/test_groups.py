@@ -1,4 +1,4 @@
-"""Clipping layer by layer, against the loop, and what a budget does."""
+"""Per-layer clipping against one backward per example, and the memory budget."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, gradients, verify
-from memsave.ghost.gradients import Dense, Outer, cheapest
-from memsave.ghost.groups import layers_of
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, cheapest_form
+from memsave.ghost.groups import groups_by_layer
 from memsave.profiler import MemoryRecorder
 from tests.ghost.test_clipper import Checkpointed, small
 from tests.ghost.test_head import Both, Speaker, chunked
@@ -67,7 +67,7 @@ def test_each_layer_is_clipped_to_its_share(name):
         model.zero_grad()
 
 
-def test_direct_clips_layer_by_layer_too():
+def test_direct_clips_each_layer_to_its_share():
     model, x = small().eval(), draw(1, 4)
     norms, sums = by_groups(model, x, losses_of, SMALL, bound=0.1)
     clipper = GhostClipper(model, max_grad_norm=0.1, clipping="per_layer", passes="direct")
@@ -76,7 +76,7 @@ def test_direct_clips_layer_by_layer_too():
         torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
 
 
-def test_the_whole_is_within_the_bound_and_who_was_clipped_is_told():
+def test_the_whole_gradient_is_within_the_bound_and_clipped_examples_are_reported():
     model = small().float()
     clipper = GhostClipper(model, max_grad_norm=0.1, clipping="per_layer")
     clipper.backward(losses_of(model, draw(1, 4).float()))
@@ -89,7 +89,7 @@ def test_the_whole_is_within_the_bound_and_who_was_clipped_is_told():
     assert clipper.clipped.tolist() == []
 
 
-def test_a_group_whose_norm_is_not_finite_adds_nothing():
+def test_a_group_whose_norm_is_not_finite_adds_zero():
     model, x = small().eval(), draw(3, 4)
     x[1] = float("nan")
     clipper = GhostClipper(model, max_grad_norm=0.1, clipping="per_layer")
@@ -102,7 +102,7 @@ def test_a_group_whose_norm_is_not_finite_adds_nothing():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
 
 
-def test_a_layer_whose_output_is_not_used_leaves_its_group_to_the_end():
+def test_a_group_with_an_unused_layer_is_clipped_after_the_backward():
     class Spare(nn.Module):
         def __init__(self):
             super().__init__()
@@ -125,7 +125,7 @@ def test_a_layer_whose_output_is_not_used_leaves_its_group_to_the_end():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("options", [{"clipping": "per_layer"}, {"passes": 1}, {"passes": "direct"}], ids=str)
-def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
+def test_two_gradients_that_share_one_tensor_are_not_scaled_twice(batch, options):
     """Of a layer without a rule: both parameters' gradients are its output's, which goes on to the first layer."""
 
     class Shift(nn.Module):
@@ -149,29 +149,29 @@ def test_gradients_that_are_one_tensor_are_not_scaled_twice(batch, options):
         torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-13)
 
 
-def test_two_passes_do_not_go_with_it():
+def test_per_layer_clipping_refuses_two_passes():
     with pytest.raises(ValueError, match=r'clipping="per_layer" forms its sums in one pass; give passes="auto"'):
         GhostClipper(small(), max_grad_norm=1.0, clipping="per_layer", passes=2)
 
 
 @pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
-def test_verify_knows_every_clipping(clipping, monkeypatch):
+def test_verify_accepts_and_checks_every_clipping(clipping, monkeypatch):
     batch = {"ids": text()["ids"], "targets": text()["targets"]}
     assert verify(Speaker().double(), batch, chunked, clipping=clipping).ok
-    monkeypatch.setattr(GhostClipper, "_factors", lambda clipper, norms: torch.ones_like(norms) / 2)
+    monkeypatch.setattr(GhostClipper, "_clip_factors", lambda clipper, norms: torch.ones_like(norms) / 2)
     assert not verify(Speaker().double(), batch, chunked, clipping=clipping).ok
 
 
 def test_groups_do_not_depend_on_the_order_of_sharing():
     one, two, three = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     two.bias, two.weight = one.bias, three.weight
-    groups = layers_of(nn.ModuleList([one, three, two, nn.Linear(2, 2)]))
+    groups = groups_by_layer(nn.ModuleList([one, three, two, nn.Linear(2, 2)]))
     assert sorted(len(group) for group in groups.members) == [2, 4]
-    assert groups.share(1.0) == pytest.approx(2**-0.5)
+    assert groups.bound_of_each(1.0) == pytest.approx(2**-0.5)
 
 
-def test_nothing_is_kept_until_the_end():
-    """Of wide layers under many examples: the sums of one pass in less than what flat clipping keeps."""
+def test_per_layer_clipping_has_a_lower_memory_peak_than_flat_clipping():
+    """Flat clipping in one pass keeps all gradients until the end."""
     model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(16)])
     peaks = {}
     for clipping in ("flat", "per_layer"):
@@ -185,19 +185,19 @@ def test_nothing_is_kept_until_the_end():
     assert peaks["per_layer"] < 0.75 * peaks["flat"]
 
 
-def test_a_budget_lets_gradients_be_formed_where_that_is_faster():
+def test_a_memory_budget_allows_formed_gradients_where_they_are_faster():
     with torch.device("meta"):
-        gradient = Outer(torch.empty(64, 512, 768), torch.empty(64, 512, 3072), rows=768)
+        gradient = FactoredGrad(torch.empty(64, 512, 768), torch.empty(64, 512, 3072))
     more = 4 * (63 * 768 * 3072 - 64 * 512 * (768 + 3072))
-    assert isinstance(cheapest(gradient, summed=True, room=more - 4), Outer)
-    assert isinstance(cheapest(gradient, summed=True, room=more), Dense)
+    assert isinstance(cheapest_form(gradient, summed=True, bytes_left=more - 4), FactoredGrad)
+    assert isinstance(cheapest_form(gradient, summed=True, bytes_left=more), PerSampleGrad)
 
 
-def test_the_plan_says_what_was_kept_and_the_budget_bounds_it(monkeypatch):
+def test_the_plan_reports_kept_bytes_within_the_memory_budget(monkeypatch):
     monkeypatch.setattr(gradients, "WRITE", 0)
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
     factors, formed = 64 * 15 * (32 + 32) * 4, 64 * 32 * 32 * 4
-    more = formed - formed // 64 - factors  # one of those that are kept becomes the sum
+    more = formed - formed // 64 - factors  # one of the kept gradients becomes the sum
     for budget, count in ((0, 0), (2 * more, 2), (3 * more - 1, 2), (100 * more, 4)):
         clipper = GhostClipper(model, max_grad_norm=1.0, memory_budget=budget, passes=1)
         clipper.backward(model(torch.randn(64, 15, 32)).sum((1, 2)))
@@ -207,7 +207,7 @@ def test_the_plan_says_what_was_kept_and_the_budget_bounds_it(monkeypatch):
 
 
 @pytest.mark.parametrize("grads", [False, True])
-def test_one_example_under_checkpoints_takes_one_pass_where_its_gradient_has_room(grads):
+def test_one_example_under_checkpoints_takes_one_pass_if_its_gradient_fits_the_budget(grads):
     model = Checkpointed().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     if grads:
@@ -220,7 +220,7 @@ def test_one_example_under_checkpoints_takes_one_pass_where_its_gradient_has_roo
     assert clipper.chosen_passes == 1
 
 
-def test_two_passes_add_to_the_gradient_as_they_go():
+def test_two_passes_add_each_use_to_grad_without_a_copy():
     layer = nn.Linear(64, 64)
 
     class Shared(nn.Module):

@@ -22,14 +22,14 @@ ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """So that few of them divide the vocabulary."""
+    """Small blocks, of which few sizes divide the vocabulary."""
     monkeypatch.setattr(logits, "BLOCK", 50)
-    monkeypatch.setattr(logits, "LEAST", 1)
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     monkeypatch.setattr(logits, "TRIANGLE", 3)
 
 
 class Speaker(nn.Module):
-    """Gives the hidden states, not the logits."""
+    """Returns the hidden states, not the logits."""
 
     def __init__(self, *, vocabulary=17, width=5, bias=False, tied=True, body=None, loud=1.0, cap=None):
         super().__init__()
@@ -43,10 +43,10 @@ class Speaker(nn.Module):
         return self.mix(self.look(ids)).tanh() * self.loud
 
 
-def draw(batch=3, places=6, *, vocabulary=17, ignored=0.3, seed=0):
+def draw(batch=3, positions=6, *, vocabulary=17, ignored=0.3, seed=0):
     """Tokens and targets; one of several examples has no target."""
     generator = torch.Generator().manual_seed(seed)
-    ids, targets = torch.randint(vocabulary, (2, batch, places), generator=generator)
+    ids, targets = torch.randint(vocabulary, (2, batch, positions), generator=generator)
     targets[torch.rand(targets.shape, generator=generator) < ignored] = -100
     if batch > 1:
         targets[-1] = -100
@@ -67,7 +67,7 @@ def with_logits(model, batch):
 
 
 def weighed(each, batch):
-    """Tokens of an example count differently."""
+    """Give the tokens of an example different weights."""
     weights = torch.arange(1, each.shape[1] + 1, dtype=each.dtype)
     return (each * weights).sum(1) / (batch["targets"] != -100).sum(1).clamp(min=1)
 
@@ -98,13 +98,13 @@ def assert_as_with_logits(model, batch, **options):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("budget", [0, 400, 10**6])  # none, some and all of the logits kept
 @pytest.mark.parametrize("cap", [None, 0.8])
-def test_the_head_is_that_of_the_logits(bias, tied, batch, budget, cap):
+def test_losses_gradients_norms_and_sums_equal_those_with_logits(bias, tied, batch, budget, cap):
     torch.manual_seed(0)
     assert_as_with_logits(Speaker(bias=bias, tied=tied, cap=cap).double(), draw(batch), memory_budget=budget)
 
 
 @pytest.mark.parametrize("block", [1, 7, 18, 100, 2**20])
-def test_a_soft_cap_in_blocks_of_any_size(monkeypatch, block):
+def test_a_soft_cap_is_exact_in_blocks_of_any_size(monkeypatch, block):
     monkeypatch.setattr(logits, "BLOCK", block)
     torch.manual_seed(0)
     for tied in (True, False):
@@ -114,7 +114,7 @@ def test_a_soft_cap_in_blocks_of_any_size(monkeypatch, block):
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(1, 4),
-    places=st.integers(1, 9),
+    positions=st.integers(1, 9),
     vocabulary=st.integers(1, 40),
     width=st.integers(1, 6),
     tied=st.booleans(),
@@ -122,13 +122,13 @@ def test_a_soft_cap_in_blocks_of_any_size(monkeypatch, block):
     loud=st.sampled_from([1.0, 30.0]),
     cap=st.sampled_from([None, 1.0, 30.0]),
 )
-@example(batch=1, places=1, vocabulary=2, width=1, tied=True, ignored=0.0, loud=30.0, cap=None)
-@example(batch=3, places=4, vocabulary=11, width=3, tied=True, ignored=0.5, loud=30.0, cap=30.0)
-def test_any_shape(batch, places, vocabulary, width, tied, ignored, loud, cap):
+@example(batch=1, positions=1, vocabulary=2, width=1, tied=True, ignored=0.0, loud=30.0, cap=None)
+@example(batch=3, positions=4, vocabulary=11, width=3, tied=True, ignored=0.5, loud=30.0, cap=30.0)
+def test_the_head_is_exact_for_any_shape(batch, positions, vocabulary, width, tied, ignored, loud, cap):
     torch.manual_seed(0)
     model = Speaker(vocabulary=vocabulary, width=width, tied=tied, loud=loud if cap is None else 3 * cap, cap=cap)
     model = model.double()
-    assert_as_with_logits(model, draw(batch, places, vocabulary=vocabulary, ignored=ignored))
+    assert_as_with_logits(model, draw(batch, positions, vocabulary=vocabulary, ignored=ignored))
 
 
 def confident(dtype, *, scale):
@@ -142,13 +142,13 @@ def confident(dtype, *, scale):
 
 
 @pytest.mark.parametrize("scale", [10.0, 30.0, 1e3])
-def test_confident_models(scale):
+def test_the_head_is_exact_for_confident_models(scale):
     model, batch = confident(torch.float64, scale=scale)
     assert_as_with_logits(model, batch)
 
 
-def test_a_sure_model_keeps_the_digits_of_what_it_is_not_sure_of():
-    """In float32 1 - softmax has none left; the gradient of the target's row has."""
+def test_a_confident_model_has_no_cancellation_in_float32():
+    """In float32, 1 - softmax would be zero; the gradient of the target's row is not."""
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
     hidden = torch.tensor([[[30.0, 0.0]]], requires_grad=True)
     losses = linear_cross_entropy(hidden, weight, torch.tensor([[0]]))
@@ -159,8 +159,8 @@ def test_a_sure_model_keeps_the_digits_of_what_it_is_not_sure_of():
     torch.testing.assert_close(hidden.grad[0, 0, 0].double(), -rest / (1 + rest), rtol=1e-6, atol=0)
 
 
-def test_a_saturated_soft_cap_keeps_the_digits_of_its_slope():
-    """In float32 tanh is 1 here, and 1 - tanh^2 is zero."""
+def test_a_saturated_soft_cap_has_no_cancellation_in_its_slope():
+    """In float32, tanh is 1 here, and 1 - tanh^2 would be zero."""
     weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
     losses = linear_cross_entropy(torch.tensor([[[20.0]]]), weight, torch.tensor([[0]]), soft_cap=2.0)
     losses.sum().backward()
@@ -169,7 +169,7 @@ def test_a_saturated_soft_cap_keeps_the_digits_of_its_slope():
     torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_a_sure_model_under_a_soft_cap_keeps_the_digits_of_what_it_is_not_sure_of():
+def test_a_confident_model_under_a_soft_cap_has_no_cancellation():
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
     losses = linear_cross_entropy(torch.tensor([[[30.0, 0.0]]]), weight, torch.tensor([[0]]), soft_cap=30.0)
     losses.sum().backward()
@@ -197,8 +197,8 @@ def test_a_float32_norm_is_never_too_small(passes, scale, cap, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_two_uses_of_one_head(tied):
-    """At different numbers of places, so in different blocks."""
+def test_two_uses_of_one_head_are_exact(tied):
+    """At different numbers of positions, so in different blocks."""
 
     def losses(model, batch):
         hidden, targets = model(batch["ids"]), batch["targets"]
@@ -215,21 +215,21 @@ def test_two_uses_of_one_head(tied):
 
 
 class Both(Speaker):
-    """Its head is also a module of the forward, at other places."""
+    """Its head is also a module of the forward, at other positions."""
 
     def forward(self, ids):
         hidden = super().forward(ids)
         return hidden + self.head(hidden[:, :2]).sin().mean((1, 2))[:, None, None]
 
 
-def test_a_head_that_is_a_layer_of_the_forward_too():
+def test_a_head_that_is_also_a_layer_of_the_forward_is_exact():
     torch.manual_seed(0)
     for tied in (True, False):
         assert_exact(Both(tied=tied, bias=True).double(), draw(), chunked)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-def test_a_frozen_part_of_the_head(frozen):
+def test_a_head_with_a_frozen_weight_or_bias_is_exact(frozen):
     torch.manual_seed(0)
     model = Speaker(bias=True, tied=False, cap=1.5).double()
     model.head.get_parameter(frozen).requires_grad_(False)
@@ -245,7 +245,7 @@ class Under(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
-def test_checkpoints_and_reversible_sequences():
+def test_the_head_is_exact_with_checkpoints_and_reversible_sequences():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     assert_as_with_logits(Speaker(width=4, body=Under(body)).double(), draw())
@@ -256,13 +256,13 @@ def test_checkpoints_and_reversible_sequences():
         assert_as_with_logits(Speaker(width=4, body=reversible, cap=cap).double(), draw())
 
 
-def test_a_checkpoint_around_model_and_head():
+def test_a_checkpoint_around_model_and_head_is_exact():
     torch.manual_seed(0)
     assert_exact(Speaker().double(), draw(), lambda m, b: checkpoint(chunked, m, b, use_reentrant=False))
 
 
-def test_bfloat16_autocast():
-    """Its products are of that dtype; norms are those of the gradient that is summed."""
+def test_under_autocast_norms_are_those_of_the_summed_gradients():
+    """Matrix products are in bfloat16; the norms are those of the summed gradients."""
     torch.manual_seed(0)
     model, batch = Speaker(vocabulary=40, width=8), draw(4, 8, vocabulary=40, ignored=0.1)
 
@@ -286,7 +286,7 @@ def test_bfloat16_autocast():
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_an_example_that_is_not_finite_adds_nothing(passes, cap):
+def test_an_example_that_is_not_finite_adds_zero(passes, cap):
     torch.manual_seed(0)
     model, batch = Speaker(bias=True, cap=cap).double(), draw(4, ignored=0.0)
     factors = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)
@@ -308,12 +308,12 @@ def test_an_example_that_is_not_finite_adds_nothing(passes, cap):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_fake_tensors_take_the_bytes_of_real_ones(passes):
+def test_fake_tensors_have_the_memory_peak_of_real_ones(passes):
     peaks = []
     for fake in (False, True):
         with FakeTensorMode() if fake else contextlib.nullcontext():
             model, batch = Speaker(vocabulary=60), draw(4, 8, vocabulary=60, ignored=0.0)
-            batch["targets"] = batch["ids"].clone()  # of which none is ignored: fake ones do not say
+            batch["targets"] = batch["ids"].clone()  # none is ignored, because fake targets have no values
             if fake:
                 batch = {key: torch.zeros(4, 8, dtype=torch.long) for key in batch}
             clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
@@ -325,10 +325,10 @@ def test_fake_tensors_take_the_bytes_of_real_ones(passes):
     assert peaks[0] == peaks[1]
 
 
-def test_no_logits_are_held(monkeypatch):
-    """Neither by the plain head nor by the private one; ignored places cost nothing."""
+def test_logits_are_stored_only_within_the_memory_budget(monkeypatch):
+    """Without a budget, no logits are stored; ignored positions take no memory."""
     monkeypatch.setattr(logits, "BLOCK", 1000)
-    monkeypatch.setattr(logits, "LEAST", 1)
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     torch.manual_seed(0)
     model, whole = Speaker(vocabulary=3000, width=4), draw(4, 50, vocabulary=3000, ignored=0.0)
     whole["targets"] = whole["ids"]
@@ -348,7 +348,7 @@ def test_no_logits_are_held(monkeypatch):
     assert peaks[one, True] < one / 4
 
 
-def test_refusals_name_what_and_the_remedy():
+def test_errors_name_the_value_and_the_remedy():
     hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"hidden \(6, 4\).*give \(B, T, d\)"):
         linear_cross_entropy(hidden.flatten(0, 1), weight, targets)
@@ -359,7 +359,7 @@ def test_refusals_name_what_and_the_remedy():
     for cap in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"soft_cap={cap}; give a positive number, or None"):
             linear_cross_entropy(hidden, weight, targets, soft_cap=cap)
-    with pytest.raises(RuntimeError, match=r"no double backward.*take the logits"):
+    with pytest.raises(RuntimeError, match=r"no double backward.*compute the logits"):
         losses = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
         torch.autograd.grad(losses.sum(), hidden, create_graph=True)
     model, batch = Speaker(), draw()
@@ -376,15 +376,15 @@ def test_refusals_name_what_and_the_remedy():
 def test_a_loss_that_mixes_examples_is_refused():
     model, batch = Speaker().double(), draw(ignored=0.0)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="examples are not apart at linear_cross_entropy"):
+    with pytest.raises(ValueError, match="examples are not independent at linear_cross_entropy"):
         losses = chunked(model, batch)
         clipper.backward(losses / losses.sum())
 
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 1000), (1, 1000), (20, 50), (21, 47), (100, 10), (5000, 10)])
-def test_blocks_of_the_vocabulary_stay_wide_however_many_rows(monkeypatch, rows, width):
+def test_blocks_of_the_vocabulary_have_a_minimal_width(monkeypatch, rows, width):
     monkeypatch.setattr(logits, "BLOCK", 1000)
-    monkeypatch.setattr(logits, "LEAST", 10)
-    found = list(logits.parts(rows, 107))
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 10)
+    found = list(logits.vocabulary_blocks(rows, 107))
     assert [place for part in found for place in range(part.start, part.stop)] == list(range(107))
     assert {part.stop - part.start for part in found[:-1]} <= {width}

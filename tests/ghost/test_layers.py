@@ -1,4 +1,4 @@
-"""Every rule against the loop, over shapes and options."""
+"""Every rule against one backward per example, over shapes and options."""
 
 import weakref
 
@@ -16,7 +16,7 @@ SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=2)
 
 
 class Head(nn.Module):
-    """A layer under test between two others, so that gradients of all sizes meet it."""
+    """A layer under test after another layer."""
 
     def __init__(self, layer, *, before=None):
         super().__init__()
@@ -27,7 +27,7 @@ class Head(nn.Module):
 
 
 def losses_of(model, batch):
-    """Uneven in the examples, so that some are clipped."""
+    """Losses of different sizes, so that some examples are clipped."""
     y = model(batch)
     scale = torch.arange(1, len(y) + 1, dtype=y.dtype)
     return y.sin().flatten(1).sum(1) * scale
@@ -39,7 +39,7 @@ def draw(*shape):
 
 @settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 5), middle=SHAPES, d=st.integers(1, 9), p=st.integers(1, 9), bias=st.booleans())
-def test_linear(batch, middle, d, p, bias):
+def test_linear_layers_of_any_shape_are_exact(batch, middle, d, p, bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, p, bias=bias)).double()
     assert_exact(model, draw(batch, *middle, d), losses_of, clippings=("flat", "automatic"))
@@ -48,25 +48,25 @@ def test_linear(batch, middle, d, p, bias):
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(1, 5),
-    places=st.integers(1, 8),
+    positions=st.integers(1, 8),
     rows=st.integers(1, 6),
     width=st.integers(1, 5),
     padding=st.booleans(),
     shared_ids=st.booleans(),
 )
-def test_embedding(batch, places, rows, width, padding, shared_ids):
+def test_embeddings_of_any_shape_are_exact(batch, positions, rows, width, padding, shared_ids):
     class Look(nn.Module):
         def __init__(self):
             super().__init__()
             self.tokens = nn.Embedding(rows, width, padding_idx=0 if padding else None)
-            self.positions = nn.Embedding(places, width)
+            self.positions = nn.Embedding(positions, width)
 
         def forward(self, ids):
-            at = torch.arange(places)[None]
+            at = torch.arange(positions)[None]
             return (self.tokens(ids) * 2 + self.positions(at if shared_ids else at.expand(len(ids), -1))).tanh()
 
     torch.manual_seed(0)
-    ids = torch.randint(rows, (batch, places), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(rows, (batch, positions), generator=torch.Generator().manual_seed(1))
     assert_exact(Look().double(), ids, losses_of)
 
 
@@ -77,7 +77,7 @@ def test_embedding(batch, places, rows, width, padding, shared_ids):
     width=st.sampled_from([2, 4, 6]),
     kind=st.sampled_from(["layer", "layer2", "rms", "plain layer"]),
 )
-def test_norms_over_the_last_dimensions(batch, middle, width, kind):
+def test_norms_over_the_last_dimensions_are_exact(batch, middle, width, kind):
     torch.manual_seed(0)
     shape = (*middle, width)
     layer = {
@@ -104,12 +104,12 @@ def test_norms_over_the_last_dimensions(batch, middle, width, kind):
     ],
     ids=str,
 )
-def test_layers_with_channels_and_the_generic_rule(layer, shape):
+def test_layers_with_channels_and_generic_layers_are_exact(layer, shape):
     assert_exact(Head(layer, before=nn.Conv1d(4, 4, 1) if len(shape) == 3 else None).double(), draw(*shape), losses_of)
 
 
 class Scale(nn.Module):
-    """A layer of one's own, with an argument by name."""
+    """A custom layer with a keyword argument."""
 
     def __init__(self, width):
         super().__init__()
@@ -119,7 +119,7 @@ class Scale(nn.Module):
         return (x + shift) * self.scale
 
 
-def test_a_layer_of_ones_own():
+def test_a_custom_layer_is_exact():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -131,8 +131,8 @@ def test_a_layer_of_ones_own():
     assert_exact(Own().double(), draw(4, 3, 4), losses_of)
 
 
-@pytest.mark.parametrize("places", [2, 30])
-def test_parameters_used_several_times(places):
+@pytest.mark.parametrize("positions", [2, 30])
+def test_parameters_used_several_times_are_exact(positions):
     class Shared(nn.Module):
         """One linear layer twice, and its weight again as an embedding."""
 
@@ -145,7 +145,7 @@ def test_parameters_used_several_times(places):
             return self.head(self.mix(self.mix(self.look(ids)).tanh()))
 
     torch.manual_seed(0)
-    ids = torch.randint(7, (4, places), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(7, (4, positions), generator=torch.Generator().manual_seed(1))
     assert_exact(Shared().double(), ids, losses_of)
 
 
@@ -156,7 +156,7 @@ def test_an_empty_batch_adds_zeros():
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
 
 
-def test_frozen_and_unused_parameters():
+def test_frozen_and_unused_parameters_are_exact():
     class Part(nn.Module):
         def __init__(self):
             super().__init__()
@@ -193,7 +193,7 @@ def test_an_example_that_is_not_finite_contributes_zero_and_is_counted(passes, v
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_norms_are_float32_under_autocast_wherever_backward_is_called(passes):
+def test_norms_are_float32_inside_and_outside_autocast(passes):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
@@ -214,8 +214,8 @@ def test_norms_are_float32_under_autocast_wherever_backward_is_called(passes):
         torch.testing.assert_close(within, outside, rtol=1e-5, atol=1e-6)
 
 
-def test_two_passes_sum_what_was_measured_under_autocast():
-    """Weighted losses would be rounded to bfloat16 anew, and a clipped gradient be longer than its bound."""
+def test_two_passes_sum_the_measured_gradients_under_autocast():
+    """Weighted losses would be rounded to bfloat16 anew, and a clipped gradient exceed its bound."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Tanh())))
 
@@ -234,14 +234,14 @@ def test_two_passes_sum_what_was_measured_under_autocast():
 
 
 @pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=str)
-def test_what_follows_may_work_in_place(after):
+def test_in_place_operations_after_a_layer_are_exact(after):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), after, nn.LayerNorm(4), nn.ReLU(inplace=True), nn.Linear(4, 2))
     assert_exact(model.double(), draw(4, 3), losses_of)
 
 
-def test_a_frozen_weight_costs_no_input():
-    """BiTFiT saves memory: bias gradients need no inputs of their layers."""
+def test_a_layer_with_a_frozen_weight_saves_no_input():
+    """BitFit saves memory, because bias gradients need no inputs."""
     alive = []
 
     class MemoryMonitor(nn.Module):
@@ -259,7 +259,7 @@ def test_a_frozen_weight_costs_no_input():
         clipper.backward(losses)
 
 
-def test_sums_in_bfloat16_parameters_are_formed_in_float32():
+def test_bfloat16_parameters_have_float32_norms_and_bfloat16_sums():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.PReLU(64), nn.Linear(64, 8)).bfloat16()
     x = torch.randn(4, 64).bfloat16()
@@ -268,7 +268,7 @@ def test_sums_in_bfloat16_parameters_are_formed_in_float32():
     assert {each.dtype for each in sums.values()} == {torch.bfloat16}
 
 
-def test_generic_layers_under_autocast():
+def test_generic_layers_under_autocast_are_exact():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.PReLU(4), nn.GroupNorm(2, 4))
 
@@ -282,7 +282,7 @@ def test_generic_layers_under_autocast():
 @pytest.mark.parametrize(
     "kind", ["llama.Llama", "t5.T5", "gemma.Gemma", "gpt_oss.GptOss", "mistral.Mistral", "qwen3.Qwen3"]
 )
-def test_hugging_faces_rmsnorms_have_a_rule_of_their_own(kind, monkeypatch):
+def test_rmsnorms_of_hugging_face_take_their_own_rule_and_are_exact(kind, monkeypatch):
     model, name = kind.split(".")
     module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     layer = getattr(module, f"{name}LayerNorm" if name == "T5" else f"{name}RMSNorm")(6)
@@ -292,14 +292,14 @@ def test_hugging_faces_rmsnorms_have_a_rule_of_their_own(kind, monkeypatch):
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 
 
-def test_an_rmsnorm_is_known_by_its_function_even_when_its_first_example_is_zero():
+def test_an_rmsnorm_is_exact_even_if_its_first_example_is_zero():
     gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma").GemmaRMSNorm(6)
     x = draw(3, 5, 6)
     x[0] = 0
     assert_exact(Head(gemma).double(), x, lambda m, b: m(b).sin().sum((1, 2)), rtol=1e-6)
 
 
-def test_an_rmsnorm_that_does_something_else_takes_the_generic_rule():
+def test_an_rmsnorm_that_computes_something_else_takes_the_generic_rule():
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     assert rules.rule_for(modeling.MambaRMSNormGated(6, 3)) is generic
 

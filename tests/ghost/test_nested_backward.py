@@ -1,4 +1,4 @@
-"""A backward inside the backward: its norms would go nowhere, so it is refused."""
+"""A backward inside the backward is refused, because its norms would be lost."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.ghost.test_layers import draw, losses_of
 
 
 class Reversible(torch.autograd.Function):
-    """y1 = x1 + f(x2), y2 = x2 + g(y1), which computes its activations again and differentiates them in backward."""
+    """y1 = x1 + f(x2), y2 = x2 + g(y1), which recomputes its activations and calls backward in its backward."""
 
     @staticmethod
     def forward(ctx, x, f, g, hold_grad):
@@ -60,14 +60,14 @@ def test_a_reversible_layer_that_calls_backward_is_refused_by_name(passes, hold_
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_one_example_alone_is_refused_too():
+def test_a_backward_inside_the_backward_is_refused_for_one_example_too():
     model = Model(False).double()
     clipper = GhostClipper(model, max_grad_norm=0.1)
     with pytest.raises(ValueError, match="backward inside the backward"):
         clipper.backward(losses_of(model, draw(1, 4)))
 
 
-def test_frozen_layers_inside_it_are_no_obstacle():
+def test_frozen_layers_differentiated_by_an_inner_backward_are_accepted():
     torch.manual_seed(0)
     model = Model(False).double()
     model.f.requires_grad_(False)
@@ -83,7 +83,7 @@ def test_frozen_layers_inside_it_are_no_obstacle():
 
 
 class ByHand(torch.autograd.Function):
-    """Writes the gradient of a weight that it never was given."""
+    """Writes the gradient of a weight that autograd does not see."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -140,6 +140,6 @@ def test_more_uses_in_the_backward_than_in_the_forward_are_refused():
     model = nn.Sequential(layer, layer)
     clipper = GhostClipper(model, max_grad_norm=0.1)
     losses = losses_of(model, draw(3, 4))
-    clipper._call.uses[layer.weight] = 1  # as if a recomputation took another branch
+    clipper._context.ledger.uses[layer.weight] = 1  # as if a recomputation took another branch
     with pytest.raises(ValueError, match="was used 2 times in the backward and 1 times in the forward"):
         clipper.backward(losses)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memsave.ghost import GhostClipper, direct, tap
+from memsave.ghost import GhostClipper, direct, ledger
 from tests.ghost.test_layers import draw, losses_of
 from tests.ghost.test_recomputation import Checkpointed
 
@@ -17,8 +17,8 @@ OPTIONS = [
 
 
 def out_of_memory_after(monkeypatch, count):
-    """The sum of one parameter fails, after so many that did not."""
-    add_sum, calls = tap.add_sum, []
+    """Let the sum of one parameter fail, after `count` successful sums."""
+    add_sum, calls = ledger.add_sum, []
 
     def failing(*args):
         calls.append(args)
@@ -26,7 +26,7 @@ def out_of_memory_after(monkeypatch, count):
             raise torch.OutOfMemoryError("out of memory")
         add_sum(*args)
 
-    monkeypatch.setattr(tap, "add_sum", failing)
+    monkeypatch.setattr(ledger, "add_sum", failing)
     monkeypatch.setattr(direct, "add_sum", failing)
 
 
@@ -52,7 +52,7 @@ def test_a_retry_is_refused_until_the_gradients_are_cleared(options, monkeypatch
         for losses in (losses_of(model, batch), losses_of(model, batch)[:0]):
             with pytest.raises(ValueError, match=r"clear the gradients .* begin the logical batch again") as refusal:
                 clip.backward(losses)
-        assert "out of memory" not in str(refusal.value)  # by which others know when to retry
+        assert "out of memory" not in str(refusal.value)  # callers retry when they find these words
         model.zero_grad(set_to_none=set_to_none)
         assert not clip.unfinished
         clip.backward(losses_of(model, batch))
@@ -68,7 +68,7 @@ def test_a_failure_before_the_sums_may_be_retried(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tap.Call, "add", failing)
+        patch.setattr(ledger.Ledger, "add", failing)
         with pytest.raises(torch.OutOfMemoryError):
             clip.backward(losses_of(model, draw(3, 4)))
     assert not clip.unfinished

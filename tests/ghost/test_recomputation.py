@@ -1,4 +1,4 @@
-"""Two passes under checkpoints: what is summed must be what was measured."""
+"""Two passes under checkpoints: the summed gradients must be those whose norms were measured."""
 
 import pytest
 import torch
@@ -43,17 +43,17 @@ def test_dropout_in_checkpoints_that_keep_the_random_state_is_exact():
     "options", [{"preserve": False}, {"generator": torch.Generator().manual_seed(0)}], ids=["state", "generator"]
 )
 @pytest.mark.parametrize("passes", [2, "auto"])
-def test_sums_of_other_activations_than_were_measured_are_refused(options, passes):
+def test_other_activations_in_the_second_pass_are_refused(options, passes):
     model = Checkpointed(**options).double()
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes)
-    with pytest.raises(ValueError, match=r"block\.layer got other activations when they were computed again"):
+    with pytest.raises(ValueError, match=r"block\.layer got other activations in the second pass"):
         clipper.backward(losses_of(model, draw(5, 4)))
     with pytest.raises(ValueError, match=r"clear the gradients \(optimizer\.zero_grad\(\)\)"):
         clipper.backward(losses_of(model, draw(5, 4)))
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
-def test_one_pass_sums_what_it_measured_whatever_was_drawn(clipping):
+def test_one_pass_is_within_the_bound_whatever_was_drawn(clipping):
     model = Checkpointed(preserve=False).double()
     passes = 1 if clipping == "flat" else "auto"
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes, clipping=clipping)
@@ -62,7 +62,7 @@ def test_one_pass_sums_what_it_measured_whatever_was_drawn(clipping):
     assert norm <= 0.01 * (1 + 1e-9)
 
 
-def test_an_example_that_is_not_finite_is_no_other_activation():
+def test_an_example_that_is_not_finite_counts_as_the_same_in_both_passes():
     model = Checkpointed().double()
     batch = draw(3, 4)
     batch[1, 0] = float("nan")
@@ -75,7 +75,7 @@ def test_an_example_that_is_not_finite_is_no_other_activation():
 
 
 class BetweenLayers(nn.Module):
-    """Recomputes no layer, but dropout between two."""
+    """Recomputes no layer, only dropout between two layers."""
 
     def __init__(self):
         super().__init__()
@@ -90,8 +90,8 @@ class BetweenLayers(nn.Module):
         return F.dropout(y.tanh(), 0.5)
 
 
-def test_random_numbers_between_layers_are_compared_too():
+def test_other_random_numbers_between_layers_are_refused():
     model = BetweenLayers().double()
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=2)
-    with pytest.raises(ValueError, match="first got other activations when they were computed again"):
+    with pytest.raises(ValueError, match="first got other activations in the second pass"):
         clipper.backward(losses_of(model, draw(5, 4)))

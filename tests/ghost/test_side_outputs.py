@@ -1,4 +1,4 @@
-"""A layer without a rule that gives the loss something beside its output: refused, for its gradient would be lost."""
+"""A layer without a rule that passes something besides its output to the loss is refused: its gradient is lost."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 
 def taken_from(model):
-    """The auxiliary loss; the model, which is copied here, keeps none."""
+    """The auxiliary loss, which is removed from the model so that the model can be copied."""
     auxiliary, model.inner.auxiliary = model.inner.auxiliary, None
     return auxiliary["loss"][0]
 
@@ -50,7 +50,7 @@ def with_auxiliary(model, batch):
     return losses + 0.1 * taken_from(model)
 
 
-WORDS = r"inner gives the losses something beside its output"
+WORDS = r"inner passes something besides its output to the losses"
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -61,23 +61,23 @@ def test_an_auxiliary_loss_that_is_kept_as_an_attribute_is_refused(passes):
         clipper.backward(with_auxiliary(model, draw(4, 3)))
 
 
-def test_an_auxiliary_loss_that_is_detached_or_not_used_is_no_obstacle():
+def test_an_auxiliary_loss_that_is_detached_or_not_used_is_exact():
     assert_exact(Model(torch.Tensor.detach).double(), draw(4, 3), with_auxiliary)
     assert_exact(Model().double(), draw(4, 3), without_auxiliary)
 
 
-def test_a_hook_on_a_module_inside_a_layer_is_refused_where_the_loss_uses_what_it_took():
+def test_a_hook_inside_a_layer_is_refused_if_the_loss_uses_its_tensor():
     model, taken = Model().double(), []
     model.inner.child.register_forward_hook(lambda module, args, output: taken.append(output))
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    clipper.backward(losses_of(model, draw(4, 3)))  # what it took is not used
+    clipper.backward(losses_of(model, draw(4, 3)))  # the losses do not use its tensor
     taken.clear()
     losses = losses_of(model, draw(4, 3))
     with pytest.raises(ValueError, match=WORDS):
         clipper.backward(losses + taken[0].square().sum(1))
 
 
-def test_a_side_output_that_a_later_layer_takes_is_refused():
+def test_a_side_output_that_a_later_layer_uses_is_refused():
     class Skips(Model):
         def forward(self, x):
             y = self.inner(self.stem(x))
@@ -102,7 +102,7 @@ def test_hooks_on_parameters_are_refused_unless_they_only_observe():
         model(draw(4, 3))
 
 
-def test_a_hook_on_a_layer_itself_sees_its_tapped_output():
+def test_a_tensor_from_a_hook_on_a_layer_itself_is_exact():
     model, taken = Model(torch.Tensor.detach).double(), []
     model.stem.register_forward_hook(lambda module, args, output: taken.append(output))
 
@@ -141,5 +141,5 @@ def test_an_attribute_that_another_layer_without_a_rule_reads_is_refused():
     model = nn.Sequential(first, ReadsAnother(first)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match="0 gives the losses something beside its output"):
+    with pytest.raises(ValueError, match="0 passes something besides its output to the losses"):
         clipper.backward(losses)

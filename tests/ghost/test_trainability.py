@@ -19,7 +19,7 @@ def small():
 
 
 def assert_as_if_frozen_before(make, model, clipper, batch, clipping="flat"):
-    """The clipper gives what a model gives that had these parameters frozen from the start."""
+    """The clipper agrees with a model in which the same parameters were frozen from the start."""
     twin = make()
     twin.load_state_dict(model.state_dict())
     for name, p in model.named_parameters():
@@ -36,14 +36,14 @@ def assert_as_if_frozen_before(make, model, clipper, batch, clipping="flat"):
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("clipping", ["flat", "automatic"])
-def test_a_layer_frozen_after_attaching_is_out_of_the_norms_and_gets_no_gradient(passes, clipping):
+def test_a_layer_frozen_after_attaching_adds_no_norm_and_gets_no_gradient(passes, clipping):
     model, batch = small(), draw(5, 4)
     clipper = GhostClipper(model, max_grad_norm=BOUND, passes=passes, clipping=clipping)
     model[0].requires_grad_(False)
     assert_as_if_frozen_before(small, model, clipper, batch, clipping)
 
 
-def test_a_layer_frozen_after_attaching_is_out_of_its_group_too():
+def test_a_layer_frozen_after_attaching_leaves_its_group():
     model, batch = small(), draw(5, 4)
     clipper = GhostClipper(model, max_grad_norm=BOUND, clipping="per_layer")
     model[0].requires_grad_(False)

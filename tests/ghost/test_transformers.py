@@ -14,12 +14,12 @@ TINY = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "nu
 WIDE = {**TINY, "intermediate_size": 24, "max_position_embeddings": 32}
 
 
-def tokens(*, batch=4, places=7, dtype=torch.float64):
+def tokens(*, batch=4, positions=7, dtype=torch.float64):
     """Ragged, right-padded, with repeated tokens; the last row is padding alone."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 6, (batch, places), generator=generator)
-    lengths = torch.tensor([places, 3, 5, 0] * batch)[:batch]
-    mask = torch.arange(places)[None] < lengths[:, None]
+    ids = torch.randint(1, 6, (batch, positions), generator=generator)
+    lengths = torch.tensor([positions, 3, 5, 0] * batch)[:batch]
+    mask = torch.arange(positions)[None] < lengths[:, None]
     return {"input_ids": ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}
 
 
@@ -82,19 +82,19 @@ def in_float64(model):
 
 @pytest.mark.parametrize("name", LANGUAGE)
 @pytest.mark.parametrize("training", [True, False])
-def test_language_models(name, training):
+def test_language_models_are_exact(name, training):
     torch.manual_seed(0)
     model = in_float64(LANGUAGE[name]()).train(training)
     assert_exact(model, tokens(), next_token_losses)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_classifiers(name):
+def test_classifiers_are_exact(name):
     torch.manual_seed(0)
     assert_exact(CLASSIFIERS[name]().double().train(), tokens(), class_losses)
 
 
-def test_t5_with_its_shared_embedding_and_relative_bias():
+def test_t5_with_its_shared_embedding_and_relative_bias_is_exact():
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
     config = transformers.T5Config(**sizes, pad_token_id=PAD, decoder_start_token_id=PAD, dropout_rate=0.1)
@@ -108,7 +108,7 @@ def test_t5_with_its_shared_embedding_and_relative_bias():
         assert_exact(model, tokens(batch=batch), losses)
 
 
-def test_a_vision_transformer():
+def test_a_vision_transformer_is_exact():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.ViTForImageClassification(
@@ -118,13 +118,13 @@ def test_a_vision_transformer():
     assert_exact(model.double().train(), images, class_losses)
 
 
-@pytest.mark.parametrize("places", [4, 8])
-def test_positions_of_one_row_when_the_batch_divides_the_length(places):
+@pytest.mark.parametrize("positions", [4, 8])
+def test_positions_of_one_row_are_exact_if_the_batch_divides_the_length(positions):
     torch.manual_seed(0)
-    assert_exact(gpt2().double(), tokens(places=places), next_token_losses)
+    assert_exact(gpt2().double(), tokens(positions=positions), next_token_losses)
 
 
-def test_gradient_checkpointing():
+def test_gradient_checkpointing_is_exact():
     torch.manual_seed(0)
     model = gpt2().double().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong, and touches nothing."""
+"""`verify` finds errors, and does not change the model."""
 
 from collections import UserDict
 
@@ -12,7 +12,7 @@ from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw, losses_of
 
 
-def test_an_exact_model_is_said_to_be_exact_and_left_alone():
+def test_an_exact_model_is_reported_as_exact_and_not_changed():
     model = small()
     model(draw(2, 4)).sum().backward()
     before = [p.grad.clone() for p in model.parameters()]
@@ -37,7 +37,7 @@ def test_a_loss_that_mixes_examples_is_found():
 def test_a_wrong_rule_is_found_by_parameter(monkeypatch):
     from memsave.ghost import gradients
 
-    monkeypatch.setattr(linear, "wide", lambda tensor: gradients.wide(tensor) * 1.01)
+    monkeypatch.setattr(linear, "upcast", lambda tensor: gradients.upcast(tensor) * 1.01)
     report = verify(small(), draw(4, 4), losses_of)
     assert any(finding.startswith("0.bias: the clipped sum is off") for finding in report.findings)
     assert any(finding.startswith("example 0: the clipper's norm is") for finding in report.findings)
@@ -58,14 +58,14 @@ def test_any_mapping_is_a_batch_and_other_things_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_in_the_models_own_precision(dtype):
+def test_verify_accepts_float32_and_float64(dtype):
     torch.manual_seed(0)
     assert verify(
         nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype), draw(4, 8).to(dtype), losses_of
     ).ok
 
 
-def test_a_count_over_the_batch_is_found_even_among_equal_lengths():
+def test_a_loss_divided_by_a_count_over_the_batch_is_found():
     def by_tokens(model, batch):
         return model(batch["x"]).sin().sum((1, 2)) / batch["x"][..., 0].numel()
 
@@ -73,12 +73,12 @@ def test_a_count_over_the_batch_is_found_even_among_equal_lengths():
     assert "when it is alone: the loss or a layer mixes examples" in str(report)
 
 
-def test_what_the_clipper_refuses_is_a_finding():
+def test_refusals_of_the_clipper_are_findings():
     report = verify(nn.Linear(3, 2).double(), draw(4, 3), lambda m, b: losses_of(m, b) / losses_of(m, b).sum())
-    assert "examples are not apart at the model" in str(report)
+    assert "examples are not independent at the model" in str(report)
 
 
-def test_tensors_of_the_batch_that_hold_no_examples_stay_as_they_are():
+def test_tensors_of_the_batch_without_examples_are_not_exchanged():
     def weighted(model, batch):
         return (model(batch["x"]).sin() * batch["scale"]).sum(1)
 
@@ -87,7 +87,7 @@ def test_tensors_of_the_batch_that_hold_no_examples_stay_as_they_are():
     assert report.ok, report
 
 
-def test_a_batch_that_is_not_finite_can_not_be_compared():
+def test_a_batch_that_is_not_finite_is_a_finding():
     x = draw(4, 4)
     x[2] = float("inf")
     assert "not finite on this batch: give verify finite examples" in str(verify(small(), x, losses_of))
@@ -97,7 +97,7 @@ def test_an_example_without_a_gradient_is_no_finding():
     assert verify(nn.Linear(4, 2).double(), draw(4, 4), lambda m, b: m(b).sum(1) * torch.tensor([0.0, 1, 2, 3])).ok
 
 
-def test_padding_is_taken_off_whatever_has_its_width():
+def test_padding_is_removed_from_all_tensors_of_its_width():
     def losses(model, batch):
         kept = batch["attention_mask"][..., None].to(batch["x"].dtype)
         return (model(batch["x"]).sin() * kept).sum((1, 2)) + batch["scale"]
@@ -113,14 +113,16 @@ def test_padding_is_taken_off_whatever_has_its_width():
     assert "example 1's gradient changes" in str(verify(nn.Linear(4, 2).double(), batch, by_columns))
 
 
-def test_a_replaced_forward_that_a_copy_would_not_follow_is_refused():
+def test_verify_refuses_a_replaced_forward():
     model = small()
     original = model[0].forward
     model[0].forward = lambda x: original(x)
-    with pytest.raises(ValueError, match=r"the forward of 0 was replaced \(.*<lambda>\), which a copy .* before that"):
+    with pytest.raises(
+        ValueError, match=r"the forward of 0 was replaced \(.*<lambda>\), and would call the original .* before that"
+    ):
         verify(model, torch.randn(3, 4), losses_of)
 
 
-def test_what_attach_refuses_is_a_finding_though_the_model_cannot_be_copied():
+def test_refusals_of_attach_are_findings_even_if_the_model_cannot_be_copied():
     model = nn.Sequential(nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5))
     assert "torch.nn.utils.prune computes" in str(verify(model, torch.randn(3, 4), losses_of))

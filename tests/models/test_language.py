@@ -43,7 +43,7 @@ MODELS = {**LANGUAGE, "gpt-neox": lambda: of("GPTNeoX"), "gpt-j, with a bias": g
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(logits, "BLOCK", 100)
-    monkeypatch.setattr(logits, "LEAST", 1)
+    monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
 
 
 def text():

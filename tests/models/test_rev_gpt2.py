@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 from memsave.ghost import GhostClipper
-from memsave.ghost.unchanged import SAMPLE
+from memsave.ghost.snapshot import SAMPLE
 from memsave.models.language import causal_lm_losses
 from memsave.models.memory import MEMORY_MODES
 from memsave.models.rev_gpt2 import RevGPT2, RevGPT2Config
@@ -44,14 +44,17 @@ def gradients(model, batch, mode):
 
 @given(
     batch=st.integers(1, 4),
-    length=st.integers(1, 9),
+    positions=st.integers(1, 9),
     layers=st.integers(1, 5),
     heads=st.sampled_from([1, 2, 4]),
     tied=st.booleans(),
 )
 @settings(max_examples=8, deadline=None)
-def test_memory_modes_compute_the_same_function(batch, length, layers, heads, tied):
-    model, batch = model_of(layers=layers, heads=heads, tie_word_embeddings=tied), tokens(batch=batch, places=length)
+def test_memory_modes_compute_the_same_function(batch, positions, layers, heads, tied):
+    model, batch = (
+        model_of(layers=layers, heads=heads, tie_word_embeddings=tied),
+        tokens(batch=batch, positions=positions),
+    )
     stored, expected = gradients(model, batch, "stored")
     for mode in ("checkpoint", "reversible"):
         losses, found = gradients(model, batch, mode)
@@ -78,7 +81,7 @@ def test_passes_auto_takes_two_passes_when_activations_are_rebuilt():
 
 
 BATCH = 8
-MATRICES, TAPS, TENSORS = 4, 8, 16  # of a layer
+MATRICES, NORM_HOOKS, TENSORS = 4, 8, 16  # of a layer
 
 
 def bytes_beside_parameters(layers, *, mode, private):
@@ -98,9 +101,9 @@ def bytes_beside_parameters(layers, *, mode, private):
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "ghost"])
 def test_memory_is_flat_in_depth(private):
     few, many = (bytes_beside_parameters(layers, mode="reversible", private=private) for layers in (6, 48))
-    # an example's numbers: a matrix's bound on rounding, and for two tensors of each tap, a sum and a norm to compare
-    # the two passes by; and of each parameter, a sample to see whether the forward changed it
-    numbers = (4 * BATCH * (MATRICES + 2 * 2 * TAPS) + 4 * SAMPLE * TENSORS) * (48 - 6)
+    # for each example: a matrix's bound on rounding, and for two tensors of each norm hook, a sum and a norm to
+    # compare the two passes; for each parameter: a sample to find out whether the forward changed it
+    numbers = (4 * BATCH * (MATRICES + 2 * 2 * NORM_HOOKS) + 4 * SAMPLE * TENSORS) * (48 - 6)
     assert 0 <= many - few <= (numbers if private else 0)
     if not private:
         assert bytes_beside_parameters(48, mode="checkpoint", private=False) > 5 * many

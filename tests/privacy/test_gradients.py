@@ -155,11 +155,11 @@ def test_parameters_that_are_unfrozen_later_are_refused(passes):
 
 
 def test_a_sum_that_failed_half_way_is_neither_noised_nor_counted(monkeypatch):
-    from memsave.ghost import tap
+    from memsave.ghost import ledger
 
     model = model_of()
     private = whole_batches(model, size=3)
-    add_sum, calls = tap.add_sum, []
+    add_sum, calls = ledger.add_sum, []
 
     def failing(*args):
         calls.append(args)
@@ -168,7 +168,7 @@ def test_a_sum_that_failed_half_way_is_neither_noised_nor_counted(monkeypatch):
         add_sum(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tap, "add_sum", failing)
+        patch.setattr(ledger, "add_sum", failing)
         with pytest.raises(torch.OutOfMemoryError):
             private.backward(losses_of(model, X[:3]))
     with pytest.raises(PrivacyError, match=r"holds a part of its examples; clear the gradients"):

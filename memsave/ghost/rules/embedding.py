@@ -2,32 +2,32 @@
 
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Gradient, Outer
-from memsave.ghost.refusals import Refused
-from memsave.ghost.rules import Given, Use, register
-from memsave.ghost.rules.linear import places
+from memsave.ghost.gradients import FactoredGrad, Gradient, flatten_positions
+from memsave.ghost.refusals import LayerRefused
+from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
 
 
-@register(nn.Embedding)
-def embedding(layer: nn.Module, given: Given) -> Use:
-    """`nn.Embedding`. Row numbers (1, T), as of positions, are expanded to the batch before the look-up.
+@register_rule(nn.Embedding)
+def embedding(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
+    """`nn.Embedding`. Indices (1, T), as of positions, are expanded to the batch before the look-up.
 
-    Otherwise their gradient would arrive summed over the batch.
+    Otherwise autograd would sum their gradient over the batch before the norm hook.
     """
     assert isinstance(layer, nn.Embedding)
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
-        raise Refused(
+        raise LayerRefused(
             "has max_norm, scale_grad_by_freq or sparse, which mix examples or have no rule",
             "construct it without these",
         )
-    rows = given.first
-    if rows.dim() > 1 and len(rows) == 1 < given.batch_size:
-        rows = rows.expand(given.batch_size, *rows.shape[1:])
+    index = inputs.input
+    if index.dim() > 1 and len(index) == 1 < inputs.batch_size:
+        index = index.expand(inputs.batch_size, *index.shape[1:])
 
-    def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-        index = saved[0].reshape(len(grad), -1)  # (B, T)
+    def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+        one_hot = saved[0].reshape(len(grad), -1)  # (B, T)
         if layer.padding_idx is not None:
-            index = index.masked_fill(index == layer.padding_idx, -1)
-        return {"weight": Outer(index, places(grad), rows=layer.num_embeddings)}
+            one_hot = one_hot.masked_fill(one_hot == layer.padding_idx, -1)
+        weight = FactoredGrad(flatten_positions(grad), one_hot, transposed=True, num_embeddings=layer.num_embeddings)
+        return {"weight": weight}
 
-    return Use((rows,), {}, (rows,), per_example)
+    return RuleOutput((index,), {}, (index,), per_example_grads)

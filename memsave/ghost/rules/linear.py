@@ -5,41 +5,37 @@ dL_b/dW = sum_t g_bt (x) a_bt        dL_b/db = sum_t g_bt
 
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Dense, Gradient, Outer, wide
-from memsave.ghost.refusals import Refused
-from memsave.ghost.rules import Given, Use, register
+from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, flatten_positions, upcast
+from memsave.ghost.refusals import LayerRefused
+from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
 
 
-def places(tensor: Tensor) -> Tensor:
-    """(B, ..., d) as (B, T, d)."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
-
-
-def _use(given: Given, *, transposed: bool) -> Use:
-    wanted = given.wanted
-    if given.first.dim() < 2:
-        raise Refused(
-            f"got an input of shape {tuple(given.first.shape)}, which has no batch", "give it two dimensions or more"
+def _rule(inputs: LayerInputs, *, transposed: bool) -> RuleOutput:
+    trainable = inputs.trainable
+    if inputs.input.dim() < 2:
+        raise LayerRefused(
+            f"got an input of shape {tuple(inputs.input.shape)}, which has no batch", "give it two dimensions or more"
         )
 
-    def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-        g, found = places(grad), dict[str, Gradient]()  # (B, T, p)
-        if "weight" in wanted:
-            found["weight"] = Outer(g, places(saved[0]), rows=g.shape[-1], transposed=transposed)
-        if "bias" in wanted:
-            found["bias"] = Dense(wide(g).sum(1))
+    def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+        g, found = flatten_positions(grad), dict[str, Gradient]()  # (B, T, p)
+        if "weight" in trainable:
+            found["weight"] = FactoredGrad(g, flatten_positions(saved[0]), transposed=transposed)
+        if "bias" in trainable:
+            found["bias"] = PerSampleGrad(upcast(g).sum(1))
         return found
 
-    return Use(given.args, given.kwargs, (given.first,) if "weight" in wanted else (), per_example)
+    saved = (inputs.input,) if "weight" in trainable else ()
+    return RuleOutput(inputs.args, inputs.kwargs, saved, per_example_grads)
 
 
-@register(nn.Linear)
-def linear(layer: nn.Module, given: Given) -> Use:
+@register_rule(nn.Linear)
+def linear(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
     """`nn.Linear`: weight (p, d)."""
-    return _use(given, transposed=False)
+    return _rule(inputs, transposed=False)
 
 
-@register("transformers.pytorch_utils.Conv1D")
-def conv1d(layer: nn.Module, given: Given) -> Use:
+@register_rule("transformers.pytorch_utils.Conv1D")
+def conv1d(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
     """GPT-2's linear layer: weight (d, p)."""
-    return _use(given, transposed=True)
+    return _rule(inputs, transposed=True)

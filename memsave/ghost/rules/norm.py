@@ -1,8 +1,8 @@
-"""Normalisations with an affine end, y = x_hat w + b.
+"""Normalisations with an affine transform at the end, y = x_hat w + b.
 
 dL_b/dw = sum_t g_bt x_hat_bt        dL_b/db = sum_t g_bt
 
-x_hat is what the layer itself gives for w = 1 and b = 0: formed in backward, so that nothing is saved but the input.
+x_hat is the layer's own output for w = 1 and b = 0. It is computed in the backward, so that only the input is saved.
 """
 
 from typing import Any
@@ -10,80 +10,83 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import Dense, Gradient, has_values, wide
-from memsave.ghost.rules import Given, Use, register
-from memsave.ghost.rules.generic import generic, replaced
+from memsave.ghost.gradients import Gradient, PerSampleGrad, has_values, upcast
+from memsave.ghost.parameter_swap import swapped_parameters
+from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
+from memsave.ghost.rules.generic import generic
 
 
-@register(nn.LayerNorm, nn.RMSNorm)
-def over_the_last_dimensions(layer: nn.Module, given: Given) -> Use:
+@register_rule(nn.LayerNorm, nn.RMSNorm)
+def over_the_last_dimensions(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
     """`nn.LayerNorm` and `nn.RMSNorm`."""
-    return _use(layer, given, neutral=1.0)
+    return _rule(layer, inputs, neutral_weight=1.0)
 
 
-@register(nn.GroupNorm)
-def group_norm(layer: nn.Module, given: Given) -> Use:
+@register_rule(nn.GroupNorm)
+def group_norm(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
     """`nn.GroupNorm`: channels in dimension 1."""
-    return _use(layer, given, neutral=1.0, channels=1)
+    return _rule(layer, inputs, neutral_weight=1.0, channels=1)
 
 
-@register("transformers.models.*RMSNorm", "transformers.models.*T5LayerNorm")
-def hugging_face(layer: nn.Module, given: Given) -> Use:
-    """Hugging Face's RMSNorms: some scale by w (Llama, T5), some by 1 + w (Gemma), which the first call finds out.
+@register_rule("transformers.models.*RMSNorm", "transformers.models.*T5LayerNorm")
+def hugging_face(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
+    """Hugging Face's RMSNorms: some scale by w (Llama, T5), others by 1 + w (Gemma); the first call tests which.
 
-    Any that does something else takes the generic rule.
+    One that computes something else takes the generic rule.
     """
-    x = given.first
-    if "neutral" not in given.notes:
+    x = inputs.input
+    if "neutral_weight" not in inputs.cache:
         only_weight = set(dict(layer.named_parameters())) == {"weight"}
-        given.notes["neutral"] = _neutral(layer, x) if only_weight and x.dim() else None
-    neutral = given.notes["neutral"]
-    alone = len(given.args) + len(given.kwargs) == 1
-    return _use(layer, given, neutral=neutral) if alone and neutral is not None else generic(layer, given)
+        inputs.cache["neutral_weight"] = _neutral_weight(layer, x) if only_weight and x.dim() else None
+    neutral_weight = inputs.cache["neutral_weight"]
+    if len(inputs.args) + len(inputs.kwargs) != 1 or neutral_weight is None:
+        return generic(layer, inputs)
+    return _rule(layer, inputs, neutral_weight=neutral_weight)
 
 
-def _use(layer: nn.Module, given: Given, *, neutral: float, channels: int | None = None) -> Use:
-    wanted = given.wanted
+def _rule(layer: nn.Module, inputs: LayerInputs, *, neutral_weight: float, channels: int | None = None) -> RuleOutput:
+    trainable = inputs.trainable
 
-    def per_example(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-        own = layer.get_parameter("weight").dim()
-        grad, found = wide(grad), dict[str, Gradient]()
+    def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+        parameter_dims = layer.get_parameter("weight").dim()
+        grad, found = upcast(grad), dict[str, Gradient]()
 
-        def summed(values: Tensor) -> Dense:
-            """Over all dimensions but the batch and the parameter's own."""
+        def summed(values: Tensor) -> PerSampleGrad:
+            """Sum over all dimensions except the batch and those of the parameter."""
             values = values if channels is None else values.movedim(channels, -1)
-            return Dense(values.reshape(len(values), -1, *values.shape[values.dim() - own :]).sum(1))
+            return PerSampleGrad(values.reshape(len(values), -1, *values.shape[values.dim() - parameter_dims :]).sum(1))
 
-        if "weight" in wanted:
-            found["weight"] = summed(grad * _normal(layer, wide(saved[0]), neutral))
-        if "bias" in wanted:
+        if "weight" in trainable:
+            found["weight"] = summed(grad * _run(layer, upcast(saved[0]), neutral_weight))
+        if "bias" in trainable:
             found["bias"] = summed(grad)
         return found
 
-    return Use(given.args, given.kwargs, (given.first,) if "weight" in wanted else (), per_example)
+    saved = (inputs.input,) if "weight" in trainable else ()
+    return RuleOutput(inputs.args, inputs.kwargs, saved, per_example_grads)
 
 
-def _normal(layer: nn.Module, x: Tensor, weight: float | Tensor) -> Tensor:
-    """The layer's function of x with another weight and no bias."""
+def _run(layer: nn.Module, x: Tensor, weight: float | Tensor) -> Tensor:
+    """The layer's output for x with another weight and no bias."""
     forward: Any = type(layer).forward
     parameters = {
         name: torch.zeros_like(p, dtype=x.dtype) if name == "bias" else x.new_ones(p.shape) * weight
         for name, p in layer.named_parameters()
     }
-    with replaced(layer, parameters):
+    with swapped_parameters(layer, parameters):
         return forward(layer, x)
 
 
-def _neutral(layer: nn.Module, x: Tensor) -> float | None:
-    """The weight at which the layer gives x_hat, where it gives x_hat times (1 + weight - that); else None."""
+def _neutral_weight(layer: nn.Module, x: Tensor) -> float | None:
+    """The weight w0 at which the layer returns x_hat, if it returns x_hat (1 + w - w0) for any w; else None."""
     if not has_values(x):
         return 1.0
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        options: Any = {"dtype": wide(x[:0]).dtype, "device": x.device}
-        probe = torch.linspace(-1, 2, x.shape[-1], **options)[None]  # (1, d), whatever the batch is
+        options: Any = {"dtype": upcast(x[:0]).dtype, "device": x.device}
+        sample = torch.linspace(-1, 2, x.shape[-1], **options)[None]  # (1, d), independent of the batch
         weight = torch.linspace(0.5, 1.5, x.shape[-1], **options)
-        y = _normal(layer, probe, weight)
+        y = _run(layer, sample, weight)
         for neutral in (1.0, 0.0):
-            if torch.allclose(_normal(layer, probe, neutral) * (1.0 + weight - neutral), y, rtol=1e-5, atol=1e-5):
+            if torch.allclose(_run(layer, sample, neutral) * (1.0 + weight - neutral), y, rtol=1e-5, atol=1e-5):
                 return neutral
     return None

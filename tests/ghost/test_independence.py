@@ -1,4 +1,4 @@
-"""Examples stay apart: what mixes them, or only looks as long as a batch, is refused or told apart by its values."""
+"""Layers and losses that mix examples are refused; tensors that only are as long as the batch are recognised."""
 
 import logging
 
@@ -53,8 +53,8 @@ def from_last_to_first(layer, x):
 def test_a_model_that_mixes_examples_is_refused_by_layer(around, passes):
     model = Around(around).double()
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
-    with pytest.raises(ValueError, match=r"examples are not apart at (first|layer): .*batch in dimension 0"):
-        clipper.backward(losses_of(model, draw(4, 4, 3)))  # as many places as examples
+    with pytest.raises(ValueError, match=r"examples are not independent at (first|layer): .*batch in dimension 0"):
+        clipper.backward(losses_of(model, draw(4, 4, 3)))  # as many positions as examples
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -62,11 +62,11 @@ def test_losses_that_mix_examples_are_refused():
     model = nn.Linear(3, 2).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match="examples are not apart at the model"):
+    with pytest.raises(ValueError, match="examples are not independent at the model"):
         clipper.backward(losses / losses.sum())
 
 
-def test_positions_without_a_batch_are_refused_even_where_they_are_as_many_as_examples():
+def test_positions_without_a_batch_are_refused_even_if_there_are_as_many_as_examples():
     class Positions(nn.Module):
         def __init__(self):
             super().__init__()
@@ -77,13 +77,13 @@ def test_positions_without_a_batch_are_refused_even_where_they_are_as_many_as_ex
 
     model = Positions().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"look \(Embedding\) gave \(4, 3\) for a batch of 2"):
+    with pytest.raises(ValueError, match=r"look \(Embedding\) returned \(4, 3\) for a batch of 2"):
         model(draw(2, 4, 3))
-    with pytest.raises(ValueError, match="examples are not apart at look"):
+    with pytest.raises(ValueError, match="examples are not independent at look"):
         clipper.backward(losses_of(model, draw(4, 4, 3)))
 
 
-def test_one_row_number_an_example_is_exact():
+def test_an_embedding_of_one_index_for_each_example_is_exact():
     class Classes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -117,12 +117,12 @@ class Tabled(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])  # 4: as long as the table
-def test_a_generic_layers_table_is_told_from_its_batch(batch):
+def test_a_generic_layer_with_a_table_as_long_as_the_batch_is_exact(batch):
     torch.manual_seed(0)
     assert_exact(Tabled().double(), draw(batch, 4, 4), losses_of)
 
 
-def test_a_table_is_told_from_the_batch_when_their_lengths_coincide_later():
+def test_a_table_as_long_as_a_later_batch_is_exact():
     torch.manual_seed(0)
     model = Tabled().double()
     clipper = GhostClipper(model, max_grad_norm=1e9)
@@ -151,11 +151,13 @@ class Random(Whitened):
 
 
 @pytest.mark.parametrize("layer", [Whitened(), Random()])
-def test_a_generic_layer_that_mixes_examples_or_draws_is_refused(layer):
+def test_a_generic_layer_that_mixes_examples_or_draws_random_numbers_is_refused(layer):
     model = nn.Sequential(nn.Linear(3, 3), layer)
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = model(torch.randn(4, 3)).sum(1)
-    with pytest.raises(ValueError, match=rf"examples are not apart at 0|1 \({type(layer).__name__}\) gives .* alone"):
+    with pytest.raises(
+        ValueError, match=rf"examples are not independent at 0|1 \({type(layer).__name__}\) gives .* alone"
+    ):
         clipper.backward(losses)
     assert all(p.grad is None for p in model.parameters())
 
@@ -182,7 +184,7 @@ def test_instancenorm_is_exact_and_refused_where_it_keeps_statistics():
     assert_exact(own, draw(3, 2, 5), losses_of)
 
 
-def test_auto_says_which_passes_it_takes(caplog):
+def test_auto_logs_which_passes_it_takes(caplog):
     from tests.ghost.test_clipper import Checkpointed, small
 
     caplog.set_level(logging.INFO, logger="memsave.ghost")
@@ -193,8 +195,8 @@ def test_auto_says_which_passes_it_takes(caplog):
         for _ in range(2):
             clipper.backward(losses_of(model, draw(2, 4)))
         assert clipper.chosen_passes == chosen
-    told = [record.getMessage() for record in caplog.records]
-    assert [each.split(":")[0] for each in told] == ["passes='auto' takes 1", "passes='auto' takes 2"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [each.split(":")[0] for each in messages] == ["passes='auto' takes 1", "passes='auto' takes 2"]
 
 
 def test_a_buffer_that_the_forward_changes_is_refused():

@@ -1,4 +1,4 @@
-"""When a clipper looks whether examples are apart, and that looking changes nothing."""
+"""When a clipper checks that examples are independent, and that a check changes nothing else."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ class Counted:
         return self.backwards
 
 
-def never_again(clipper):
-    """No look at random steps."""
-    clipper._separation._wait = 10**9
+def no_random_checks(clipper):
+    """Make no check at random steps."""
+    clipper._independence._steps_left = 10**9
 
 
-def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypatch):
+def test_each_layer_is_checked_once_and_never_with_one_example(monkeypatch):
     class Either(nn.Module):
         def __init__(self):
             super().__init__()
@@ -46,17 +46,17 @@ def test_it_is_looked_at_once_for_each_layer_and_never_with_one_example(monkeypa
     counts = []
     for batch, other in ((1, False), (4, False), (5, False), (4, True), (4, True)):
         counts.append(count.of(lambda b=batch, o=other: clipper.backward(model(torch.randn(b, 3), other=o).sum(1))))
-        never_again(clipper)
-    assert counts == [1, 5, 1, 5, 1]  # of four examples: two bits, each way
+        no_random_checks(clipper)
+    assert counts == [1, 5, 1, 5, 1]  # for four examples: two bits, in both directions
 
 
-def test_it_is_looked_at_again_after_each_change_of_mode_and_after_attach(monkeypatch):
+def test_layers_are_checked_again_after_each_change_of_mode_and_after_attach(monkeypatch):
     model, count = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0)), Counted(monkeypatch)
     clipper = GhostClipper(model, max_grad_norm=1.0)
 
     def step():
         found = count.of(lambda: clipper.backward(model(torch.randn(4, 3)).sum(1)))
-        never_again(clipper)
+        no_random_checks(clipper)
         return found
 
     assert [step(), step()] == [5, 1]
@@ -86,9 +86,9 @@ def test_mixing_in_train_mode_is_found_after_a_first_batch_in_eval_mode():
     model = OnlyInTraining().double().eval()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     clipper.backward(losses_of(model, draw(4, 3)))
-    never_again(clipper)
+    no_random_checks(clipper)
     model.train()
-    with pytest.raises(ValueError, match="examples are not apart at layer"):
+    with pytest.raises(ValueError, match="examples are not independent at layer"):
         clipper.backward(losses_of(model, draw(4, 3)))
 
 
@@ -105,30 +105,30 @@ class Centred(nn.Module):
         return self.head(y - y.mean(0) if self.mixes else y)
 
 
-def test_layers_below_a_head_of_zeros_are_looked_at_when_a_gradient_reaches_them(monkeypatch):
+def test_layers_below_a_head_of_zeros_are_checked_when_a_gradient_reaches_them(monkeypatch):
     model = Centred().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     clipper.backward(losses_of(model, draw(4, 3)))
-    assert clipper._separation.seen == {"head"}
-    never_again(clipper)
+    assert clipper._independence.checked == {"head"}
+    no_random_checks(clipper)
     with torch.no_grad():
         model.head.weight += 0.1
-    with pytest.raises(ValueError, match="examples are not apart at layer"):
+    with pytest.raises(ValueError, match="examples are not independent at layer"):
         clipper.backward(losses_of(model, draw(4, 3)))
-    apart, count = Centred(mixes=False).double(), Counted(monkeypatch)
-    clipper = GhostClipper(apart, max_grad_norm=1.0)
+    independent, count = Centred(mixes=False).double(), Counted(monkeypatch)
+    clipper = GhostClipper(independent, max_grad_norm=1.0)
 
     def step():
-        return count.of(lambda: clipper.backward(losses_of(apart, draw(4, 3))))
+        return count.of(lambda: clipper.backward(losses_of(independent, draw(4, 3))))
 
-    assert [step() for _ in range(10)] == [5] * 9 + [3]  # a layer that is never reached costs less after a while
+    assert [step() for _ in range(10)] == [5] * 9 + [3]  # later, fewer checks of unreached layers
     with torch.no_grad():
-        apart.head.weight += 0.1
+        independent.head.weight += 0.1
     step()
-    assert clipper._separation.seen == {"head", "layer"}
+    assert clipper._independence.checked == {"head", "layer"}
 
 
-def test_an_example_without_a_gradient_is_not_waited_for_and_a_layer_outside_the_loss_is_not_looked_at(monkeypatch):
+def test_examples_without_a_gradient_and_layers_outside_the_loss_cause_no_further_checks(monkeypatch):
     class Aside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -144,7 +144,7 @@ def test_an_example_without_a_gradient_is_not_waited_for_and_a_layer_outside_the
     counts = []
     for _ in range(2):
         counts.append(count.of(lambda: clipper.backward(losses_of(model, draw(4, 3)) * wanted)))
-        never_again(clipper)
+        no_random_checks(clipper)
     assert counts == [5, 1]
 
 
@@ -161,18 +161,18 @@ class Sorting(nn.Module):
 
 
 @pytest.mark.parametrize("batches_before", [1, 20])
-def test_rows_that_are_sorted_by_length_are_found_though_the_first_batches_were_sorted(batches_before):
+def test_sorting_rows_by_length_is_found_after_batches_that_were_sorted_already(batches_before):
     torch.manual_seed(0)
     model = Sorting().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     for _ in range(batches_before):
         clipper.backward(losses_of(model, ids))
-    with pytest.raises(ValueError, match="examples are not apart at mix"):
-        for _ in range(257):  # the longest time between two looks; the first one follows at once
+    with pytest.raises(ValueError, match="examples are not independent at mix"):
+        for _ in range(257):  # the largest interval between two checks; the first check follows at once
             clipper.backward(losses_of(model, ids.flip(0)))
             if batches_before == 1:
-                pytest.fail("the second batch was not looked at")
+                pytest.fail("the second batch was not checked")
 
 
 def test_a_loss_that_mixes_later_is_found():
@@ -180,7 +180,7 @@ def test_a_loss_that_mixes_later_is_found():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     for _ in range(3):
         clipper.backward(losses_of(model, draw(4, 3)))
-    with pytest.raises(ValueError, match="examples are not apart at the model"):
+    with pytest.raises(ValueError, match="examples are not independent at the model"):
         for _ in range(257):
             losses = losses_of(model, draw(4, 3))
             clipper.backward(losses / losses.sum())
@@ -188,7 +188,7 @@ def test_a_loss_that_mixes_later_is_found():
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("kind", ["complete", "quick"])
-def test_under_checkpoints_a_look_takes_no_more_memory_than_the_norms(kind, passes):
+def test_under_checkpoints_a_check_takes_no_more_memory_than_the_norms(kind, passes):
     class Deep(nn.Module):
         def __init__(self):
             super().__init__()
@@ -201,15 +201,15 @@ def test_under_checkpoints_a_look_takes_no_more_memory_than_the_norms(kind, pass
                 x = checkpoint(layer, x, use_reentrant=False)
             return x
 
-    def peak(look):
+    def peak(check):
         torch.manual_seed(0)
         model = Deep()
         clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes)
         x = torch.randn(16, 64, 32)
         clipper.backward(losses_of(model, x))
-        clipper._separation._wait = 1 if look == "quick" else 10**9
-        if look == "complete":
-            clipper._separation.seen.clear()
+        clipper._independence._steps_left = 1 if check == "quick" else 10**9
+        if check == "complete":
+            clipper._independence.checked.clear()
         with MemoryRecorder(model) as recorder:
             clipper.backward(losses_of(model, x))
         return recorder.report().peak_bytes
@@ -217,20 +217,20 @@ def test_under_checkpoints_a_look_takes_no_more_memory_than_the_norms(kind, pass
     assert peak(kind) <= 1.1 * peak("none")
 
 
-def test_looks_at_random_steps_change_no_random_numbers():
+def test_checks_at_random_steps_change_no_random_numbers():
     def run(wait):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2)).double()
         clipper = GhostClipper(model, max_grad_norm=0.1)
         for _ in range(5):
-            clipper._separation._wait = wait
+            clipper._independence._steps_left = wait
             clipper.backward(losses_of(model, draw(4, 3)))
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     assert torch.equal(run(1), run(100))
 
 
-def test_an_example_that_is_not_finite_is_no_sign_of_mixing():
+def test_an_example_that_is_not_finite_does_not_count_as_mixing():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
     x = draw(4, 3)
     x[1:3] = torch.tensor([[float("nan")], [float("inf")]])

@@ -6,52 +6,57 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, gradients
-from memsave.ghost.gradients import Dense, Outer, cheapest, inner
-from memsave.ghost.tap import Call
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, cheapest_form, inner_products
+from memsave.ghost.ledger import Ledger
 from tests.ghost.reference import assert_exact, by_clipper
 from tests.ghost.test_layers import Head, draw, losses_of
 
 BATCH, ROWS, WIDTH = 3, 5, 4
-KINDS = ["dense", "outer", "transposed", "rows", "rows transposed"]
+KINDS = ["per sample", "factored", "factored transposed", "one-hot", "one-hot transposed"]
 
 
-def form(kind, *, places=6, seed=0):
-    """(the form, the gradient (B, ROWS, WIDTH) that it stands for), built without the code under test."""
+def form(kind, *, positions=6, seed=0):
+    """(the form, the gradient (B, ROWS, WIDTH) that it represents), computed without the code under test."""
     generator = torch.Generator().manual_seed(seed)
     transposed = kind.endswith("transposed")
     p, d = (WIDTH, ROWS) if transposed else (ROWS, WIDTH)
-    right = torch.randn(BATCH, places, d, dtype=torch.float64, generator=generator)
-    if kind.startswith("rows"):
-        left = torch.randint(-1, p, (BATCH, places), generator=generator)  # -1: no row
-        left[:, 0] = -1
-        u = (left[..., None] == torch.arange(p)).to(right.dtype)
+    output_grads = torch.randn(BATCH, positions, p, dtype=torch.float64, generator=generator)
+    if kind.startswith("one-hot"):
+        activations = torch.randint(-1, d, (BATCH, positions), generator=generator)  # -1: a vector of zeros
+        activations[:, 0] = -1
+        vectors = (activations[..., None] == torch.arange(d)).to(output_grads.dtype)
     else:
-        u = left = torch.randn(BATCH, places, p, dtype=torch.float64, generator=generator)
-    full = torch.stack([sum(torch.outer(a, b) for a, b in zip(us, vs, strict=True)) for us, vs in zip(u, right)])
+        vectors = activations = torch.randn(BATCH, positions, d, dtype=torch.float64, generator=generator)
+    full = torch.stack(
+        [sum(torch.outer(g, a) for g, a in zip(*pair, strict=True)) for pair in zip(output_grads, vectors, strict=True)]
+    )
     full = full.transpose(1, 2) if transposed else full
-    return (Dense(full.clone()) if kind == "dense" else Outer(left, right, rows=p, transposed=transposed)), full
+    if kind == "per sample":
+        return PerSampleGrad(full.clone()), full
+    num_embeddings = d if kind.startswith("one-hot") else None
+    return FactoredGrad(output_grads, activations, transposed=transposed, num_embeddings=num_embeddings), full
 
 
-@pytest.fixture(params=[2**24, 1, 40], ids=["one tile", "a place a tile", "several tiles"])
+@pytest.fixture(params=[2**24, 1, 40], ids=["one tile", "a position a tile", "several tiles"])
 def tile(request, monkeypatch):
     monkeypatch.setattr(gradients, "TILE", request.param)
 
 
-@pytest.mark.parametrize("places", [1, 6, 40])
+@pytest.mark.parametrize("positions", [1, 6, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_squared_norms(kind, places, tile):
-    gradient, full = form(kind, places=places)
+def test_squared_norms_equal_those_of_the_full_gradients(kind, positions, tile):
+    gradient, full = form(kind, positions=positions)
     expected = full.square().sum((1, 2))
-    torch.testing.assert_close(inner(gradient, gradient), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(inner_products(gradient, gradient), expected, rtol=1e-12, atol=0)
     for summed in (True, False):
-        cheap = cheapest(gradient, summed=summed)
-        torch.testing.assert_close(inner(cheap, cheap), expected, rtol=1e-12, atol=0)
+        cheap = cheapest_form(gradient, summed=summed)
+        torch.testing.assert_close(inner_products(cheap, cheap), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("batch", "places", "p", "d", "summed", "formed"),
+    ("batch", "positions", "p", "d", "summed", "formed"),
     [
-        (8, 100, 768, 3072, True, False),  # Gram: few places
+        (8, 100, 768, 3072, True, False),  # Gram: few positions
         (2, 512, 768, 3072, True, True),  # formed: it replaces the sum's own product
         (2, 512, 768, 3072, False, False),  # ... and without that is not worth it
         (1, 1024, 768, 3072, False, True),
@@ -60,16 +65,16 @@ def test_squared_norms(kind, places, tile):
         (64, 512, 768, 3072, True, False),  # formed would be faster, but takes more memory
     ],
 )
-def test_the_cheaper_form_is_chosen_by_shape(batch, places, p, d, summed, formed):
+def test_the_cheapest_form_is_chosen_by_shape(batch, positions, p, d, summed, formed):
     with torch.device("meta"):
-        gradient = Outer(torch.empty(batch, places, p), torch.empty(batch, places, d), rows=p)
-    assert isinstance(cheapest(gradient, summed=summed), Dense) == formed
+        gradient = FactoredGrad(torch.empty(batch, positions, p), torch.empty(batch, positions, d))
+    assert isinstance(cheapest_form(gradient, summed=summed), PerSampleGrad) == formed
 
 
 def test_layers_with_the_same_input_form_its_products_once(monkeypatch):
     monkeypatch.setattr(gradients, "TRIANGLE", 3)
-    formed, tiles_of = [], gradients._tiles
-    monkeypatch.setattr(gradients, "_tiles", lambda right: (formed.append(right), tiles_of(right))[1])
+    formed, gram_tiles = [], gradients._gram_tiles
+    monkeypatch.setattr(gradients, "_gram_tiles", lambda a: (formed.append(a), gram_tiles(a))[1])
 
     class Attention(nn.Module):
         def __init__(self):
@@ -89,68 +94,72 @@ def test_layers_with_the_same_input_form_its_products_once(monkeypatch):
     assert len(formed) == 2  # of y, and of x
 
 
-def test_products_are_not_taken_for_those_of_an_input_that_changed():
-    left, right = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
-    tiles = gradients.InputTiles()
+def test_the_gram_cache_notices_changed_activations():
+    output_grads, activations = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    cache = gradients.ActivationGramCache()
     for change in (0.0, 1.0):
-        right += change
-        gradient = Outer(left, right, rows=4)
-        torch.testing.assert_close(inner(gradient, gradient, tiles=tiles), inner(gradient.dense(), gradient.dense()))
-    gradient = Outer(left, right.flip(1), rows=4)
-    torch.testing.assert_close(inner(gradient, gradient, tiles=tiles), inner(gradient.dense(), gradient.dense()))
+        activations += change
+        gradient = FactoredGrad(output_grads, activations)
+        torch.testing.assert_close(inner_products(gradient, gradient, gram_cache=cache), squared_norms(gradient))
+    gradient = FactoredGrad(output_grads, activations.flip(1))
+    torch.testing.assert_close(inner_products(gradient, gradient, gram_cache=cache), squared_norms(gradient))
 
 
-def test_inner_products_of_many_elements_keep_their_digits():
-    values = torch.rand(2, 6_000_000)
-    exact = values.double().square().sum(1)
-    torch.testing.assert_close(inner(Dense(values), Dense(values)).double(), exact, rtol=1e-5, atol=0)
+def squared_norms(gradient):
+    return gradient.per_sample().values.square().sum((1, 2))
+
+
+def test_inner_products_of_many_float32_elements_are_exact_to_1e_5():
+    gradient = PerSampleGrad(torch.rand(2, 6_000_000))
+    exact = gradient.values.double().square().sum(1)
+    torch.testing.assert_close(inner_products(gradient, gradient).double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", KINDS)
-def test_inner_products(kind, other, tile):
-    """Of any two uses of one parameter, at different numbers of places."""
-    (one, full), (two, other_full) = form(kind), form(other, places=9, seed=1)
+def test_inner_products_equal_those_of_the_full_gradients(kind, other, tile):
+    """Any two uses of one parameter, at different numbers of positions."""
+    (one, full), (two, other_full) = form(kind), form(other, positions=9, seed=1)
     expected = (full * other_full).sum((1, 2))
-    torch.testing.assert_close(inner(one, two), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(inner_products(one, two), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weighted_sums(kind):
+def test_weighted_sums_equal_those_of_the_full_gradients(kind):
     gradient, full = form(kind)
     weights = torch.tensor([0.7, 0.2, 1.3], dtype=torch.float64)
     close = {"rtol": 1e-12, "atol": 1e-14}
     torch.testing.assert_close(gradient.weighted_sum(weights), (weights[:, None, None] * full).sum(0), **close)
     total = torch.ones(ROWS, WIDTH, dtype=torch.float64)
-    assert gradient.weighted_sum(weights, into=total) is not None
+    assert gradient.weighted_sum(weights, add_to=total) is not None
     torch.testing.assert_close(total, 1 + (weights[:, None, None] * full).sum(0), **close)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_examples_that_are_not_kept_contribute_nothing_not_even_nan(kind):
+def test_masked_examples_contribute_zero_even_if_they_are_nan(kind):
     gradient, full = form(kind)
-    for part in ("values", "left", "right"):
+    for part in ("values", "output_grads", "activations"):
         tensor = getattr(gradient, part, None)
         if tensor is not None and tensor.is_floating_point():
             tensor[1] = float("nan")
-    kept = gradient.keep(torch.tensor([True, False, True]))
+    kept = gradient.masked(torch.tensor([True, False, True]))
     torch.testing.assert_close(
         kept.weighted_sum(torch.ones(3, dtype=torch.float64)), full[0] + full[2], rtol=1e-12, atol=1e-14
     )
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_the_gradients_formed(kind):
+def test_per_sample_gradients_equal_the_full_gradients(kind):
     gradient, full = form(kind)
-    torch.testing.assert_close(gradient.dense().values, full, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient.per_sample().values, full, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm(4, eps=0.3), nn.RMSNorm(4, eps=0.3), nn.GroupNorm(2, 4, eps=0.3)])
-def test_norms_of_any_epsilon(layer):
+def test_norm_layers_with_any_epsilon_are_exact(layer):
     assert_exact(Head(layer, before=nn.PReLU()).double(), draw(3, 4, 4), losses_of)
 
 
-def test_generic_layers_with_an_argument_that_has_no_batch():
+def test_generic_layers_with_an_argument_without_a_batch_are_exact():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -195,14 +204,14 @@ class Body(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
-def test_a_recomputation_is_no_second_use_and_keeps_nothing(monkeypatch):
-    kept, add = [], Call.add
-    monkeypatch.setattr(Call, "add", lambda call, *args: (add(call, *args), kept.append(len(call.ledger)))[0])
+def test_a_recomputation_counts_no_second_use_and_keeps_no_gradients(monkeypatch):
+    kept, add = [], Ledger.add
+    monkeypatch.setattr(Ledger, "add", lambda self, *args: (add(self, *args), kept.append(len(self.entries)))[0])
     by_clipper(Body().double(), draw(3, 4), losses_of, max_grad_norm=1.0, passes=2)
     assert kept == [0] * 4
 
 
-def test_a_checkpoint_around_the_whole_model():
+def test_a_checkpoint_around_the_whole_model_is_exact():
     def losses(model, batch):
         return checkpoint(model, batch, use_reentrant=False).sin().sum(1)
 
@@ -210,7 +219,7 @@ def test_a_checkpoint_around_the_whole_model():
 
 
 class Twice(nn.Module):
-    """Two uses whose gradients cancel but for a little."""
+    """Two uses whose gradients almost cancel."""
 
     def __init__(self, kind):
         super().__init__()
@@ -223,10 +232,10 @@ class Twice(nn.Module):
         return y[:, 0] - y[:, 1]
 
 
-@pytest.mark.parametrize("kind", ["uses", "places"])
+@pytest.mark.parametrize("kind", ["uses", "positions"])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0, 30000.0])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_norm_is_never_too_small_even_where_it_cancels(kind, offset, passes):
+def test_a_norm_is_never_too_small_even_under_cancellation(kind, offset, passes):
     torch.manual_seed(0)
     model, x = Twice(kind), torch.randn(64, 2, 8) + offset
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=passes)

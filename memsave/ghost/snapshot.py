@@ -1,8 +1,8 @@
-"""What a forward must leave as it is: buffers and parameters.
+"""A snapshot of the buffers and parameters, which a forward must not change.
 
-A buffer or a parameter that the forward changes may hold something of the examples, and no noise is added to it.
-In-place operations raise a tensor's version. Writes through `.data` do not, so values are compared, too: all of a small
-buffer, and a sample of any other tensor.
+A buffer or a parameter that the forward changes may contain information about the examples, and no noise is added to
+it. In-place operations increase a tensor's version. Writes through `.data` do not, so values are compared, too: all
+values of a small buffer, and a sample of any other tensor.
 """
 
 from collections.abc import Iterable
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memsave.ghost import _torch_internals as internals
 from memsave.ghost.gradients import has_values
 from memsave.ghost.refusals import Refusal
 
-WHOLE = 2**16  # elements of the largest buffer of which all are compared
-SAMPLE = 2**4  # elements that are compared of any other tensor
+WHOLE = 2**16  # elements of the largest buffer that is compared completely
+SAMPLE = 2**4  # elements compared of any other tensor
 
 
 @dataclass(frozen=True)
-class _Watched:
+class _Entry:
     kind: str
     name: str
     registry: dict[str, Any]
@@ -29,41 +30,41 @@ class _Watched:
     version: int
     storage: int
     sample: Tensor
-    """A view of the elements that are compared."""
+    """A view of the compared elements."""
 
 
-class Snapshot:
-    """The buffers and parameters of a model's modules, given with their names, before a forward."""
+class StateSnapshot:
+    """The buffers and parameters of a model before a forward; `modules` are the model's modules with their names."""
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]):
-        self._watched: list[_Watched] = []
+        self._entries: list[_Entry] = []
         self._buffers: list[tuple[str, nn.Module, set[str]]] = []
-        """By module, the names of the buffers that its state holds."""
+        """By module, the names of the buffers in its state_dict."""
         seen = set()
         for path, module in modules:
             self._buffers.append((path, module, _persistent(module)))
-            for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for kind, registry in (
+                ("parameter", internals.own_parameters(module)),
+                ("buffer", internals.own_buffers(module)),
+            ):
                 for key, tensor in registry.items():
                     if tensor is None or id(tensor) in seen:
                         continue
                     seen.add(id(tensor))
                     name, size = f"{path}.{key}" if path else key, WHOLE if kind == "buffer" else SAMPLE
-                    self._watched.append(
-                        _Watched(
-                            kind, name, registry, key, tensor, tensor._version, _storage(tensor), _sample(tensor, size)
-                        )
-                    )
-        self._values = _gathered([each.sample for each in self._watched])
+                    version, sample = internals.version(tensor), _sample(tensor, size)
+                    self._entries.append(_Entry(kind, name, registry, key, tensor, version, _storage(tensor), sample))
+        self._values = _concatenated([each.sample for each in self._entries])
 
     def changes(self) -> list[Refusal]:
-        """A refusal for each that is another tensor now, or has other values."""
+        """A refusal for each buffer and parameter that is another tensor now, or has other values."""
         changed = [
             each
-            for each in self._watched
-            if each.registry.get(each.key) is not each.tensor or each.tensor._version != each.version
+            for each in self._entries
+            if each.registry.get(each.key) is not each.tensor or internals.version(each.tensor) != each.version
         ]
         samples = []
-        for each in self._watched:
+        for each in self._entries:
             sample = each.sample
             if _storage(each.tensor) != each.storage:
                 sample = _sample(each.tensor, each.sample.numel())
@@ -75,10 +76,10 @@ class Snapshot:
                 changed.append(each)
                 sample = each.sample
             samples.append(sample)
-        for key, now in _gathered(samples).items():
-            same = _same(now, self._values[key])
+        for key, now in _concatenated(samples).items():
+            same = _equal(now, self._values[key])
             if has_values(same) and not same.all():
-                mine = [each for each in self._watched if (each.sample.device, each.sample.dtype) == key]
+                mine = [each for each in self._entries if (each.sample.device, each.sample.dtype) == key]
                 parts = same.split([each.sample.numel() for each in mine])
                 changed += [each for each, part in zip(mine, parts, strict=True) if not part.all()]
         found = [(each.kind, each.name) for each in changed]
@@ -88,26 +89,26 @@ class Snapshot:
             Refusal(
                 name,
                 "",
-                f"is a {kind} that the forward changed: it may hold something of the examples then, and would be "
+                f"is a {kind} that the forward changed: it may contain information about the examples, and would be "
                 f"released without noise",
-                "keep it as it is while training, for instance with the module that changes it in eval mode",
+                "keep it unchanged while training, for instance with the module that changes it in eval mode",
             )
             for kind, name in found
         ]
 
 
 def _persistent(module: nn.Module) -> set[str]:
-    left_out = module._non_persistent_buffers_set
-    return {key for key, buffer in module._buffers.items() if buffer is not None and key not in left_out}
+    left_out = internals.non_persistent_buffers(module)
+    return {key for key, buffer in internals.own_buffers(module).items() if buffer is not None and key not in left_out}
 
 
 def _storage(tensor: Tensor) -> int:
-    """The identity of its storage, which an assignment to `.data` changes."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else 0
+    """The identity of the storage, which an assignment to `.data` changes."""
+    return internals.storage_id(tensor) if tensor.layout == torch.strided else 0
 
 
 def _sample(tensor: Tensor, size: int) -> Tensor:
-    """About `size` elements, evenly spread; none of a layout that has none to read."""
+    """About `size` evenly spread elements; none of a sparse or quantised tensor."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized:
         return torch.zeros(0)
@@ -117,7 +118,7 @@ def _sample(tensor: Tensor, size: int) -> Tensor:
     return flat[:: max(1, flat.numel() // size)][:size]
 
 
-def _gathered(samples: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+def _concatenated(samples: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
     """A copy of all samples, in one tensor for each device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for each in samples:
@@ -125,6 +126,6 @@ def _gathered(samples: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], T
     return {key: torch.cat(found) for key, found in groups.items()}
 
 
-def _same(one: Tensor, other: Tensor) -> Tensor:
-    """Where values are the same; NaN is the same as NaN."""
+def _equal(one: Tensor, other: Tensor) -> Tensor:
+    """Where values are equal; NaN equals NaN."""
     return (one == other).logical_or_((one != one).logical_and_(other != other))

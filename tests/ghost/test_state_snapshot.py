@@ -1,4 +1,4 @@
-"""What a forward changes beside the gradients would be released without noise: refused by name."""
+"""Buffers and parameters that a forward changes would be released without noise: they are refused by name."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.ghost.test_layers import draw, losses_of
 
 
 class Keeps(nn.Module):
-    """Writes something of the examples into a tensor of its own."""
+    """Writes information about the examples into one of its tensors."""
 
     def __init__(self, kind, write, size=8):
         super().__init__()
@@ -74,7 +74,7 @@ def test_batchnorm_in_train_mode_is_refused_whatever_the_passes(passes):
         clipper.backward(losses_of(model, torch.randn(1, 2, 5)))
 
 
-def test_tensors_that_stay_are_no_obstacle_and_may_change_between_forwards():
+def test_unchanged_tensors_are_accepted_and_may_change_between_forwards():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2)).double()
     model[1].running_mean[0] = float("nan")  # not finite, and the same
     model.register_buffer("mask", torch.tensor([True, False]))
@@ -107,7 +107,7 @@ def test_large_tensors_of_any_layout_are_compared():
 
 
 class Fills(nn.Module):
-    """Fills a buffer that was empty, or makes a new one."""
+    """Fills an empty buffer, or registers a new one."""
 
     def __init__(self, new, persistent=True):
         super().__init__()
@@ -123,14 +123,14 @@ class Fills(nn.Module):
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_buffer_that_the_forward_fills_or_makes_is_refused(new):
+def test_a_buffer_that_the_forward_fills_or_registers_is_refused(new):
     model = nn.Sequential(Fills(new)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"0\.mean is a buffer that the forward changed"):
         clipper.backward(losses_of(model, draw(3, 4)))
 
 
-def test_a_change_is_refused_at_the_end_of_the_forward_whatever_becomes_of_its_losses():
+def test_a_change_is_refused_at_the_end_of_the_forward_before_any_backward():
     model = nn.Sequential(nn.Linear(8, 8), Keeps("buffer", through_data)).double()
     GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"1\.kept is a buffer that the forward changed"):

@@ -1,0 +1,143 @@
+"""All private or undocumented API of PyTorch that `memsave.ghost` uses, in one place.
+
+A new version of PyTorch may change any of it. `tests/ghost/test_torch_internals.py` has one test for each name below,
+and fails where a version no longer does what the package relies on.
+"""
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of all batch normalisations
+from torch.nn.modules.dropout import _DropoutNd as Dropout  # the common base of all dropout modules
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm  # the common base of all instance norms
+from torch.nn.parameter import is_lazy  # no public predicate exists for parameters without a shape
+from torch.utils._python_dispatch import TorchDispatchMode  # sees every operator, also those inside modules
+from torch.utils._pytree import tree_flatten, tree_unflatten  # no public function flattens nested arguments
+from torch.utils.weak import WeakIdKeyDictionary  # tensors compare by value, so a plain weak dictionary fails
+
+__all__ = [
+    "BatchNorm",
+    "Dropout",
+    "InstanceNorm",
+    "TorchDispatchMode",
+    "WeakIdKeyDictionary",
+    "convolution_weight_grad",
+    "current_backward",
+    "forward_pre_hooks",
+    "gradient_hooks",
+    "in_backward",
+    "is_compiled",
+    "is_fake",
+    "is_lazy",
+    "is_reentrant_checkpoint_error",
+    "is_vmap_randomness_error",
+    "leaf_of",
+    "non_persistent_buffers",
+    "operator_arguments",
+    "own_buffers",
+    "own_children",
+    "own_parameters",
+    "same_padding",
+    "saved_tensors_are_redirected",
+    "storage_id",
+    "tree_flatten",
+    "tree_unflatten",
+    "version",
+]
+
+
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward that runs in this thread, or -1: a backward inside a backward has another number."""
+
+
+def in_backward() -> bool:
+    """Whether a backward runs in this thread: a forward is then a recomputation."""
+    return current_backward() != -1
+
+
+def saved_tensors_are_redirected() -> bool:
+    """Whether saved-tensor hooks are active, as inside checkpoints: activations are then recomputed or offloaded."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf tensor of an AccumulateGrad node, else None: finds which parameters a graph reaches."""
+    return getattr(node, "variable", None)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to FakeTensorMode: its values cannot be read."""
+    return isinstance(tensor, FakeTensor)
+
+
+version: Callable[[Tensor], int] = attrgetter("_version")
+"""The tensor's in-place counter: detects that a tensor was written."""
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The identity of a storage, also of fake tensors, which have no data pointer."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: its forward is then traced without later patches."""
+    return module._compiled_call_impl is not None
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The module's forward pre-hooks: the older utilities of `torch.nn.utils` compute weights in one."""
+    return list(module._forward_pre_hooks.values())
+
+
+def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
+    """The parameter's gradient hooks of both kinds: they would not run, because no gradient is formed."""
+    both = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return [hook for registered in both for hook in (registered or {}).values()]
+
+
+own_parameters: Callable[[nn.Module], dict[str, Any]] = attrgetter("_parameters")
+"""The registry of the module's own parameters, which may be written: setattr accepts no plain tensor."""
+
+own_buffers: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
+"""The registry of the module's own buffers: `named_buffers` leaves out those that are None."""
+
+
+def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module's children by each of their names: `named_children` gives a child with two names once."""
+    return ((name, child) for name, child in module._modules.items() if child is not None)
+
+
+non_persistent_buffers: Callable[[nn.Module], set[str]] = attrgetter("_non_persistent_buffers_set")
+"""The names of the module's buffers that `state_dict` leaves out: these are not released."""
+
+
+def operator_arguments(operator: Any) -> list[Any]:
+    """The arguments in an operator's schema, with name and default: finds a dropout's probability."""
+    return operator._schema.arguments
+
+
+def same_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """The padding of a convolution with padding="same", in the order of `F.pad`: it may be uneven."""
+    return layer._reversed_padding_repeated_twice
+
+
+def convolution_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, *, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """The weight gradient of a convolution: `torch.nn.grad` computes it through a slower transposed convolution."""
+    options = (stride, padding, dilation, False, [0] * (x.dim() - 2), groups, [False, True, False])
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *options)[1]
+
+
+def is_reentrant_checkpoint_error(error: RuntimeError) -> bool:
+    """Whether PyTorch refused a reentrant checkpoint under `torch.autograd.grad`: only the text tells."""
+    return "use_reentrant=True" in str(error)
+
+
+def is_vmap_randomness_error(error: Exception) -> bool:
+    """Whether `torch.func.vmap` refused random numbers: only the text tells."""
+    return "randomness" in str(error)

@@ -1,0 +1,224 @@
+"""One forward of the model, and the backwards of its losses in their phases.
+
+The clipper makes a `BackwardContext` at the start of each forward. The layers record their uses in it. The clipper then
+calls one method for each phase:
+
+    check_independence      losses of some examples alone are differentiated
+    measure_norms           gives the squared norms (B,), as the gradient of the probe
+    add_clipped_sums        forms the clipped sums, from kept gradients or in a second backward
+
+Each method sets `phase`, and the norm hooks, which hold the context, act by it. State belongs to the context of one
+forward, never to a module.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+
+from memsave.ghost import _torch_internals as internals
+from memsave.ghost.gradients import Gradient, has_values
+from memsave.ghost.groups import Groups
+from memsave.ghost.independence import IndependenceCheck
+from memsave.ghost.ledger import Ledger
+from memsave.ghost.proxies import ParameterProxies
+from memsave.ghost.refusals import Refusal, raise_refusals
+
+
+class Phase(Enum):
+    """What the norm hooks do in the current backward."""
+
+    NO_BACKWARD = auto()
+    """The clipper runs no backward: an ordinary one is refused."""
+    CHECK_INDEPENDENCE = auto()
+    """Record which examples' rows get a gradient; form no gradients of parameters."""
+    MEASURE_NORMS = auto()
+    """Return the squared norms as the gradient of the probe."""
+    ADD_SUMS = auto()
+    """Add the clipped sums to `.grad`, in a second backward."""
+
+
+class BackwardContext:
+    """One forward of a batch, and the backwards of its losses.
+
+    Args:
+        probe: (B,), requires grad; its gradient collects the squared norms (see `norm_hook.py`).
+        memory_budget: bytes that may be kept to save time.
+        groups: groups to clip one by one; None to clip whole gradients.
+        clip_factors_of: clip factors (B,) from the norms (B,) of a group.
+    """
+
+    def __init__(
+        self,
+        probe: Tensor,
+        *,
+        memory_budget: int = 0,
+        groups: Groups | None = None,
+        clip_factors_of: Callable[[Tensor], Tensor] = torch.ones_like,
+    ) -> None:
+        self.probe, self.batch_size = probe, len(probe)
+        self.phase = Phase.NO_BACKWARD
+        self.ledger = Ledger(probe, bytes_left=memory_budget, groups=groups, clip_factors_of=clip_factors_of)
+        self.layers: set[str] = set()
+        """The names of the layers that ran with gradients."""
+        self.refusals: list[Refusal] = []
+        """What the forward found that cannot be clipped."""
+        self.proxies: list[ParameterProxies] = []
+        """One for each use of a layer that is differentiated by its own forward."""
+        self.recomputes = False
+        """Whether some activations are recomputed in the backward."""
+        self._layers_without_grad: set[str] = set()
+        self._backward: int | None = None  # the number of the backward that the clipper runs
+        self._check = IndependenceCheck()
+        self._repeats: dict[str, Tensor] = {}  # by layer, whether both passes had the same activations and gradients
+        self._factors: Tensor = probe  # in ADD_SUMS: the clip factors (B,)
+        self._kept: Tensor | None = None  # in ADD_SUMS: the examples (B,) with a factor above zero; None for all
+
+    # The forward: layers record what they do.
+
+    def record_use(self, layer: str, parameters: Iterable[nn.Parameter]) -> None:
+        """Count a use of each parameter, unless the forward recomputes one that was counted."""
+        if internals.in_backward():
+            return
+        self.layers.add(layer)
+        for parameter in parameters:
+            self.ledger.count_use(parameter)
+        self.recomputes |= internals.saved_tensors_are_redirected()
+
+    def record_proxies(self, proxies: ParameterProxies) -> None:
+        """Record the proxies of a use, unless the forward is a recomputation."""
+        if not internals.in_backward():
+            self.proxies.append(proxies)
+
+    def record_run_without_grad(self, layer: str) -> None:
+        """Record that a trainable layer ran without gradients."""
+        self._layers_without_grad.add(layer)
+
+    def ran_only_without_grad(self, layer: str) -> bool:
+        """Whether the layer ran in the forward, but never with gradients."""
+        return layer in self._layers_without_grad and layer not in self.layers
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Record what cannot be clipped; the clipper raises it after the forward. A recomputation raises it at once."""
+        if internals.in_backward():
+            raise_refusals([refusal])
+        self.refusals.append(refusal)
+
+    # The backwards: the clipper calls one method for each phase.
+
+    def check_independence(self, losses: Tensor, subsets: Iterable[Tensor]) -> IndependenceCheck:
+        """Differentiate the losses of each subset (B,) of the examples alone; returns what the hooks recorded."""
+        self.phase = Phase.CHECK_INDEPENDENCE
+        for subset in subsets:
+            self._check.subset = subset
+            weights = subset.to(losses.dtype)
+            with self._backward_of(losses):
+                torch.autograd.grad(losses, self.probe, grad_outputs=weights, retain_graph=True, allow_unused=True)
+        return self._check
+
+    def measure_norms(
+        self, losses: Tensor, parameters: list[nn.Parameter], *, keep_gradients: bool
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """Squared norms (B,), then the gradients that autograd itself formed: of the parameters and of all proxies.
+
+        The squared norms are None if no layer has a gradient. `keep_gradients`: keep what the clipped sums are formed
+        from; otherwise the graph is kept, and a second backward forms the sums.
+        """
+        self.phase, self.ledger.keep_all = Phase.MEASURE_NORMS, keep_gradients
+        proxies = [each for of_layer in self.proxies for each in of_layer.tensors.values()]
+        with self._backward_of(losses):
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                losses,
+                [self.probe, *parameters, *proxies],
+                grad_outputs=torch.ones_like(losses),
+                retain_graph=not keep_gradients,
+                allow_unused=True,
+            )
+        squared, *found = gradients
+        return squared, found[: len(parameters)], found[len(parameters) :]
+
+    def add_clipped_sums(self, factors: Tensor) -> None:
+        """Add sum_b factors[b] g_b to `.grad`, from the gradients that `measure_norms` kept."""
+        self.ledger.add_clipped_sums(list(self.ledger.entries), factors)
+
+    def add_clipped_sums_in_second_backward(
+        self, losses: Tensor, parameters: list[nn.Parameter], factors: Tensor
+    ) -> None:
+        """Add sum_b factors[b] g_b to `.grad` in a second backward of the same losses.
+
+        The losses are not weighted, because weighted losses would be rounded again in low precision. Raises ValueError
+        if a layer had other activations in this backward, because the sums could then exceed the bound.
+        """
+        kept = factors != 0
+        self._kept = None if not has_values(kept) or bool(kept.all()) else kept
+        self.phase, self._factors = Phase.ADD_SUMS, factors
+        self.ledger.free()
+        used = [p for p in parameters if p in self.ledger.uses]
+        with self._backward_of(losses):
+            torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
+        for layer, same in self._repeats.items():
+            if has_values(same) and not same:
+                raise ValueError(
+                    f"{layer} got other activations in the second pass than those whose norms were measured (dropout "
+                    f"with preserve_rng_state=False, or a separate random generator); keep the random state in "
+                    f"checkpoints, or set passes=1"
+                )
+
+    def finish(self) -> None:
+        """Free what the backwards kept; no other backward may follow."""
+        self.phase, self._kept, self._check = Phase.NO_BACKWARD, None, IndependenceCheck()
+        self.ledger.free()
+        self.proxies.clear()
+
+    @contextmanager
+    def _backward_of(self, losses: Tensor) -> Iterator[None]:
+        """Inside, one backward of the losses runs; its number lets the hooks recognise an inner backward."""
+        self._backward = None
+
+        def record(_: Tensor) -> None:
+            self._backward = internals.current_backward()
+
+        handle = losses.register_hook(record)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # The norm hooks call these in a backward.
+
+    def refuse_other_backward(self, layer: str) -> None:
+        """Raise unless the running backward is the clipper's own: any other would lose the layer's norms."""
+        if self.phase is Phase.NO_BACKWARD:
+            raise RuntimeError(
+                "an ordinary backward ran through a model with a GhostClipper attached; call clipper.backward(losses), "
+                "or clipper.close() first"
+            )
+        if self._backward is not None and self._backward != internals.current_backward():
+            raise ValueError(
+                f"{layer} was differentiated by a backward inside the backward, whose norms would be lost (reentrant "
+                f"checkpoints and some reversible layers do that); freeze it, or use memsave.reversible or checkpoints "
+                f"with use_reentrant=False"
+            )
+
+    @property
+    def runs_two_passes(self) -> bool:
+        """Whether the clipped sums are formed in a second backward."""
+        return not self.ledger.keep_all
+
+    def record_output_grad(self, layer: str, grad: Tensor) -> None:
+        """CHECK_INDEPENDENCE: record which rows of a layer's output gradient (B, ...) are not zero."""
+        self._check.record(layer, grad)
+
+    def squared_norms(self, parameter: nn.Parameter, gradient: Gradient, name: str) -> Tensor:
+        """MEASURE_NORMS: what a use of a parameter adds to the squared norms, (B,)."""
+        return self.ledger.add(parameter, gradient, name)
+
+    def add_clipped_sum(self, parameter: nn.Parameter, gradient: Gradient) -> None:
+        """ADD_SUMS: add a use's clipped sum to `.grad`, without passing it through autograd, which would copy it."""
+        self.ledger.add_clipped_sum(parameter, gradient, self._factors, self._kept)
+
+    def record_repeat(self, layer: str, same: Tensor) -> None:
+        """ADD_SUMS: record whether a layer had the same activations and gradients as when its norms were measured."""
+        self._repeats[layer] = self._repeats.get(layer, same) & same

@@ -1,0 +1,121 @@
+"""The per-example squared gradient norm is itself a gradient: that of a probe.
+
+The probe is a tensor z of shape (B,) whose values nothing reads. A layer runs with its parameters detached, so that
+autograd forms the gradient of the layer's input as usual, and none of its weights. Its output then passes through
+`NormHook`, an identity that also takes the probe as an input. The backward of the hook has the output's gradient and
+the layer's saved input, on which alone the layer's per-example gradients depend, and returns their squared norms as the
+gradient of the probe. Autograd adds these up over all layers:
+
+    torch.autograd.grad(losses.sum(), probe)[b]  =  |grad of losses[b]|^2
+
+This holds for any control flow, checkpoints and replays, because these are all part of the graph. The hooks of a
+forward hold its `BackwardContext`, whose phase says what a backward must do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memsave.ghost.backward_context import BackwardContext, Phase
+from memsave.ghost.gradients import Gradient, PerSampleGrad, upcast
+from memsave.ghost.proxies import ParameterProxies
+
+PerExampleGrads = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
+"""(the layer's saved tensors, the output's gradient) to the per-example gradients by parameter name."""
+
+COMPARED = 2**12  # about how many elements of each example's activations are compared between two passes
+REPEAT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of sums of elements, relative to the norm
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """What a norm hook needs to know about one use of a layer."""
+
+    name: str
+    parameter_names: tuple[str, ...]
+    per_example_grads: PerExampleGrads
+    proxies: ParameterProxies | None = None
+    """Given if the layer is differentiated by its own forward; the saved tensors then contain its tensor arguments."""
+
+
+class NormHook(torch.autograd.Function):
+    """The identity on a layer's output (B, ...); the gradient of the probe is the layer's squared norms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        probe: Tensor,
+        spec: HookSpec,
+        context: BackwardContext,
+        saved_count: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        """`tensors`: `saved_count` saved tensors, then the trainable parameters as in `spec.parameter_names`."""
+        ctx.hook_spec, ctx.context, ctx.saved_count = spec, context, saved_count
+        ctx.save_for_backward(*tensors[:saved_count])
+        ctx.parameters = tensors[saved_count:]
+        return output.detach()  # autograd must not see a view, or later in-place operations would fail
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Pass the output's gradient on unchanged; then act by the phase."""
+        (grad,) = grads
+        spec, context = ctx.hook_spec, ctx.context
+        nothing = [None] * (3 + ctx.saved_count + len(ctx.parameters))
+        context.refuse_other_backward(spec.name)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # Gram matrices must not be bfloat16
+            if context.phase is Phase.CHECK_INDEPENDENCE:
+                _ = ctx.saved_tensors  # a checkpoint keeps recomputed tensors until they are unpacked
+                context.record_output_grad(spec.name, grad)
+                return grad, None, *nothing
+            gradients = _per_example_grads(ctx, grad)
+            named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, spec.parameter_names)]
+            if context.phase is Phase.MEASURE_NORMS:
+                squared = torch.zeros_like(context.probe)
+                for parameter, name, gradient in named:
+                    if spec.proxies is not None and isinstance(gradient, PerSampleGrad):
+                        spec.proxies.record_grads(name, gradient.values)
+                    squared += context.squared_norms(parameter, gradient, f"{spec.name}.{name}")
+                return grad, squared, *nothing
+            for parameter, _, gradient in named:
+                context.add_clipped_sum(parameter, gradient)
+            return grad, None, *nothing
+
+
+def _per_example_grads(ctx: Any, grad: Tensor) -> dict[str, Gradient]:
+    saved = tuple(each.detach() for each in ctx.saved_tensors)  # else what is kept would keep the graph alive
+    gradients = ctx.hook_spec.per_example_grads(saved, grad)
+    if ctx.context.runs_two_passes:
+        formed = () if ctx.hook_spec.proxies is None else tuple(each.values for each in gradients.values())
+        _compare_passes(ctx, (grad, *saved, *formed))
+    return gradients
+
+
+def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Compare the tensors of the second pass with those of the first by a sum of a sample of each example's elements.
+
+    If they differ, the summed gradients are not those whose norms were measured.
+    """
+    batch = len(tensors[0])
+    rows = [each.reshape(batch if each.dim() and len(each) == batch else 1, -1) for each in tensors]
+    rows = [each[:, :: max(1, each.shape[1] // COMPARED) | 1] for each in rows]
+    rows = [upcast(each) if each.is_floating_point() or each.is_complex() else each.double() for each in rows]
+    sums = [each.sum(1) for each in rows]
+    if ctx.context.phase is Phase.MEASURE_NORMS:
+        ctx.measured = [(s, torch.linalg.vector_norm(each, dim=1)) for s, each in zip(sums, rows)]
+        return
+    for now, (before, norm), tensor in zip(sums, ctx.measured, tensors, strict=True):
+        close = (now - before).abs() <= REPEAT_TOLERANCE.get(tensor.dtype, 1e-2) * norm
+        same = (close | (now == before) | now.isnan() & before.isnan()).all()
+        ctx.context.record_repeat(ctx.hook_spec.name, same)
+
+
+def apply_norm_hook(
+    output: Tensor, spec: HookSpec, context: BackwardContext, saved: tuple[Tensor, ...], parameters: list[Any]
+) -> Tensor:
+    """The output (B, ...) with a norm hook; `parameters` in the order of `spec.parameter_names`."""
+    return NormHook.apply(output, context.probe, spec, context, len(saved), *saved, *parameters)

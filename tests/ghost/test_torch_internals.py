@@ -1,0 +1,260 @@
+"""What `memsave.ghost` relies on in private API of PyTorch: a version that changes it fails here, by name."""
+
+import ast
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import memsave.ghost
+from memsave.ghost import _torch_internals as internals
+
+PACKAGE = Path(memsave.ghost.__file__).parent
+
+
+def test_other_modules_of_ghost_use_no_private_api_of_torch():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "_torch_internals.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "torch":
+                private = [each for each in (*node.module.split("."), *(a.name for a in node.names)) if each[0] == "_"]
+                assert not private, f"{path.name} imports {private} of {node.module}"
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                owner = ast.unparse(node.value)
+                assert owner in ("self", "copy"), f"{path.name} uses {owner}.{node.attr}"
+
+
+def test_every_name_has_a_test():
+    source = Path(__file__).read_text()
+    for name in internals.__all__:
+        assert re.search(rf"internals\.{name}\b", source), name
+
+
+class Record(torch.autograd.Function):
+    """Calls `seen` in its backward; an attribute of the context is an attribute of the graph's node."""
+
+    @staticmethod
+    def forward(ctx, x, other, seen, tag):
+        ctx.seen, ctx.tag = seen, tag
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen()
+        return grad, None, None, None
+
+
+def test_a_backward_has_a_number_and_an_inner_backward_has_another():
+    numbers, x = [], torch.ones(2, requires_grad=True)
+
+    def outer():
+        numbers.append(internals.current_backward())
+        assert internals.in_backward()
+        y = torch.ones(2, requires_grad=True)
+        with torch.enable_grad():
+            inner = Record.apply(y, None, lambda: numbers.append(internals.current_backward()), "inner")
+            torch.autograd.grad(inner.sum(), y)
+        numbers.append(internals.current_backward())
+
+    assert internals.current_backward() == -1
+    assert not internals.in_backward()
+    torch.autograd.grad(Record.apply(x, None, outer, "outer").sum(), x)
+    first, inner, last = numbers
+    assert first == last
+    assert len({-1, first, inner}) == 3
+    assert not internals.in_backward()
+
+
+def test_a_loss_hook_and_the_first_node_see_the_same_backward_number():
+    numbers, x = [], torch.ones(2, requires_grad=True)
+    losses = Record.apply(x, None, lambda: numbers.append(internals.current_backward()), "")
+    losses.register_hook(lambda _: numbers.append(internals.current_backward()))
+    torch.autograd.grad(losses, x, torch.ones(2))
+    assert numbers[0] == numbers[1] != -1
+
+
+def test_saved_tensors_are_redirected_only_inside_checkpoints():
+    seen = []
+
+    def body(x):
+        seen.append(internals.saved_tensors_are_redirected())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    body(x)
+    checkpoint(body, x, use_reentrant=False)
+    body(x)
+    assert seen == [False, True, False]
+
+
+def test_attributes_of_a_functions_context_are_found_on_its_node_with_its_input_first():
+    x, z = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    y = Record.apply(x.sin(), z, lambda: None, "tag")  # its node is valid while it is alive
+    node = y.grad_fn
+    assert node.tag == "tag"
+    (first, _), (second, _), *_ = node.next_functions
+    assert first.name() == "SinBackward0"
+    assert internals.leaf_of(second) is z
+    assert internals.leaf_of(node) is None
+
+
+def test_fake_tensors_are_recognised():
+    with FakeTensorMode():
+        assert internals.is_fake(torch.zeros(2))
+    assert not internals.is_fake(torch.zeros(2))
+
+
+def test_in_place_operations_raise_the_version_and_writes_through_data_do_not():
+    x = torch.zeros(3)
+    before = internals.version(x)
+    x[1:].add_(1)  # through a view
+    assert internals.version(x) > before
+    before = internals.version(x)
+    x.data.add_(1)
+    assert internals.version(x) == before
+
+
+def test_views_share_the_storage_and_another_data_changes_it():
+    x = torch.zeros(4)
+    before = internals.storage_id(x)
+    assert internals.storage_id(x[2:]) == internals.storage_id(x.detach()) == before
+    assert internals.storage_id(x.clone()) != before
+    x.data = torch.ones(4)
+    assert internals.storage_id(x) != before
+    with FakeTensorMode():
+        fake = torch.zeros(4)
+        assert internals.storage_id(fake) == internals.storage_id(fake[1:])
+
+
+@pytest.mark.parametrize(
+    ("base", "kinds"),
+    [
+        (internals.BatchNorm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)),
+        (internals.InstanceNorm, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
+        (internals.Dropout, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)),
+    ],
+)
+def test_base_classes_cover_all_layers_of_their_kind(base, kinds):
+    for kind in kinds:
+        assert issubclass(kind, base)
+
+
+def test_a_compiled_module_is_recognised():
+    module = nn.Linear(2, 2)
+    assert not internals.is_compiled(module)
+    module.compile(backend="eager")
+    assert internals.is_compiled(module)
+
+
+def test_forward_pre_hooks_are_listed():
+    module, hook = nn.Linear(2, 2), lambda *_: None
+    module.register_forward_pre_hook(hook)
+    assert internals.forward_pre_hooks(module) == [hook]
+
+
+def test_gradient_hooks_of_both_kinds_are_listed():
+    parameter, hooks = nn.Parameter(torch.ones(2)), [lambda _: None, lambda _: None]
+    assert internals.gradient_hooks(parameter) == []
+    parameter.register_hook(hooks[0])
+    handle = parameter.register_post_accumulate_grad_hook(hooks[1])
+    assert internals.gradient_hooks(parameter) == hooks
+    handle.remove()
+    assert internals.gradient_hooks(parameter) == hooks[:1]
+
+
+def test_a_tensor_in_the_registry_of_parameters_is_used_by_the_forward():
+    module = nn.Linear(2, 2, bias=False)
+    internals.own_parameters(module)["weight"] = torch.ones(2, 2)
+    assert torch.equal(module(torch.ones(1, 2)), torch.full((1, 2), 2.0))
+    with pytest.raises(TypeError):
+        nn.Linear(2, 2).weight = torch.ones(2, 2)
+
+
+def test_registries_list_buffers_that_are_none_and_children_with_two_names():
+    module = nn.Module()
+    module.register_buffer("empty", None)
+    module.register_buffer("temporary", torch.zeros(1), persistent=False)
+    module.one = module.two = nn.Linear(1, 1)
+    assert list(internals.own_buffers(module)) == ["empty", "temporary"]
+    assert internals.non_persistent_buffers(module) == {"temporary"}
+    assert [name for name, _ in internals.own_children(module)] == ["one", "two"]
+
+
+def test_lazy_parameters_are_recognised():
+    assert internals.is_lazy(nn.LazyLinear(2).weight)
+    assert not internals.is_lazy(nn.Linear(2, 2).weight)
+
+
+def test_dispatch_modes_see_operators_with_the_names_and_defaults_of_their_arguments():
+    seen = {}
+
+    class See(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func] = [arg.name for arg in internals.operator_arguments(func)]
+            return func(*args, **(kwargs or {}))
+
+    with See():
+        nn.Dropout(0.5)(torch.ones(4))
+    (dropout,) = [operator for operator in seen if torch.Tag.nondeterministic_seeded in operator.tags]
+    assert "p" in seen[dropout]
+    assert torch.Tag.nondeterministic_seeded in torch.ops.aten.rand_like.default.tags
+    attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+    (dropout,) = [arg for arg in internals.operator_arguments(attention) if arg.name == "dropout_p"]
+    assert dropout.default_value == 0.0
+
+
+def test_nested_arguments_are_flattened_and_restored():
+    nested = (([1, {"a": 2}], (3,)), {"b": None})
+    leaves, spec = internals.tree_flatten(nested)
+    assert [leaf for leaf in leaves if leaf is not None] == [1, 2, 3]
+    assert internals.tree_unflatten(leaves, spec) == nested
+
+
+def test_weak_dictionaries_compare_tensors_by_identity_and_do_not_keep_them():
+    entries, one, two = internals.WeakIdKeyDictionary(), torch.ones(2), torch.ones(2)
+    entries[one] = "one"
+    assert one in entries
+    assert two not in entries
+    alive = weakref.ref(one)
+    del one
+    assert alive() is None
+    assert not list(entries.items())
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_same_padding_is_in_the_order_of_pad(kernel):
+    layer, x = nn.Conv1d(2, 3, kernel, padding="same", dilation=3, bias=False), torch.randn(1, 2, 9)
+    padded = F.pad(x, internals.same_padding(layer))
+    torch.testing.assert_close(F.conv1d(padded, layer.weight, dilation=3), layer(x))
+
+
+def test_the_weight_gradient_of_a_convolution_reads_only_the_shape_of_the_weight():
+    x, weight = torch.randn(1, 4, 7), torch.randn(6, 2, 3, requires_grad=True)
+    y = F.conv1d(x, weight, stride=2, padding=1, groups=2)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, weight, grad)
+    shape = grad.new_empty(1).expand(weight.shape)
+    options = {"stride": (2,), "padding": (1,), "dilation": (1,), "groups": 2}
+    torch.testing.assert_close(internals.convolution_weight_grad(grad, x, shape, **options), expected)
+
+
+def test_errors_of_reentrant_checkpoints_are_recognised_by_their_text():
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(torch.sin, x, use_reentrant=True)
+    with pytest.raises(RuntimeError) as error:
+        torch.autograd.grad(y.sum(), x)
+    assert internals.is_reentrant_checkpoint_error(error.value)
+    assert not internals.is_reentrant_checkpoint_error(RuntimeError("out of memory"))
+
+
+def test_errors_of_random_numbers_under_vmap_are_recognised_by_their_text():
+    with pytest.raises(RuntimeError) as error:
+        torch.func.vmap(lambda x: x * torch.rand_like(x))(torch.ones(3, 2))
+    assert internals.is_vmap_randomness_error(error.value)
