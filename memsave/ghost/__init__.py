@@ -2,6 +2,7 @@
 
 from memsave.ghost.clipper import GhostClipper
 from memsave.ghost.head import linear_cross_entropy
+from memsave.ghost.rules import register as register_rule
 from memsave.ghost.verify import Verification, verify
 
-__all__ = ["GhostClipper", "Verification", "linear_cross_entropy", "verify"]
+__all__ = ["GhostClipper", "Verification", "linear_cross_entropy", "register_rule", "verify"]
