@@ -1,4 +1,4 @@
-"""One thread a process, set before torch is loaded: tensors are small, and tests run side by side. And a tiny run."""
+"""Fixtures of all tests: the device, and tiny runs. Each process has one thread, set before torch is imported."""
 
 import json
 import os
@@ -6,6 +6,18 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """The name of the device on which the test makes its tensors and modules; PyTorch's default during the test."""
+    if request.param == "cpu":  # already the default; setting it would slow down every factory function
+        yield "cpu"
+    else:
+        with torch.device(request.param):
+            yield request.param
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_a_public_package_is_on_the_api_page_and_its_names_exist(package):
 
 
 def test_importing_memsave_does_not_import_torch():
-    program = "import sys, memsave\nassert 'load' in dir(memsave)\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
+    program = "import sys, memsave\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
