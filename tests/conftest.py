@@ -8,6 +8,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from hypothesis import HealthCheck, settings
+
+# `device` may stay the same for all examples of a hypothesis test
+settings.register_profile("memsave", suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("memsave")
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -16,7 +21,8 @@ def device(request):
     if request.param == "cpu":  # already the default; setting it would slow down every factory function
         yield "cpu"
     else:
-        with torch.device(request.param):
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with exact, torch.device(request.param):
             yield request.param
 
 

@@ -113,6 +113,7 @@ def test_what_is_rebuilt_drifts_little_in_48_layers():
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
 
 
+@pytest.mark.usefixtures("device")
 def test_later_tokens_and_padding_change_nothing():
     model, ids = model_of().eval(), torch.randint(1, VOCABULARY, (2, 7))
     whole = model(ids).logits
@@ -125,6 +126,7 @@ def test_later_tokens_and_padding_change_nothing():
         padded.fill_(PAD), mask.fill_(0)
 
 
+@pytest.mark.usefixtures("device")
 def test_generation_from_a_cache_is_that_without():
     model, mask = model_of().eval(), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids = torch.randint(1, VOCABULARY, (2, 4)) * mask
