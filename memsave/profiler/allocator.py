@@ -44,7 +44,8 @@ def allocator_peak(step: Callable[[], object], *, device: torch.device | str = "
 
 def _cpu_peak(step: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes two lines to the user's terminal
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:  # True: no warning
         result = step()
     # Held until here so that what the step returns counts as alive to the end, as in the CUDA measurement.
     del result
