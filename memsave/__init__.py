@@ -1,33 +1,85 @@
-"""memsave: train models that do not fit.
+"""memsave: train models that do not fit in memory.
 
-`memsave.reversible` rebuilds activations instead of storing them and `memsave.profiler` counts every byte that
-lives; both meet a model in autograd alone. `memsave.load` gives the model of a finished run. Importing memsave costs
-what importing torch costs: MONAI, matplotlib and other heavy libraries are imported where they are used.
+The names of `memsave.__all__` are imported at first use: `import memsave` imports neither torch nor any other library.
+Names that are not listed there are documented in their own packages, see docs/api.md.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from memsave._version import __version__ as __version__
 from memsave.startup import quit_at_interrupt
+
+quit_at_interrupt()  # before any import that takes time
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-from memsave._version import __version__ as __version__
+    from memsave.ghost import GhostClipper, linear_cross_entropy, register_rule
+    from memsave.ghost import verify as verify_clipping
+    from memsave.models import causal_lm_losses
+    from memsave.privacy import Mechanism, PrivateGradients
+    from memsave.profiler import MemoryRecorder, largest
+    from memsave.reversible import AdditiveCoupling, ReversibleSequence, from_residual
+    from memsave.reversible import verify as verify_inversion
 
-__all__ = ["load"]
+__all__ = [
+    "AdditiveCoupling",
+    "GhostClipper",
+    "Mechanism",
+    "MemoryRecorder",
+    "PrivateGradients",
+    "ReversibleSequence",
+    "causal_lm_losses",
+    "from_residual",
+    "largest",
+    "linear_cross_entropy",
+    "load",
+    "register_rule",
+    "verify_clipping",
+    "verify_inversion",
+]
 
-quit_at_interrupt()
+_SOURCES = {  # name: (module, name in that module)
+    "AdditiveCoupling": ("memsave.reversible", "AdditiveCoupling"),
+    "GhostClipper": ("memsave.ghost", "GhostClipper"),
+    "Mechanism": ("memsave.privacy", "Mechanism"),
+    "MemoryRecorder": ("memsave.profiler", "MemoryRecorder"),
+    "PrivateGradients": ("memsave.privacy", "PrivateGradients"),
+    "ReversibleSequence": ("memsave.reversible", "ReversibleSequence"),
+    "causal_lm_losses": ("memsave.models", "causal_lm_losses"),
+    "from_residual": ("memsave.reversible", "from_residual"),
+    "largest": ("memsave.profiler", "largest"),
+    "linear_cross_entropy": ("memsave.ghost", "linear_cross_entropy"),
+    "register_rule": ("memsave.ghost", "register_rule"),
+    "verify_clipping": ("memsave.ghost", "verify"),
+    "verify_inversion": ("memsave.reversible", "verify"),
+}
 
 
 def load(folder: "str | Path") -> Any:
-    """The trained model in a run's folder, or in its `model/` copied anywhere, in eval mode on the CPU.
+    """Load the trained model from a run's folder, its `model/` or a copy of `model/`; in eval mode, on the CPU.
 
-    A U-Net comes as `memsave.models.ReversibleUNet3d`; its `config` (a `UNetConfig`) names the modalities
-    of its input channels, the regions of its output channels, and how volumes are prepared.
-    A language model comes as that of transformers, and `AutoTokenizer.from_pretrained` loads its tokenizer from
-    `model/`; `prompt.json` there says how it is prompted. Raises `memsave.config.ConfigError` where the folder
-    holds no model.
+    A segmentation run gives a `memsave.models.ReversibleUNet3d`. Its `config` (a `UNetConfig`) names the modalities of
+    the input channels, the regions of the output channels, and the preparation of volumes.
+    A language-model run gives a model of transformers. `AutoTokenizer.from_pretrained` loads its tokenizer from
+    `model/`, and `prompt.json` there describes its prompts. Raises `memsave.config.ConfigError` if the folder holds no
+    model.
     """
     from memsave.tasks.loading import load_model
 
     return load_model(folder)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'memsave' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, source_name = _SOURCES[name]
+    globals()[name] = value = getattr(import_module(module), source_name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

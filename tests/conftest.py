@@ -1,4 +1,4 @@
-"""One thread a process, set before torch is loaded: tensors are small, and tests run side by side. And a tiny run."""
+"""Fixtures of all tests: the device, and tiny runs. Each process has one thread, set before torch is imported."""
 
 import json
 import os
@@ -6,6 +6,24 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# `device` may stay the same for all examples of a hypothesis test
+settings.register_profile("memsave", suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("memsave")
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """The name of the device on which the test makes its tensors and modules; PyTorch's default during the test."""
+    if request.param == "cpu":  # already the default; setting it would slow down every factory function
+        yield "cpu"
+    else:
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with exact, torch.device(request.param):
+            yield request.param
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_the_remedy_for_full_memory_is_one_that_is_not_taken_yet(run, monkeypatc
 
 
 def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch):
-    monkeypatch.setattr("memsave.experiment.fitted", lambda config, *args, **known: (config, {}))
+    monkeypatch.setattr("memsave.experiment.fit_to_budget", lambda config, *args, **known: (config, {}))
     code, result, folder = run("budget=1MiB", "trainer.steps=3")
     assert (code, result["status"]) == (3, "over_budget")
     assert re.search(

@@ -218,7 +218,7 @@ def main() -> None:
     for name, text in texts.items():
         print(text)
         insert(HERE / "README.md", name=name, text=text)
-    insert(ROOT / "README.md", name="budget volume", text=texts["budget volume"])
+    insert(ROOT / "docs" / "results.md", name="budget volume", text=texts["budget volume"])
     draw(kept["predicted"], HERE / "volumes.png")
     keep(RESULTS, command="python -m experiments.memory_budget", results=kept)
 

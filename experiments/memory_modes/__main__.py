@@ -61,7 +61,7 @@ def main() -> None:
     print(text)
     depths = measure_depths()
     print(depth_table(depths))
-    for document in (HERE / "README.md", ROOT / "README.md"):
+    for document in (HERE / "README.md", ROOT / "docs" / "results.md"):
         insert(document, name="memory modes", text=text)
         insert(document, name="depth", text=depth_table(depths))
     plot_reports(reports, HERE / "memory.png", title="Live memory of one training step")

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         rows = {each: rows[each] for each in RUNS if each in rows}
         keep(path, command="python -m experiments.private_text e2e=FOLDER", results=rows)
     print(table(rows))
-    for document in (HERE / "README.md", ROOT / "README.md"):
+    for document in (HERE / "README.md", ROOT / "docs" / "results.md"):
         insert(document, name="private text", text=table(rows))
 
 

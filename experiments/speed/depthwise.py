@@ -97,7 +97,7 @@ def main() -> None:
         print(f"{name}: backward {result['backward_speedup_over_contiguous']:.1f} times as fast as contiguous PyTorch")
         for way, row in result["ways"].items():
             print(f"  {way:26s} forward {row['forward_ms']:8.1f} ms   backward {row['backward_ms']:8.1f} ms")
-    for document in (HERE / "README.md", HERE.parent.parent / "README.md"):
+    for document in (HERE / "README.md", HERE.parent.parent / "docs" / "results.md"):
         insert(document, name="depthwise", text=table(results))
     keep(Path(__file__).with_suffix(".json"), command="python -m experiments.speed.depthwise", results=results)
 

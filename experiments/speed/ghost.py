@@ -59,7 +59,7 @@ SHAPES = {
     "deep": Shape(12, 1, 1024),
     "checkpoints": Shape(12, 1, 1024, checkpoints=True),
 }
-README = ("short", "long")  # of which the project's own README has the ways below
+RESULTS_PAGE = ("short", "long")  # the shapes in docs/results.md, which shows the rows below
 SHOWN = ("plain", "plain, lean", "memsave, one pass", "Opacus ghost (untied)", "Opacus hooks (untied)")
 
 
@@ -264,8 +264,9 @@ def main() -> None:
         return
     results = {name: results[name] for name in SHAPES if name in results}
     insert(HERE / "README.md", name="ghost", text=table(results))
-    if set(README) <= results.keys():
-        insert(HERE.parents[1] / "README.md", name="ghost", text=table({n: results[n] for n in README}, shown=SHOWN))
+    if set(RESULTS_PAGE) <= results.keys():
+        page = HERE.parents[1] / "docs" / "results.md"
+        insert(page, name="ghost", text=table({n: results[n] for n in RESULTS_PAGE}, shown=SHOWN))
     keep(RESULTS, command="python -m experiments.speed.ghost, and again with --keep-freed", results=results)
 
 

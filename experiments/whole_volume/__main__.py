@@ -17,7 +17,7 @@ from memsave.profiler import format_bytes
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-DOCUMENTS = (HERE / "README.md", ROOT / "README.md", ROOT / "docs" / "brats.md")
+DOCUMENTS = (HERE / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "brats.md")
 COMMAND = ["-m", "memsave.run", "experiment=brats_full", "budget=8GiB"]
 LARGEST = 8
 

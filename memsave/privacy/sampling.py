@@ -20,5 +20,5 @@ def poisson_batches(*, size: int, sample_rate: float, generator: Generator) -> I
             f"the {size} examples"
         )
     while True:  # in float64: float32 uniforms have 24 bits, and a rate of their grid is not the one accounted for
-        drawn = torch.rand(size, dtype=torch.float64, generator=generator) < sample_rate
+        drawn = torch.rand(size, dtype=torch.float64, device=generator.device, generator=generator) < sample_rate
         yield drawn.nonzero().flatten().tolist()

@@ -39,7 +39,8 @@ def allocator_peak(step: Callable[[], object], *, device: torch.device | str = "
 
 def _cpu_peak(step: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints two lines
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:  # True: no warning
         result = step()
     del result  # only now, so that the step's result is alive until its end, as in the CUDA measurement
     # Sizes by address, because the profiler also reports releases of memory that an earlier profile saw allocated.

@@ -9,6 +9,7 @@ from torch import nn
 from memsave.models import MBConv3d
 from memsave.models.mbconv import DepthwiseConv3d
 
+pytestmark = pytest.mark.usefixtures("device")
 SIZES = st.integers(1, 5)
 
 
@@ -23,7 +24,7 @@ def branch(channels=4, *, dtype=torch.float64, seed=0, **options):
 
 def volume(block, *size, batch=2, seed=1, last=True):
     weight = block.expand.weight
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x = torch.randn(batch, weight.shape[1], *size, dtype=weight.dtype, generator=generator)
     return x.to(memory_format=torch.channels_last_3d) if last else x
 
@@ -123,7 +124,7 @@ def test_bfloat16_autocast_is_as_accurate_as_in_the_forward(chunks):
     x = volume(block, 8, 8, 8)
     grad = torch.randn_like(x)
     exact = plain(block, x, grad)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         value, gradients = in_chunks(block, x, grad)
         stored = plain(block, x, grad.bfloat16() if block(x).dtype == torch.bfloat16 else grad)
     assert value.dtype == torch.float32

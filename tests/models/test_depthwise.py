@@ -12,7 +12,7 @@ SIZES = st.integers(1, 5)
 
 
 def operands(batch, channels, size, kernel=3, *, dtype=torch.float64, last=True):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     x = torch.randn(batch, channels, *size, dtype=dtype, generator=generator)
     weight = torch.randn(channels, 1, kernel, kernel, kernel, dtype=dtype, generator=generator)
     if last:
@@ -43,10 +43,12 @@ def compare(function, tensors, **options):
     kernel=st.sampled_from([1, 3, 5]),
     last=st.booleans(),
 )
+@pytest.mark.usefixtures("device")
 def test_value_and_gradients_equal_conv3d(batch, channels, size, kernel, last):
     compare(depthwise_conv3d, operands(batch, channels, size, kernel, last=last))
 
 
+@pytest.mark.usefixtures("device")
 def test_samples_are_independent():
     x, weight = operands(2, 3, (4, 4, 4))
     with torch.no_grad():
@@ -76,6 +78,7 @@ def test_the_fast_backward_is_used_only_where_it_applies(monkeypatch):
     assert not taken
 
 
+@pytest.mark.usefixtures("device")
 def test_bias_and_frozen_operands_are_exact():
     x, weight = operands(2, 3, (3, 4, 5))
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
@@ -84,6 +87,7 @@ def test_bias_and_frozen_operands_are_exact():
     compare(depthwise_conv3d, (x, weight.detach()))
 
 
+@pytest.mark.usefixtures("device")
 def test_second_derivatives_are_exact():
     x, weight = operands(2, 2, (3, 3, 3))
     assert torch.autograd.gradcheck(depthwise_conv3d, (x, weight))
@@ -114,6 +118,7 @@ def test_autocast_changes_neither_float64_nor_backward():
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("device")
 def test_transforms_and_unbatched_volumes_use_conv3d():
     x, weight = operands(2, 3, (3, 3, 3))
     torch.testing.assert_close(depthwise_conv3d(x[0], weight), plain(x, weight)[0], rtol=1e-12, atol=1e-12)
@@ -124,6 +129,7 @@ def test_transforms_and_unbatched_volumes_use_conv3d():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("device")
 def test_large_slices_of_a_batch_are_exact(dtype):
     x, weight = operands(3, 16, (9, 8, 7), dtype=dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10

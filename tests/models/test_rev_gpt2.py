@@ -116,6 +116,7 @@ def test_the_rebuilt_stream_drifts_little_in_48_layers():
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
 
 
+@pytest.mark.usefixtures("device")
 def test_later_tokens_and_padding_have_no_effect():
     model, ids = model_of().eval(), torch.randint(1, VOCABULARY, (2, 7))
     whole = model(ids).logits
@@ -128,6 +129,7 @@ def test_later_tokens_and_padding_have_no_effect():
         padded.fill_(PAD), mask.fill_(0)
 
 
+@pytest.mark.usefixtures("device")
 def test_generation_with_and_without_a_cache_is_equal():
     model, mask = model_of().eval(), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids = torch.randint(1, VOCABULARY, (2, 4)) * mask

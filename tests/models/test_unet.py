@@ -19,7 +19,8 @@ def network(seed=0, dtype=torch.float64, **options):
 
 
 def volume(*size, batch=2, dtype=torch.float64):
-    return torch.randn(batch, 4, *size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    return torch.randn(batch, 4, *size, dtype=dtype, generator=generator)
 
 
 def step(net, x, mode):
@@ -56,6 +57,7 @@ def test_arguments_rebuild_the_same_architecture():
     ],
     ids=["plain", "concat", "gate", "dropout", "depths", "grid", "deep supervision"],
 )
+@pytest.mark.usefixtures("device")
 def test_memory_modes_compute_the_same_function(options):
     net, x = network(**options), volume(8, 9, 7)
     stored = step(net, x, "stored")
@@ -72,13 +74,14 @@ def test_memory_modes_compute_the_same_function(options):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=f"{mode}: {name}")
 
 
+@pytest.mark.usefixtures("device")
 def test_memory_modes_compute_the_same_function_under_autocast():
     net = network(dtype=torch.float32, channels=(8, 16), blocks=4, engine="hooks")
     x = volume(8, 8, 8, dtype=torch.float32)
 
     def under_autocast(mode):
         net.memory = mode
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             return net(x)
 
     stored = under_autocast("stored")
@@ -86,6 +89,7 @@ def test_memory_modes_compute_the_same_function_under_autocast():
         assert torch.equal(under_autocast(mode), stored)
 
 
+@pytest.mark.usefixtures("device")
 def test_with_a_grid_gradients_under_autocast_are_bit_identical_to_stored():
     net = network(dtype=torch.float32, channels=(8, 16), blocks=4, grid=2**-14, engine="hooks")
     x = volume(8, 8, 8, dtype=torch.float32)
@@ -93,7 +97,7 @@ def test_with_a_grid_gradients_under_autocast_are_bit_identical_to_stored():
     def gradients(mode):
         net.memory = mode
         net.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             loss = net(x).float().square().mean()
         loss.backward()
         return [p.grad.clone() for p in net.parameters()]
@@ -105,11 +109,13 @@ def test_with_a_grid_gradients_under_autocast_are_bit_identical_to_stored():
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 6, 7), (16, 8, 12), (3, 17, 2)])
 @pytest.mark.parametrize("skip", ["add", "concat"])
+@pytest.mark.usefixtures("device")
 def test_logits_have_the_size_of_the_input(size, skip):
     x = volume(*size, batch=1)
     assert network(skip=skip)(x).shape == (1, 3, *size)
 
 
+@pytest.mark.usefixtures("device")
 def test_side_heads_are_used_only_in_training():
     net = network(channels=(4, 8, 8, 8), deep_supervision=True)
     levels = net(volume(16, 12, 9))
@@ -130,6 +136,7 @@ def test_coarser_levels_use_fewer_chunks():
     assert chunks_of(network(channels=(4, 8, 256), chunks=8)) == [2, 2, 8]
 
 
+@pytest.mark.usefixtures("device")
 def test_state_dicts_are_interchangeable_between_memory_modes():
     nets = [network(seed, memory=mode) for seed, mode in enumerate(MEMORY_MODES)]
     for net in nets[1:]:

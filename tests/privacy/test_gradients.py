@@ -35,6 +35,12 @@ def whole_batches(model, *, size, noise_multiplier=0.0, **options):
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def examples_on_device(device, monkeypatch):
+    """Run every test of this file on every device."""
+    monkeypatch.setitem(globals(), "X", X.to(device))
+
+
 def one_step(model, private):
     """Draw a batch and leave its private gradient."""
     indices = next(private.batches())

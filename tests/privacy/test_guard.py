@@ -18,6 +18,12 @@ pytest.importorskip("opacus")
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def examples_on_device(device, monkeypatch):
+    """Run every test of this file on every device."""
+    monkeypatch.setitem(globals(), "X", X.to(device))
+
+
 class Loop:
     """A model, its private gradients and its optimizer; q is 1 unless a batch size is given."""
 

@@ -24,8 +24,8 @@ def test_every_word_of_a_secret_state_is_drawn_anew():
         assert ((each >> 31) & 1).float().mean() == pytest.approx(0.5, abs=0.15)  # high bits are used, too
 
 
-def test_secret_numbers_are_normal():
-    draws = torch.randn(200_000, generator=secret_generator())
+def test_secret_numbers_are_normal(device):
+    draws = torch.randn(200_000, generator=secret_generator(device))
     assert draws.mean().abs() < 0.02
     assert draws.std() == pytest.approx(1, abs=0.02)
 
@@ -53,6 +53,12 @@ def test_batches_may_be_empty_or_everything():
     assert next(poisson_batches(size=3, sample_rate=1.0, generator=seeded_generator(0))) == [0, 1, 2]
 
 
+def test_the_default_device_does_not_change_the_batches():
+    with torch.device("meta"):  # a device on which no value could be drawn
+        drawn = next(poisson_batches(size=40, sample_rate=0.3, generator=seeded_generator(0)))
+    assert drawn == next(poisson_batches(size=40, sample_rate=0.3, generator=seeded_generator(0)))
+
+
 @pytest.mark.parametrize("rate", [0.0, 1.5])
 def test_impossible_sample_rates_are_refused(rate):
     with pytest.raises(PrivacyError, match="sample rate is"):
@@ -70,10 +76,10 @@ def test_a_batch_is_drawn_when_it_is_asked_for_and_no_sooner():
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_noise_has_the_standard_deviation_and_is_new_for_each_parameter_and_step(secure):
+def test_noise_has_the_standard_deviation_and_is_new_for_each_parameter_and_step(secure, device):
     model = nn.Linear(300, 300, bias=False)
     model.weight.grad = torch.full_like(model.weight, 2.0)
-    noise = GaussianNoise(list(model.parameters()), generator=seeded_generator(0), secure=secure)
+    noise = GaussianNoise(list(model.parameters()), generator=seeded_generator(0, device), secure=secure)
     buffers = [each.data_ptr() for each in noise._buffers]
     steps = []
     for _ in range(2):
@@ -89,12 +95,12 @@ def test_noise_has_the_standard_deviation_and_is_new_for_each_parameter_and_step
     assert all(each.dtype == torch.float64 for each in noise._buffers)  # float32 normals end at 5.77
 
 
-def test_large_parameters_are_noised_piece_by_piece(monkeypatch):
+def test_large_parameters_are_noised_piece_by_piece(monkeypatch, device):
     monkeypatch.setattr("memsave.privacy.noise.PIECE", 1000)
     model = nn.Linear(70, 70)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    GaussianNoise(list(model.parameters()), generator=seeded_generator(0)).add_(std=1.0)
+    GaussianNoise(list(model.parameters()), generator=seeded_generator(0, device)).add_(std=1.0)
     drawn = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert drawn.std() == pytest.approx(1, rel=0.05)
     assert len(drawn.unique()) == len(drawn)

@@ -1,5 +1,7 @@
 """The peak of the allocator, for allocations of known size."""
 
+import warnings
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,6 +58,12 @@ def test_fake_tensors_and_other_devices_give_none():
         assert allocator_peak(lambda: ran.append(torch.empty(10))) is None
     assert allocator_peak(lambda: ran.append(torch.empty(10, device="meta")), device="meta") is None
     assert len(ran) == 2
+
+
+def test_measuring_on_the_cpu_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert allocator_peak(lambda: torch.empty(8 << 20, dtype=torch.uint8)) == 8 << 20
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -37,6 +37,7 @@ def assert_adds_up(report) -> None:
         assert sum(block.bytes for block in report.blocks if block.category == name) == size
 
 
+@pytest.mark.usefixtures("device")
 def test_every_category_of_a_linear_layer_is_exact():
     model = nn.Linear(10, 5)
     model.register_buffer("scale", torch.ones(5))
@@ -67,6 +68,7 @@ def test_every_category_of_a_linear_layer_is_exact():
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("release", [False, True])
+@pytest.mark.usefixtures("device")
 def test_parameters_gradients_and_optimizer_state_are_exact(warm, release):
     program = conv_program(release=release, warm=warm)
     size, count = parameter_bytes(program.model), len(list(program.model.parameters()))
@@ -294,6 +296,7 @@ def test_inference_keeps_only_the_output():
     convolution=st.booleans(),
     optimizer_kind=st.sampled_from([torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad]),
 )
+@pytest.mark.usefixtures("device")
 def test_categories_add_up_for_random_programs(widths, batch, act, recompute, convolution, optimizer_kind):
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths):
@@ -316,6 +319,7 @@ def test_categories_add_up_for_random_programs(widths, batch, act, recompute, co
     assert by_category["activation"][-1] == by_category["temporary"][-1] == by_category["gradient"][-1] == 0
 
 
+@pytest.mark.usefixtures("device")
 def test_tied_parameters_count_once():
     model = ConvNet()
     model.again = model.head

@@ -20,6 +20,7 @@ def record(step, model=NOTHING, **kwargs):
     return recorder.report(), result
 
 
+@pytest.mark.usefixtures("device")
 def test_births_and_deaths_of_a_chain_are_exact():
     x = torch.randn(100)
 
@@ -40,6 +41,7 @@ def test_births_and_deaths_of_a_chain_are_exact():
     assert report.blocks[0].shape == (200,) and report.blocks[0].dtype == "float64"
 
 
+@pytest.mark.usefixtures("device")
 def test_deaths_are_recorded_in_the_order_of_release():
     def step():
         small, middle, large = torch.zeros(1), torch.zeros(2), torch.zeros(3)
@@ -51,6 +53,7 @@ def test_deaths_are_recorded_in_the_order_of_release():
     assert report.timeline.deltas == [4, 8, 12, -8, -12, -4]
 
 
+@pytest.mark.usefixtures("device")
 def test_views_share_one_block():
     x = torch.randn(10, 10)
 
@@ -65,6 +68,7 @@ def test_views_share_one_block():
     assert report.peak_bytes == 800
 
 
+@pytest.mark.usefixtures("device")
 def test_a_block_dies_with_its_last_view():
     def step():
         y = torch.zeros(100)
@@ -77,6 +81,7 @@ def test_a_block_dies_with_its_last_view():
     assert report.timeline.deltas == [400, 4, -4, -400]
 
 
+@pytest.mark.usefixtures("device")
 def test_in_place_operations_allocate_nothing():
     x = torch.randn(100)
     report, _ = record(lambda: x.add_(1).mul_(2).relu_())
@@ -84,6 +89,7 @@ def test_in_place_operations_allocate_nothing():
     assert report.peak_bytes == 400
 
 
+@pytest.mark.usefixtures("device")
 def test_resizing_changes_the_size_of_the_block():
     def step():
         y = torch.zeros(10)
@@ -98,6 +104,7 @@ def test_resizing_changes_the_size_of_the_block():
     assert [block.bytes for block in report.blocks] == [120]
 
 
+@pytest.mark.usefixtures("device")
 def test_empty_storages_have_no_bytes():
     report, _ = record(lambda: [torch.empty(0), torch.empty(0, 5), torch.zeros(3)[:0]])
     assert report.timeline.totals()[-1] == 12  # an empty view keeps its storage alive
@@ -142,6 +149,7 @@ def test_reused_python_ids_are_different_blocks():
     assert report.timeline.deltas == [40, -40] * 200
 
 
+@pytest.mark.usefixtures("device")
 def test_tensors_saved_only_by_autograd_are_alive():
     x = torch.randn(100, requires_grad=True)
 

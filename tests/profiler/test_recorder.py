@@ -53,6 +53,7 @@ def test_fake_tensors_give_the_same_report(order, checkpointed):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.usefixtures("device")
 def test_losses_and_gradients_are_bit_equal(checkpointed):
     plain, watched = conv_program(checkpointed=checkpointed), conv_program(checkpointed=checkpointed)
     for _ in range(3):
