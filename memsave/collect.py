@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.profiler import format_bytes
-from memsave.training.result import flat, read_config, read_result
+from memsave.training.result import flatten, read_config, read_result
 
 NOTHING = "no result"
 UNSEEN = ("size", "budget_bytes")  # columns of sweep.csv that repeat others of the table for people
@@ -82,7 +82,7 @@ def read_jobs(folder: Path) -> list[Job]:
     jobs = []
     for path in sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)):
         if (path / "config.yaml").exists() or (path / "result.json").exists():
-            jobs.append(Job(path, dict(flat(read_config(path))), read_result(path)))
+            jobs.append(Job(path, dict(flatten(read_config(path))), read_result(path)))
     return jobs
 
 

@@ -10,15 +10,15 @@ from memsave.collect import collect, main, read_jobs, varied_keys
 from memsave.config import ConfigError
 from memsave.config.compose import compose
 from memsave.run import is_done
-from memsave.training.result import request_of, requested_in, write_config
-from tests.tasks.segmentation.test_task import TINY
-from tests.test_run import command
+from memsave.training.result import read_request, request_digest, write_config
+from tests.support.commands import run_command
+from tests.support.tiny_configs import TINY_UNET
 
 
 def write_job(folder, *overrides, result):
     folder.mkdir(parents=True)
-    config = compose([*TINY, *overrides])
-    write_config(config, folder, request=request_of(config))
+    config = compose([*TINY_UNET, *overrides])
+    write_config(config, folder, request=request_digest(config))
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     return config
@@ -87,33 +87,33 @@ def test_the_command_line_names_a_folder_without_jobs(tmp_path, capsys):
 
 def test_a_job_that_is_done_is_known(tmp_path):
     config = write_job(tmp_path / "0", result={"status": "ok"})
-    assert requested_in(tmp_path / "0") == request_of(config)
-    assert is_done(tmp_path / "0", config, request=request_of(config))
+    assert read_request(tmp_path / "0") == request_digest(config)
+    assert is_done(tmp_path / "0", config, request=request_digest(config))
     (tmp_path / "0" / "result.json").write_text('{"status": "over_budget"}')
-    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert not is_done(tmp_path / "0", config, request=request_digest(config))
     assert config.trainer.resume is None
 
 
 def test_a_job_that_was_cut_off_continues_from_its_checkpoint(tmp_path):
     config = write_job(tmp_path / "0", result=None)
     (tmp_path / "0" / "checkpoint").mkdir()
-    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert not is_done(tmp_path / "0", config, request=request_digest(config))
     assert config.trainer.resume == str(tmp_path / "0" / "checkpoint")
 
 
 def test_another_jobs_folder_is_left_alone(tmp_path):
     write_job(tmp_path / "0", result={"status": "ok"})
-    other = compose([*TINY, "trainer.steps=7"])
+    other = compose([*TINY_UNET, "trainer.steps=7"])
     with pytest.raises(ConfigError, match="holds another job; give the command that made it, or another"):
-        is_done(tmp_path / "0", other, request=request_of(other))
+        is_done(tmp_path / "0", other, request=request_digest(other))
 
 
 def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = ["-m", *TINY, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
+    arguments = ["-m", *TINY_UNET, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
     arguments += ["memory.engine=hooks"]
     arguments += ["hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    first = command(tmp_path, *arguments)
+    first = run_command(tmp_path, *arguments)
     assert first.returncode == 1
     assert "over_budget: sweep/0" in first.stderr
     assert "the same command with hydra.sweep.dir=sweep does what is missing" in first.stderr
@@ -121,7 +121,7 @@ def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
     assert [each["status"] for each in results] == ["over_budget", "ok"]
     assert [len(each["plan"]["rows"]) for each in results] == [1, 1]  # the sweep chose the memory mode
     changed = (tmp_path / "sweep" / "1" / "plan.png").stat().st_mtime_ns
-    assert command(tmp_path, *arguments).returncode == 1
+    assert run_command(tmp_path, *arguments).returncode == 1
     assert (tmp_path / "sweep" / "1" / "plan.png").stat().st_mtime_ns == changed
     assert "over_budget" in (tmp_path / "sweep" / "sweep.md").read_text()
     assert OmegaConf.load(tmp_path / "sweep" / "1" / "config.yaml").budget == "60MiB"
@@ -152,7 +152,7 @@ def test_a_broken_file_costs_its_own_job_alone(sweep, fault, name):
 def test_a_job_whose_result_broke_off_is_done_again(tmp_path):
     config = write_job(tmp_path / "0", result={"status": "ok"})
     (tmp_path / "0" / "result.json").write_text('{"status": "o')
-    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert not is_done(tmp_path / "0", config, request=request_digest(config))
 
 
 def test_plans_of_several_kinds_of_size_share_a_folder(tmp_path):

@@ -18,7 +18,8 @@ import memsave
 from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
 from memsave.config.schema import RevGPT2, SmallGPT2, TrainerConfig, VisitsData
-from memsave.data.text.records import Record, private_records, public_records
+from memsave.data.text.records import Record
+from memsave.data.text.visits import private_records, public_records
 from memsave.experiment import make_model
 from memsave.predict import main
 from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer

@@ -25,7 +25,7 @@ from memsave.planning.plan import calibration_of, current_strategy, make_plan
 from memsave.planning.report import draw
 from memsave.planning.variation import variation
 from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
-from memsave.training.progress import Progress
+from memsave.progress import Progress
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -32,7 +32,7 @@ from memsave.profiler import (
     parse_bytes,
     peak_on_fake,
 )
-from memsave.training.progress import Progress
+from memsave.progress import Progress
 from memsave.training.result import write_config
 
 

@@ -11,7 +11,7 @@ from memsave.planning.plan import Plan, current_strategy, make_plan
 from memsave.planning.report import draw, lines, markdown
 from memsave.planning.variation import variation
 from memsave.profiler import format_bytes, write_html
-from memsave.training.progress import Progress
+from memsave.progress import Progress
 from memsave.training.result import write_config
 
 

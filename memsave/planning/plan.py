@@ -24,7 +24,7 @@ from memsave.planning.fake_step import fake_step
 from memsave.planning.variation import Variation, variation, what_is_fixed
 from memsave.profiler import Calibration, MemoryEstimate, SearchResult, calibrate, largest, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import TrainingStep, read_calibrations, write_calibration
-from memsave.training.progress import Progress
+from memsave.progress import Progress
 from memsave.training.result import hardware, versions
 
 PER_SAMPLE = "per-example gradients"

@@ -1,4 +1,4 @@
-"""The random state of a run: PyTorch's default generators of the CPU and of the model's device."""
+"""The random state of a run: PyTorch's default generators on the CPU and on the model's device."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ def get_random_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_random_state(model: nn.Module, states: dict[str, Tensor]) -> None:
-    """Put the generators into `states`; one of a device that the model is not on is left alone."""
+    """Restore the generators of the CPU and of the model's device from `states`."""
     device = next(model.parameters()).device
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from memsave.ghost import GhostClipper
-from tests.ghost.reference import by_loop
 from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw
+from tests.support.per_example_reference import by_loop
 
 pytest.importorskip("opacus")
 from opacus.accountants import RDPAccountant

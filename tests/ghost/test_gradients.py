@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper, gradients
 from memsave.ghost.gradients import Dense, Outer, cheapest, inner
 from memsave.ghost.tap import Call
-from tests.ghost.reference import assert_exact, by_clipper
 from tests.ghost.test_layers import Head, draw, losses_of
+from tests.support.per_example_reference import assert_exact, by_clipper
 
 BATCH, ROWS, WIDTH = 3, 5, 4
 KINDS = ["dense", "outer", "transposed", "rows", "rows transposed"]

@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 
+from memsave import files
 from memsave.config.schema import OptimizerConfig
 from memsave.training import checkpoint
 from memsave.training.loop import make_state, run_steps
-from tests.training.toy import Lines, line_model, trainer
+from tests.support.linear_task import Lines, line_model, trainer
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -56,7 +57,7 @@ def test_saving_replaces_and_keeps_the_previous_one(tmp_path):
 
 def test_killed_while_writing_the_last_one_stays(tmp_path, monkeypatch):
     state, folder = saved(tmp_path)
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(files, "flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError):
         checkpoint.save(state, folder)
     checkpoint.load(make_state(line_model(), trainer()), folder)
@@ -74,7 +75,7 @@ def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
 def test_killed_between_the_renames_and_again_while_writing(tmp_path, monkeypatch):
     state, folder = saved(tmp_path)
     folder.rename(folder.with_name("checkpoint.previous"))
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(files, "flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError):
         checkpoint.save(state, folder)
     checkpoint.load(make_state(line_model(), trainer()), folder)
@@ -107,5 +108,5 @@ def test_what_cannot_be_continued_is_said(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"cannot be read .*; continue from another"):
         checkpoint.load(state, folder)
     shutil.copytree(folder, folder.with_name("checkpoint.previous"))
-    with pytest.raises(checkpoint.CheckpointError, match=r"; continue from .*checkpoint\.previous, the one before"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"; continue from the previous one, .*checkpoint\.previous"):
         checkpoint.load(state, folder)

@@ -6,7 +6,7 @@ import torch
 from memsave.training import checkpoint
 from memsave.training.ema import Ema
 from memsave.training.loop import averaged, make_state, run_steps
-from tests.training.toy import Lines, line_model, trainer
+from tests.support.linear_task import Lines, line_model, trainer
 
 
 def test_it_is_the_average_that_it_says():

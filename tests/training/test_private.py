@@ -19,32 +19,13 @@ from memsave.config.compose import compose, to_objects
 from memsave.data import DataError
 from memsave.experiment import run_experiment
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.progress import Progress
 from memsave.tasks.language.table_to_text import TableToText
 from memsave.training import checkpoint
 from memsave.training.loop import TrainingError, make_state, run_steps
-from memsave.training.private import up
-from memsave.training.progress import Progress
-from tests.training.toy import Lines, line_model, trainer
-
-TINY = [
-    "model.layers=2",
-    "model.heads=2",
-    "model.width=16",
-    "model.vocabulary=400",
-    "model.positions=200",
-    "model.records=40",
-    "model.steps=2",
-    "model.batch_size=4",
-    "data.records=40",
-    "data.held_out=4",
-    "data.generate=2",
-    "data.beams=2",
-    "data.max_length=60",
-    "trainer.steps=3",
-    "trainer.batch_size=8",
-    "trainer.micro_batch_size=5",
-]
-DP = ["experiment=gpt2_dp", *TINY]
+from memsave.training.private import round_up
+from tests.support.linear_task import Lines, line_model, trainer
+from tests.support.tiny_configs import TINY_GPT2_DP
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +35,7 @@ def cache(tmp_path_factory):
 
 def run(overrides, folder, cache):
     folder.mkdir(exist_ok=True)
-    config = to_objects(compose([*DP, f"model.cache={cache}", *overrides]))
+    config = to_objects(compose([*TINY_GPT2_DP, f"model.cache={cache}", *overrides]))
     return run_experiment(config, folder, progress=Progress())
 
 
@@ -71,10 +52,10 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
     said = capfd.readouterr().err
     assert result["data"]["examples"] == 40
     assert f"training examples: 40, {result['data']['cut_examples']} cut to 60 tokens" in said
-    assert f"epsilon = {up(spent['epsilon'], '.2f')}" in said
+    assert f"epsilon = {round_up(spent['epsilon'], '.2f')}" in said
     statement = (tmp_path / "run" / "privacy.md").read_text()
     for words in (
-        f"({up(spent['epsilon'], '.2f')}, ",
+        f"({round_up(spent['epsilon'], '.2f')}, ",
         "of 40 in training",
         "Poisson sampling",
         "Other runs",
@@ -89,7 +70,7 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
 @pytest.mark.parametrize(("delta", "warned"), [("null", True), ("1e-5", False)])
 def test_a_delta_that_promises_little_is_told(delta, warned, tmp_path, cache, capfd):
     run([f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"], tmp_path / "run", cache)
-    words = "delta is 0.017 for 40 examples: with up to that probability epsilon limits nothing"
+    words = "delta is 0.017 for 40 examples: with up to this probability the bound of epsilon fails"
     said = capfd.readouterr().err
     assert (f"warning: {words}" in said) == warned
     assert (words in (tmp_path / "run" / "privacy.md").read_text()) == warned
@@ -138,7 +119,8 @@ def test_an_epsilon_that_protects_nobody_is_told_as_one(tmp_path, cache, capfd):
     assert "(rdp), 3 steps; an epsilon this large protects nobody" in capfd.readouterr().err
     statement = (tmp_path / "run" / "privacy.md").read_text()
     assert (
-        f"at most e^{spent['epsilon']:.3g} times as likely" in statement and "protects nobody in practice" in statement
+        f"at most e^{spent['epsilon']:.3g} times as likely" in statement
+        and "In practice, an epsilon above 20 protects nobody" in statement
     )
 
 
@@ -147,7 +129,7 @@ def test_every_line_of_the_log_has_the_epsilon_spent_so_far(tmp_path, cache, cap
     mechanism = Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1)
     steps = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     assert [line["epsilon"] for line in steps] == [pytest.approx(mechanism.epsilon(k)) for k in (1, 2, 3)]
-    said = f"step 3 of 3, loss {steps[2]['loss']:.3f}, epsilon {up(mechanism.epsilon(3), '.2f')}"
+    said = f"step 3 of 3, loss {steps[2]['loss']:.3f}, epsilon {round_up(mechanism.epsilon(3), '.2f')}"
     assert said in capfd.readouterr().err
     assert result["privacy"]["epsilon"] == steps[-1]["epsilon"]
 
@@ -211,7 +193,7 @@ def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, c
     assert {"perplexity", "bleu"} <= set(result["metrics"])
     assert (tmp_path / "run" / "samples.md").is_file()
     released = ["model=gpt2", f"model.name={tmp_path / 'run' / 'model'}", "trainer.steps=1"]
-    tiny = [each for each in DP if not each.startswith("model.")]
+    tiny = [each for each in TINY_GPT2_DP if not each.startswith("model.")]
     (tmp_path / "again").mkdir()
     config = to_objects(compose([*tiny, *released, "privacy=none"]))
     again = run_experiment(config, tmp_path / "again", progress=Progress())
@@ -228,7 +210,7 @@ def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, c
     ],
 )
 def test_what_cannot_run_is_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
-    tiny = [each for each in DP if "model=gpt2" not in overrides or not each.startswith("model.")]
+    tiny = [each for each in TINY_GPT2_DP if "model=gpt2" not in overrides or not each.startswith("model.")]
     config = to_objects(compose([*tiny, *([] if "model=gpt2" in overrides else [f"model.cache={cache}"]), *overrides]))
     with pytest.raises(error, match=words):
         run_experiment(config, tmp_path, progress=Progress())
@@ -267,7 +249,7 @@ def test_a_run_whose_parameters_run_away_is_stopped():
 
 
 def test_numbers_of_a_guarantee_are_rounded_up():
-    assert [up(7.991, ".2f"), up(7.99, ".2f"), up(6.982e-5, ".2e"), up(9.999e-5, ".2e")] == [
+    assert [round_up(7.991, ".2f"), round_up(7.99, ".2f"), round_up(6.982e-5, ".2e"), round_up(9.999e-5, ".2e")] == [
         "8.00",
         "7.99",
         "6.99e-05",
@@ -307,7 +289,7 @@ def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_p
 
 def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
     from memsave.config.schema import SmallGPT2
-    from memsave.data.text.records import public_records
+    from memsave.data.text.visits import public_records
     from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
 
     sizes = SmallGPT2(layers=1, heads=2, width=16, vocabulary=400)
@@ -322,7 +304,13 @@ def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
 
 
 def command(cache, folder, *overrides):
-    tiny = [*DP, "privacy.seed=5", "privacy.noise_multiplier=1.0", "privacy.verify=false", "profiler.compare=[]"]
+    tiny = [
+        *TINY_GPT2_DP,
+        "privacy.seed=5",
+        "privacy.noise_multiplier=1.0",
+        "privacy.verify=false",
+        "profiler.compare=[]",
+    ]
     fixed = ["trainer.steps=12", "trainer.checkpoint_every=1", "trainer.evaluate_first=false", "trainer.device=cpu"]
     return [
         *(sys.executable, "-m", "memsave.run", *tiny, *fixed, f"model.cache={cache}", f"hydra.run.dir={folder}"),

@@ -22,7 +22,7 @@ for _ in range(300 // {size}):
 full = process.process_bytes()
 assert full <= process.process_peak()
 del blocks
-process.restart_peak()
+process.reset_process_peak()
 print((full - process.process_peak()) // MIB, (full - process.process_bytes()) // MIB)
 """
 

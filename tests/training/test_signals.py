@@ -11,12 +11,12 @@ import torch
 from memsave.training import checkpoint
 from memsave.training import signals as interrupt
 from memsave.training.loop import make_state, run_steps
-from memsave.training.signals import asked_to_stop
-from tests.training.toy import Lines, line_model, trainer
+from memsave.training.signals import stop_requested
+from tests.support.linear_task import Lines, line_model, trainer
 
 
 def test_signals_that_are_passed_on_twice_count_once():
-    with asked_to_stop() as stopping:
+    with stop_requested() as stopping:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
             os.kill(os.getpid(), number)
         assert stopping()
@@ -25,7 +25,7 @@ def test_signals_that_are_passed_on_twice_count_once():
 def test_an_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with asked_to_stop() as stopping:
+        with stop_requested() as stopping:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stopping()
     finally:
@@ -35,7 +35,7 @@ def test_an_ignored_hangup_stays_ignored():
 def test_a_later_signal_interrupts_at_once_and_handlers_are_put_back(monkeypatch):
     monkeypatch.setattr(interrupt, "SECONDS", -1.0)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with asked_to_stop() as stopping:
+    with stop_requested() as stopping:
         assert not stopping()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping()
@@ -70,7 +70,7 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, where):
         state.model.register_forward_hook(kill)
     else:
         state.optimizer.register_step_pre_hook(kill)
-    with asked_to_stop() as stopping:
+    with stop_requested() as stopping:
         for _ in run_steps(state, Lines(), config):
             if stopping():
                 checkpoint.save(state, tmp_path / "checkpoint")

@@ -384,14 +384,14 @@ LAYOUTS: dict[str, Layout] = {
 _OURS = {theirs: ours for layout in LAYOUTS.values() for ours, theirs in layout.modalities.items()}
 
 
-def meaning(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Our name for the modality that a challenge's files call so, as t1 for t1n; any other name stays as it is."""
     return _OURS.get(name, name)
 
 
 def in_order(names: Sequence[str], like: Sequence[str]) -> list[str] | None:
     """`names` in the order of `like`, by what they mean where the names differ; None where they are another set."""
-    for key in (str, meaning):
+    for key in (str, canonical_name):
         by_key, wanted = {key(name): name for name in names}, [key(name) for name in like]
         if len(by_key) == len(names) and sorted(by_key) == sorted(wanted):
             return [by_key[name] for name in wanted]

@@ -12,10 +12,10 @@ from torch import nn
 from memsave.config import ConfigError
 from memsave.config.schema import LanguageModel, OptimizerConfig, RevGPT2, SmallGPT2, SmolLM2, TrainerConfig, VisitsData
 from memsave.data.cache import cached_folder
-from memsave.data.text.records import public_records
+from memsave.data.text.visits import public_records
 from memsave.models.language import fuse_gelu
+from memsave.progress import Progress
 from memsave.training.loop import make_state, run_steps
-from memsave.training.progress import Progress
 
 VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from memsave.config.schema import E2EData, TextData, TrainerConfig, VisitsData
 from memsave.data.text.collate import collate, encode, encode_all, prompt_format, prompts
-from memsave.data.text.records import Record, private_records, references
+from memsave.data.text.records import Record, references
+from memsave.data.text.visits import private_records
 from memsave.models.language import IGNORED, causal_lm_losses
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch

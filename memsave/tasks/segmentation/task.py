@@ -30,10 +30,10 @@ from memsave.data.volumes.reader import labels_of, masks_of, regions
 from memsave.data.volumes.schemes import LabelScheme
 from memsave.data.volumes.splits import fold, split_cases, split_from_file
 from memsave.data.volumes.transforms import resample
+from memsave.progress import Progress
 from memsave.tasks.segmentation.overlay import Picture, draw_overlay
 from memsave.tasks.segmentation.unet_config import CONFIG, UNetConfig, modalities_of, scheme_of
 from memsave.training.loop import autocast, evaluating
-from memsave.training.progress import Progress
 from memsave.training.task import Batch
 
 WEIGHTS = "model.safetensors"

@@ -1,40 +1,16 @@
 import shlex
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
 
 from memsave.data import DataError
 from memsave.data.volumes.layouts import LAYOUTS, MODALITIES, find_cases, scan
 from memsave.data.volumes.reader import read_case
 from memsave.data.volumes.schemes import SCHEMES
+from tests.support.volume_files import SHAPE, brats, decathlon, save
 
-SHAPE = (5, 4, 3)
 REAL = Path(__file__).parents[4] / "shared" / "data" / "brain-mri"
 FILES_2023 = ("t1n", "t1c", "t2w", "t2f")
-
-
-def save(path, value=1, *, shape=SHAPE):
-    """A NIfTI file full of `value`, or of these voxels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    volume = np.full(shape, value, dtype=np.float32) if np.isscalar(value) else value
-    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
-
-
-def brats(root, id, *, separator="_", parts=MODALITIES, label=0, suffix=".nii.gz"):
-    """A case whose modalities hold 1, 2, 3, 4."""
-    for value, part in enumerate(parts, start=1):
-        save(root / id / f"{id}{separator}{part}{suffix}", value)
-    if label is not None:
-        save(root / id / f"{id}{separator}seg{suffix}", label)
-
-
-def decathlon(root, id, *, label=0, folder="imagesTr"):
-    """A 4D file whose FLAIR, T1w, T1gd, T2w hold 4, 1, 2, 3, which is 1, 2, 3, 4 in our order."""
-    save(root / folder / f"{id}.nii.gz", np.broadcast_to(np.float32([4, 1, 2, 3]), (*SHAPE, 4)))
-    if label is not None:
-        save(root / "labelsTr" / f"{id}.nii.gz", label)
 
 
 def held(case):

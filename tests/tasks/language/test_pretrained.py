@@ -11,7 +11,8 @@ import transformers
 
 from memsave.config import ConfigError
 from memsave.config.schema import LanguageModel, SmallGPT2, SmolLM2
-from memsave.data.text.records import public_records
+from memsave.data.text.visits import public_records
+from memsave.progress import Progress
 from memsave.tasks.language.pretrained import (
     converted_smollm2,
     language_config,
@@ -19,7 +20,6 @@ from memsave.tasks.language.pretrained import (
     small_gpt2,
     train_tokenizer,
 )
-from memsave.training.progress import Progress
 
 SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
 

@@ -10,11 +10,12 @@ pytest.importorskip("sacrebleu")
 
 from memsave.config.schema import SmallGPT2, TrainerConfig, VisitsData
 from memsave.data.text.collate import collate, encode, encode_all, prompts
-from memsave.data.text.records import Record, private_records, public_records
+from memsave.data.text.records import Record
+from memsave.data.text.visits import private_records, public_records
 from memsave.models.language import causal_lm_losses
 from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
 from memsave.tasks.language.table_to_text import TableToText
-from tests.ghost.reference import assert_exact
+from tests.support.per_example_reference import assert_exact
 
 SIZES = SmallGPT2(layers=2, heads=2, width=16, vocabulary=400, positions=200)
 

@@ -7,7 +7,6 @@ all, so killed and concurrent generations do no harm. Case i depends on (seed, i
 """
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import numpy as np
 from memsave.data.cache import cached_folder
 from memsave.data.errors import DataError
 from memsave.data.volumes.layouts import MODALITIES, Case, find_cases
+from memsave.progress import Throttle
 
 VERSION = 1  # raise it with every change of what is drawn: the cache then generates anew
 ANATOMIES = ("drawn", "mni152")
-SECONDS_BETWEEN_LINES = 10.0
 SMALLEST, LARGEST = (16, 16, 16), (240, 240, 155)
 
 Size = tuple[int, int, int]
@@ -43,10 +42,9 @@ def write_phantoms(
     "mni152" without nilearn.
     """
     _check_settings(cases=cases, size=size, without_enhancing=without_enhancing, anatomy=anatomy)
-    told = time.monotonic()
+    throttle = Throttle()
     for index in range(cases):
-        if progress and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if progress and throttle.ready():
             progress(f"  made {index} of {cases} phantoms")
         spread = math.floor((index + 1) * without_enhancing) - math.floor(index * without_enhancing)
         _write_case(Path(root), index=index, size=size, seed=seed, enhancing=spread == 0, anatomy=anatomy)
