@@ -43,13 +43,14 @@ def parse_arguments(arguments: Sequence[str], schema: type[T], *, example: str) 
             continue
         try:
             options = OmegaConf.merge(options, OmegaConf.from_dotlist([argument]))
+            options[key]  # resolves an interpolation
         except (OmegaConfBaseException, YAMLError) as error:
             raise ArgumentError(f"{key} is {value!r}: give {known[key].metadata['expects']}") from error
-    for key, each in known.items():
-        if each.default == MISSING and key not in text:
+    required = [key for key, each in known.items() if each.default == MISSING]
+    for key in required:
+        if key not in text:
             raise ArgumentError(f"{key} is not given: name a folder, as in {key}=/my/{key}")
-    required = {key: text.get(key, "") for key, each in known.items() if each.default == MISSING}
-    parsed = OmegaConf.to_object(OmegaConf.merge(options, required))
+    parsed = OmegaConf.to_object(OmegaConf.merge(options, dict.fromkeys(required, "")))
     return replace(cast(Any, parsed), **text)
 
 

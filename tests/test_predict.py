@@ -179,28 +179,28 @@ def as_layout(source, layout, names):
 
 
 def test_a_run_on_a_folder_reads_a_challenge_by_what_its_names_mean(tmp_path):
-    from memsave.predict import _input
+    from memsave.predict import Arguments, _scan_kwargs
 
     def ask(*trained, **given):
         data = BratsData(layout="folder", modalities=list(trained), mask="label")
         config = UNetConfig.of(data, model=SimpleNamespace(arguments={}), precision="float32")
-        return _input(given, config)
+        return _scan_kwargs(Arguments(**given), config)
 
     found = ask("t2f", "t1c", layout="brats2021")
     assert found == {"layout": "brats2021", "modalities": ["flair", "t1ce"], "mask": None, "scheme": "binary"}
-    assert ask("t2f", "t1c", layout="brats2023", modalities=["t1c", "t2f"])["modalities"] == ["flair", "t1ce"]
-    assert ask("flair", "CE", modalities=["CE", "flair"])["modalities"] == ["flair", "CE"]
+    assert ask("t2f", "t1c", layout="brats2023", modalities="t1c,t2f")["modalities"] == ["flair", "t1ce"]
+    assert ask("flair", "CE", modalities="CE,flair")["modalities"] == ["flair", "CE"]
     assert ask("flair", "CE") == {
         "layout": "folder",
         "modalities": ["flair", "CE"],
         "mask": "label",
         "scheme": "binary",
     }
-    assert ask("t1c", "t1ce", modalities=["t1ce", "t1c"])["modalities"] == ["t1c", "t1ce"]  # names before meanings
+    assert ask("t1c", "t1ce", modalities="t1ce,t1c")["modalities"] == ["t1c", "t1ce"]  # names before meanings
     with pytest.raises(ConfigError, match=r"trained on flair, CE, and layout=brats2021 has no CE; give layout=folder"):
         ask("flair", "CE", layout="brats2021")
     with pytest.raises(ConfigError, match=r"modalities are t1n, t1, and the run was trained on t1ce, t1; give these,"):
-        ask("t1ce", "t1", layout="folder", modalities=["t1n", "t1"])
+        ask("t1ce", "t1", layout="folder", modalities="t1n,t1")
 
 
 def test_whatever_befalls_one_case_the_others_go_on(trained, tmp_path, monkeypatch, capfd):
@@ -317,7 +317,7 @@ def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
         (["layout=folder", "modalities=[a,b,c,d]"], "the input's modalities are a, b, c, d, and the run was trained"),
         (["layout=[1]"], "layout is '[1]': choose one of"),
         (["nonsense"], "have the form key=value"),
-        (["input="], "input is not given"),
+        (["input="], "'input=' cannot be read"),
     ],
 )
 def test_bad_input_is_one_sentence(trained, tmp_path, capsys, arguments, words):

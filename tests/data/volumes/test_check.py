@@ -184,7 +184,7 @@ def test_mixed_schemes_are_named(root):
     cases = find_cases(root)
     cases[0] = replace(cases[0], scheme=SCHEMES["brats2024"])
     (fault,) = check_cases(cases)
-    assert fault == "The cases follow the schemes brats2021, brats2024: check the cases of each by themselves."
+    assert fault == "The cases follow the schemes brats2021, brats2024: check the cases of each scheme separately."
 
 
 def test_the_table_counts(root):
@@ -244,7 +244,7 @@ def test_the_command_reads_a_folder_of_masks(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "root is not given: name the folder"),
+        ([], "root is not given: name a folder"),
         (["root=/nowhere"], "The data folder /nowhere does not exist"),
         (["root"], "'root' cannot be read: arguments have the form key=value"),
         (["root="], "'root=' cannot be read"),
@@ -253,7 +253,7 @@ def test_the_command_reads_a_folder_of_masks(tmp_path, capsys):
         (["root=.", "layout=brats"], "layout is 'brats': choose one of"),
         (["root=.", "scheme=x"], "scheme is 'x': choose one of"),
         (["root=.", "workers=0"], "workers is '0': give a number from 1 on"),
-        (["root=.", "labelled=no"], "labelled is 'no': give true or false"),
+        (["root=.", "labelled=maybe"], "labelled is 'maybe': give true or false"),
         (["root=.", "modalities=[pet]"], "layout=brats2021 has no modality 'pet'"),
     ],
 )
@@ -266,4 +266,4 @@ def test_bad_arguments_are_named(arguments, sentence, capsys):
 def test_help_is_the_document(capsys):
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == check.__doc__.strip()
-    assert all(f"    {key} " in check.__doc__ for key in check.KEYS)
+    assert all(f"    {key} " in check.__doc__ for key in vars(check.Arguments()))
