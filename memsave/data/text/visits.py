@@ -52,7 +52,7 @@ def private_records(count: int, *, seed: int = 0) -> list[Record]:
 
 def _records(count: int, *, kind: str, domains: Sequence[Domain], seed: int) -> list[Record]:
     if count < 1:
-        raise DataError(f"The number of records is {count}: ask for at least 1.")
+        raise DataError(f"The number of records is {count}: give at least 1.")
     rng = random.Random(f"{kind} {seed}")  # a string gives the same seed in every process, a tuple does not
     return [_record(rng.choice(domains), rng=rng) for _ in range(count)]
 

@@ -31,7 +31,7 @@ from memsave.arguments import ArgumentError, names_in, parse_arguments
 from memsave.data.errors import DataError
 from memsave.data.volumes.layouts import Case, duplicates, scan
 from memsave.data.volumes.reader import inspect_case
-from memsave.data.volumes.schemes import BRATS_2021, SCHEMES, LabelScheme, fitting
+from memsave.data.volumes.schemes import BRATS_2021, SCHEMES, LabelScheme, schemes_with
 from memsave.progress import Throttle
 
 WORKERS = "a number from 1 on"
@@ -228,7 +228,7 @@ def _empty_regions(summaries: Sequence[CaseSummary], scheme: LabelScheme) -> lis
     """One sentence for each region that no labelled case has."""
     labelled = [each for each in summaries if each.labels is not None]
     found = {value for each in labelled for value in each.labels or ()}
-    others = [name for name in fitting(found) if all(found & set(of) for of in SCHEMES[name].regions.values())]
+    others = [name for name in schemes_with(found) if all(found & set(of) for of in SCHEMES[name].regions.values())]
     remedy = f"give another scheme, perhaps {' or '.join(others)}" if others else "check the scheme"
     listed = ", ".join(map(str, sorted(found)))
     return [

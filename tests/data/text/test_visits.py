@@ -107,5 +107,5 @@ def test_the_two_parts_share_the_names_to_copy():
 
 @PARTS
 def test_a_count_below_one_is_named(draw):
-    with pytest.raises(DataError, match=r"number of records is 0: ask for at least 1"):
+    with pytest.raises(DataError, match=r"number of records is 0: give at least 1"):
         draw(0)

@@ -356,10 +356,10 @@ def test_a_case_keeps_its_scheme(write_case):
 
 def test_cases_of_two_kinds_are_named(phantoms):
     other = replace(phantoms[1], modalities=MODALITIES[::-1])
-    with pytest.raises(DataError, match=rf"Cases {phantoms[0].id} and {other.id} have other modalities"):
+    with pytest.raises(DataError, match=rf"Cases {phantoms[0].id} and {other.id} have different modalities"):
         Volumes([phantoms[0], other])
     other = replace(phantoms[1], scheme=SCHEMES["msd"])
-    with pytest.raises(DataError, match="have other label schemes"):
+    with pytest.raises(DataError, match="have different label schemes"):
         Volumes([phantoms[0], other])
     assert Volumes([phantoms[0], other], scheme=SCHEMES["brats2021"]).scheme.name == "brats2021"
 

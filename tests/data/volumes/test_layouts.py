@@ -65,7 +65,7 @@ def test_what_the_decathlon_lacks_is_named(tmp_path):
     decathlon(tmp_path, "BRATS_003")
     save(tmp_path / "imagesTr" / "BRATS_003.nii", shape=(*SHAPE, 4))
     (fault,) = scan(tmp_path, "msd").faults[2:]
-    assert "BRATS_003 has BRATS_003.nii and BRATS_003.nii.gz for one thing" in fault
+    assert "BRATS_003 has several files for one modality or mask, BRATS_003.nii and BRATS_003.nii.gz" in fault
 
 
 def test_a_decathlon_file_with_too_few_channels_is_named(tmp_path):
@@ -100,7 +100,7 @@ def test_the_longer_of_two_modalities_is_meant(tmp_path):
 def test_a_file_that_belongs_to_no_case_is_named(tmp_path):
     for name in ("A_image", "A_label", "B_imgae", "B_label", "C", "_image"):
         save(tmp_path / f"{name}.nii.gz")
-    with pytest.raises(DataError, match=r"/C\.nii\.gz belongs to no case: name it ID_image\.nii\.gz") as caught:
+    with pytest.raises(DataError, match=r"/C\.nii\.gz belongs to no case: rename it to ID_image\.nii\.gz") as caught:
         find_cases(tmp_path, "folder", modalities=["image"], mask="label", labelled=False)
     settings = f"root={tmp_path} layout=folder 'modalities=[image]' mask=label labelled=false"
     command = f"python -m memsave.data.check {settings}"
@@ -114,7 +114,7 @@ def test_a_file_that_belongs_to_no_case_is_named(tmp_path):
 def test_two_masks_are_a_question(tmp_path):
     for name in ("A_image", "A_label", "A_seg"):
         save(tmp_path / f"{name}.nii.gz")
-    with pytest.raises(DataError, match=r"A has A_seg\.nii\.gz and A_label\.nii\.gz for one thing: .* give mask="):
+    with pytest.raises(DataError, match=r"A has several files .*, A_seg\.nii\.gz and A_label\.nii\.gz: .* give mask="):
         find_cases(tmp_path, "folder", modalities=["image"])
     (case,) = find_cases(tmp_path, "folder", modalities=["image"], mask="label")
     assert case.label == tmp_path / "A_label.nii.gz"
@@ -216,7 +216,7 @@ def test_every_incomplete_case_is_told(tmp_path):
 def test_a_file_twice_is_named(tmp_path):
     brats(tmp_path, "A")
     save(tmp_path / "A" / "A_t2.nii")
-    with pytest.raises(DataError, match=r"A has A_t2\.nii and A_t2\.nii\.gz for one thing"):
+    with pytest.raises(DataError, match=r"A has several files for one modality or mask, A_t2\.nii and A_t2\.nii\.gz"):
         find_cases(tmp_path)
 
 
@@ -233,10 +233,13 @@ def test_a_file_without_its_case_in_its_name_is_none_of_the_case(tmp_path):
         ({"layout": "brats2022"}, r"layout is 'brats2022': choose one of brats2018, .*folder\.$"),
         ({"scheme": "brats"}, r"scheme is 'brats': choose one of .*binary\.$"),
         ({"modalities": ["t1", "pet"]}, r"layout=brats2021 has no modality 'pet': choose from t1, t1ce, t2, flair\.$"),
-        ({"modalities": ["t1", "t1"]}, r"modalities are t1, t1: name each of them once\.$"),
-        ({"mask": "label"}, r"mask=label is for layout=folder"),
-        ({"layout": "folder"}, r"layout=folder needs the modalities .* modalities=\[t1ce\]\.$"),
-        ({"layout": "folder", "modalities": ["a"], "mask": "a"}, r"mask=a is for layout=folder, and for none of its"),
+        ({"modalities": ["t1", "t1"]}, r"modalities are t1, t1: give each of them once\.$"),
+        ({"mask": "label"}, r"mask=label is only for layout=folder"),
+        ({"layout": "folder"}, r"layout=folder needs modalities, .* modalities=\[t1ce\]\.$"),
+        (
+            {"layout": "folder", "modalities": ["a"], "mask": "a"},
+            r"mask=a is only for layout=folder, and must not be one of its",
+        ),
     ],
 )
 def test_bad_choices_are_named(tmp_path, settings, sentence):

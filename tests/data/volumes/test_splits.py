@@ -97,8 +97,8 @@ def test_a_split_from_a_file(tmp_path, suffix):
         ({**SPLIT, "holdout": ["E"], "test": []}, r"names the split 'holdout': call it one of train, validation, test"),
         ({"train": [*"ABCD"], "test": ["E"]}, r"leaves validation empty"),
         ({"validation": [*"ABCD"], "test": ["E"]}, r"leaves train empty"),
-        ({"train": "ABCDE"}, r"has another form than"),
-        (["A"], r"has another form than"),
+        ({"train": "ABCDE"}, r"does not have the form"),
+        (["A"], r"does not have the form"),
     ],
 )
 def test_bad_split_files_are_named(tmp_path, content, sentence):
@@ -114,7 +114,7 @@ def test_bad_split_files_are_named(tmp_path, content, sentence):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("split.json", "{", r"split\.json is no JSON"),
+        ("split.json", "{", r"split\.json is not JSON"),
         ("split.csv", "case,split\nA,train", r"split\.csv has the columns case, split: it needs id and split"),
         ("split.csv", "id,split\nA", r"split\.csv names the split ''"),
         ("split.txt", "A", r"split\.txt is neither \.json nor \.csv"),
