@@ -27,26 +27,26 @@ def parse_arguments(arguments: Sequence[str], schema: type[T], *, example: str) 
     for error messages. Raises ArgumentError for an argument of another form, an unknown key, a value of the wrong type
     and a missing key.
     """
-    known = {each.name: each for each in fields(cast(Any, schema))}
+    schema_fields = {each.name: each for each in fields(cast(Any, schema))}
     options: Any = OmegaConf.structured(schema)
     text: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:
             raise ArgumentError(f"{argument!r} cannot be read: arguments have the form key=value, as in {example}")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+        if key not in schema_fields:
+            close = difflib.get_close_matches(key, schema_fields, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ArgumentError(f"{key} is not known: the keys are {', '.join(known)}{hint}")
-        if known[key].type in (str, str | None):
+            raise ArgumentError(f"{key} is not known: the keys are {', '.join(schema_fields)}{hint}")
+        if schema_fields[key].type in (str, str | None):
             text[key] = value
             continue
         try:
             options = OmegaConf.merge(options, OmegaConf.from_dotlist([argument]))
             options[key]  # resolves an interpolation
         except (OmegaConfBaseException, YAMLError) as error:
-            raise ArgumentError(f"{key} is {value!r}: give {known[key].metadata['expects']}") from error
-    required = [key for key, each in known.items() if each.default == MISSING]
+            raise ArgumentError(f"{key} is {value!r}: give {schema_fields[key].metadata['expects']}") from error
+    required = [key for key, each in schema_fields.items() if each.default == MISSING]
     for key in required:
         if key not in text:
             raise ArgumentError(f"{key} is not given: name a folder, as in {key}=/my/{key}")

@@ -1,4 +1,4 @@
-"""One thread a process, set before torch is loaded: tensors are small, and tests run side by side. And a tiny run."""
+"""Fixtures of small runs. One thread per process, set before torch is imported, because tests run in parallel."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """(the folder of a run that segments a little, the folder of its four phantoms); for tests that only read them."""
+    """(folder of a trained segmentation run, folder of its four phantoms), for read-only tests."""
     from memsave.config.compose import compose
     from memsave.run import execute
     from tests.support.tiny_configs import TINY_UNET

@@ -134,7 +134,7 @@ class Guard:
     @property
     def _waiting_batches(self) -> str:
         more = len(self._drawn) - 1
-        return f"; {more} more batches were drawn, and must be used in this order" if more else ""
+        return f"; further batches drawn: {more}, to be used in this order" if more else ""
 
     def _check_weights(self) -> None:
         if self._weight_versions != [p._version for p in self._parameters]:

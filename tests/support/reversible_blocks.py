@@ -1,4 +1,4 @@
-"""Small branches and the comparison with the stored twin that the tests of this folder share."""
+"""Small reversible networks, and their comparison with networks that store activations."""
 
 import copy
 
@@ -22,7 +22,7 @@ def sequence(depth=3, channels=4, *, branch=conv_branch, dtype=torch.float64, se
 
 
 def twin_of(net):
-    """The same network with every sequence stored."""
+    """A copy of the network whose sequences store activations."""
     twin = copy.deepcopy(net)
     for module in twin.modules():
         if isinstance(module, ReversibleSequence):
@@ -31,7 +31,7 @@ def twin_of(net):
 
 
 def gradients(net, x, *, seed=1, loss=lambda y: y.square().mean()):
-    """Loss and gradients of one step, with respect to the input and every parameter."""
+    """The loss of one step, and its gradients with respect to the input and every parameter."""
     torch.manual_seed(seed)
     net.zero_grad()
     x = x.clone().requires_grad_()
@@ -47,7 +47,7 @@ def assert_same(ours, stored, *, rtol=1e-9, atol=1e-12):
 
 
 def assert_same_as_stored(net, x, **options):
-    twin = twin_of(net)  # before the step, which may move buffers
+    twin = twin_of(net)  # copied before the step, which may change buffers
     assert_same(gradients(net, x, **options), gradients(twin, x, **options))
 
 
@@ -63,7 +63,7 @@ class Twice(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts how often it is evaluated."""
+    """Counts its forward calls."""
 
     def __init__(self, inner):
         super().__init__()

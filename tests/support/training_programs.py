@@ -1,4 +1,4 @@
-"""Small programs whose memory the tests know: one training step each, as a function of nothing."""
+"""Small training steps with known memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Program:
 
 
 def conv_program(*, size: int = 8, release: bool = False, warm: bool = False, **net: Any) -> Program:
-    """AdamW on a `ConvNet`; `release` lets go of the gradients at the end of a step, `warm` trains one step before."""
+    """AdamW on a `ConvNet`; `release` clears gradients after a step, `warm` trains one step before."""
     torch.manual_seed(0)
     model = ConvNet(**net)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)

@@ -5,7 +5,7 @@ from memsave.training.private import LOOKAHEAD, EpsilonMonitor
 from tests.support.linear_task import line_model
 
 
-def test_the_epsilon_of_a_long_run_is_computed_a_few_times_and_never_too_low(monkeypatch):
+def test_epsilon_is_computed_rarely_and_is_an_upper_bound(monkeypatch):
     model, calls = line_model(), []
     private = PrivateGradients(model, Mechanism(48, 2, 0.7, 0.5, delta=1e-3), seed=None)
     monkeypatch.setattr(Mechanism, "epsilon", lambda self, steps: calls.append(steps) or float(steps))

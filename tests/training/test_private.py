@@ -1,4 +1,4 @@
-"""Private training through the one loop: what a run says, refuses, and continues."""
+"""Private training in the training loop: reports, refusals, and resumed runs."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def run(overrides, folder, cache):
     return run_experiment(config, folder, progress=Progress())
 
 
-def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd):
+def test_a_run_reports_epsilon_and_releases_its_model(tmp_path, cache, capfd):
     result = run(["privacy.noise_multiplier=1.0"], tmp_path / "run", cache)
     spent = result["privacy"]
     assert spent["steps"] == 3
@@ -68,7 +68,7 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
 
 
 @pytest.mark.parametrize(("delta", "warned"), [("null", True), ("1e-5", False)])
-def test_a_delta_that_promises_little_is_told(delta, warned, tmp_path, cache, capfd):
+def test_a_large_delta_is_reported(delta, warned, tmp_path, cache, capfd):
     run([f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"], tmp_path / "run", cache)
     words = "delta is 0.017 for 40 examples: with up to this probability the bound of epsilon fails"
     said = capfd.readouterr().err
@@ -76,7 +76,7 @@ def test_a_delta_that_promises_little_is_told(delta, warned, tmp_path, cache, ca
     assert (words in (tmp_path / "run" / "privacy.md").read_text()) == warned
 
 
-def test_a_target_is_calibrated_for(tmp_path, cache):
+def test_noise_is_calibrated_to_the_target(tmp_path, cache):
     spent = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
     assert 4.9 <= spent["epsilon"] <= 5
 
@@ -112,10 +112,10 @@ def test_an_epsilon_that_cannot_be_computed_stops_a_run_before_its_first_step(tm
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_an_epsilon_that_protects_nobody_is_told_as_one(tmp_path, cache, capfd):
+def test_a_very_large_epsilon_is_reported_as_no_protection(tmp_path, cache, capfd):
     spent = run(["privacy.noise_multiplier=1e-3"], tmp_path / "run", cache)["privacy"]
     assert 1e5 < spent["epsilon"] < 1e9
-    assert spent["accountant"] == "rdp"  # beyond what PRV is asked for
+    assert spent["accountant"] == "rdp"  # PRV is not used for such a large epsilon
     assert "(rdp), 3 steps; an epsilon this large protects nobody" in capfd.readouterr().err
     statement = (tmp_path / "run" / "privacy.md").read_text()
     assert (
@@ -135,7 +135,7 @@ def test_every_line_of_the_log_has_the_epsilon_spent_so_far(tmp_path, cache, cap
 
 
 def interrupted_at(step, monkeypatch):
-    """Have the run asked to stop in that step."""
+    """Send the run a stop signal in that step."""
     original, calls = PrivateGradients.finish, []
 
     def finish(self):
@@ -147,7 +147,7 @@ def interrupted_at(step, monkeypatch):
     monkeypatch.setattr(PrivateGradients, "finish", finish)
 
 
-def test_an_interrupted_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, monkeypatch):
+def test_an_interrupted_run_reports_epsilon_and_releases_its_model(tmp_path, cache, monkeypatch):
     interrupted_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(["privacy.noise_multiplier=1.0", "profiler.compare=[]"], tmp_path / "run", cache)
@@ -163,7 +163,7 @@ def test_an_interrupted_run_says_what_it_spent_and_releases_its_model(tmp_path, 
 
 
 @pytest.mark.parametrize("part", ["evaluate", "show", "summary"])
-def test_faults_after_the_last_step_cost_neither_model_nor_statement(part, tmp_path, cache, monkeypatch):
+def test_faults_after_the_last_step_keep_model_and_statement(part, tmp_path, cache, monkeypatch):
     def fail(self, *args):
         raise RuntimeError("no such font")
 
@@ -176,7 +176,7 @@ def test_faults_after_the_last_step_cost_neither_model_nor_statement(part, tmp_p
     assert (tmp_path / "run" / "checkpoint" / "state.json").is_file()
 
 
-def test_without_privacy_it_runs_the_same(tmp_path, cache):
+def test_the_run_works_without_privacy(tmp_path, cache):
     result = run(["privacy=none", "memory=checkpoint", "profiler.compare=[]"], tmp_path / "run", cache)
     assert result["privacy"] is None
     assert not (tmp_path / "run" / "privacy.md").exists()
@@ -209,7 +209,7 @@ def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, c
         (["model=gpt2", "model.name=/no/such/folder"], ConfigError, "is no folder here and no name that a hub can"),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
+def test_impossible_configs_are_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
     tiny = [each for each in TINY_GPT2_DP if "model=gpt2" not in overrides or not each.startswith("model.")]
     config = to_objects(compose([*tiny, *([] if "model=gpt2" in overrides else [f"model.cache={cache}"]), *overrides]))
     with pytest.raises(error, match=words):
@@ -217,7 +217,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(overrides, error, words, tmp
 
 
 class Persons(Lines):
-    """The examples of `Lines`, one by one, to be sampled."""
+    """The examples of `Lines` as a data set for sampling."""
 
     size = 48
 
@@ -236,11 +236,11 @@ def test_the_loop_takes_empty_batches_and_counts_them():
     config = trainer(steps=40)
     state = private_state(0, config=config)
     done = list(run_steps(state, Persons(), config))
-    assert [each.loss for each in done].count(None) > 0  # of batches of 2 expected, some are empty
+    assert [each.loss for each in done].count(None) > 0  # some batches are empty at an expected size of 2
     assert state.private.steps == 40
 
 
-def test_a_run_whose_parameters_run_away_is_stopped():
+def test_a_run_with_diverging_parameters_is_stopped():
     config = trainer(steps=5)
     state = private_state(0, config=config)
     state.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
@@ -258,10 +258,10 @@ def test_numbers_of_a_guarantee_are_rounded_up():
 
 
 @pytest.mark.parametrize("size", [None, 1, 2])
-def test_the_micro_batch_changes_nothing(size):
+def test_the_micro_batch_size_does_not_change_the_result(size):
     config = trainer(steps=5, micro_batch_size=size)
     state = private_state(0, config=config)
-    state.model.eval()  # dropout draws its numbers micro-batch by micro-batch
+    state.model.eval()  # dropout depends on the micro-batches
     list(run_steps(state, Persons(), config))
     other = private_state(0, config=config)
     other.model.eval()
@@ -270,7 +270,7 @@ def test_the_micro_batch_changes_nothing(size):
         torch.testing.assert_close(one, another, rtol=1e-9, atol=1e-12)
 
 
-def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_path):
+def test_a_private_checkpoint_is_continued_only_by_a_private_run(tmp_path):
     config = trainer(steps=4)
     state = private_state(0, config=config)
     steps = run_steps(state, Persons(), config)
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_p
         assert torch.equal(one, another)
 
 
-def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
+def test_tied_parameters_are_saved_once_and_restored(tmp_path, cache):
     from memsave.config.schema import SmallGPT2
     from memsave.data.text.visits import public_records
     from memsave.tasks.language.pretrained import small_gpt2, train_tokenizer
@@ -318,7 +318,7 @@ def command(cache, folder, *overrides):
     ]
 
 
-def test_a_run_that_is_killed_resumes_to_the_same_bits_and_counts_no_step_twice(tmp_path, cache):
+def test_a_killed_run_resumes_bit_for_bit_and_counts_no_step_twice(tmp_path, cache):
     whole, killed, resumed = tmp_path / "whole", tmp_path / "killed", tmp_path / "resumed"
     subprocess.run(command(cache, whole), check=True, capture_output=True)
     process = subprocess.Popen(command(cache, killed), stderr=subprocess.DEVNULL)
@@ -338,7 +338,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits_and_counts_no_step_twice(
         assert torch.equal(tensor, weights[1][name]), name
     taken = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()][:-1]
     assert taken == list(range(taken[0], 13))
-    assert 1 < taken[0] <= 12  # it did not start from the beginning
+    assert 1 < taken[0] <= 12  # it resumed after a completed step
 
 
 def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
@@ -354,7 +354,7 @@ def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
     assert spent["epsilon"] > 0
 
 
-def test_another_number_of_steps_keeps_the_checkpoints_noise_and_the_target(tmp_path, cache):
+def test_a_resumed_run_with_other_steps_keeps_noise_and_target(tmp_path, cache):
     first = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
     known = ["privacy.target_epsilon=5", "privacy.accountant=rdp", f"trainer.resume={tmp_path / 'run'}"]
     with pytest.raises(
@@ -366,7 +366,7 @@ def test_another_number_of_steps_keeps_the_checkpoints_noise_and_the_target(tmp_
     assert (more["steps"], first["epsilon"] < more["epsilon"] < 7) == (5, True)
 
 
-def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path, cache, monkeypatch):
+def test_unreadable_data_loses_no_step_and_spends_no_epsilon(tmp_path, cache, monkeypatch):
     gather, calls = TableToText.gather, []
 
     def broken(self, indices, *, step):

@@ -1,4 +1,4 @@
-"""One run a folder."""
+"""A folder holds one run."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_a_second_run_is_refused_unless_it_resumes(tmp_path, name):
         refuse_second_run(folder, resume=str(resume))
 
 
-def test_a_folder_is_one_process_s_until_that_has_ended(tmp_path):
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     hold = f"""
 from pathlib import Path
 from memsave.training.run_folder import lock_folder

@@ -1,4 +1,4 @@
-"""A run that is asked to stop leaves a checkpoint that continues bit for bit."""
+"""A run that receives a stop signal leaves a checkpoint that continues bit for bit."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from memsave.training.signals import stop_requested
 from tests.support.linear_task import Lines, line_model, trainer
 
 
-def test_signals_that_are_passed_on_twice_count_once():
+def test_repeated_signals_count_once():
     with stop_requested() as stopping:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
             os.kill(os.getpid(), number)
@@ -23,7 +23,7 @@ def test_signals_that_are_passed_on_twice_count_once():
 
 
 def test_an_ignored_hangup_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
         with stop_requested() as stopping:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -44,7 +44,7 @@ def test_a_later_signal_interrupts_at_once_and_handlers_are_put_back(monkeypatch
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_process_that_is_told_to_end_is_interrupted():
+def test_sigterm_interrupts_the_process():
     program = (
         "import os, signal; from memsave.training.signals import interrupt_at_signals; interrupt_at_signals()\n"
         "try: os.kill(os.getpid(), signal.SIGTERM)\nexcept KeyboardInterrupt: print('interrupted')"
@@ -53,7 +53,7 @@ def test_a_process_that_is_told_to_end_is_interrupted():
 
 
 @pytest.mark.parametrize("where", ["forward", "optimizer"])
-def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, where):
+def test_a_signal_during_a_step_stops_after_the_step(tmp_path, where):
     config = trainer()
     torch.manual_seed(3)
     whole = [done.loss for done in run_steps(make_state(line_model(), config), Lines(), config)]

@@ -137,7 +137,7 @@ class TrainingCrops(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self.length:
-            raise IndexError(f"Crop {index} was asked for and the run draws {self.length}: count from 0.")
+            raise IndexError(f"crop index {index} is out of range for {self.length} crops: count from 0.")
         epoch, position = divmod(index, len(self.volumes))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.volumes))
         return self.example(int(order[position]), draw=index)

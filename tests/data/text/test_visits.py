@@ -11,7 +11,7 @@ COUNT = 4000
 
 
 def parsed(table):
-    """The attributes of a table by name; fails where it is not in the challenge's form."""
+    """The attributes of a table by name; fails if the table does not have the challenge's format."""
     parts = table.split(", ")
     assert all(re.fullmatch(r"[a-z]+\[[^\[\],]+\]", part) for part in parts), table
     values = dict(part.removesuffix("]").split("[") for part in parts)
@@ -24,7 +24,7 @@ def names(domains):
 
 
 @PARTS
-def test_records_depend_on_the_seed_and_their_place_alone(draw):
+def test_records_depend_only_on_seed_and_index(draw):
     assert draw(50, seed=3) == draw(80, seed=3)[:50]
     assert not set(draw(50, seed=3)) & set(draw(50, seed=4))
 
@@ -41,7 +41,7 @@ def test_records_are_the_same_in_every_process():
 
 
 @PARTS
-def test_every_value_of_a_table_stands_in_its_text_once(draw):
+def test_every_value_of_a_table_occurs_once_in_its_text(draw):
     for record in draw(COUNT):
         values = parsed(record.table).values()
         for value in values:
@@ -59,7 +59,7 @@ def test_texts_are_sentences_of_a_readable_length(draw):
 
 
 @PARTS
-def test_articles_suit_the_words_that_follow(draw):
+def test_articles_fit_the_next_word(draw):
     texts = " ".join(record.text for record in draw(COUNT))
     assert not re.search(r"\b([Aa] [aeiouAEIOU]|[Aa]n [^aeiouAEIOU])", texts)
     assert draw is private_records or (" a " in texts and " an " in texts)
@@ -86,18 +86,18 @@ def test_another_seed_gives_records_that_were_not_trained_on(draw):
     trained, held_out = draw(COUNT, seed=0), draw(COUNT, seed=1)
     assert len(set(trained)) >= 0.999 * COUNT
     assert len({r.table for r in trained} & {r.table for r in held_out}) <= 0.001 * COUNT
-    # the order of the attributes must not be all that tells two tables apart
+    # tables must differ in more than the order of their attributes
     sets = [{frozenset(parsed(r.table).items()) for r in records} for records in (trained, held_out)]
     assert len(sets[0] & sets[1]) <= 0.001 * COUNT
 
 
-def test_the_private_part_has_attributes_of_its_own():
+def test_public_and_private_parts_share_no_attributes():
     assert not names(PUBLIC) & names(PRIVATE)
     templates = [{template for domain in part for template in domain.templates} for part in (PUBLIC, PRIVATE)]
     assert not templates[0] & templates[1]
 
 
-def test_the_two_parts_share_the_names_to_copy():
+def test_public_and_private_parts_share_names():
     players, patients = (
         {parsed(record.table)[name].split()[-1] for record in draw(COUNT) if f"{name}[" in record.table}
         for draw, name in ((public_records, "player"), (private_records, "patient"))
@@ -106,6 +106,6 @@ def test_the_two_parts_share_the_names_to_copy():
 
 
 @PARTS
-def test_a_count_below_one_is_named(draw):
+def test_a_count_below_one_is_reported(draw):
     with pytest.raises(DataError, match=r"number of records is 0: give at least 1"):
         draw(0)
