@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from memsave.files import write_json
 from memsave.training.process import keep_freed_memory
-from memsave.training.result import hardware, versions, write_json
+from memsave.training.result import hardware, versions
 
 
 def keep(path: Path, *, command: str, results: dict[str, Any]) -> None:

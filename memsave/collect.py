@@ -1,10 +1,10 @@
-"""One table and one picture of a sweep.
+"""Collects the results of a sweep in one table and one picture.
 
     python -m memsave.collect multirun/brats_rev/2026-01-31_10-00-00
 
-reads every job's `config.yaml` and `result.json`, whatever became of it, and writes `sweep.md`, `sweep.csv` and
-`sweep.png` into the folder. A job is told by the keys in which the jobs differ; one that left no result is named.
-A sweep does this by itself when it ends. Exit codes: 0, or 2 where the folder holds no jobs.
+reads `config.yaml` and `result.json` of every job, with any status, and writes `sweep.md`, `sweep.csv` and `sweep.png`
+to the folder. The table lists the config keys in which the jobs differ. Jobs without a result are reported. A sweep
+calls this when it ends. Exit codes: 0, or 2 if the folder contains no jobs.
 """
 
 import csv
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from memsave.profiler import format_bytes
-from memsave.training.result import flat, read_config, read_result
+from memsave.training.result import flatten, read_config, read_result
 
-NOTHING = "no result"
-UNSEEN = ("size", "budget_bytes")  # columns of sweep.csv that repeat others of the table for people
-UNTOLD = ("trainer.resume", "data.root")  # keys that tell where a job ran, not what it did
+NO_RESULT = "no result"
+CSV_ONLY = ("size", "budget_bytes")  # columns whose values the Markdown table has in words
+IGNORED_KEYS = ("trainer.resume", "data.root")  # paths, which do not describe a job
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Job:
     config: Mapping[str, Any]
     """By dotted key."""
     result: Mapping[str, Any]
-    """`result.json`; empty where it is missing or broken off."""
+    """`result.json`; empty if it is missing or incomplete."""
 
     @property
     def status(self) -> str:
-        """How it ended."""
-        return str(self.result.get("status") or NOTHING)
+        """The status in the result, or NO_RESULT."""
+        return str(self.result.get("status") or NO_RESULT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     folder = Path(given[0]).expanduser()
     if not folder.is_dir() or not read_jobs(folder):
-        what = "is one run, not a sweep" if (folder / "config.yaml").exists() else "holds no jobs"
-        print(f"memsave: {folder} {what}; name a sweep's folder, multirun/EXPERIMENT/TIME", file=sys.stderr)
+        fault = "is one run, not a sweep" if (folder / "config.yaml").exists() else "holds no jobs"
+        print(f"memsave: {folder} {fault}; name a sweep's folder, multirun/EXPERIMENT/TIME", file=sys.stderr)
         return 2
     collect(folder)
     return 0
@@ -58,9 +58,9 @@ def collect(folder: Path) -> list[Job]:
     jobs = read_jobs(folder)
     rows = [row for job in jobs for row in rows_of(job, varied_keys(jobs))]
     text = markdown(rows)
-    missing = [str(job.folder) for job in jobs if job.status == NOTHING]
+    missing = [str(job.folder) for job in jobs if job.status == NO_RESULT]
     if missing:
-        text += f"\n\nLeft no result: {', '.join(missing)}"
+        text += f"\n\nJobs without a result: {', '.join(missing)}"
     (folder / "sweep.md").write_text(f"# {folder.name}\n\n{text}\n")
     with (folder / "sweep.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(columns_of(rows)))
@@ -82,20 +82,20 @@ def read_jobs(folder: Path) -> list[Job]:
     jobs = []
     for path in sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)):
         if (path / "config.yaml").exists() or (path / "result.json").exists():
-            jobs.append(Job(path, dict(flat(read_config(path))), read_result(path)))
+            jobs.append(Job(path, dict(flatten(read_config(path))), read_result(path)))
     return jobs
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
-    """The config keys in which the jobs differ, `memory.mode` once and not with all that follows from it."""
+    """The config keys in which the jobs differ, except IGNORED_KEYS."""
     keys = dict.fromkeys(key for job in jobs for key in job.config)
     differ = [key for key in keys if len({repr(job.config.get(key)) for job in jobs if job.config}) > 1]
-    return [key for key in differ if key not in UNTOLD]
+    return [key for key in differ if key not in IGNORED_KEYS]
 
 
 def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a job in the table: one for a run, one for each way to train of a plan; sizes in bytes."""
-    told = {"job": job.folder.name, **{key: job.config.get(key) for key in keys}}
+    """Yield the table rows of a job: one for a run, one for each strategy of a plan; sizes in bytes."""
+    first = {"job": job.folder.name, **{key: job.config.get(key) for key in keys}}
     status = {"status": job.status, "seconds": job.result.get("seconds")}
     plan, memory, privacy, metrics = (_mapping(job.result, name) for name in ("plan", "memory", "privacy", "metrics"))
     rows = [row for row in plan.get("rows") or () if isinstance(row, Mapping)]
@@ -103,7 +103,7 @@ def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     if rows and job.config.get("mode") == "plan":
         for row in rows:
             yield {
-                **told,
+                **first,
                 "strategy": row.get("strategy", row.get("way")),
                 **(
                     {f"largest {vary}": _largest(row), "size": row.get("size"), "limit": row.get("limit")}
@@ -114,13 +114,13 @@ def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
                 "fits": row.get("fits"),
                 **{key: row.get(key) for key in ("exact_bytes", "calibrated_bytes", "reserve_bytes")},
                 "smallest_budget_bytes": row.get("smallest_budget_bytes"),
-                **({"budget_bytes": plan.get("budget_bytes")} if "budget" in told else {}),
+                **({"budget_bytes": plan.get("budget_bytes")} if "budget" in first else {}),
                 **status,
             }
         return
     planned = rows[0] if rows else {}
     yield {
-        **told,
+        **first,
         **({f"trained at ({vary})": planned.get("described")} if vary else {}),
         **({"predicted_bytes": planned.get("exact_bytes")} if planned else {}),
         "peak_bytes": memory.get("peak_bytes"),
@@ -132,26 +132,28 @@ def rows_of(job: Job, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _mapping(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An entry of a result; empty where it is missing or of another kind."""
+    """A mapping in a result; empty if it is missing or of another type."""
     found = result.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def _largest(row: Mapping[str, Any]) -> str | None:
-    """The largest size of a plan's row in words."""
+    """The largest size in a plan's row, in words."""
     return f"at least {row['described']}" if row.get("timed_out") else row.get("described")
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every column of any row, `status` and `seconds` last."""
+    """The columns of all rows, with `status` and `seconds` last."""
     names = dict.fromkeys(key for row in rows for key in row)
     last = [name for name in ("status", "seconds") if name in names]
     return [*(name for name in names if name not in last), *last]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for people; empty columns are left out."""
-    names = [name for name in columns_of(rows) if any(row.get(name) is not None for row in rows) and name not in UNSEEN]
+    """The Markdown table, without empty columns."""
+    names = [
+        name for name in columns_of(rows) if any(row.get(name) is not None for row in rows) and name not in CSV_ONLY
+    ]
     heads = [name.removesuffix("_bytes").replace("_", " ") for name in names]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += ["| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in rows]

@@ -20,15 +20,15 @@ from memsave.planning.budget import OverBudget, free_bytes, over_budget
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
+from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement
-from memsave.training.private import Spending, make_private, spent_by, told, up, write_statement
-from memsave.training.process import process_bytes, process_peak, restart_peak, return_freed_memory
-from memsave.training.progress import Progress
-from memsave.training.signals import asked_to_stop
+from memsave.training.private import EpsilonMonitor, describe, make_private, privacy_result, round_up, write_statement
+from memsave.training.process import process_bytes, process_peak, reset_process_peak, return_freed_memory
+from memsave.training.signals import stop_requested
 from memsave.training.task import Task
 
 
@@ -54,7 +54,7 @@ def run_experiment(
     try:
         return planned | _trained(config, state, task, folder, progress=progress)
     except BaseException as error:
-        spent = spent_by(config, state.private, unit=task.unit)
+        spent = privacy_result(config, state.private, unit=task.unit)
         with suppress(OSError):  # a full disk may be what went wrong
             write_statement(spent, folder)
         error.outcome = {**planned, "privacy": spent, **getattr(error, "outcome", {})}  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
         stop.outcome = {"memory": _write_memory(config, folder, watch.last, measured)}
         raise
     _release(state, task, folder)
-    spent = spent_by(config, state.private, unit=task.unit)
+    spent = privacy_result(config, state.private, unit=task.unit)
     write_statement(spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
     memory = _write_memory(config, folder, watch.worst, measured)
@@ -85,7 +85,7 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     for line in _last_lines(config, task, scores, measured, memory):
         progress.say(line)
     if spent is not None:
-        progress.say(told(spent))
+        progress.say(describe(spent))
     return {
         "data": task.counts,
         "metrics": {"loss": loss, **scores, **first},
@@ -204,19 +204,19 @@ def _train(
     """Take the steps, log them, leave checkpoints; returns the last loss, None where no step was left to take."""
     trainer = config.trainer
     loss: float | None = None
-    spending = Spending(state.private, steps=trainer.steps)
+    epsilon_monitor = EpsilonMonitor(state.private, steps=trainer.steps)
     if config.profiler.process:
-        restart_peak()
+        reset_process_peak()
         watch.process_start = process_bytes()
-    with progress.bar(trainer.steps, done=state.step) as bar, asked_to_stop() as stopping:
+    with progress.bar(trainer.steps, done=state.step) as bar, stop_requested() as stopping:
         for done in _kept_on_fault(
             run_steps(state, task, trainer, workers=config.data.workers, watch=watch), state, folder
         ):
-            loss, spent = done.loss, spending.entry()
+            loss, spent = done.loss, epsilon_monitor.metrics()
             log.write({**asdict(done), **spent})
             watch.seconds.append(done.seconds)
             what = "an empty batch" if loss is None else f"loss {loss:.3f}"
-            bar.advance(what + "".join(f", epsilon {up(value, '.2f')}" for value in spent.values()))
+            bar.advance(what + "".join(f", epsilon {round_up(value, '.2f')}" for value in spent.values()))
             stop, excess, last = stopping(), watch.excess(done.step), done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:

@@ -24,7 +24,7 @@ from memsave.config.compose import load, load_schemas, to_objects
 from memsave.config.known_keys import unknown_key
 from memsave.config.overrides import parse
 from memsave.config.registry import GROUPS, conf_dir
-from memsave.training.result import flat
+from memsave.training.result import flatten
 
 KEY = "trainer.resume"
 
@@ -60,10 +60,10 @@ def _run_of(path: Path) -> Path | None:
 
 
 def _continued(run: Path, given: Sequence[Override], *, named: str) -> Resumed:
-    from memsave.training.result import experiment_in, read_result
+    from memsave.training.result import read_experiment, read_result
 
     own = OmegaConf.structured(load(run / "config.yaml"))
-    experiment = experiment_in(run) or read_result(run).get("experiment")
+    experiment = read_experiment(run) or read_result(run).get("experiment")
     config, folder = own.copy(), run
     for each in given:
         key, value = each.key_or_group, each.value()
@@ -116,7 +116,7 @@ def _update(config: DictConfig, override: Override) -> None:
 
 
 def _changes(own: DictConfig, config: DictConfig) -> Iterator[str]:
-    before, after = (dict(flat(OmegaConf.to_container(each))) for each in (own, config))
+    before, after = (dict(flatten(OmegaConf.to_container(each))) for each in (own, config))
     for key in dict.fromkeys([*before, *after]):
         if key != KEY and before.get(key) != after.get(key):
             yield f"{key}={after.get(key)} (was {before.get(key)})"

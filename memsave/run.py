@@ -95,8 +95,8 @@ def _refuse_several_processes() -> None:
 
 def continue_run(rest: Resumed) -> int:
     """What is left of a run, by its own config; the exit code."""
-    from memsave.training.progress import Progress
-    from memsave.training.result import requested_in
+    from memsave.progress import Progress
+    from memsave.training.result import read_request
     from memsave.training.run_folder import refuse_second_run
 
     refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
@@ -106,7 +106,7 @@ def continue_run(rest: Resumed) -> int:
         Progress().say(
             "of one private checkpoint, never keep two runs with different settings: their noise is the same"
         )
-    request = None if rest.changes else requested_in(rest.folder)
+    request = None if rest.changes else read_request(rest.folder)
     return execute(rest.config, rest.folder, experiment=rest.experiment, request=request, continued=True)
 
 
@@ -127,7 +127,7 @@ def _kept_as_it_was(folder: Path) -> Iterator[None]:
 def job(config: DictConfig) -> None:
     """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
     global _exit_code
-    from memsave.training.result import request_of
+    from memsave.training.result import request_digest
     from memsave.training.run_folder import refuse_second_run
 
     hydra_config = HydraConfig.get()
@@ -140,7 +140,7 @@ def job(config: DictConfig) -> None:
             return
         code = _exit_code = execute(config, folder, experiment=experiment)
     else:
-        request = request_of(config)
+        request = request_digest(config)
         strategies = _swept_strategy(config, hydra_config.overrides.task)
         done = is_done(folder, config, request=request)
         code = 0 if done else execute(config, folder, experiment=experiment, strategies=strategies, request=request)
@@ -153,9 +153,9 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
     Raises ConfigError where the folder is another job's.
     """
-    from memsave.training.result import read_result, requested_in
+    from memsave.training.result import read_request, read_result
 
-    before = requested_in(folder)
+    before = read_request(folder)
     if before not in (None, request):
         raise ConfigError(f"{folder} holds another job; give the command that made it, or another hydra.sweep.dir")
     if before == request and read_result(folder).get("status") == "ok":
@@ -206,12 +206,12 @@ def execute(
     `strategies` are those that `mode=plan` compares (None: as the config says); `request` identifies the request in
     `config.yaml` (None: this config). A run that is `continued` keeps its last result where nothing comes of it.
     """
-    from memsave.training.run_folder import alone_in
+    from memsave.training.run_folder import lock_folder
 
     try:
         _refuse_several_processes()
         folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder), _kept_as_it_was(folder) if continued else nullcontext():
+        with lock_folder(folder), _kept_as_it_was(folder) if continued else nullcontext():
             return _execute(config, folder, experiment=experiment, strategies=strategies, request=request)
     except ConfigError as error:
         return _complain(error, code=2)
@@ -222,12 +222,13 @@ def execute(
 def _execute(
     config: DictConfig, folder: Path, *, experiment: str, strategies: list[str] | None, request: str | None
 ) -> int:
-    from memsave.training.progress import Progress
-    from memsave.training.result import request_of, versions, write_config, write_json
+    from memsave.files import write_json
+    from memsave.progress import Progress
+    from memsave.training.result import request_digest, versions, write_config
 
     started = time.perf_counter()
     (folder / "result.json").unlink(missing_ok=True)
-    write_config(config, folder, request=request or request_of(config), experiment=experiment)
+    write_config(config, folder, request=request or request_digest(config), experiment=experiment)
     status, code, outcome = _attempt(config, folder, strategies=strategies)
     result = {
         "status": status,
@@ -260,7 +261,7 @@ def _attempt(config: DictConfig, folder: Path, *, strategies: list[str] | None) 
     """(status, exit code, what stands in the result) of the run."""
     try:
         from memsave.experiment import run_experiment
-        from memsave.training.progress import Progress
+        from memsave.progress import Progress
 
         return "ok", 0, run_experiment(to_objects(config), folder, strategies=strategies, progress=Progress())
     except KeyboardInterrupt as stop:

@@ -1,4 +1,4 @@
-"""The picture of a sweep: what fits by budget, or what each job held and reached."""
+"""The picture of a sweep: largest sizes over the budget, or peak memory and scores of each job."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +14,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Lines of the largest size over the budget for plans of several budgets; else a bar for each row."""
+    """Draw the largest size over the budget for plans with several budgets, otherwise a bar for each row."""
     from matplotlib.figure import Figure
 
     sized = [row for row in rows if row.get("size") is not None and row.get("budget_bytes")]
-    whats = {key for row in sized for key in row if key.startswith("largest ")}
-    by_budget = (
-        len({row["budget_bytes"] for row in sized}) > 1 and len(whats) == 1
-    )  # sizes of several kinds have no axis
+    quantities = {key for row in sized for key in row if key.startswith("largest ")}
+    # sizes of several kinds cannot share an axis
+    by_budget = len({row["budget_bytes"] for row in sized}) > 1 and len(quantities) == 1
     height = 4.4 if by_budget else 1.2 + 0.34 * len(rows)
     figure = Figure(figsize=(8.6, height), dpi=160, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
@@ -36,24 +35,23 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def _lines(axes: Any, rows: Rows) -> None:
-    """The largest size by budget, one line a strategy, each point with its size in words."""
+    """Draw the largest size by budget, one line per strategy, with a label at each point."""
     from matplotlib.patheffects import withStroke
 
-    halo = [withStroke(linewidth=3, foreground="white")]  # words that meet a line stay readable
-    what = next(key for key in rows[0] if key.startswith("largest "))
+    halo = [withStroke(linewidth=3, foreground="white")]  # keeps labels on a line readable
+    quantity = next(key for key in rows[0] if key.startswith("largest "))
     near = 0.05 * max(row["size"] for row in rows)
-    written: dict[int, list[int]] = {}  # by budget, the sizes that have their words
+    labelled: dict[int, list[int]] = {}  # by budget, the sizes that have a label
     named: list[int] = []
     for number, strategy in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
-        points = sorted(
-            (row["budget_bytes"], row["size"], _words(row, what)) for row in rows if row["strategy"] == strategy
-        )
+        own = [row for row in rows if row["strategy"] == strategy]
+        points = sorted((row["budget_bytes"], row["size"], _label(row, quantity)) for row in own)
         colour = LINES[number % len(LINES)]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", color=colour, linewidth=1.8)
-        for budget, size, words in points:
-            below = any(abs(size - other) < near for other in written.setdefault(budget, []))
-            written[budget].append(size)
-            axes.annotate(words, (budget, size), xytext=(5, -13) if below else (-5, 6), textcoords="offset points",
+        for budget, size, label in points:
+            below = any(abs(size - other) < near for other in labelled.setdefault(budget, []))
+            labelled[budget].append(size)
+            axes.annotate(label, (budget, size), xytext=(5, -13) if below else (-5, 6), textcoords="offset points",
                           ha="left" if below else "right", fontsize=8, color=colour, path_effects=halo)  # fmt: skip
         lower = any(abs(points[-1][1] - other) < near for other in named)
         named.append(points[-1][1])
@@ -71,22 +69,22 @@ def _lines(axes: Any, rows: Rows) -> None:
     axes.minorticks_off()
     axes.margins(x=0.16, y=0.14)
     axes.set_xlabel("budget", fontsize=10, color=FAINT)
-    axes.set_title(f"The {what} that fits, predicted on fake tensors", loc="left", fontsize=12, color=INK)
+    axes.set_title(f"The {quantity} that fits, predicted on fake tensors", loc="left", fontsize=12, color=INK)
 
 
-def _words(row: Mapping[str, Any], what: str) -> str:
-    """A plan's size, and why no larger one was tried, where the words for the size leave that open."""
-    timed_out = str(row[what]).startswith("at least")
-    return f"{row[what]} ({row['limit']})" if row.get("limit") and not timed_out else str(row[what])
+def _label(row: Mapping[str, Any], quantity: str) -> str:
+    """A plan's size, with the limit of the search if there is one; "at least" already implies a timeout."""
+    timed_out = str(row[quantity]).startswith("at least")
+    return f"{row[quantity]} ({row['limit']})" if row.get("limit") and not timed_out else str(row[quantity])
 
 
 def _bars(axes: Any, rows: Rows) -> None:
-    """What each row held at its peak, or would, and its scores beside it."""
+    """Draw a bar of the measured or predicted peak memory of each row, with its scores."""
     labels, sizes = [], []
     for row in rows:
         keys = [key for key in row if key not in MARKS and not isinstance(row[key], float) and "_bytes" not in key]
-        told = [str(row[key]) for key in keys if row[key] is not None and key not in ("size", "fits")]
-        labels.append(", ".join(told) or f"job {row['job']}")
+        values = [str(row[key]) for key in keys if row[key] is not None and key not in ("size", "fits")]
+        labels.append(", ".join(values) or f"job {row['job']}")
         sizes.append(row.get("calibrated_bytes") or row.get("peak_bytes") or 0)
     axes.barh(range(len(rows)), sizes, height=0.62, color="#e08e45")
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):

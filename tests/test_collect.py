@@ -1,4 +1,4 @@
-"""Sweeps: collected whatever became of their jobs, continued where they were left."""
+"""Sweeps: results of jobs with any status are collected, and interrupted sweeps continue."""
 
 import csv
 import json
@@ -10,15 +10,15 @@ from memsave.collect import collect, main, read_jobs, varied_keys
 from memsave.config import ConfigError
 from memsave.config.compose import compose
 from memsave.run import is_done
-from memsave.training.result import request_of, requested_in, write_config
-from tests.tasks.segmentation.test_task import TINY
-from tests.test_run import command
+from memsave.training.result import read_request, request_digest, write_config
+from tests.support.commands import run_command
+from tests.support.tiny_configs import TINY_UNET
 
 
 def write_job(folder, *overrides, result):
     folder.mkdir(parents=True)
-    config = compose([*TINY, *overrides])
-    write_config(config, folder, request=request_of(config))
+    config = compose([*TINY_UNET, *overrides])
+    write_config(config, folder, request=request_digest(config))
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     return config
@@ -39,7 +39,7 @@ def planned(strategy, size, total):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Four plans of two budgets and two modes, a job that failed, one that left nothing."""
+    """Four plans with two budgets and two modes, a failed job, and a job without a result."""
     number = 0
     for budget, scale in (("1GiB", 1), ("2GiB", 2)):
         for strategy, size in (("stored", 32), ("reversible", 64)):
@@ -53,7 +53,7 @@ def sweep(tmp_path):
     return tmp_path
 
 
-def test_one_table_and_one_picture(sweep, capsys):
+def test_collect_writes_a_table_and_a_picture(sweep, capsys):
     jobs = collect(sweep)
     assert [job.folder.name for job in jobs] == ["0", "1", "2", "3", "10", "11"]
     assert set(varied_keys(jobs)) == {"mode", "memory.mode", "budget"}
@@ -63,12 +63,12 @@ def test_one_table_and_one_picture(sweep, capsys):
     assert rows[3]["calibrated_bytes"] == str(2**31)
     text = (sweep / "sweep.md").read_text()
     assert "1.00 GiB" in text
-    assert f"Left no result: {sweep / '11'}" in text
+    assert f"Jobs without a result: {sweep / '11'}" in text
     assert (sweep / "sweep.png").stat().st_size > 5000
     assert "64x64x64" in capsys.readouterr().out
 
 
-def test_training_jobs_show_their_scores_and_what_they_held(tmp_path):
+def test_training_jobs_show_scores_and_peak_memory(tmp_path):
     for number, lr in enumerate(("0.1", "0.2")):
         memory = {"peak_bytes": 2**20, "allocator_peak_bytes": 2**21}
         result = {"status": "ok", "seconds": 3.0, "metrics": {"loss": 0.5, "dice": 0.75, "dice_before": 0}}
@@ -91,35 +91,35 @@ def test_the_command_line_names_a_folder_without_jobs(tmp_path, capsys):
     assert main(["--help"]) == 0
 
 
-def test_a_job_that_is_done_is_known(tmp_path):
+def test_a_finished_job_is_recognized(tmp_path):
     config = write_job(tmp_path / "0", result={"status": "ok"})
-    assert requested_in(tmp_path / "0") == request_of(config)
-    assert is_done(tmp_path / "0", config, request=request_of(config))
+    assert read_request(tmp_path / "0") == request_digest(config)
+    assert is_done(tmp_path / "0", config, request=request_digest(config))
     (tmp_path / "0" / "result.json").write_text('{"status": "over_budget"}')
-    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert not is_done(tmp_path / "0", config, request=request_digest(config))
     assert config.trainer.resume is None
 
 
-def test_a_job_that_was_cut_off_continues_from_its_checkpoint(tmp_path):
+def test_an_interrupted_job_continues_from_its_checkpoint(tmp_path):
     config = write_job(tmp_path / "0", result=None)
     (tmp_path / "0" / "checkpoint").mkdir()
-    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert not is_done(tmp_path / "0", config, request=request_digest(config))
     assert config.trainer.resume == str(tmp_path / "0" / "checkpoint")
 
 
-def test_another_jobs_folder_is_left_alone(tmp_path):
+def test_the_folder_of_another_job_is_refused(tmp_path):
     write_job(tmp_path / "0", result={"status": "ok"})
-    other = compose([*TINY, "trainer.steps=7"])
+    other = compose([*TINY_UNET, "trainer.steps=7"])
     with pytest.raises(ConfigError, match="holds another job; give the command that made it, or another"):
-        is_done(tmp_path / "0", other, request=request_of(other))
+        is_done(tmp_path / "0", other, request=request_digest(other))
 
 
-def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
+def test_a_sweep_over_budgets_is_collected_and_not_repeated(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = ["-m", *TINY, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
+    arguments = ["-m", *TINY_UNET, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
     arguments += ["memory.engine=hooks"]
     arguments += ["hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    first = command(tmp_path, *arguments)
+    first = run_command(tmp_path, *arguments)
     assert first.returncode == 1
     assert "over_budget: sweep/0" in first.stderr
     assert "the same command with hydra.sweep.dir=sweep does what is missing" in first.stderr
@@ -127,7 +127,7 @@ def test_a_sweep_over_budgets_is_collected_and_not_done_twice(tmp_path):
     assert [each["status"] for each in results] == ["over_budget", "ok"]
     assert [len(each["plan"]["rows"]) for each in results] == [1, 1]  # the sweep chose the memory mode
     changed = (tmp_path / "sweep" / "1" / "plan.png").stat().st_mtime_ns
-    assert command(tmp_path, *arguments).returncode == 1
+    assert run_command(tmp_path, *arguments).returncode == 1
     assert (tmp_path / "sweep" / "1" / "plan.png").stat().st_mtime_ns == changed
     assert "over_budget" in (tmp_path / "sweep" / "sweep.md").read_text()
     assert OmegaConf.load(tmp_path / "sweep" / "1" / "config.yaml").budget == "60MiB"
@@ -143,7 +143,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", ["result.json", "config.yaml"])
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_file_costs_its_own_job_alone(sweep, fault, name):
+def test_a_broken_file_affects_only_its_job(sweep, fault, name):
     before = len(list(csv.DictReader((collect(sweep) and sweep / "sweep.csv").open())))
     path = sweep / "0" / name
     path.write_text(BROKEN[fault](path.read_text()))
@@ -152,13 +152,13 @@ def test_a_broken_file_costs_its_own_job_alone(sweep, fault, name):
     assert len(rows) == before
     if name == "result.json":
         assert rows[0]["status"] == "no result"
-        assert f"Left no result: {sweep / '0'}" in (sweep / "sweep.md").read_text()
+        assert f"Jobs without a result: {sweep / '0'}" in (sweep / "sweep.md").read_text()
 
 
-def test_a_job_whose_result_broke_off_is_done_again(tmp_path):
+def test_a_job_with_an_incomplete_result_is_repeated(tmp_path):
     config = write_job(tmp_path / "0", result={"status": "ok"})
     (tmp_path / "0" / "result.json").write_text('{"status": "o')
-    assert not is_done(tmp_path / "0", config, request=request_of(config))
+    assert not is_done(tmp_path / "0", config, request=request_digest(config))
 
 
 def test_plans_of_several_kinds_of_size_share_a_folder(tmp_path):
@@ -171,7 +171,7 @@ def test_plans_of_several_kinds_of_size_share_a_folder(tmp_path):
     assert "largest depth" in (tmp_path / "sweep.md").read_text()
 
 
-def test_the_folder_of_one_run_is_no_sweep(tmp_path, capsys):
+def test_the_folder_of_a_single_run_is_refused(tmp_path, capsys):
     write_job(tmp_path / "run", result={"status": "ok"})
     (tmp_path / "run" / "checkpoint").mkdir()
     assert main([str(tmp_path / "run")]) == 2
@@ -179,12 +179,12 @@ def test_the_folder_of_one_run_is_no_sweep(tmp_path, capsys):
     assert not (tmp_path / "run" / "sweep.md").exists()
 
 
-def test_where_a_search_ended_is_in_table_and_picture(tmp_path, monkeypatch):
+def test_the_limit_of_a_search_is_in_table_and_picture(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     words = []
     annotate = Axes.annotate
-    monkeypatch.setattr(Axes, "annotate", lambda *args, **known: words.append(args[1]) or annotate(*args, **known))
+    monkeypatch.setattr(Axes, "annotate", lambda *args, **kwargs: words.append(args[1]) or annotate(*args, **kwargs))
     ends = ({"timed_out": True, "limit": "search ended after profiler.plan_seconds=9"}, {"limit": "so many positions"})
     for number, end in enumerate(ends):
         result = planned("stored", 32 + number, (number + 1) * 2**30)
@@ -199,7 +199,7 @@ def test_where_a_search_ended_is_in_table_and_picture(tmp_path, monkeypatch):
     assert {"at least 32x32x32", "33x33x33 (so many positions)"} <= set(words)
 
 
-def test_budgets_that_were_measured_have_their_place_in_the_picture(tmp_path):
+def test_measured_budgets_are_in_the_picture(tmp_path):
     for number, budget in enumerate(("auto", "8GiB")):
         result = planned("stored", 32 + number, (number + 7) * 2**30)
         write_job(tmp_path / str(number), "mode=plan", "vary=volume", f"budget={budget}", result=result)
@@ -218,7 +218,7 @@ UNFINISHED = [
 
 
 @pytest.mark.parametrize("mode", ["train", "plan"])
-def test_results_that_lack_entries_are_collected(tmp_path, mode):
+def test_results_with_missing_keys_are_collected(tmp_path, mode):
     vary = ["budget=1GiB", "vary=volume"] if mode == "plan" else []
     for number, result in enumerate([planned("stored", 32, 2**30), *UNFINISHED, None]):
         write_job(tmp_path / str(number), f"mode={mode}", f"trainer.seed={number}", *vary, result=result)

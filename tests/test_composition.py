@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from memsave.models import ReversibleUNet3d
 from memsave.models.memory import MEMORY_MODES
 from memsave.training.measure import get_memory, set_memory
-from tests.ghost.reference import assert_exact
 from tests.ghost.test_transformers import gpt2, tokens
 from tests.models.test_rev_gpt2 import losses_of, model_of
+from tests.support.per_example_reference import assert_exact
 
 peft = pytest.importorskip("peft")
 

@@ -12,17 +12,20 @@ import memsave
 
 PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
+LEAVES = {"_version", "arguments", "files", "processes", "progress", "random_state"}
+"""Modules that import nothing of memsave."""
+CORE = {"models", "data", "privacy", "config", *MECHANISMS, *LEAVES}
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes"},
-    "profiler": {"profiler"},
+    "profiler": {"profiler", "files"},
     "models": {"models", "reversible", "ghost"},
-    "data": {"data", "config"},
-    "privacy": {"privacy", "ghost", "processes"},
     "config": {"config", "profiler"},
-    "training": {"_version", "random_state", "training", "models", "data", "privacy", *MECHANISMS, "config"},
-    "tasks": {"_version", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
-    "planning": {"planning", "tasks", "training", "models", "data", "privacy", *MECHANISMS, "config"},
+    "data": {"data", "config", *LEAVES},
+    "privacy": {"privacy", "ghost", "processes"},
+    "training": {"training", *CORE},
+    "tasks": {"tasks", "training", *CORE},
+    "planning": {"planning", "tasks", "training", *CORE},
 }
 HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus", "sacrebleu", "rouge_score")
 

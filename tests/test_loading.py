@@ -1,4 +1,4 @@
-"""Models of finished runs in one's own hands: from the run's folder, and from a copy of its `model/` alone."""
+"""Loading trained models from a run's folder and from a copy of its `model/`."""
 
 import json
 import re
@@ -19,7 +19,8 @@ from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
 from memsave.config.schema import TrainerConfig
 from memsave.data.text.config import VisitsData
-from memsave.data.text.records import Record, private_records, public_records
+from memsave.data.text.records import Record
+from memsave.data.text.visits import private_records, public_records
 from memsave.experiment import make_model
 from memsave.predict import main
 from memsave.tasks.language.small_gpt2 import RevGPT2, SmallGPT2, small_gpt2, train_tokenizer
@@ -31,13 +32,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "using.md"
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A copy of the run's `model/` without anything else."""
+    """A copy of the run's `model/` only."""
     return Path(shutil.copytree(trained[0] / "model", tmp_path / "elsewhere" / "copy"))
 
 
 @pytest.fixture
 def older(trained, tmp_path):
-    """A copy of the run as versions without `config.json` left it."""
+    """A copy of the run in the format of versions without `config.json`."""
     run = Path(shutil.copytree(trained[0], tmp_path / "older"))
     (run / "model" / "config.json").unlink()
     return run
@@ -45,7 +46,7 @@ def older(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def expected(trained):
-    """(a volume, its logits by the network of the run's config.yaml)"""
+    """(a volume, its logits from the network of the run's config.yaml)"""
     from safetensors.torch import load_file
 
     network, _ = make_model(load_config(trained[0] / "config.yaml"))
@@ -60,7 +61,7 @@ def is_expected(network, expected):
         return not network.training and torch.equal(network(expected[0]), expected[1])
 
 
-def test_a_unet_is_the_trained_one_wherever_its_folder_lies(trained, copied, expected):
+def test_a_unet_is_loaded_from_a_run_or_a_copied_folder(trained, copied, expected):
     for folder in (trained[0], str(trained[0]), trained[0] / "model", trained[0] / "checkpoint", copied):
         network = memsave.load(folder)
         assert is_expected(network, expected), folder
@@ -68,7 +69,7 @@ def test_a_unet_is_the_trained_one_wherever_its_folder_lies(trained, copied, exp
         assert network.config.regions.names == ("wt", "tc", "et") and network.config.crop_size == [16, 16, 16]
 
 
-def test_the_config_says_how_the_network_is_used_and_names_no_path(trained, copied):
+def test_the_config_describes_the_network_without_paths(trained, copied):
     text = (copied / "config.json").read_text()
     content = json.loads(text)
     assert content["regions"] == {"wt": [1, 2, 4], "tc": [1, 4], "et": [4]} and content["labels"]["2"] == "edema"
@@ -77,7 +78,7 @@ def test_the_config_says_how_the_network_is_used_and_names_no_path(trained, copi
     assert not any(str(folder) in text for folder in trained) and "/" not in text
 
 
-def test_a_copied_folder_segments_as_the_run_does(trained, copied, tmp_path):
+def test_a_copied_folder_gives_the_predictions_of_the_run(trained, copied, tmp_path):
     for name, folder in (("run", trained[0]), ("copy", copied)):
         assert main([f"checkpoint={folder}", f"input={trained[1]}", f"output={tmp_path / name}"]) == 0
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -97,7 +98,7 @@ def test_an_older_run_is_loaded_by_its_own_config(older, expected, tmp_path):
         memsave.load(alone)
     shutil.copy(older / "config.yaml", alone)
     assert is_expected(memsave.load(alone), expected)
-    shutil.rmtree(older / "model")  # as after an interruption
+    shutil.rmtree(older / "model")  # as after an interrupted run
     assert is_expected(memsave.load(older), expected)
 
 
@@ -135,21 +136,21 @@ def change(**values):
         (lambda folder: (folder / "model.safetensors").unlink(), r"copy holds no model\.safetensors; copy the"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(copied, damage, words):
+def test_a_damaged_folder_gives_a_one_sentence_error(copied, damage, words):
     damage(copied)
     with pytest.raises(ConfigError, match=words) as caught:
         memsave.load(copied)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no trained model; give a run's folder, which has config\.yaml, or a"):
         memsave.load(tmp_path)
 
 
 @pytest.fixture(scope="module", params=[SmallGPT2, RevGPT2])
 def written(request, tmp_path_factory):
-    """(a run's folder with a language model that knows nothing, its task, the model)"""
+    """(a run's folder with an untrained language model, its task, the model)"""
     sizes = request.param(**SIZES)
     tokenizer = train_tokenizer([each.text for each in public_records(200)], size=sizes.vocabulary)
     model = small_gpt2(sizes, tokenizer)
@@ -161,7 +162,7 @@ def written(request, tmp_path_factory):
     return folder, task, model
 
 
-def test_a_language_model_comes_as_that_of_transformers(written, tmp_path):
+def test_a_language_model_is_loaded_as_by_transformers(written, tmp_path):
     folder, _, model = written
     copy = shutil.copytree(folder / "model", tmp_path / "copy")
     ids = torch.randint(0, 300, (2, 9))
@@ -185,22 +186,22 @@ def test_the_prompt_has_the_tokens_of_training(written):
             text = prompt[part].format(table=record.table, text=record.text)
             assert tokenizer(text, add_special_tokens=prompt["add_special_tokens"]).input_ids == tokens
     table, _ = encode(Record("near[the river], " * 50, "Long."), tokenizer, max_length=task.data.max_length)
-    assert prompt["max_table_tokens"] == len(table) - 1  # without its end
+    assert prompt["max_table_tokens"] == len(table) - 1  # without its end token
 
 
-def test_a_language_model_segments_nothing(written, tmp_path, capsys):
+def test_a_language_model_is_refused_for_segmentation(written, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     assert main([f"checkpoint={written[0]}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}"]) == 2
-    assert "holds a language model, which segments nothing; give a run of task=segmentation" in capsys.readouterr().err
+    assert "holds a language model, not a U-Net; give a run of task=segmentation" in capsys.readouterr().err
 
 
-def test_the_page_segments(trained, capsys):
+def test_the_segmentation_code_of_the_page_runs(trained, capsys):
     code, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(code.replace("outputs/brats_rev/TIME", str(trained[0])).replace("/my/new", str(trained[1])), {})
     assert len(re.findall(r"\{'wt': \d+, 'tc': \d+, 'et': \d+\}", capsys.readouterr().out)) == 4
 
 
-def test_the_page_writes_what_the_run_would_write(written, capsys):
+def test_the_generation_code_of_the_page_gives_the_text_of_the_run(written, capsys):
     folder, task, model = written
     _, code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(code.replace("outputs/gpt2_dp/TIME", str(folder)), {})

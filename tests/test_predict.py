@@ -1,4 +1,4 @@
-"""Segmenting new cases: files as their users need them, a bad case named, and none other lost."""
+"""Segmentation of new cases: output files, and errors that affect only their case."""
 
 import csv
 import errno
@@ -32,7 +32,7 @@ MASKS = torch.zeros(3, 1, 1, 1, dtype=torch.bool)
 
 @pytest.fixture
 def one_case(trained, tmp_path):
-    """The folder of a copy of one phantom, called A."""
+    """The folder of a copy of one phantom with the id A."""
     first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
     (tmp_path / "one" / "A").mkdir(parents=True)
     for path in first.iterdir():
@@ -45,7 +45,7 @@ def predict(trained, output, *arguments, source=None):
     return main([f"checkpoint={run}", f"input={source or phantoms}", f"output={output}", *arguments])
 
 
-def test_predictions_are_those_that_the_run_scored(trained, tmp_path):
+def test_predictions_have_the_scores_of_the_run(trained, tmp_path):
     assert predict(trained, tmp_path) == 0
     cases = {case.id: case for case in find_cases(trained[1])}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.nii.gz" for name in cases)
@@ -70,15 +70,15 @@ def test_a_case_that_fails_does_not_stop_the_others(trained, tmp_path, capfd):
     (file,) = broken.glob("*_t2.nii.gz")
     file.write_bytes(file.read_bytes()[:200])
     for mask in source.glob("*/*_seg.nii.gz"):
-        mask.unlink()  # new cases have none
+        mask.unlink()  # new cases have no mask
     assert predict(trained, tmp_path / "out", source=source) == 1
-    told = capfd.readouterr().err
-    assert f"{broken.name} failed" in told and "is not a readable NIfTI file" in told
-    assert "segmented 3 of 4 cases" in told
+    err = capfd.readouterr().err
+    assert f"{broken.name} failed" in err and "is not a readable NIfTI file" in err
+    assert "segmented 3 of 4 cases" in err
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_flips_and_windows(trained, tmp_path):
+def test_flips_and_windows_change_the_prediction_as_expected(trained, tmp_path):
     source = tmp_path / "one"
     first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
     shutil.copytree(first, source / first.name)
@@ -105,7 +105,7 @@ def as_nifti2(path):
 
 
 @pytest.mark.parametrize("change", [as_plain, as_gzip_without_suffix, as_nifti2])
-def test_whatever_can_be_read_can_be_segmented(trained, one_case, tmp_path, change):
+def test_all_readable_files_can_be_segmented(trained, one_case, tmp_path, change):
     assert predict(trained, tmp_path / "before", source=one_case) == 0
     for path in (one_case / "A").glob("A_t*.nii.gz"):
         change(path)
@@ -114,7 +114,7 @@ def test_whatever_can_be_read_can_be_segmented(trained, one_case, tmp_path, chan
     assert np.array_equal(before.dataobj, after.dataobj) and np.array_equal(before.affine, after.affine)
 
 
-def test_a_file_that_cannot_be_read_is_told_before_the_work(trained, one_case, tmp_path, monkeypatch, capfd):
+def test_an_unreadable_file_is_reported_before_inference(trained, one_case, tmp_path, monkeypatch, capfd):
     from memsave import predict as module
 
     path = one_case / "A" / "A_t1.nii.gz"
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read_is_told_before_the_work(trained, one_case, t
     assert "A_t1.nii.gz holds voxels of type complex128, and float32 cannot" in capfd.readouterr().err
 
 
-def test_another_layout_brings_its_labels(trained, tmp_path):
+def test_another_layout_sets_its_labels(trained, tmp_path):
     source = tmp_path / "new"
     first = sorted(path for path in trained[1].iterdir() if path.is_dir())[0]
     (source / "A").mkdir(parents=True)
@@ -141,8 +141,8 @@ def test_another_layout_brings_its_labels(trained, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["brats2021", "brats2023", "msd", "folder", "folder, as in 2023"])
-def test_modalities_in_every_order_give_one_segmentation(trained, one_case, tmp_path, monkeypatch, layout):
-    """The network knows them by the place in which they come, and the user by their names."""
+def test_the_order_of_modalities_does_not_change_the_segmentation(trained, one_case, tmp_path, monkeypatch, layout):
+    """The network identifies modalities by position, the user by name."""
     from memsave import predict as module
 
     seen, network = [], module.load_unet(trained[0])
@@ -156,14 +156,14 @@ def test_modalities_in_every_order_give_one_segmentation(trained, one_case, tmp_
         arguments = [f"layout={layout}", f"modalities=[{','.join(order)}]"]
         assert predict(trained, tmp_path / "out", *arguments, source=source) == 0
         assert torch.equal(seen.pop(), seen[0]), order
-    if layout != "folder":  # which names them by itself
+    if layout != "folder":  # a challenge's layout has its own names
         assert predict(trained, tmp_path / "out", f"layout={layout}", source=source) == 0
         assert torch.equal(seen.pop(), seen[0])
     assert len(seen) == 1
 
 
 def as_layout(source, layout, names):
-    """The case A of the BraTS 2021 layout in another one; its folder."""
+    """Copy the case A from the layout of BraTS 2021 to another layout; returns the folder."""
     root, own = source.parent / "other", source / "A"
     (root / "A").mkdir(parents=True)
     if layout == "msd":
@@ -178,32 +178,32 @@ def as_layout(source, layout, names):
     return root
 
 
-def test_a_run_on_a_folder_reads_a_challenge_by_what_its_names_mean(tmp_path):
-    from memsave.predict import _input
+def test_modality_names_of_folder_and_challenges_are_matched(tmp_path):
+    from memsave.predict import Arguments, _scan_kwargs
 
     def ask(*trained, **given):
         data = BratsData(layout="folder", modalities=list(trained), mask="label")
         config = UNetConfig.of(data, model=SimpleNamespace(arguments={}), precision="float32")
-        return _input(given, config)
+        return _scan_kwargs(Arguments(**given), config)
 
     found = ask("t2f", "t1c", layout="brats2021")
     assert found == {"layout": "brats2021", "modalities": ["flair", "t1ce"], "mask": None, "scheme": "binary"}
-    assert ask("t2f", "t1c", layout="brats2023", modalities=["t1c", "t2f"])["modalities"] == ["flair", "t1ce"]
-    assert ask("flair", "CE", modalities=["CE", "flair"])["modalities"] == ["flair", "CE"]
+    assert ask("t2f", "t1c", layout="brats2023", modalities="t1c,t2f")["modalities"] == ["flair", "t1ce"]
+    assert ask("flair", "CE", modalities="CE,flair")["modalities"] == ["flair", "CE"]
     assert ask("flair", "CE") == {
         "layout": "folder",
         "modalities": ["flair", "CE"],
         "mask": "label",
         "scheme": "binary",
     }
-    assert ask("t1c", "t1ce", modalities=["t1ce", "t1c"])["modalities"] == ["t1c", "t1ce"]  # names before meanings
+    assert ask("t1c", "t1ce", modalities="t1ce,t1c")["modalities"] == ["t1c", "t1ce"]  # literal names have priority
     with pytest.raises(ConfigError, match=r"trained on flair, CE, and layout=brats2021 has no CE; give layout=folder"):
         ask("flair", "CE", layout="brats2021")
     with pytest.raises(ConfigError, match=r"modalities are t1n, t1, and the run was trained on t1ce, t1; give these,"):
-        ask("t1ce", "t1", layout="folder", modalities=["t1n", "t1"])
+        ask("t1ce", "t1", layout="folder", modalities="t1n,t1")
 
 
-def test_whatever_befalls_one_case_the_others_go_on(trained, tmp_path, monkeypatch, capfd):
+def test_any_error_of_one_case_does_not_stop_the_others(trained, tmp_path, monkeypatch, capfd):
     from memsave import predict as module
 
     original, calls = module.segment, []
@@ -220,12 +220,12 @@ def test_whatever_befalls_one_case_the_others_go_on(trained, tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_mean_over_reflections_is_the_mean_over_reflections():
+def test_flips_average_the_probabilities_over_reflections():
     from memsave.predict import Options, _averaged
 
     image = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     same = _averaged(None, image, window=(3, 4, 5), options=Options(None, flips=True), predict=lambda m, x, **_: x)
-    torch.testing.assert_close(same, image, rtol=1e-4, atol=1e-5)  # a function that commutes with reflections
+    torch.testing.assert_close(same, image, rtol=1e-4, atol=1e-5)  # the function commutes with reflections
 
     def first_half(model, x, **_):
         return torch.where(torch.arange(x.shape[1])[:, None, None] < 2, 2.0, -2.0).expand_as(x)
@@ -236,7 +236,7 @@ def test_the_mean_over_reflections_is_the_mean_over_reflections():
     torch.testing.assert_close(mixed[0, :, 0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_case_over_the_budget_is_named(trained, tmp_path, capfd):
+def test_a_case_over_the_budget_is_reported(trained, tmp_path, capfd):
     assert predict(trained, tmp_path, "budget=1MiB") == 1
     assert "more than the budget of 1.00 MiB; give a smaller window" in capfd.readouterr().err
 
@@ -247,20 +247,20 @@ def test_a_case_that_lacks_a_file_does_not_stop_the_others(trained, tmp_path, ca
     lacking = sorted(path for path in source.iterdir() if path.is_dir())[0]
     next(lacking.glob("*_t2.nii.gz")).unlink()
     assert predict(trained, tmp_path / "out", source=source) == 1
-    told = capfd.readouterr().err
-    assert f"failed: Case {lacking} misses {lacking.name}_t2.nii.gz" in told and "segmented 3 of 4 cases" in told
+    err = capfd.readouterr().err
+    assert f"failed: Case {lacking} misses {lacking.name}_t2.nii.gz" in err and "segmented 3 of 4 cases" in err
     assert len(list((tmp_path / "out").iterdir())) == 3
     shutil.copytree(sorted(source.iterdir())[1], source / "more" / sorted(source.iterdir())[1].name)
-    assert predict(trained, tmp_path / "out2", source=source) == 2  # two of one name would be one file
+    assert predict(trained, tmp_path / "out2", source=source) == 2  # equal ids would be written to one file
 
 
-def test_an_output_that_cannot_be_written_to_is_named(trained, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_to_is_reported(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert predict(trained, tmp_path / "file" / "out") == 2
     assert "file/out cannot be written to (Not a directory); give another folder" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_whole_is_not_written(trained, tmp_path, monkeypatch, capfd):
+def test_a_failed_write_leaves_no_file(trained, tmp_path, monkeypatch, capfd):
     def full(image, path):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -272,8 +272,8 @@ def test_what_cannot_be_written_whole_is_not_written(trained, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
-    """Programs differ in which of the two they read."""
+def test_both_affines_of_the_header_are_kept(tmp_path):
+    """Programs differ in which affine they read."""
     turned = np.diag([0.8, 0.9, 6.5, 1.0]) @ np.array([[0, -1, 0, 3], [1, 0, 0, -7], [0, 0, 1, 2], [0, 0, 0, 1.0]])
     image = nibabel.Nifti1Image(np.ones((4, 5, 6), dtype=np.float32), turned)
     image.set_qform(turned, code=1)
@@ -317,15 +317,15 @@ def test_both_affines_of_the_header_are_the_cases_own(tmp_path):
         (["layout=folder", "modalities=[a,b,c,d]"], "the input's modalities are a, b, c, d, and the run was trained"),
         (["layout=[1]"], "layout is '[1]': choose one of"),
         (["nonsense"], "have the form key=value"),
-        (["input="], "input is not given"),
+        (["input="], "'input=' cannot be read"),
     ],
 )
 def test_bad_input_is_one_sentence(trained, tmp_path, capsys, arguments, words):
     assert predict(trained, tmp_path / "out", *arguments) == 2
-    told = capsys.readouterr().err
-    assert words in told and told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
 
 
-def test_help(capsys):
+def test_help_prints_the_usage(capsys):
     assert main(["--help"]) == 0
     assert "python -m memsave.predict" in capsys.readouterr().out

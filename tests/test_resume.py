@@ -89,11 +89,11 @@ def test_other_commands_are_not_concerned(tmp_path):
 
 
 def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
-    from memsave.training.run_folder import alone_in
+    from memsave.training.run_folder import lock_folder
 
     cut, _, _ = killed
     before = (cut / "metrics.jsonl").read_bytes()
-    with alone_in(cut):
+    with lock_folder(cut):
         assert continue_run(resumed([f"trainer.resume={cut}"])) == 2
     assert (cut / "metrics.jsonl").read_bytes() == before
 

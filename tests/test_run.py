@@ -1,11 +1,8 @@
 """The command line, as a user calls it."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,25 +12,11 @@ from omegaconf import OmegaConf
 from memsave.config.overrides import override
 from memsave.ghost import GhostClipper
 from memsave.run import worth_a_look
-from tests.tasks.segmentation.test_task import TINY
-
-QUICK = [*TINY, "trainer.steps=2"]
-
-
-def command(folder, *arguments):
-    environment = {**os.environ, "MEMSAVE_CACHE": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, "-m", "memsave.run", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from tests.support.commands import TWO_STEPS, run_command
 
 
 def test_one_run_leaves_its_result(tmp_path):
-    done = command(tmp_path, *QUICK, "profiler.process=true")
+    done = run_command(tmp_path, *TWO_STEPS, "profiler.process=true")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "brats_rev").iterdir()
     names = {path.name for path in folder.iterdir()}
@@ -77,7 +60,7 @@ def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
     root, sweep = tmp_path / "empty (a), b", tmp_path / "sweep, a=b"
     root.mkdir()
     paths = [shlex.split(override(key, path))[0] for key, path in (("data.root", root), ("hydra.sweep.dir", sweep))]
-    done = command(tmp_path, "-m", "experiment=brats_rev", "data=brats", "memory=stored,reversible", *paths)
+    done = run_command(tmp_path, "-m", "experiment=brats_rev", "data=brats", "memory=stored,reversible", *paths)
     assert done.returncode == 1
     for number in "01":
         result = json.loads((sweep / number / "result.json").read_text())
@@ -87,7 +70,7 @@ def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
 
 
 def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
-    done = command(tmp_path, "-m", "experiment=brats_rev", "memory=stored,reversibel")
+    done = run_command(tmp_path, "-m", "experiment=brats_rev", "memory=stored,reversibel")
     assert done.returncode == 2
     assert "did you mean reversible?" in done.stderr
     assert not (tmp_path / "multirun").exists()
@@ -106,14 +89,14 @@ def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, arguments, words):
-    done = command(tmp_path, *arguments)
+    done = run_command(tmp_path, *arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_help_is_of_this_program(tmp_path):
-    done = command(tmp_path, "--help")
+    done = run_command(tmp_path, "--help")
     assert done.returncode == 0
     assert "python -m memsave.run experiment=brats_rev" in done.stdout
 
@@ -155,7 +138,7 @@ def test_a_run_is_continued_on_the_same_batches_alone(run, change, words):
         "trainer.steps=3", "trainer.batch_size=2", f"trainer.resume={first / 'checkpoint'}", change, name="other"
     )
     assert code == 2
-    assert re.search(f"{words}.*the batches follow from it; continue with the same", result["error"])
+    assert re.search(f"{words}.*which changes the batches; continue with the same", result["error"])
 
 
 def test_the_crops_of_a_patient_are_clipped_as_one(run, monkeypatch):

@@ -17,7 +17,7 @@ from memsave.config.compose import compose
 from memsave.data import DataError
 from memsave.data.volumes.phantoms import mni
 from memsave.run import execute
-from tests.tasks.segmentation.test_task import TINY
+from tests.support.tiny_configs import TINY_UNET
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys):
@@ -83,7 +83,7 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert execute(compose(TINY), tmp_path / "file" / "run", experiment="brats_rev") == 1
+    assert execute(compose(TINY_UNET), tmp_path / "file" / "run", experiment="brats_rev") == 1
     told = capsys.readouterr().err
     assert "file/run cannot be written (Not a directory)" in told and told.count("\n") == 1
 
@@ -111,7 +111,7 @@ def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch)
 
 
 def test_a_reader_that_has_gone_does_not_end_a_run():
-    told = "from memsave.training.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
+    told = "from memsave.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "-c", told], stdout=subprocess.PIPE, stderr=writing, text=True)
@@ -261,16 +261,16 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(command,
 
 
 def test_a_folder_is_not_used_twice(tmp_path):
-    from tests.test_run import QUICK, command
+    from tests.support.commands import TWO_STEPS, run_command
 
-    again = [*QUICK, "trainer.steps=1", "profiler.compare=[]", "hydra.run.dir=there"]
-    assert command(tmp_path, *again).returncode == 0
+    again = [*TWO_STEPS, "trainer.steps=1", "profiler.compare=[]", "hydra.run.dir=there"]
+    assert run_command(tmp_path, *again).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()}
-    done = command(tmp_path, *again)
+    done = run_command(tmp_path, *again)
     assert done.returncode == 2
-    assert "there holds a run already (checkpoint); continue it with trainer.resume=" in done.stderr
+    assert "there already holds a run (checkpoint); continue it with trainer.resume=" in done.stderr
     assert done.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()} == before
-    done = command(tmp_path, "trainer.resume=there", "trainer.steps=2")
+    done = run_command(tmp_path, "trainer.resume=there", "trainer.steps=2")
     assert done.returncode == 0, done.stderr
     assert "trainer.steps=2 (was 1)" in done.stderr

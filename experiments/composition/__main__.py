@@ -22,7 +22,7 @@ from memsave.models import ReversibleUNet3d
 from memsave.models.language import causal_lm_losses, fuse_gelu
 from memsave.models.memory import MEMORY_MODES
 from memsave.profiler import MemoryRecorder, format_bytes
-from memsave.tasks.segmentation.task import region_losses
+from memsave.tasks.segmentation.losses import region_losses
 from memsave.training.measure import set_memory
 
 BATCH, TOKENS, VOLUMES, SIDE = 8, 100, 2, 64

@@ -29,7 +29,7 @@ from memsave.planning.plan import variation
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import create_state
 from memsave.profiler.planner import search
-from memsave.training.process import process_peak, restart_peak, return_freed_memory
+from memsave.training.process import process_peak, reset_process_peak, return_freed_memory
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -100,7 +100,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
     if not create_state(made.optimizer):
         raise RuntimeError("the optimizer could not make its state, and a first step holds less than the others")
     gc.collect()
-    restart_peak()
+    reset_process_peak()
     started = time.perf_counter()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()

@@ -24,8 +24,8 @@ from memsave.planning.fake_step import fake_step
 from memsave.planning.plan import calibration_of, make_plan, variation
 from memsave.planning.report import draw
 from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
+from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
-from memsave.training.progress import Progress
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -21,7 +21,7 @@ from memsave.experiment import make_model
 from memsave.privacy import default_delta, noise_multiplier_for
 from memsave.profiler import format_bytes
 from memsave.training.measure import PLAIN
-from memsave.training.private import up
+from memsave.training.private import round_up
 
 HELD_OUT = 80
 PATIENTS = (50, 300, 1000)
@@ -129,7 +129,9 @@ def run_table(rows: dict[str, Any]) -> str:
         row = rows[name]
         machines.append(row["machine"])
         scores, privacy, memory = row["metrics"], row["privacy"], row["memory"]
-        spent = f"{up(privacy['epsilon'], '.2f')}, {up(privacy['delta'], '.2e')}" if privacy else "not private"
+        spent = (
+            f"{round_up(privacy['epsilon'], '.2f')}, {round_up(privacy['delta'], '.2e')}" if privacy else "not private"
+        )
         dice = " | ".join(f"{scores[each]:.2f}" for each in ("dice_wt", "dice_tc", "dice_et", "dice"))
         peak = memory["reversible"]["peak_bytes"]
         over = f"{peak / memory[PLAIN]['peak_bytes']:.2f}x" if PLAIN in memory else ""

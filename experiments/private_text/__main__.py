@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from experiments.record import insert, keep, machine, median
 from memsave.profiler import format_bytes
 from memsave.training.measure import PLAIN
-from memsave.training.private import up
+from memsave.training.private import round_up
 
 # on two cores: smaller batches than the paper's, and few sentences by beam search
 SMOLLM2 = ["trainer.batch_size=64", "data.generate=8", "data.evaluate=64"]
@@ -90,7 +90,9 @@ def table(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         of = f" ({machines.index(row['machine']) + 1})" if len(machines) > 1 else ""
         scores, privacy, memory = row["metrics"], row["privacy"], row["memory"]
-        spent = f"{up(privacy['epsilon'], '.2f')}, {up(privacy['delta'], '.2e')}" if privacy else "not private"
+        spent = (
+            f"{round_up(privacy['epsilon'], '.2f')}, {round_up(privacy['delta'], '.2e')}" if privacy else "not private"
+        )
         peak = memory["stored"]["peak_bytes"]
         over = f"{peak / memory[PLAIN]['peak_bytes']:.2f}x" if PLAIN in memory else ""
         lines.append(

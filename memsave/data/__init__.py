@@ -1,6 +1,6 @@
 """Training data: `volumes` for segmentation, `text` for language models.
 
-Importing this package imports neither MONAI nor nibabel; the submodules that need them do.
+Importing this package imports neither MONAI nor nibabel; only the submodules that need them do.
 """
 
 from memsave.data.errors import DataError

@@ -1,4 +1,4 @@
-"""The command `python -m memsave.data.check`; see `memsave.data.volumes.check`, which `--help` prints."""
+"""The command `python -m memsave.data.check`, implemented in `memsave.data.volumes.check`."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""The one exception of `memsave.data`."""
+"""The exception of `memsave.data`."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used as it is: the message is one sentence that names what is wrong and the remedy."""
+    """Data that cannot be used; the message is one sentence that names the fault and the remedy."""

@@ -15,6 +15,8 @@ All other cases (another device, stride, dilation or padding, an even kernel, se
 `torch.nn.functional.conv3d`. The function is the same in both cases.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,12 +88,12 @@ class _Depthwise(torch.autograd.Function):
     """Every operation of the backward is differentiable, so higher derivatives need no further code."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return same_depthwise_conv(x, weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):  # backward may be called inside autocast
             grad = grad.contiguous(memory_format=LAST)

@@ -24,8 +24,8 @@ from memsave.profiler import (
     parse_bytes,
     peak_on_fake,
 )
+from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
-from memsave.training.progress import Progress
 from memsave.training.result import write_config
 
 

@@ -14,9 +14,9 @@ from memsave.config.schema import Config, PrivacyConfig
 from memsave.planning.budget import free_bytes
 from memsave.planning.fake_step import fake_step
 from memsave.profiler import format_bytes, parse_bytes, peak_on_fake
+from memsave.progress import Progress
 from memsave.training.loop import State, first_batch
 from memsave.training.measure import PLAIN, Measurement, measure_modes
-from memsave.training.progress import Progress
 from memsave.training.task import Task
 
 ROOM = {"cpu": 2.0, "cuda": 1.2}

@@ -10,8 +10,8 @@ from memsave.planning.budget import OverBudget
 from memsave.planning.plan import Plan, make_plan, variation
 from memsave.planning.report import draw, lines, markdown
 from memsave.profiler import format_bytes, write_html
+from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
-from memsave.training.progress import Progress
 from memsave.training.result import write_config
 
 

@@ -22,8 +22,8 @@ from memsave.data.cache import cache_root
 from memsave.planning.fake_step import fake_step
 from memsave.profiler import Calibration, MemoryEstimate, SearchResult, calibrate, largest, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import TrainingStep, read_calibrations, write_calibration
+from memsave.progress import Progress
 from memsave.tasks.definition import PER_SAMPLE, Variation, definition_of
-from memsave.training.progress import Progress
 from memsave.training.result import hardware, versions
 
 

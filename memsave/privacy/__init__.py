@@ -1,4 +1,4 @@
-"""Differential privacy: noise, accounting and Poisson sampling around `memsave.ghost`."""
+"""Differential privacy: Poisson sampling, noise and accounting, with the clipped gradients of `memsave.ghost`."""
 
 from memsave.privacy.accounting import PrivacyError, default_delta, epsilon_of, noise_multiplier_for
 from memsave.privacy.gradients import Mechanism, PrivateGradients

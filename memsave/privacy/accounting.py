@@ -1,12 +1,12 @@
-"""What noise an epsilon takes, and what epsilon a noise gives, by Opacus's accountants.
+"""The epsilon of a noise multiplier and the noise multiplier for an epsilon, by the accountants of Opacus.
 
-One step samples each example with probability q, clips its gradient to C and adds noise of standard deviation
-sigma C to the sum: the subsampled Gaussian mechanism, whose composition over the steps is accounted by
+One step samples each example with probability q, clips its gradient to C and adds noise of standard deviation sigma C
+to the sum. This is the subsampled Gaussian mechanism. Its composition over the steps is bounded by
 
     prv   privacy random variables (Gopi et al., NeurIPS 2021): nearly exact
-    rdp   Renyi differential privacy (Mironov et al., 2019): looser, and without numerical integration
+    rdp   Renyi differential privacy (Mironov et al., 2019): looser, without numerical integration
 
-under add-or-remove-one adjacency. Both answer with upper bounds.
+for add-or-remove-one adjacency. Both give upper bounds.
 """
 
 import math
@@ -14,43 +14,45 @@ import warnings
 from typing import Any
 
 ACCOUNTANTS = ("prv", "rdp")
-PRV_LIMIT = 50.0  # epsilon above which PRV is not asked: at 600 it takes 10 s and 1 GB, and both go on growing
-MOST_NOISE = 1e4  # accountants fail for more noise by rounding; epsilon falls with the noise, so its bound holds
-EPSILON_TOLERANCE = 0.01  # calibration ends this close below the target, as Opacus's does by default
+PRV_LIMIT = 50.0  # PRV is not used for larger epsilons: at 600 it takes 10 s and 1 GB, and both grow further
+MOST_NOISE = (
+    1e4  # for more noise, rounding makes the accountants fail; epsilon decreases with noise, so this bound holds
+)
+EPSILON_TOLERANCE = 0.01  # calibration stops this close below the target, the default of Opacus
 
 
 class PrivacyError(ValueError):
-    """What was asked for would not be private as stated; the message is one sentence."""
+    """The request would not be private as stated; the message is one sentence."""
 
 
 def check_accountant(accountant: str) -> None:
-    """Refuse the name of no accountant."""
+    """Raise PrivacyError for an unknown accountant."""
     if accountant not in ACCOUNTANTS:
         raise PrivacyError(f"accountant is {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
 
 
 def check_noise(noise_multiplier: float) -> None:
-    """Refuse noise that is negative, infinite or NaN."""
+    """Raise PrivacyError for noise that is negative, infinite or NaN."""
     if not 0 <= noise_multiplier < math.inf:
         raise PrivacyError(f"noise_multiplier is {noise_multiplier:g}; give a finite number of 0 or more")
 
 
 def default_delta(size: int) -> float:
-    """n^-1.1 (Li et al. 2022): below 1/n, the delta at which publishing one example outright would be allowed."""
+    """n^-1.1 (Li et al. 2022). It is below 1/n, the delta at which a mechanism may publish one example."""
     return size**-1.1
 
 
 def check_delta(delta: float, *, size: int) -> None:
-    """Refuse a delta that promises nothing."""
+    """Raise PrivacyError for a delta that guarantees nothing."""
     if not 0 < delta < 1 / size:
         raise PrivacyError(
-            f"delta is {delta:g} for {size} examples; it must be above 0 and below 1/n = {1 / size:.3g}, for at 1/n "
-            f"one example may be published outright: n^-1.1 = {default_delta(size):.3g} is usual"
+            f"delta is {delta:g} for {size} examples; it must be above 0 and below 1/n = {1 / size:.3g}, because a "
+            f"mechanism with delta 1/n may publish one example: n^-1.1 = {default_delta(size):.3g} is usual"
         )
 
 
 def check_sample_rate(sample_rate: float) -> None:
-    """Refuse a rate that is no probability."""
+    """Raise PrivacyError for a sample rate that is not a probability above 0."""
     if not 0 < sample_rate <= 1:
         raise PrivacyError(
             f"sample_rate is {sample_rate:g}; it is the probability that an example is in a batch: give one above 0 "
@@ -59,12 +61,12 @@ def check_sample_rate(sample_rate: float) -> None:
 
 
 def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str) -> float:
-    """The epsilon that `steps` steps spend, an upper bound; 0.0 for no steps, infinity for no noise.
+    """An upper bound of the epsilon that `steps` steps spend; 0.0 for no steps, infinity for no noise.
 
-    PRV's time and memory grow with epsilon, to minutes and gigabytes. Above `PRV_LIMIT` this is therefore the RDP
-    bound, which is looser and as valid. Noise so small that the bound overflows gives infinity.
+    The time and memory of PRV grow with epsilon, to minutes and gigabytes. Above `PRV_LIMIT` the result is therefore
+    the RDP bound, which is looser but valid. If noise is so small that the bound overflows, the result is infinity.
 
-    Raises PrivacyError for numbers that are out of range, and where the accountant cannot compute an answer.
+    Raises PrivacyError for numbers out of range, and if the accountant cannot compute epsilon.
     """
     check_accountant(accountant)
     check_noise(noise_multiplier)
@@ -75,26 +77,26 @@ def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta
         return 0.0
     if noise_multiplier == 0:
         return math.inf
-    run: dict[str, Any] = {
+    mechanism: dict[str, Any] = {
         "noise_multiplier": min(noise_multiplier, MOST_NOISE),
         "sample_rate": sample_rate,
         "steps": steps,
     }
-    bound = _opacus_epsilon(**run, delta=delta, accountant="rdp")
+    bound = _opacus_epsilon(**mechanism, delta=delta, accountant="rdp")
     if accountant == "rdp" or bound > PRV_LIMIT:
         return bound
-    return _opacus_epsilon(**run, delta=delta, accountant=accountant)
+    return _opacus_epsilon(**mechanism, delta=delta, accountant=accountant)
 
 
 def _opacus_epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str) -> float:
     from opacus.accountants import create_accountant
 
-    mechanism = create_accountant(accountant)
-    mechanism.history = [(noise_multiplier, sample_rate, steps)]
+    opacus_accountant = create_accountant(accountant)
+    opacus_accountant.history = [(noise_multiplier, sample_rate, steps)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Opacus warns when the best order is the largest one; the bound still holds
+        warnings.simplefilter("ignore")  # Opacus warns if the best order is the largest one; the bound is still valid
         try:
-            epsilon = float(mechanism.get_epsilon(delta=delta))
+            epsilon = float(opacus_accountant.get_epsilon(delta=delta))
         except (OverflowError, ZeroDivisionError):
             return math.inf
         except (ValueError, ArithmeticError, MemoryError) as error:
@@ -110,7 +112,7 @@ def _opacus_epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, 
 def noise_multiplier_for(
     *, target_epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str
 ) -> float:
-    """The smallest noise multiplier that keeps `steps` steps within the target, to `EPSILON_TOLERANCE` in epsilon."""
+    """The smallest noise multiplier for which `steps` steps spend at most the target, to `EPSILON_TOLERANCE`."""
     check_accountant(accountant)
     check_sample_rate(sample_rate)
     if not 0 < target_epsilon < math.inf:

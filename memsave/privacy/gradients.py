@@ -2,7 +2,7 @@
 
     g = (sum_{b in batch} c_b grad(loss_b) + sigma C z) / (q n),    z ~ N(0, I)
 
-with clip factors c_b from `memsave.ghost`, a Poisson batch of expected size q n, and noise once a batch.
+with the clip factors c_b of `memsave.ghost`, a Poisson batch of expected size q n, and noise once per batch.
 """
 
 import math
@@ -26,10 +26,10 @@ from memsave.processes import several_processes
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What the accountant has to know; a resumed run must have the same."""
+    """The parameters that determine epsilon; a resumed run must have the same."""
 
     size: int
-    """n, the examples that batches are drawn from."""
+    """n, the number of examples."""
     batch_size: int
     """q n, the expected size of a batch."""
     noise_multiplier: float
@@ -57,7 +57,7 @@ class Mechanism:
         return self.batch_size / self.size
 
     def epsilon(self, steps: int) -> float:
-        """What so many steps spend."""
+        """The epsilon that `steps` steps spend."""
         return epsilon_of(
             noise_multiplier=self.noise_multiplier,
             sample_rate=self.sample_rate,
@@ -68,29 +68,30 @@ class Mechanism:
 
 
 class PrivateGradients:
-    """Poisson batches, clipped sums, noise and the count of steps, as one thing that is saved and continued as one.
+    """Poisson batches, clipped sums, noise and the count of steps, with one common state for checkpoints.
 
         private = PrivateGradients(model, mechanism)
         for indices in private.batches():                # endless
-            for losses in ...:                           # (B,) each, of micro-batches of any size; none if empty
+            for losses in ...:                           # (B,) each: micro-batches of any size, none for an empty batch
                 private.backward(losses)
-            private.finish()                             # noise, once; .grad is the private mean
+            private.finish()                             # adds noise once; .grad is the private mean
             optimizer.step()
             optimizer.zero_grad()
 
-    A loop that does otherwise is refused, see `memsave.privacy.guard`: losses that are not those of the drawn batch, a
-    batch without `finish`, an optimizer's step before it.
+    Another order raises PrivacyError (see `memsave.privacy.guard`): a number of losses other than that of the drawn
+    batch, a batch without `finish`, or an optimizer step before it.
 
-    Formal guarantee: the gradients of k steps together, and all that is computed from them, are
-    (mechanism.epsilon(k), mechanism.delta)-differentially private for adding or removing one example, provided that
-    each loss depends on its own example alone and that `indices` are what the losses are of.
+    Formal guarantees:
+        The gradients of k steps together, and everything computed from them, are (mechanism.epsilon(k),
+        mechanism.delta)-differentially private for adding or removing one example, if each loss depends only on its own
+        example and the losses are those of the examples `indices`.
 
     Args:
-        model: its trainable parameters are float32 or wider, on one device.
-        mechanism: sizes, noise and bound.
-        clipping, passes, memory_budget: as of `GhostClipper`.
-        secure_noise: as of `GaussianNoise`.
-        seed: for tests; None draws the seeds from the operating system's entropy, and anything else is not private.
+        model: the model; its trainable parameters are float32 or wider, on one device.
+        mechanism: sizes, noise and clipping norm.
+        clipping, passes, memory_budget: those of `GhostClipper`.
+        secure_noise: that of `GaussianNoise`.
+        seed: None draws seeds from the operating system's entropy; a number is for tests and not private.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class PrivateGradients:
         parameters = _trainable(model)
         self.model, self.mechanism = model, mechanism
         self.seeded = seed is not None
-        """Whether this run, or the one that it continues, had a known seed: it is then not private."""
+        """Whether this run, or the run that it continues, had a known seed; it is then not private."""
         self.steps = 0
-        """Steps that were noised, and are therefore counted."""
+        """The number of steps with noise, which the accountant counts."""
         self.examples = 0
-        """Examples seen so far. Not private."""
+        """The number of examples so far. Not private."""
         self.guard = Guard(parameters)
         self._closed = False
         self._clipped: int | Tensor = 0
@@ -128,17 +129,17 @@ class PrivateGradients:
 
     @property
     def epsilon(self) -> float:
-        """What has been spent."""
+        """The epsilon spent so far."""
         return self.mechanism.epsilon(self.steps)
 
     @property
     def clipped(self) -> int:
-        """Examples of whose gradient something was clipped, so far. Not private, like every norm."""
+        """The number of examples with a clipped gradient so far. Not private, like every norm."""
         return int(self._clipped)
 
     @property
     def nonfinite(self) -> int:
-        """Examples whose gradient was not finite and counted as zero, so far. Not private."""
+        """The number of examples so far whose gradient was not finite and counted as zero. Not private."""
         return int(self._nonfinite)
 
     def batches(self) -> Iterator[list[int]]:
@@ -158,9 +159,9 @@ class PrivateGradients:
             yield indices
 
     def backward(self, losses: Tensor) -> None:
-        """Add the clipped sum of a micro-batch's gradients; `losses` (B,), of examples of the batch drawn last.
+        """Add the clipped sum of a micro-batch's gradients; `losses` (B,) are those of examples of the current batch.
 
-        Raises PrivacyError for losses of other examples, as far as their number tells.
+        Raises PrivacyError if there are more losses than examples in the batch.
         """
         self._refuse_other_parameters()
         self.guard.before_backward(len(losses))
@@ -172,16 +173,16 @@ class PrivateGradients:
         self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
 
     def finish(self) -> None:
-        """Noise the sum, divide it by the expected batch size, and count the step. Of an empty batch: noise alone.
+        """Add noise to the sum, divide it by the expected batch size, and count the step; an empty batch is pure noise.
 
-        Raises PrivacyError unless `backward` got a loss for each example of the batch drawn last.
+        Raises PrivacyError unless `backward` got one loss for each example of the current batch.
         """
         _refuse_several_processes()
         self._refuse_other_parameters()
         if self.clipper.unfinished:
             raise PrivacyError(
-                "a backward of this logical batch failed while it added to .grad, which holds a part of its examples; "
-                "clear the gradients (optimizer.zero_grad()) and compute the logical batch again"
+                "a backward pass of this logical batch failed, so .grad holds only some of its examples; clear the "
+                "gradients (optimizer.zero_grad()) and compute the logical batch again"
             )
         self.guard.before_finish()
         for parameter in self._noise.parameters:
@@ -209,12 +210,12 @@ class PrivateGradients:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, the model is as it was without clipping; gradients of an ordinary backward are dropped after.
+        """Detach the clipper within the context; gradients of ordinary backward passes are dropped at its end.
 
-        An optimizer's step within is refused: it would be neither clipped nor noised.
+        An optimizer step within the context raises PrivacyError: it would have neither clipping nor noise.
         """
         if self._closed:
-            raise PrivacyError("these PrivateGradients were closed; make new ones")
+            raise PrivacyError("this PrivateGradients was closed; create a new one")
         outer, self.guard.rehearsing = self.guard.rehearsing, True
         self.clipper.close()
         try:
@@ -225,7 +226,7 @@ class PrivateGradients:
             self._drop_gradients()
 
     def close(self) -> None:
-        """Leave the model as it was; a sum that was not noised is dropped."""
+        """Detach the clipper from the model; a sum without noise is dropped."""
         if self.guard.unnoised:
             self._drop_gradients()
         self._closed = True
@@ -248,20 +249,20 @@ class PrivateGradients:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue; PrivacyError where the mechanism was another one, whose accounting would not hold."""
-        own = {**asdict(self.mechanism), "clipping": self.clipper.clipping, "secure_noise": self._noise.secure}
+        """Restore a saved state; PrivacyError if its mechanism differs, because the accounting would be wrong."""
+        current = {**asdict(self.mechanism), "clipping": self.clipper.clipping, "secure_noise": self._noise.secure}
         found = {**state["mechanism"], **{key: state[key] for key in ("clipping", "secure_noise")}}
-        for key, value in own.items():
+        for key, value in current.items():
             if found.get(key) != value:
                 raise PrivacyError(
                     f"the checkpoint was made with {key}={found.get(key)}, and this run has {value}; continue with the "
-                    f"same, for the steps are accounted for together"
+                    f"same, because all steps are accounted for together"
                 )
         if state["noise"].shape != self._noise.generator.get_state().shape:
             raise PrivacyError(
-                f"the checkpoint's noise was drawn on another kind of device than {self._device}; continue on that one"
+                f"the checkpoint's noise was drawn on another type of device than {self._device}; continue on that type"
             )
-        if self.guard.unnoised:  # a part of a batch, which the state knows nothing of
+        if self.guard.unnoised:  # a partial batch, which the state does not contain
             self._drop_gradients()
         self.guard.reset()
         self._before_draws.clear()
@@ -284,8 +285,8 @@ class PrivateGradients:
             one is not other for one, other in zip(trainable, self._noise.parameters, strict=True)
         ):
             raise PrivacyError(
-                "other parameters are trainable than at the start, which would get no noise; decide before "
-                "PrivateGradients is made"
+                "the trainable parameters changed since the start, and new ones would get no noise; set requires_grad "
+                "before you create PrivateGradients"
             )
 
 
@@ -293,8 +294,8 @@ def _refuse_several_processes() -> None:
     found = several_processes()
     if found is not None:
         raise PrivacyError(
-            f"{found}: each would draw batches and noise of its own, and together they would spend more than is "
-            f"accounted for; start one process"
+            f"{found}: each process would draw its own batches and noise, and together they would spend more than the "
+            f"accountant counts; start one process"
         )
 
 
@@ -305,13 +306,13 @@ def _generator(device: torch.device | str, seed: int | None) -> Generator:
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise PrivacyError("no parameter of the model is trainable; there is nothing to train privately")
+        raise PrivacyError("the model has no trainable parameter; set requires_grad on those to train")
     first = next(iter(named.values()))
     for name, parameter in named.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise PrivacyError(
-                f"{name} is {parameter.dtype}: its clipped sum would be rounded past the bound before the noise; train "
-                f"in float32, with bfloat16 by autocast"
+                f"{name} is {parameter.dtype}: rounding its clipped sum would exceed the clipping norm before noise is "
+                f"added; train in float32, with bfloat16 by autocast"
             )
         if parameter.device != first.device:
             raise PrivacyError(f"{name} is on {parameter.device}, others on {first.device}; train on one device")

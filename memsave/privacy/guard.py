@@ -1,8 +1,8 @@
-"""Refuses a training loop whose steps are not those that the accountant counts.
+"""Checks that the steps of a training loop are those that the accountant counts.
 
-The accountant assumes that each step takes one Poisson batch, adds the gradients of all of its examples and of no
-others, and adds noise before the optimizer reads the sum. `Guard` follows a loop by what it can see without looking at
-data: the sizes of the batches that were drawn, the number of losses, calls of `finish`, and steps of optimizers.
+The accountant assumes that each step draws one Poisson batch, adds the gradients of exactly its examples, and adds
+noise before the optimizer reads the sum. `Guard` checks this without access to the data: it tracks the sizes of the
+drawn batches, the number of losses, calls of `finish`, and optimizer steps.
 """
 
 import weakref
@@ -17,35 +17,35 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from memsave.privacy.accounting import PrivacyError
 
 Version = tuple[nn.Parameter, Tensor, int]
-"""A parameter, its gradient, and the version counter of that."""
+"""(parameter, its gradient, the version counter of the gradient)."""
 
 
 class Guard:
     """The state of one logical batch, from its draw to `finish`.
 
-    Batches may be drawn ahead, as a DataLoader with `batch_sampler=private.batches()` does; they are used in the order
-    in which they were drawn.
+    Batches may be drawn in advance, as by a DataLoader with `batch_sampler=private.batches()`. They must be used in the
+    order in which they were drawn.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.enabled = True
-        """False for a step that is neither taken nor counted, such as one on fake tensors."""
+        """False disables all checks, for a step that is neither taken nor counted, such as one on fake tensors."""
         self.rehearsing = False
-        """Whether steps are only measured, or clipping is paused; no optimizer may then take one."""
+        """Whether steps are only measured or clipping is paused; an optimizer step is then an error."""
         self._parameters = list(parameters)
         self.reset()
-        self._hook = register_optimizer_step_pre_hook(_refusing(weakref.ref(self)))
+        self._hook = register_optimizer_step_pre_hook(_step_pre_hook(weakref.ref(self)))
 
     def reset(self) -> None:
-        """Forget the batches that were drawn, and the one that is under way."""
+        """Discard the drawn batches and the current one."""
         self._drawn: deque[int] = deque()
         self._seen = 0
-        self._unnoised = False  # whether .grad may hold a clipped sum without noise
-        self._left: list[Version] = []  # .grad after the last backward or finish
-        self._weights: list[int] = []  # versions of the parameters at the first backward of the batch
+        self._unnoised = False  # .grad may hold a clipped sum without noise
+        self._grad_versions: list[Version] = []  # after the last backward or finish
+        self._weight_versions: list[int] = []  # at the first backward of the batch
 
     def close(self) -> None:
-        """MemoryMonitor optimizers no longer."""
+        """Remove the hook on optimizers."""
         self._hook.remove()
 
     @property
@@ -54,14 +54,14 @@ class Guard:
         return self._unnoised
 
     def draw(self, size: int) -> bool:
-        """Note that a batch of this size was drawn; returns whether it is followed, which it is not in a rehearsal."""
-        if self._watching:
+        """Record that a batch of this size was drawn. Returns False in a rehearsal, which records nothing."""
+        if self._active:
             self._drawn.append(size)
-        return self._watching
+        return self._active
 
     def before_backward(self, count: int) -> None:
-        """Refuse losses that belong to no drawn batch, and gradients that would be added to what they should not."""
-        if not self._watching:
+        """Raise PrivacyError if the losses exceed the drawn batch, or if .grad holds other gradients."""
+        if not self._active:
             return
         if not self._drawn:
             raise PrivacyError(
@@ -73,47 +73,48 @@ class Guard:
             raise PrivacyError(
                 f"backward() got {self._seen + count} losses since the last finish(), but the batch drawn has "
                 f"{self._drawn[0]} examples: give one loss for each drawn index, and call finish() after each batch"
-                f"{self._left_over}"
+                f"{self._waiting_batches}"
             )
         if not self._unnoised:
-            self._weights = [p._version for p in self._parameters]
+            self._weight_versions = [p._version for p in self._parameters]
         self._unnoised = True
 
     def after_backward(self, count: int) -> None:
-        """Note that the clipped gradients of so many examples were added to `.grad`."""
-        if self._watching:
+        """Record that the clipped gradients of `count` examples were added to `.grad`."""
+        if self._active:
             self._seen += count
-            self._left = self._gradients()
+            self._grad_versions = self._gradients()
 
     def before_finish(self) -> None:
-        """Refuse to count a step that the accountant does not describe."""
-        if not self._watching:
+        """Raise PrivacyError for a step that differs from those of the accountant."""
+        if not self._active:
             return
         if not self._drawn:
             raise PrivacyError(
-                "finish() was called, but no batch was drawn since the last one: draw one batch a step from "
+                "finish() was called, but no batch was drawn since the last call: draw one batch per step from "
                 "PrivateGradients.batches()"
             )
         self._check_gradients()
         if self._seen != self._drawn[0]:
             raise PrivacyError(
                 f"finish() was called after {self._seen} losses, but the batch drawn has {self._drawn[0]} examples: "
-                f"give one loss for each drawn index (to leave an example out, multiply its loss by 0){self._left_over}"
+                f"give one loss for each drawn index (to leave an example out, multiply its loss by 0)"
+                f"{self._waiting_batches}"
             )
         if self._unnoised:
             self._check_weights()
 
     def after_finish(self) -> bool:
-        """Note that `.grad` is private now; returns whether a batch that was drawn is done with."""
-        if not self._watching:
+        """Record that `.grad` is private now. Returns False in a rehearsal, which records nothing."""
+        if not self._active:
             return False
         self._drawn.popleft()
         self._seen, self._unnoised = 0, False
-        self._left = self._gradients()
+        self._grad_versions = self._gradients()
         return True
 
     def refuse_step(self, optimizer: Optimizer, *, closure: bool) -> None:
-        """Refuse an optimizer's step on gradients without noise, on those of a rehearsal, or on those of a closure."""
+        """Raise PrivacyError for an optimizer step without noise, within a rehearsal, or with a closure."""
         if not self.enabled or not (self._unnoised or self.rehearsing or closure):
             return
         ours = {id(each) for p in self._parameters for each in ((p, p.grad) if closure or p.grad is not None else ())}
@@ -122,58 +123,56 @@ class Guard:
             return
         if closure:
             raise PrivacyError(
-                "optimizer.step(closure) computes gradients within the step, where they get no noise: compute them "
-                "before, call finish(), and then optimizer.step() without a closure"
+                "optimizer.step(closure) computes gradients within the step, without noise: compute them before, "
+                "call finish(), and then optimizer.step() without a closure"
             )
         if self.rehearsing:
-            raise PrivacyError(
-                "steps of a rehearsal or a pause are not accounted for: call optimizer.step() outside of it"
-            )
+            raise PrivacyError("steps of a rehearsal or a pause are not counted: call optimizer.step() outside of it")
         raise PrivacyError(
-            "the optimizer was about to step on a clipped sum without noise: call PrivateGradients.finish() once after "
-            "the last backward() of a batch, before optimizer.step()"
+            "optimizer.step() was called on a clipped sum without noise: call PrivateGradients.finish() once after the "
+            "last backward() of a batch, before optimizer.step()"
         )
 
     @property
-    def _left_over(self) -> str:
+    def _waiting_batches(self) -> str:
         more = len(self._drawn) - 1
-        return f"; {more} more were drawn since, and must be used in this order" if more else ""
+        return f"; further batches drawn: {more}, to be used in this order" if more else ""
 
     def _check_weights(self) -> None:
-        if self._weights != [p._version for p in self._parameters]:
+        if self._weight_versions != [p._version for p in self._parameters]:
             raise PrivacyError(
-                "parameters changed between backward() and finish(), when the sum had no noise yet: update them after "
+                "parameters changed between backward() and finish(), before the sum had noise: update them after "
                 "finish()"
             )
 
     @property
-    def _watching(self) -> bool:
+    def _active(self) -> bool:
         return self.enabled and not self.rehearsing
 
     def _gradients(self) -> list[Version]:
         return [(p, p.grad, p.grad._version) for p in self._parameters if p.grad is not None]
 
     def _check_gradients(self) -> None:
-        """Between backwards of one batch `.grad` must stay as it is; between batches it must be cleared."""
-        kept = [p.grad is grad and grad._version == version for p, grad, version in self._left]
+        """Check that `.grad` did not change between the backward passes of a batch, and was cleared between batches."""
+        unchanged = [p.grad is grad and grad._version == version for p, grad, version in self._grad_versions]
         if not self._unnoised:
-            if any(kept):
+            if any(unchanged):
                 raise PrivacyError(
-                    "the gradients of the last step are still there, and the next ones would be added to them: call "
-                    "optimizer.zero_grad() after optimizer.step(), or model.zero_grad() where it has not all parameters"
+                    "the gradients of the last step were not cleared, and new ones would be added to them: call "
+                    "optimizer.zero_grad() after optimizer.step(), or model.zero_grad() if it lacks some parameters"
                 )
-        elif not all(kept):
+        elif not all(unchanged):
             if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
                 raise PrivacyError(
-                    "gradients were changed between backward() and finish(), when the sum had no noise yet: clip or "
-                    "scale them after finish()"
+                    "gradients were changed between backward() and finish(), before the sum had noise: clip or scale "
+                    "them after finish()"
                 )
             self._check_weights()
-            self._seen = 0  # they were cleared: the batch begins anew
+            self._seen = 0  # the gradients were cleared: the batch starts again
 
 
-def _refusing(guard: "weakref.ref[Guard]") -> Any:
-    """A hook on all optimizers that does not keep its guard alive."""
+def _step_pre_hook(guard: "weakref.ref[Guard]") -> Any:
+    """A hook on all optimizers; the weak reference does not keep the guard alive."""
 
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         alive = guard()

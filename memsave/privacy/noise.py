@@ -1,7 +1,7 @@
-"""Gaussian noise, in place, through one small buffer.
+"""Gaussian noise, added in place through one small buffer.
 
-Numbers are drawn in float64: PyTorch's float32 normals on the CPU come from uniforms of 24 bits and end at 5.77
-standard deviations. What lies beyond would tell with certainty that an example was there, more often than delta allows.
+Numbers are drawn in float64, because PyTorch's float32 normals on the CPU come from 24-bit uniforms and end at 5.77
+standard deviations. A value beyond would prove that an example was present, more often than delta permits.
 """
 
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-PIECE = 2**20  # numbers drawn at a time: 8 MiB
+CHUNK = 2**20  # numbers drawn at a time: 8 MiB
 
 
 class GaussianNoise:
     """Adds noise to gradients.
 
     Args:
-        parameters: whose `.grad` is noised; float32 or wider, on one device.
-        generator: on that device; nothing else may draw from it.
-        secure: draw each number as half the sum of four, after one that is thrown away, which hides the gaps between
-            floating-point numbers that could give the sum away (Holohan and Braghin, arXiv 2107.10138, section 5.1;
-            the construction of Opacus's secure mode). It takes a second buffer.
+        parameters: the parameters whose `.grad` gets noise; float32 or wider, on one device.
+        generator: a generator on that device with no other use.
+        secure: discard one number, then draw each number as half the sum of four. This protects against attacks on the
+            gaps between floating-point numbers (Holohan and Braghin, arXiv 2107.10138, section 5.1; also the secure
+            mode of Opacus). It takes a second buffer.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, generator: Generator, secure: bool = False):
         self.parameters, self.generator, self.secure = list(parameters), generator, secure
-        size = min(PIECE, max((p.numel() for p in self.parameters), default=0))
+        size = min(CHUNK, max((p.numel() for p in self.parameters), default=0))
         self._buffers = [
             torch.empty(size, dtype=torch.float64, device=generator.device) for _ in range(2 if secure else 1)
         ]
@@ -35,7 +35,7 @@ class GaussianNoise:
         for parameter in self.parameters:
             assert parameter.grad is not None
             parameter.grad = parameter.grad.contiguous()
-            for part in parameter.grad.view(-1).split(PIECE):
+            for part in parameter.grad.view(-1).split(CHUNK):
                 part.add_(self._draw(len(part), std))
 
     def _draw(self, count: int, std: float) -> Tensor:

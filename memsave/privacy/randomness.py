@@ -1,9 +1,9 @@
-"""Generators that nobody can guess.
+"""Random generators with a secret state.
 
-`torch.Generator.manual_seed` keeps 32 bits of its seed on the CPU: four thousand million possible streams of noise, few
-enough to try them all. So the whole state of the Mersenne twister is drawn from the operating system here. That state
-can be computed from enough of its raw output, which noisy sums do not show; it is no cryptographic generator all the
-same, and a state must stay as secret as the data.
+`torch.Generator.manual_seed` keeps only 32 bits of its seed on the CPU, so an attacker could try all 2^32 streams of
+noise. This module therefore draws the whole state of the Mersenne twister from the operating system. The state can be
+computed from enough raw output, which noisy sums do not contain. The generator is still not cryptographic, and its
+state must stay as secret as the data.
 """
 
 import os
@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Generator
 
-WORDS, FIRST_WORD = 624, 24  # of the twister's state, in 8 bytes each, and where they begin in PyTorch's
+WORDS, FIRST_WORD = 624, 24  # the number of 8-byte words of the twister's state, and their offset in PyTorch's state
 
 
 def secret_generator(device: torch.device | str = "cpu") -> Generator:
@@ -20,16 +20,18 @@ def secret_generator(device: torch.device | str = "cpu") -> Generator:
     generator = Generator(device)
     if device.type != "cpu":
         return generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
-    generator.manual_seed(5489)  # puts the twister at the start of its state
+    generator.manual_seed(5489)  # sets the twister to the start of its state
     state = generator.get_state()
     words = state[FIRST_WORD : FIRST_WORD + 8 * WORDS].view(torch.int64)
     if words[0] != 5489 or words.max() >= 2**32:
-        raise RuntimeError(f"PyTorch {torch.__version__} keeps its generator's state in another way; seed it yourself")
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} stores its generator's state in an unknown format; use a supported version"
+        )
     words.copy_(torch.frombuffer(bytearray(os.urandom(4 * WORDS)), dtype=torch.uint32).to(torch.int64))
     generator.set_state(state)
     return generator
 
 
 def seeded_generator(seed: int, device: torch.device | str = "cpu") -> Generator:
-    """For tests: a run with a known seed is not private."""
+    """A generator with a known seed, for tests: such a run is not private."""
     return Generator(device).manual_seed(seed)

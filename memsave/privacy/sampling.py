@@ -1,7 +1,7 @@
-"""Poisson sampling: each example is in a batch with probability q, whatever else is in it.
+"""Poisson sampling: each example is in a batch with probability q, independently of the others.
 
-It is the sampling that the accountants assume. Batches differ in size and may be empty; a shuffled epoch would be
-another mechanism, with less privacy than accounted for.
+The accountants assume this sampling. Batches differ in size and may be empty. A shuffled epoch would be another
+mechanism, with a larger epsilon than the computed one.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from memsave.privacy.accounting import PrivacyError
 
 
 def poisson_batches(*, size: int, sample_rate: float, generator: Generator) -> Iterator[list[int]]:
-    """Endless batches of indices in 0 .. size - 1; each is drawn when it is asked for, and no sooner."""
+    """Yield endless batches of indices in 0 .. size - 1; each is drawn when it is requested."""
     if not 0 < sample_rate <= 1:
         raise PrivacyError(
             f"the sample rate is {sample_rate:g}; it must be above 0 and at most 1, so lower the batch size to at most "

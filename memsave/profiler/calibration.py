@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from memsave.files import write_json
 from memsave.profiler.allocator import allocator_peak
 from memsave.profiler.recorder import MemoryRecorder
 from memsave.profiler.report import MemoryReport
@@ -87,6 +88,4 @@ def write_calibration(path: Path, key: str, calibration: Calibration, *, notes: 
     """Add or replace the calibration of `key` in the file, with notes for readers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**read_calibrations(path), key: {**asdict(calibration), **notes}}
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    draft.replace(path)
+    write_json(path, content, sort_keys=True)

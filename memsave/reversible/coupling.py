@@ -14,7 +14,7 @@ how a branch's value changes a half, and how to invert this change:
 This file contains only the mathematics; `sequence.py` decides what is kept between forward and backward.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -241,11 +241,11 @@ class _Rounded(torch.autograd.Function):
     """Round to the nearest multiple of a power of two; straight-through gradient."""
 
     @staticmethod
-    def forward(ctx, value, grid):
+    def forward(ctx: Any, value: Tensor, grid: float) -> Tensor:
         return torch.round(value / grid).mul_(grid)  # scaling by a power of two is exact
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 

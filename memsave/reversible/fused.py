@@ -151,12 +151,14 @@ class _FusedFunction(torch.autograd.Function):
     """Saves nothing: backward takes the stream from the context."""
 
     @staticmethod
-    def forward(ctx, step, context, number, stream, target, source, *tensors):
+    def forward(
+        ctx: Any, step: Any, context: Any, number: int, stream: Any, target: Tensor, source: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.step, ctx.context, ctx.number = step, context, number
         return step.forward(stream.pair(target, source)).source
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grad_source, grad_tensors = ctx.context.differentiate(ctx.number, ctx.step.gradients, grads[0])
         outputs = [grads[0], grad_source, *grad_tensors]
@@ -169,12 +171,12 @@ class _OnceDifferentiable(torch.autograd.Function):
     """The identity on gradients, which raises when it is differentiated."""
 
     @staticmethod
-    def forward(ctx, name, anchor, *grads):
+    def forward(ctx: Any, name: str, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
         return tuple(grad.view_as(grad) for grad in grads)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{ctx.name} was differentiated twice, which the fused engine does not support; give the sequence "
             f"engine='hooks'"

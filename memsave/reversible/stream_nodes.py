@@ -1,6 +1,7 @@
 """Autograd nodes that keep a stream for backward, and the memory layout of its halves."""
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakMethod
 
 import torch
@@ -31,13 +32,13 @@ class _Keep(torch.autograd.Function):
     """Saves tensors and does not use them."""
 
     @staticmethod
-    def forward(ctx, on_backward, anchor, *tensors):
+    def forward(ctx: Any, on_backward: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.on_backward = on_backward
         ctx.save_for_backward(*tensors)
         return anchor.clone()
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         on_backward = ctx.on_backward()
         if on_backward is not None:  # None: the context is gone, so no step is left to be rebuilt
             on_backward()
@@ -48,12 +49,12 @@ class _Merge(torch.autograd.Function):
     """The identity on `output`; backward splits its gradient into those of the halves."""
 
     @staticmethod
-    def forward(ctx, output, kept, target, source):
+    def forward(ctx: Any, output: Tensor, kept: Tensor, target: Tensor, source: Tensor) -> Tensor:
         ctx.dtype, ctx.layout = target.dtype, memory_format(target)
         return output.detach()  # detach() shares the version counter, so in-place changes are still detected
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         halves = grads[0].to(ctx.dtype).chunk(2, dim=1)
         return None, torch.empty(0), *(half.contiguous(memory_format=ctx.layout) for half in halves)
 

@@ -22,7 +22,7 @@ from memsave.config.fields import closest
 from memsave.config.known_keys import listed
 from memsave.config.registry import component, options
 from memsave.config.schema import DataConfig, GhostPrivacy, ModelConfig, PrivacyConfig
-from memsave.training.progress import Progress
+from memsave.progress import Progress
 from memsave.training.task import Batch, Task
 
 PLAIN, PER_SAMPLE, GHOST = "plain", "per-example gradients", "ghost"

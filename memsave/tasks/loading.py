@@ -1,4 +1,4 @@
-"""Loading what a run left in `model/`, for one's own script and for prediction: see `memsave.load`."""
+"""Loading a trained model from `model/` of a run, for scripts (`memsave.load`) and for prediction."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,17 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def load_model(folder: str | Path) -> Any:
-    """The trained model in a run's folder, or in a copy of its `model/`, in eval mode on the CPU."""
+    """The trained model in a run's folder or in a copy of its `model/`, in eval mode on the CPU."""
     folder = Path(folder).expanduser()
     released = _released(folder)
     return load_unet(folder) if released is None or not _is_language(released) else _language_model(released)
 
 
 def load_unet(folder: Path) -> Any:
-    """A trained U-Net in eval mode, with its `UNetConfig` as `config`; ConfigError where the folder holds none.
+    """A trained U-Net in eval mode, with its `UNetConfig` as `config`; ConfigError if the folder has none.
 
-    Runs of older versions have no `config.json`, and unfinished ones only a checkpoint: those are built from the run's
-    `config.yaml`.
+    Runs of older versions have no `config.json`, and unfinished runs only a checkpoint. These networks are built from
+    the run's `config.yaml`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -32,7 +32,7 @@ def load_unet(folder: Path) -> Any:
     if released is None:
         weights, network, config = _from_run(folder)
     elif _is_language(released):
-        raise ConfigError(f"{folder} holds a language model, which segments nothing; give a run of task=segmentation")
+        raise ConfigError(f"{folder} holds a language model, not a U-Net; give a run of task=segmentation")
     else:
         weights, config = released / WEIGHTS, UNetConfig.read(released / CONFIG)
         network = config.build()
@@ -47,12 +47,12 @@ def load_unet(folder: Path) -> Any:
 
 
 def _released(folder: Path) -> Path | None:
-    """The folder itself or its `model/`, whichever has a `config.json`."""
+    """The folder or its `model/`, whichever has a `config.json`; None if neither has."""
     return next((each for each in (folder, folder / "model") if (each / CONFIG).is_file()), None)
 
 
 def _is_language(released: Path) -> bool:
-    """Whether the config is one of transformers."""
+    """Whether `config.json` is that of a transformers model."""
     path = released / CONFIG
     try:
         return "model_type" in json.loads(path.read_text())
@@ -64,7 +64,7 @@ def _language_model(released: Path) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    import memsave.models.rev_gpt2  # noqa: F401, which makes itself known to AutoModelForCausalLM
+    import memsave.models.rev_gpt2  # noqa: F401, which registers it with AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(released).eval()
@@ -75,19 +75,19 @@ def _language_model(released: Path) -> Any:
 def _from_run(folder: Path) -> tuple[Path, Any, Any]:
     """(weights, network to load them into, its config) of a run without `config.json`, or of a folder inside it."""
     from memsave.data.volumes.config import SegmentationData
+    from memsave.progress import Progress
     from memsave.tasks.definition import definition_of
     from memsave.tasks.segmentation.unet_config import UNetConfig
-    from memsave.training.progress import Progress
 
     run = folder if (folder / "config.yaml").is_file() else folder.parent
     if not (run / "config.yaml").is_file():
-        what = f"holds weights without their {CONFIG}" if (folder / WEIGHTS).is_file() else "holds no trained model"
-        raise ConfigError(f"{folder} {what}; give a run's folder, which has config.yaml, or a copy of its model/")
+        fault = f"holds weights without their {CONFIG}" if (folder / WEIGHTS).is_file() else "holds no trained model"
+        raise ConfigError(f"{folder} {fault}; give a run's folder, which has config.yaml, or a copy of its model/")
     config = load_config(run / "config.yaml")
     if not isinstance(config.data, SegmentationData):
         raise ConfigError(f"{run} is an unfinished run of task={config.task}; give one that has ended")
-    places = (folder, run / "model", run / "checkpoint")
-    weights = next((each / WEIGHTS for each in places if (each / WEIGHTS).is_file()), None)
+    folders = (folder, run / "model", run / "checkpoint")
+    weights = next((each / WEIGHTS for each in folders if (each / WEIGHTS).is_file()), None)
     if weights is None:
         raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
     network, _ = definition_of(config).make_model(progress=Progress())

@@ -1,16 +1,14 @@
-"""A run's state as safetensors and JSON, in a folder that is whole or not there.
+"""Checkpoints: the state of a run as safetensors and JSON.
 
-    checkpoint/model.safetensors       the model's parameters and buffers
-    checkpoint/optimizer.safetensors   the optimizer's tensors, as "parameter name/state name", and the random states
-    checkpoint/state.json              the step, the optimizer's name and numbers, and the private mechanism's counts
+    checkpoint/model.safetensors       parameters and buffers of the model
+    checkpoint/optimizer.safetensors   optimizer state as "parameter name/state name", and the random states
+    checkpoint/state.json              the step, the optimizer's name and numbers, and the counts of private training
 
-A checkpoint is written beside the last one and then takes its place, so that a run killed at any moment leaves one; the
-last one stays as `checkpoint.previous`. That of a private run foretells its noise: it is as secret as the data.
+A checkpoint replaces the last one atomically, and the last one stays as `checkpoint.previous`: a run that is killed at
+any moment leaves a complete checkpoint. The checkpoint of a private run reveals its noise and must stay secret.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +16,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memsave.files import PREVIOUS, newest_folder, replace_folder
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State
 
 NAME = "checkpoint"
-RANDOM, PRIVATE, EMA, PREVIOUS = "random/", "private/", "ema/", ".previous"
-SECRET = """This folder is as secret as the training data: it holds the state of the generators that noise and batches
-are drawn from. What may be handed on is the folder model/.
+RANDOM, PRIVATE, EMA = "random/", "private/", "ema/"
+SECRET = """This folder is as secret as the training data: it holds the state of the random generators that draw the
+noise and the batches. Only the folder model/ may be released.
 """
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be continued from; the message is one sentence."""
+    """A checkpoint that cannot be continued; the message is one sentence."""
 
 
 def save(state: State, folder: Path) -> None:
-    """Write the state to `folder`, replacing the checkpoint there."""
-    new, previous = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + PREVIOUS)
-    if previous.exists() and not folder.exists():
-        previous.rename(folder)  # killed between the two renames below: this is the last whole one
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        _write(state, new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)  # on a full disk it would leave no room for the run's result
-        raise
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    new.rename(folder)
-    _flush(folder.parent)
+    """Write the state to `folder` and replace the checkpoint there."""
+    replace_folder(folder, lambda draft: _write(state, draft))
 
 
-def _write(state: State, new: Path) -> None:
-    new.mkdir(parents=True)
-    save_file(_named_once(state.model), new / "model.safetensors")
+def _write(state: State, folder: Path) -> None:
+    save_file(_unique_tensors(state.model), folder / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
     random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
     content = {
@@ -68,89 +53,110 @@ def _write(state: State, new: Path) -> None:
         private = state.private.state_dict()
         generators = {PRIVATE + key: private.pop(key) for key in list(private) if isinstance(private[key], Tensor)}
         content["private"], tensors = private, {**tensors, **generators}
-        (new / "SECRET.txt").write_text(SECRET)
+        (folder / "SECRET.txt").write_text(SECRET)
     average = {} if state.ema is None else {EMA + name: tensor for name, tensor in state.ema.average.items()}
-    save_file({**tensors, **average, **random}, new / "optimizer.safetensors")
-    (new / "state.json").write_text(json.dumps(content, indent=2) + "\n")
-    for path in (*new.iterdir(), new):
-        _flush(path)
+    save_file({**tensors, **average, **random}, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load(state: State, folder: Path) -> None:
-    """Put the state into what `save` wrote, given its folder or the run's; CheckpointError when it does not fit."""
-    folder = _found(folder)
+    """Restore what `save` wrote into `state`.
+
+    `folder` is the checkpoint's folder or the run's. Raises CheckpointError if the checkpoint is missing, unreadable
+    or of another run.
+    """
+    folder = _checkpoint_in(folder)
+    content, model, tensors = _read(folder)
+    _check_model(model, expected=_unique_tensors(state.model), folder=folder)
+    _check_run(state, content, folder=folder)
+    generators = _take(tensors, PRIVATE)
+    if state.private is not None:
+        state.private.load_state_dict({**content["private"], **generators})
+    state.model.load_state_dict(model, strict=False)  # tied parameters are stored under one of their names
+    average = _take(tensors, EMA)
+    if state.ema is not None:
+        for name, tensor in state.ema.average.items():
+            tensor.copy_(average.get(name, model.get(name, tensor)))
+    if state.scaler is not None and content["scaler"]:
+        state.scaler.load_state_dict(content["scaler"])
+    best = content["best"]
+    state.best = None if best is None else (best[0], best[1])
+    set_random_state(state.model, _take(tensors, RANDOM))
+    _restore_optimizer(state, tensors, content["numbers"])
+    state.step = content["step"]
+    _restore_schedule(state)
+
+
+def read_noise_multiplier(folder: Path) -> float | None:
+    """The noise multiplier in the checkpoint of a private run, given its folder or the run's; None if there is none."""
+    try:
+        private = json.loads((_checkpoint_in(folder) / "state.json").read_text())["private"]
+        return None if private is None else float(private["mechanism"]["noise_multiplier"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The newest complete checkpoint, given its own folder or the run's."""
+    if not (folder / "state.json").is_file() and any((folder / name).exists() for name in (NAME, NAME + PREVIOUS)):
+        folder = folder / NAME  # the run's folder
+    return newest_folder(folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """(content of state.json, tensors of the model, other tensors)."""
     if not (folder / "state.json").is_file():
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's folder, or its checkpoint/")
     try:
         content = json.loads((folder / "state.json").read_text())
-        step, optimizer, numbers = int(content["step"]), content["optimizer"], content["numbers"]
-        private, identity, best = content["private"], content["identity"], content["best"]
-        model = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
+        content["step"] = int(content["step"])
+        for key in ("optimizer", "numbers", "private", "identity", "best"):
+            content[key]
+        return content, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         previous = folder.with_name(folder.name + PREVIOUS)
-        other = f"{previous}, the one before" if previous.exists() else "another"
+        other = f"the previous one, {previous}" if previous.exists() else "another"
         raise CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from {other}") from error
-    expected = _named_once(state.model)
+
+
+def _check_model(model: dict[str, Tensor], *, expected: dict[str, Tensor], folder: Path) -> None:
     wrong = [name for name in expected if name not in model or model[name].shape != expected[name].shape]
     wrong += [name for name in model if name not in expected]
     if wrong:
         raise CheckpointError(
             f"the checkpoint in {folder} is of another model ({wrong[0]} differs); give the config it was made with"
         )
-    if optimizer != type(state.optimizer).__name__:
+
+
+def _check_run(state: State, content: dict[str, Any], *, folder: Path) -> None:
+    """Refuse the checkpoint of a run with another optimizer, other data or another privacy setting."""
+    optimizer = type(state.optimizer).__name__
+    if content["optimizer"] != optimizer:
         raise CheckpointError(
-            f"the checkpoint in {folder} is of the optimizer {optimizer}, not {type(state.optimizer).__name__}; give "
-            f"the trainer.optimizer.name it was made with"
+            f"the checkpoint in {folder} is of the optimizer {content['optimizer']}, not {optimizer}; give the "
+            f"trainer.optimizer.name it was made with"
         )
     for key, value in state.identity.items():
-        if identity.get(key, value) != value:
+        found = content["identity"].get(key, value)
+        if found != value:
             raise CheckpointError(
-                f"the checkpoint in {folder} is of a run with another {key} ({identity[key]}, here {value}), and the "
-                f"batches follow from it; continue with the same"
+                f"the checkpoint in {folder} is of a run with another {key} ({found}, here {value}), which changes the "
+                f"batches; continue with the same {key}"
             )
-    if (private is None) != (state.private is None):
+    if (content["private"] is None) != (state.private is None):
         raise CheckpointError(
-            f"the checkpoint in {folder} is of a run {'without' if private is None else 'with'} privacy; continue with "
-            f"the same privacy=, for what it spent is accounted for together"
+            f"the checkpoint in {folder} is of a run {'without' if content['private'] is None else 'with'} privacy; "
+            f"continue with the same privacy=, because all steps are accounted for together"
         )
-    generators = {key.removeprefix(PRIVATE): tensors.pop(key) for key in list(tensors) if key.startswith(PRIVATE)}
-    if state.private is not None:
-        state.private.load_state_dict({**private, **generators})
-    state.model.load_state_dict(model, strict=False)  # tied parameters have one name of several
-    average = {key.removeprefix(EMA): tensors.pop(key) for key in list(tensors) if key.startswith(EMA)}
-    if state.ema is not None:
-        for name, tensor in state.ema.average.items():
-            tensor.copy_(average.get(name, model.get(name, tensor)))
-    if state.scaler is not None and content["scaler"]:
-        state.scaler.load_state_dict(content["scaler"])
-    state.best = None if best is None else (best[0], best[1])
-    random = {key.removeprefix(RANDOM): tensors.pop(key) for key in list(tensors) if key.startswith(RANDOM)}
-    set_random_state(state.model, random)
-    _restore_optimizer(state, tensors, numbers)
-    state.step = step
-    _restore_schedule(state)
 
 
-def noise_multiplier_in(folder: Path) -> float | None:
-    """That of a private run's checkpoint, given its folder or the run's; None where there is none to be read."""
-    try:
-        private = json.loads((_found(folder) / "state.json").read_text())["private"]
-        return None if private is None else float(private["mechanism"]["noise_multiplier"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Remove the tensors whose keys start with `prefix` and return them without it."""
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
-def _found(folder: Path) -> Path:
-    """The checkpoint's folder, of a run's folder or of itself, whichever of the two kept ones is whole."""
-    if not (folder / "state.json").is_file() and any((folder / name).exists() for name in (NAME, NAME + PREVIOUS)):
-        folder = folder / NAME  # the run's folder
-    previous = folder.with_name(folder.name + PREVIOUS)
-    return previous if previous.exists() and not folder.exists() else folder  # killed between the two renames
-
-
-def _named_once(model: nn.Module) -> dict[str, Tensor]:
-    """Its parameters and buffers; what has several names stands under the first one."""
+def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tensor with several names is listed under the first one."""
     named: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
@@ -162,7 +168,7 @@ def _named_once(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, other values) of the optimizer's state, each by "parameter name/state name"."""
+    """(tensors, other values) of the optimizer's state, both keyed by "parameter name/state name"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     entries = {
         f"{names[parameter]}/{key}": value
@@ -176,25 +182,16 @@ def _optimizer_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _restore_optimizer(state: State, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     parameters = dict(state.model.named_parameters())
     for key, value in {**tensors, **numbers}.items():
-        name, _, entry = key.rpartition("/")
+        name, _, state_name = key.rpartition("/")
         parameter = parameters[name]
         if isinstance(value, Tensor) and value.dim():
             value = value.to(parameter.device)
-        state.optimizer.state[parameter][entry] = value
+        state.optimizer.state[parameter][state_name] = value
 
 
 def _restore_schedule(state: State) -> None:
-    """The schedule follows from the step and from this run's own settings."""
+    """Set the learning rates from the step and this run's schedule, not from the checkpoint."""
     schedule = state.schedule
     schedule.last_epoch = state.step
     for group, base, factor in zip(state.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * factor(state.step)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -1,8 +1,9 @@
-"""An exponential moving average of the weights, which is evaluated and released in their place.
+"""An exponential moving average of the weights, which is evaluated and released instead of the weights.
 
     average <- d average + (1 - d) weights,    d = min(decay, (1 + t) / (10 + t)) after step t
 
-so that the first steps do not hang on to the random start (Polyak and Juditsky, 1992; the warm-up is TensorFlow's).
+The smaller decay of the first steps reduces the weight of the random initialization (Polyak and Juditsky, 1992; the
+warm-up is TensorFlow's).
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The average of a model's trainable parameters, at one more copy of them."""
+    """The average of a model's trainable parameters; it takes as much memory as these."""
 
     def __init__(self, model: nn.Module, *, decay: float):
         if not 0 < decay < 1:
@@ -23,14 +24,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, step: int) -> None:
-        """Move towards the weights behind this step, counted from 1."""
+        """Update the average with the weights after step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in _trainable(model):
             self.average[name].lerp_(parameter, 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model has the average for weights."""
+        """Context in which the model's weights are the average."""
         self._exchange(model)
         try:
             yield
@@ -40,9 +41,9 @@ class Ema:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, parameter in _trainable(model):
-            own = parameter.clone()
+            weights = parameter.clone()
             parameter.copy_(self.average[name])
-            self.average[name].copy_(own)
+            self.average[name].copy_(weights)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

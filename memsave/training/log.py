@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard's events beside it when asked for."""
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and optionally TensorBoard events."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from memsave.training.result import append_line
 
 
 class RunLog:
-    """Writes what is measured by the step that it was measured at.
+    """Writes the measurements of each step.
 
     Args:
-        folder: the run's.
-        tensorboard: write events, too.
-        step: the steps that the run has taken; lines of later ones, which it will take again, are dropped.
+        folder: the run's folder.
+        tensorboard: also write TensorBoard events.
+        step: the number of steps taken so far; lines of later steps, which will be taken again, are removed.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False, step: int = 0):
@@ -31,7 +31,7 @@ class RunLog:
             self.events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """One line; its entry `step` is the horizontal axis of the events."""
+        """Append one line; its key `step` is the horizontal axis of the TensorBoard events."""
         append_line(self.path, content)
         if self.events is not None:
             for name, value in content.items():
@@ -41,7 +41,7 @@ class RunLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity of one that was not written to its end."""
+    """The step of a line; infinity for an incomplete line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

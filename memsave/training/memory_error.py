@@ -1,9 +1,9 @@
-"""Telling an allocation that failed from other errors, on every device."""
+"""Detection of out-of-memory errors on every device."""
 
 import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory has run out."""
-    # The CPU's allocator raises a RuntimeError that only its words tell apart.
+    """Whether an allocation failed."""
+    # The CPU allocator raises a plain RuntimeError, which only its message identifies.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""A run's privacy: the mechanism that its config asks for, and the statement of what it spent."""
+"""Private training of a run: the mechanism of its config, and the statement of the privacy that it spent."""
 
 import math
 from dataclasses import asdict
@@ -15,69 +15,74 @@ from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT
 from memsave.profiler import parse_bytes
-from memsave.training.checkpoint import noise_multiplier_in
+from memsave.progress import Progress
+from memsave.training.checkpoint import read_noise_multiplier
 from memsave.training.loop import TrainingError
-from memsave.training.progress import Progress
 from memsave.training.task import Task
 
-LARGE_DELTA = 1e-3  # above, delta is no negligible probability
-VERIFIED = 4  # examples of the first batch that are differentiated one by one
+LARGE_DELTA = 1e-3  # a larger delta is not a negligible probability
+VERIFIED = 4  # examples for the comparison with one backward per example
 NOT_PRIVATE = (
-    "everything but model/ and privacy.md: losses, scores, memory and the share of clipped examples follow the data",
-    "checkpoint/ and checkpoint.previous/ above all: they hold the state of the noise generator",
-    "samples.md, overlay.png: they show held-out examples as they are",
-    "the number of training examples, which privacy.md names: it is taken as public",
+    "everything except model/ and privacy.md: losses, scores, memory and the share of clipped examples depend on the "
+    "data",
+    "checkpoint/ and checkpoint.previous/ in particular: they hold the state of the noise generator",
+    "samples.md, overlay.png: they show held-out examples unchanged",
+    "the number of training examples, which privacy.md states: it is assumed to be public",
 )
 
-AHEAD = 1.2  # epsilon grows with the root of the steps: what the log shows is at most about a tenth too high
+LOOKAHEAD = 1.2  # epsilon grows with the root of the steps, so the logged bound is at most about 10% too high
 LARGE_EPSILON = 20.0
 PRACTICE = f"""
-At an epsilon above {LARGE_EPSILON:g} this protects nobody in practice."""
+In practice, an epsilon above {LARGE_EPSILON:g} protects nobody."""
 EARLY = """
-**It ended early,** after {steps} of {planned_steps} steps, and epsilon is that of the steps that were taken. If it was
-stopped because of a score on private data, such as a validation loss, the choice of the moment tells about these data,
-and this statement does not cover it.
+**The run ended early,** after {steps} of {planned_steps} steps; epsilon is that of the steps taken. If it was stopped
+because of a score on private data, such as a validation loss, the time of the stop reveals something about these data.
+This statement does not cover that.
 """
 
 
 def make_private(config: Config, model: nn.Module, task: Task, *, progress: Progress) -> PrivateGradients | None:
-    """Clipping, noise and sampling for this run, calibrated; None without privacy."""
+    """Calibrated clipping, noise and sampling for this run; None without privacy.
+
+    Raises ConfigError if a resumed run would exceed `privacy.target_epsilon`, and TrainingError if `privacy.verify`
+    finds that clipping is not exact.
+    """
     privacy, trainer = config.privacy, config.trainer
     if not isinstance(privacy, GhostPrivacy):
         return None
     size, batch_size = task.size, trainer.batch_size
     delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
-    known: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
+    kwargs: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
     # Validate sizes and delta with a dummy mechanism before calibrating.
-    Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, **known)
+    Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, **kwargs)
     noise = privacy.noise_multiplier
     if noise is None and trainer.resume:
-        noise = noise_multiplier_in(Path(trainer.resume).expanduser())
+        noise = read_noise_multiplier(Path(trainer.resume).expanduser())
     if noise is None:
-        progress.say(f"looking for the noise of {trainer.steps} steps within epsilon {privacy.target_epsilon:g}")
+        progress.say(f"calibrating the noise of {trainer.steps} steps to epsilon {privacy.target_epsilon:g}")
         noise = noise_multiplier_for(
-            target_epsilon=privacy.target_epsilon, sample_rate=batch_size / size, steps=trainer.steps, **known
+            target_epsilon=privacy.target_epsilon, sample_rate=batch_size / size, steps=trainer.steps, **kwargs
         )
-    mechanism = Mechanism(size, batch_size, noise, privacy.max_grad_norm, **known)
+    mechanism = Mechanism(size, batch_size, noise, privacy.max_grad_norm, **kwargs)
     progress.say(
         f"private: {size} examples, batches of {batch_size} by Poisson sampling, noise multiplier {noise:.3f}, "
         f"C = {privacy.max_grad_norm:g}, delta = {delta:.2e}"
     )
-    planned = mechanism.epsilon(trainer.steps)  # fails here, before any step, where it cannot be computed
+    planned = mechanism.epsilon(trainer.steps)  # raises before the first step if it cannot be computed
     if privacy.noise_multiplier is None and planned > privacy.target_epsilon + 1e-6:
         raise ConfigError(
             f"{trainer.steps} steps with the checkpoint's noise multiplier {noise:.4g} would spend epsilon "
-            f"{up(planned, '.2f')}, more than privacy.target_epsilon={privacy.target_epsilon:g}; give fewer "
-            f"trainer.steps, or privacy.target_epsilon={up(planned, '.2f')}"
+            f"{round_up(planned, '.2f')}, more than privacy.target_epsilon={privacy.target_epsilon:g}; give fewer "
+            f"trainer.steps, or privacy.target_epsilon={round_up(planned, '.2f')}"
         )
     if delta > LARGE_DELTA:
         progress.say(f"warning: {_large_delta(delta, size)}")
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
-    elif nothing := no_guarantee(noise_multiplier=noise, epsilon=planned):
-        progress.say(f"this run is NOT private: {nothing}")
+    elif reason := why_no_guarantee(noise_multiplier=noise, epsilon=planned):
+        progress.say(f"this run is NOT private: {reason}")
     else:
-        progress.say(f"planned: epsilon = {up(planned, '.2f')} after {trainer.steps} steps")
+        progress.say(f"planned: epsilon = {round_up(planned, '.2f')} after {trainer.steps} steps")
     if privacy.verify and privacy.passes != "direct":
         _verify(model, task, privacy, progress=progress)
     return PrivateGradients(
@@ -93,13 +98,13 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
 
 def _large_delta(delta: float, size: int) -> str:
     return (
-        f"delta is {delta:.2g} for {size} examples: with up to that probability epsilon limits nothing, so that the "
-        f"guarantee is weak whatever epsilon is; give a smaller privacy.target_delta, such as 1e-5"
+        f"delta is {delta:.2g} for {size} examples: with up to this probability the bound of epsilon fails, so the "
+        f"guarantee is weak for any epsilon; give a smaller privacy.target_delta, such as 1e-5"
     )
 
 
 def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Progress) -> None:
-    """Stop a run whose clipping is not exact on its first examples."""
+    """Raise TrainingError if clipping is not exact on the first examples."""
     progress.say("comparing clipped gradients with one backward per example")
     batch = task.place(task.load([Index(example, example) for example in range(min(VERIFIED, task.size))]))
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -109,30 +114,30 @@ def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Pr
         raise TrainingError(f"clipping would not be exact: {'; '.join(report.findings)}")
 
 
-class Spending:
-    """Epsilon while a run goes on: an upper bound, that of up to `AHEAD` times the steps that were taken.
+class EpsilonMonitor:
+    """An upper bound of the epsilon spent so far: the epsilon of up to `LOOKAHEAD` times the steps taken.
 
-    PRV takes a good part of a second, so epsilon is computed when the steps outrun the last bound, and not at each.
+    PRV accounting takes up to a second, so epsilon is computed only when the steps exceed those of the last bound.
     """
 
     def __init__(self, private: PrivateGradients | None, *, steps: int):
         self.private = None if private is None or private.seeded else private
         self.steps = steps
-        self._at, self._epsilon = 0, 0.0
+        self._bound_steps, self._epsilon = 0, 0.0
 
-    def entry(self) -> dict[str, float]:
-        """`epsilon` for a line of the log; empty where the run promises nothing."""
+    def metrics(self) -> dict[str, float]:
+        """`epsilon` for a line of the log; empty if the run has no guarantee."""
         if self.private is None:
             return {}
         taken = self.private.steps
-        if taken > self._at:
-            self._at = max(taken, min(int(AHEAD * taken), self.steps))
-            self._epsilon = self.private.mechanism.epsilon(self._at)
+        if taken > self._bound_steps:
+            self._bound_steps = max(taken, min(int(LOOKAHEAD * taken), self.steps))
+            self._epsilon = self.private.mechanism.epsilon(self._bound_steps)
         return {"epsilon": self._epsilon} if self._epsilon < math.inf else {}
 
 
-def no_guarantee(*, noise_multiplier: float, epsilon: float, seeded: bool = False) -> str | None:
-    """Why a run promises nothing; None where it promises something."""
+def why_no_guarantee(*, noise_multiplier: float, epsilon: float, seeded: bool = False) -> str | None:
+    """The reason why a run has no privacy guarantee; None if it has one."""
     if seeded:
         return "noise and batches came from a fixed seed (privacy.seed)"
     if noise_multiplier == 0:
@@ -142,17 +147,17 @@ def no_guarantee(*, noise_multiplier: float, epsilon: float, seeded: bool = Fals
     return None
 
 
-def spent_by(config: Config, private: PrivateGradients | None, *, unit: str) -> dict[str, Any] | None:
-    """What the steps so far have spent, as the entry `privacy` of `result.json`; None without privacy."""
+def privacy_result(config: Config, private: PrivateGradients | None, *, unit: str) -> dict[str, Any] | None:
+    """The privacy spent so far, as the key `privacy` of `result.json`; None without privacy."""
     privacy = config.privacy
     if private is None or not isinstance(privacy, GhostPrivacy):
         return None
     mechanism, epsilon = private.mechanism, private.epsilon
     noise = mechanism.noise_multiplier
-    nothing = no_guarantee(noise_multiplier=noise, epsilon=epsilon, seeded=private.seeded)
+    reason = why_no_guarantee(noise_multiplier=noise, epsilon=epsilon, seeded=private.seeded)
     return {
-        "epsilon": None if nothing else epsilon,
-        "no_guarantee": nothing,
+        "epsilon": None if reason else epsilon,
+        "no_guarantee": reason,
         **{key: value for key, value in asdict(mechanism).items() if key != "batch_size"},
         "accountant": "rdp" if mechanism.accountant == "prv" and epsilon > PRV_LIMIT else mechanism.accountant,
         "expected_batch_size": mechanism.batch_size,
@@ -172,26 +177,26 @@ def spent_by(config: Config, private: PrivateGradients | None, *, unit: str) -> 
 
 
 def write_statement(spent: dict[str, Any] | None, folder: Path) -> None:
-    """Write `privacy.md`: what is guaranteed for what was spent; nothing without privacy."""
+    """Write `privacy.md`, the statement of the guarantee; nothing without privacy."""
     if spent is not None:
         (folder / "privacy.md").write_text(_statement(spent))
 
 
-def told(spent: dict[str, Any]) -> str:
-    """What was spent, in one line."""
+def describe(spent: dict[str, Any]) -> str:
+    """The privacy spent, in one line."""
     if spent["no_guarantee"]:
         return f"No privacy: {spent['no_guarantee']}"
-    hint = "model/ may be released, privacy.md says what may not"
+    hint = "model/ may be released, privacy.md lists what may not"
     if spent["epsilon"] > LARGE_EPSILON:
         hint = "an epsilon this large protects nobody in practice"
     return (
-        f"Privacy spent: epsilon = {up(spent['epsilon'], '.2f')} at delta = {up(spent['delta'], '.2e')} "
+        f"Privacy spent: epsilon = {round_up(spent['epsilon'], '.2f')} at delta = {round_up(spent['delta'], '.2e')} "
         f"({spent['accountant']}), {spent['steps']} steps; {hint}"
     )
 
 
-def up(value: float, form: str) -> str:
-    """The number in this form, rounded up: a guarantee must not look better than it is."""
+def round_up(value: float, form: str) -> str:
+    """Format the number and round it up, so that a guarantee never looks better than it is."""
     text = format(value, form)
     digit = 10.0 ** (int(text.partition("e")[2] or 0) - 2)
     return text if float(text) >= value else format(value + digit / 2, form)
@@ -208,30 +213,31 @@ def _statement(spent: dict[str, Any]) -> str:
     large = spent["delta"] > LARGE_DELTA
     weak = f"\n\n**Warning.** Here {_large_delta(spent['delta'], spent['size'])}." if large else ""
     not_private = "\n".join(f"- {each}" for each in spent["not_private"])
-    return f"""# What this run guarantees
+    return f"""# Privacy guarantee of this run
 
 The weights after {spent["steps"]} steps, those in `model/`, are
-({up(spent["epsilon"], ".2f")}, {up(spent["delta"], ".2e")})-differentially private.
+({round_up(spent["epsilon"], ".2f")}, {round_up(spent["delta"], ".2e")})-differentially private.
 
 **Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training. If a person has
-several, that person's protection is weaker than stated.
+several, this person's protection is weaker than stated.
 
-**What it means.** Whatever anyone computes from the model, any outcome is at most {odds} times as likely with one
-example as without it (e to the power of epsilon), but for a probability of delta.{practice}{weak}
+**What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
+without it (e to the power of epsilon), except with probability delta.{practice}{weak}
 
-**How it was reached.** In {spent["steps"]} steps. In each, every example was in the batch with probability
-{spent["sample_rate"]:.4g}, whatever else was in it (Poisson sampling); its gradient was clipped to a norm of
-{spent["max_grad_norm"]:g}, and Gaussian noise of {spent["noise_multiplier"]:.4g} times that was added to the sum.
-Opacus's {spent["accountant"].upper()} accountant gives the epsilon, for adding or removing one example.
+**How it was reached.** In each of {spent["steps"]} steps, every example was in the batch with probability
+{spent["sample_rate"]:.4g}, independently of the others (Poisson sampling). Its gradient was clipped to a norm of
+{spent["max_grad_norm"]:g}, and Gaussian noise with a standard deviation of {spent["noise_multiplier"]:.4g} times this
+norm was added to the sum. Opacus's {spent["accountant"].upper()} accountant computed epsilon for adding or removing one
+example.
 {early}
-**What it assumes.** Each example's loss depends on that example alone. Noise and batches come from generators that the
-operating system seeded; they are no cryptographic ones. The noise {hardened}
+**What it assumes.** The loss of each example depends only on this example. Noise and batches come from generators that
+are seeded by the operating system and are not cryptographic. The noise {hardened}
 hardened against attacks on the gaps between floating-point numbers.
 
-**What is not private in this folder.** Keep it, or delete it, but do not hand it on:
+**What is not private in this folder.** Keep it secret or delete it; do not release it:
 
 {not_private}
 
-**Other runs.** This statement is of one run. Every run on the same data spends anew, those that were only tried for
-better settings as well: epsilons and deltas of several runs add up.
+**Other runs.** This statement covers one run. Every run on the same data spends more privacy, including runs that only
+tried settings: the epsilons and deltas of several runs add up.
 """

@@ -1,8 +1,8 @@
-"""What the whole process takes from the system: another quantity than live tensor bytes, and never mixed with them.
+"""Resident memory of the whole process on Linux, a quantity separate from live tensor bytes.
 
-glibc keeps freed blocks of up to 32 MiB for later, so that a process looks half as large again as what it holds. Its
-two thresholds are environment variables read when a process starts (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_);
-`return_freed_memory` sets the same two by mallopt(3) in a process that runs. Linux alone.
+glibc keeps freed blocks of up to 32 MiB for reuse, which can make a process 1.5 times as large as its live data. Two
+environment variables set its thresholds at the start of a process (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_);
+`return_freed_memory` sets the same thresholds by mallopt(3) in a running process.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def return_freed_memory() -> bool:
-    """Have malloc give blocks of 64 KiB and more back as soon as they are freed; False where it is not glibc's."""
+    """Make malloc return freed blocks of 64 KiB and more to the system at once; False if malloc is not glibc's."""
     return _mallopt({M_MMAP_THRESHOLD: THRESHOLD, M_TRIM_THRESHOLD: THRESHOLD})
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep all that is freed, so that no page is touched for the first time twice; False as above."""
+    """Make malloc keep all freed memory, which avoids repeated page faults; False if malloc is not glibc's."""
     return _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
 
 
@@ -31,8 +31,8 @@ def _mallopt(options: dict[int, int]) -> bool:
     return all(mallopt(option, value) == 1 for option, value in options.items())
 
 
-def restart_peak() -> None:
-    """Let `process_peak` forget what was before."""
+def reset_process_peak() -> None:
+    """Reset the peak of `process_peak` to the current resident bytes."""
     try:
         CLEAR.write_text("5")  # see proc(5)
     except OSError:
@@ -40,12 +40,12 @@ def restart_peak() -> None:
 
 
 def process_peak() -> int | None:
-    """The most resident bytes of this process since it began, or since `restart_peak`; None where nobody counts."""
+    """Peak resident bytes of this process since its start or `reset_process_peak`; None if the system has no count."""
     return _status("VmHWM")
 
 
 def process_bytes() -> int | None:
-    """The resident bytes of this process now; None where nobody counts."""
+    """Current resident bytes of this process; None if the system has no count."""
     return _status("VmRSS")
 
 

@@ -1,4 +1,4 @@
-"""How results are written, and the versions and the machine that they depend on."""
+"""The files `result.json` and `config.yaml` of a run, and the versions and hardware that results depend on."""
 
 import hashlib
 import json
@@ -17,18 +17,8 @@ from memsave.config import Config
 from memsave.config.compose import VERSION, VERSION_KEY
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    draft = path.with_name(path.name + ".new")
-    try:
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def read_result(folder: Path) -> dict[str, Any]:
-    """`result.json` of a run's folder; empty where there is none, or one that was not written to its end."""
+    """`result.json` of a run's folder; empty if it is missing or incomplete."""
     path = folder / "result.json"
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
@@ -38,7 +28,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.yaml` of a run's folder; empty where there is none, or one that cannot be read."""
+    """`config.yaml` of a run's folder; empty if it is missing or unreadable."""
     path = folder / "config.yaml"
     try:
         found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
@@ -56,35 +46,35 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
 def write_config(
     config: Config | DictConfig, folder: Path, *, request: str | None = None, experiment: str | None = None
 ) -> None:
-    """Write `config.yaml`. Its first lines keep the request, see `request_of`, and the name of the experiment.
+    """Write `config.yaml`, with the request digest (`request_digest`) and the experiment's name in its first lines.
 
-    Both stay as they are in the file where they are not given.
+    Arguments that are None keep the values of the existing file.
     """
     path = folder / "config.yaml"
     found = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
-    notes = {"request": request or requested_in(folder), "experiment": experiment or experiment_in(folder)}
+    notes = {"request": request or read_request(folder), "experiment": experiment or read_experiment(folder)}
     first = "".join(f"# {key} {value}\n" for key, value in notes.items() if value is not None)
     version = f"{VERSION_KEY}: {VERSION}\n"
     path.write_text(first + version + OmegaConf.to_yaml(found, resolve=True))
 
 
-def request_of(config: DictConfig) -> str:
-    """A digest of a composed config, by which a sweep that is run again knows its jobs."""
+def request_digest(config: DictConfig) -> str:
+    """A digest of a composed config; a repeated sweep finds its finished jobs by it."""
     return hashlib.sha256(OmegaConf.to_yaml(config, resolve=True).encode()).hexdigest()[:16]
 
 
-def requested_in(folder: Path) -> str | None:
-    """The digest of what a run's folder was made for; None where it holds no run."""
+def read_request(folder: Path) -> str | None:
+    """The request digest in a run's folder; None if the folder holds no run."""
     return _note_in(folder, "request")
 
 
-def experiment_in(folder: Path) -> str | None:
-    """The name of the experiment of a run's folder; None where it is not noted."""
+def read_experiment(folder: Path) -> str | None:
+    """The name of the experiment in a run's folder; None if it is not recorded."""
     return _note_in(folder, "experiment")
 
 
 def _note_in(folder: Path, key: str) -> str | None:
-    """What stands behind `# key ` in the first lines of `config.yaml`."""
+    """The value of the comment `# key value` in the first lines of `config.yaml`."""
     path = folder / "config.yaml"
     for line in path.read_text(errors="replace").splitlines()[:2] if path.is_file() else []:
         if line.startswith(f"# {key} "):
@@ -92,11 +82,11 @@ def _note_in(folder: Path, key: str) -> str | None:
     return None
 
 
-def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested mappings."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{path}{key}.")
+            yield from flatten(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
 
@@ -107,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that a measured number belongs to."""
+    """The hardware on which a number was measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}
 

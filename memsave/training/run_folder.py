@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run: a second run there, at the same time or later, is refused unless it resumes."""
+"""Protection of a run's folder: a second run in it is refused unless it resumes the first one."""
 
 import os
 from collections.abc import Iterator
@@ -11,27 +11,27 @@ from memsave.training.result import read_result
 
 LOCK = ".lock"
 WORK = ("checkpoint", "checkpoint.previous", "model", "metrics.jsonl", "plan.md")
-"""What a run leaves that another one would replace or append to."""
+"""Files of a run that a second run would replace or append to."""
 
 
 def refuse_second_run(folder: Path, *, resume: str | None) -> None:
-    """Raise ConfigError where `folder` holds the work of a run that `resume`, a path, does not continue."""
+    """Raise ConfigError if `folder` holds a run and the path `resume` does not continue it."""
     holds = [name for name in WORK if (folder / name).exists()]
     if not holds and read_result(folder).get("status") != "ok":
         return
     if resume is not None and folder.resolve() in (Path(resume).expanduser() / "state.json").resolve().parents:
         return
     raise ConfigError(
-        f"{folder} holds a run already ({holds[0] if holds else 'result.json'}); continue it with "
+        f"{folder} already holds a run ({holds[0] if holds else 'result.json'}); continue it with "
         f"{override('trainer.resume', folder)}, or give another folder by hydra.run.dir="
     )
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Within, the folder is this process's; ConfigError while it is another's. The system frees it when one is killed.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock within the context; ConfigError if another process holds it.
 
-    On systems and file systems without locks nothing is checked.
+    The system releases the lock of a killed process. Systems and file systems without locks check nothing.
     """
     try:
         import fcntl
@@ -47,9 +47,9 @@ def alone_in(folder: Path) -> Iterator[None]:
             mine = False
         except OSError:
             mine = True
-        if not mine:  # held, or freed in this very moment
+        if not mine:  # held by another process, or released at this moment
             raise ConfigError(
-                f"another process runs in {folder}; wait for its end, or give another folder by hydra.run.dir="
+                f"another process runs in {folder}; wait until it ends, or give another folder by hydra.run.dir="
             )
         try:
             yield

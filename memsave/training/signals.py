@@ -1,7 +1,7 @@
-"""Stopping a run between two steps, where its state is whole.
+"""Stopping a run between two steps, when its state is consistent.
 
-A signal in the middle of a step would leave some parameters moved and some not, or random numbers drawn for a step that
-never was: a checkpoint of that would silently continue as another run.
+An interrupt in the middle of a step can leave some parameters updated and others not, or random numbers drawn for an
+incomplete step. A run that continued from such a state would silently differ from an uninterrupted one.
 """
 
 import signal
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SECONDS = 1.0  # a launcher, and the terminal itself, may pass the same Ctrl-C on twice
+SECONDS = 1.0  # a launcher and the terminal may both forward the same Ctrl-C
 
 
 def interrupt_at_signals() -> None:
-    """Have every signal to stop interrupt this process as Ctrl-C does."""
-    for number in _heard():
+    """Make every signal of SIGNALS raise KeyboardInterrupt, as Ctrl-C does."""
+    for number in _handled():
         signal.signal(number, _interrupt)
 
 
@@ -25,27 +25,30 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _heard() -> list[int]:
-    """Those of SIGNALS that this process does not ignore, as nohup has it ignore SIGHUP."""
+def _handled() -> list[int]:
+    """The SIGNALS that this process does not ignore; under nohup it ignores SIGHUP."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within, the yielded function tells of a first signal to stop; one more than SECONDS later interrupts at once."""
-    asked: list[float] = []
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns True once a signal has arrived.
+
+    A second signal, more than SECONDS after the first one, raises KeyboardInterrupt at once.
+    """
+    arrivals: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked and time.monotonic() - asked[0] > SECONDS:
+        if arrivals and time.monotonic() - arrivals[0] > SECONDS:
             raise KeyboardInterrupt
-        asked.append(time.monotonic())
+        arrivals.append(time.monotonic())
 
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only in the main thread
         yield lambda: False
         return
-    before = [(number, signal.signal(number, note)) for number in _heard()]
+    before = [(number, signal.signal(number, note)) for number in _handled()]
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(arrivals)
     finally:
         for number, handler in before:
             signal.signal(number, handler)

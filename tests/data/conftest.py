@@ -10,14 +10,14 @@ SIZE = (24, 24, 20)
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory):
-    """Four small phantoms, for tests that only read them; the last one has no enhancing tissue."""
+    """Four small phantoms for read-only tests; the last one has no enhancing tissue."""
     root = tmp_path_factory.mktemp("phantoms")
     return write_phantoms(root, cases=4, size=SIZE, seed=0, without_enhancing=0.25)
 
 
 @pytest.fixture
 def write_case(tmp_path):
-    """Write a case by hand: keyword arguments replace the volume of one part, or leave it out where they are None."""
+    """Write a case; a keyword argument replaces the volume of a part, and None omits it."""
 
     def write(name="A", *, root=tmp_path, affines=None, suffix=".nii.gz", **parts):
         rng = np.random.default_rng(0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ghost.reference import assert_exact
 from tests.ghost.test_transformers import bert, class_losses, gpt2, in_float64, llama, next_token_losses, tokens
+from tests.support.per_example_reference import assert_exact
 
 peft = pytest.importorskip("peft")
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 from memsave.ghost import GhostClipper
-from tests.ghost.reference import assert_exact, by_loop
 from tests.ghost.test_layers import draw, losses_of
+from tests.support.per_example_reference import assert_exact, by_loop
 
 
 def old_weight_norm(layer):

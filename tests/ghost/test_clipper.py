@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
-from tests.ghost.reference import assert_exact, by_clipper, by_loop
 from tests.ghost.test_layers import draw, losses_of
+from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
 
 
 def small():

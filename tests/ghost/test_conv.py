@@ -12,8 +12,8 @@ from memsave.ghost.rules.generic import generic
 from memsave.models import ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
 from memsave.models.memory import MEMORY_MODES
-from tests.ghost.reference import assert_exact
 from tests.ghost.test_layers import Head, draw, losses_of
+from tests.support.per_example_reference import assert_exact
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

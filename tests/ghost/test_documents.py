@@ -10,9 +10,9 @@ from torch.utils.data import TensorDataset
 
 from memsave.ghost import GhostClipper
 from memsave.ghost.rules import rule_for
-from tests.ghost.reference import assert_exact, by_loop
 from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw
+from tests.support.per_example_reference import assert_exact, by_loop
 
 pytest.importorskip("opacus")
 from opacus.accountants import RDPAccountant

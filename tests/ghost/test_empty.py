@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from memsave.ghost import GhostClipper, linear_cross_entropy
-from tests.ghost.reference import by_loop
 from tests.ghost.test_layers import draw, losses_of
+from tests.support.per_example_reference import by_loop
 
 norms_of_gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
 

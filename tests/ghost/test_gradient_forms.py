@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper, gradients
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, cheapest_form, inner_products
 from memsave.ghost.ledger import Ledger
-from tests.ghost.reference import assert_exact, by_clipper
 from tests.ghost.test_layers import Head, draw, losses_of
+from tests.support.per_example_reference import assert_exact, by_clipper
 
 BATCH, ROWS, WIDTH = 3, 5, 4
 KINDS = ["per sample", "factored", "factored transposed", "one-hot", "one-hot transposed"]

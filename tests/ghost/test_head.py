@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper, linear_cross_entropy, logits
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
-from tests.ghost.reference import assert_exact, by_clipper, by_loop
+from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference of numbers of order 1 to 30

@@ -10,7 +10,7 @@ from torch import nn
 
 from memsave.ghost import GhostClipper, rules
 from memsave.ghost.rules.generic import generic
-from tests.ghost.reference import assert_exact, by_clipper
+from tests.support.per_example_reference import assert_exact, by_clipper
 
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=2)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from memsave.ghost import GhostClipper
-from tests.ghost.reference import by_loop
 from tests.ghost.test_layers import draw, losses_of
+from tests.support.per_example_reference import by_loop
 
 BOUND = 0.3
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.ghost.reference import assert_exact
+from tests.support.per_example_reference import assert_exact
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,8 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, logits
 from memsave.models.language import causal_lm_losses, fuse_gelu
-from tests.ghost.reference import by_clipper, by_loop
 from tests.ghost.test_transformers import LANGUAGE, PAD, VOCABULARY, WIDE, gpt2, in_float64, tokens
+from tests.support.per_example_reference import by_clipper, by_loop
 
 transformers = pytest.importorskip("transformers")
 

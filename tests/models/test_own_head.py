@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper
 from memsave.models.language import causal_lm_losses
 from memsave.models.stand_in import Change, StandIn
-from tests.ghost.reference import by_clipper, by_loop
 from tests.ghost.test_transformers import VOCABULARY, gpt2
 from tests.models.test_language import gptj, losses_with, of, text
+from tests.support.per_example_reference import by_clipper, by_loop
 
 transformers = pytest.importorskip("transformers")
 chunked, whole = losses_with("chunked"), losses_with("logits")

@@ -8,9 +8,9 @@ from torch import nn
 
 from memsave.ghost import GhostClipper
 from memsave.models.language import causal_lm_losses
-from tests.ghost.reference import by_clipper
 from tests.ghost.test_transformers import PAD, TINY, VOCABULARY, gpt2, in_float64, llama, opt
 from tests.models.test_language import gemma3, gptj, of
+from tests.support.per_example_reference import by_clipper
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,8 +16,8 @@ from memsave.models.language import causal_lm_losses
 from memsave.models.memory import MEMORY_MODES
 from memsave.models.rev_gpt2 import RevGPT2, RevGPT2Config
 from memsave.profiler import MemoryRecorder
-from tests.ghost.reference import assert_exact
 from tests.ghost.test_transformers import PAD, VOCABULARY, tokens
+from tests.support.per_example_reference import assert_exact
 
 
 def model_of(*, layers=2, heads=2, width=16, seed=0, double=True, **options):

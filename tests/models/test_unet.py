@@ -8,7 +8,7 @@ import torch
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.models.memory import MEMORY_MODES
 from memsave.profiler import MemoryRecorder
-from memsave.tasks.segmentation.task import region_losses
+from memsave.tasks.segmentation.losses import region_losses
 
 SMALL = {"channels": (4, 8, 8), "blocks": 2, "expansion": 2}
 

@@ -13,16 +13,15 @@ from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget
 from memsave.planning.fake_step import fake_step
 from memsave.profiler import parse_bytes, peak_on_fake
+from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.tasks.segmentation import definition as segmentation
 from memsave.tasks.segmentation.definition import level_flops
-from memsave.training.progress import Progress
-from tests.tasks.segmentation.test_task import TINY
-from tests.training.test_private import TINY as TINY_TEXT
+from tests.support.tiny_configs import TINY_GPT2, TINY_UNET
 
 CPU = torch.device("cpu")
-BRATS = [*TINY, "memory=auto", "memory.engine=hooks", "data.crop_size=[32,32,32]", "profiler.compare=[]"]
-TEXT = ["experiment=gpt2_dp", *TINY_TEXT, "memory=auto"]
+BRATS = [*TINY_UNET, "memory=auto", "memory.engine=hooks", "data.crop_size=[32,32,32]", "profiler.compare=[]"]
+TEXT = ["experiment=gpt2_dp", *TINY_GPT2, "memory=auto"]
 
 
 @pytest.fixture(autouse=True)

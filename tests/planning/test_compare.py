@@ -12,9 +12,9 @@ from memsave.experiment import run_experiment
 from memsave.planning import compare
 from memsave.planning.budget import free_bytes
 from memsave.planning.compare import in_mode
+from memsave.progress import Progress
 from memsave.training.measure import PLAIN
-from memsave.training.progress import Progress
-from tests.training.test_private import DP
+from tests.support.tiny_configs import TINY_GPT2_DP
 
 ALL = "profiler.compare=[stored,checkpoint,reversible]"
 
@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_predicted_trains(run, monkeypatch, capfd):
 
 
 def test_the_step_without_privacy_is_held_to_the_same(tmp_path, monkeypatch, capfd):
-    overrides = [*DP, f"model.cache={tmp_path}", "privacy.noise_multiplier=1.0", "trainer.steps=1"]
+    overrides = [*TINY_GPT2_DP, f"model.cache={tmp_path}", "privacy.noise_multiplier=1.0", "trainer.steps=1"]
     monkeypatch.setattr(compare, "free_bytes", lambda device: 2**10)
     result = run_experiment(to_objects(compose(overrides)), tmp_path, progress=Progress())
     assert set(result["memory"]["compared"]) == {"stored"}

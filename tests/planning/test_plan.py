@@ -19,13 +19,12 @@ from memsave.planning.fake_step import dummy_task, fake_step
 from memsave.planning.plan import PER_SAMPLE, Plan, Row, fixed_sizes, make_plan, variation
 from memsave.planning.report import draw, lines, markdown
 from memsave.profiler import MemoryRecorder, format_bytes, peak_on_fake
+from memsave.progress import Progress
 from memsave.tasks.segmentation import definition as segmentation
-from memsave.training.progress import Progress
-from tests.tasks.segmentation.test_task import TINY
-from tests.training.test_private import TINY as TINY_TEXT
+from tests.support.tiny_configs import TINY_GPT2, TINY_UNET
 
 CPU = torch.device("cpu")
-TEXT = ["experiment=gpt2_dp", *TINY_TEXT]
+TEXT = ["experiment=gpt2_dp", *TINY_GPT2]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,16 @@ def cache(shared_cache, monkeypatch):
     monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 
-def config_of(*overrides, base=TINY):
+def config_of(*overrides, base=TINY_UNET):
     """By hooks unless the test says otherwise: fake tensors are slow at the many small operations of a fused step."""
-    rebuilt = base is TINY and not any(each.startswith(("memory=stored", "memory=checkpoint")) for each in overrides)
+    rebuilt = base is TINY_UNET and not any(
+        each.startswith(("memory=stored", "memory=checkpoint")) for each in overrides
+    )
     hooks = ["memory.engine=hooks"] if rebuilt else []
     return to_objects(compose([*base, *hooks, *overrides]))
 
 
-def plan_of(*overrides, base=TINY):
+def plan_of(*overrides, base=TINY_UNET):
     return make_plan(config_of(*overrides, base=base), CPU, progress=Progress())
 
 
@@ -119,22 +120,22 @@ def test_gradients_of_each_example_are_counted():
 @pytest.mark.parametrize(
     ("vary", "budget", "base"),
     [
-        ("volume", "100MiB", TINY),
-        ("depth", "20MiB", TINY),
-        ("channels", "20MiB", TINY),
-        ("batch", "10MiB", TINY),
+        ("volume", "100MiB", TINY_UNET),
+        ("depth", "20MiB", TINY_UNET),
+        ("channels", "20MiB", TINY_UNET),
+        ("batch", "10MiB", TINY_UNET),
         ("batch", "4MiB", TEXT),
     ],
     ids=["volume", "depth", "channels", "batch of volumes", "batch of texts"],
 )
 def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
-    strategies = ["memory=stored", "profiler.compare=[]"] if base is TINY else []
+    strategies = ["memory=stored", "profiler.compare=[]"] if base is TINY_UNET else []
     plan = plan_of(f"vary={vary}", f"budget={budget}", "mode=plan", *strategies, base=base)
     for row in plan.rows:
         assert row.answer.size is not None
         assert row.need.total <= plan.budget
         assert row.answer.above.total > plan.budget
-    assert [row.strategy for row in plan.rows] == (["stored"] if base is TINY else ["plain", PER_SAMPLE, "ghost"])
+    assert [row.strategy for row in plan.rows] == (["stored"] if base is TINY_UNET else ["plain", PER_SAMPLE, "ghost"])
     text = markdown(plan)
     assert all(row.size in text for row in plan.rows)
     assert any(plan.rows[0].size in line for line in lines(plan))
@@ -186,9 +187,9 @@ def test_a_search_that_runs_out_of_time_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "base", "words"),
     [
-        (("vary=volume",), TINY, "2 at once"),
-        (("vary=depth", "data.crops_per_case=3"), TINY, "2 at once, crops of 16x16x16, 3 crops a case"),
-        (("vary=batch",), TINY, "crops of 16x16x16"),
+        (("vary=volume",), TINY_UNET, "2 at once"),
+        (("vary=depth", "data.crops_per_case=3"), TINY_UNET, "2 at once, crops of 16x16x16, 3 crops a case"),
+        (("vary=batch",), TINY_UNET, "crops of 16x16x16"),
         (("vary=length",), TEXT, "5 at once"),
         (("vary=channels", "trainer.micro_batch_size=null"), TEXT, "8 at once, 60 tokens"),
     ],

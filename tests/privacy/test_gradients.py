@@ -1,4 +1,4 @@
-"""The private gradient: clipped, noised once, divided by the expected size, counted, and continued where it stopped."""
+"""The private gradient: clipping, noise, division by the expected size, counting, and checkpoints."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def losses_of(model, x):
 
 
 def whole_batches(model, *, size, noise_multiplier=0.0, **options):
-    """Every example is in every batch: q = 1. The first is drawn."""
+    """PrivateGradients with q = 1, so every batch has all examples; the first batch is drawn."""
     private = PrivateGradients(model, Mechanism(size, size, noise_multiplier, 0.5, delta=1e-3), seed=0, **options)
     assert next(private.batches()) == list(range(size))
     return private
@@ -42,7 +42,7 @@ def examples_on_device(device, monkeypatch):
 
 
 def one_step(model, private):
-    """Draw a batch and leave its private gradient."""
+    """Draw a batch and compute its private gradient."""
     indices = next(private.batches())
     private.backward(losses_of(model, X[indices]))
     private.finish()
@@ -52,7 +52,7 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_without_noise_it_is_the_clipped_sum_over_the_expected_size():
+def test_without_noise_the_gradient_is_the_clipped_sum_over_the_expected_size():
     model = model_of()
     private = whole_batches(model, size=6)
     for part in X[:6].split(4):
@@ -72,10 +72,10 @@ def test_without_noise_it_is_the_clipped_sum_over_the_expected_size():
     assert 0 < private.clipped <= 6
 
 
-def test_an_empty_batch_is_a_step_of_noise_alone():
+def test_an_empty_batch_is_a_step_of_pure_noise():
     model = model_of()
     private = PrivateGradients(model, Mechanism(40, 1, 2.0, 0.5, delta=1e-3), seed=0)
-    while next(private.batches()):  # one in three is empty
+    while next(private.batches()):  # one batch in three is empty
         private.guard.reset()
     private.finish()
     drawn = torch.cat([g.flatten() for g in gradients(model)])
@@ -108,14 +108,14 @@ def steps(model, private, count):
                 p.grad = None
 
 
-def test_a_state_continues_to_the_same_bits():
+def test_a_restored_state_continues_bit_for_bit():
     model = model_of()
     private = private_of(model, noise_multiplier=1.0)
     steps(model, private, 2)
     state, weights = private.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
     steps(model, private, 3)
     again = model_of()
-    continued = private_of(again, noise_multiplier=1.0, seed=1)  # of another seed: the state has to decide
+    continued = private_of(again, noise_multiplier=1.0, seed=1)  # another seed: the restored state must decide
     continued.load_state_dict(state)
     again.load_state_dict(weights)
     steps(again, continued, 3)
@@ -123,7 +123,7 @@ def test_a_state_continues_to_the_same_bits():
     assert (continued.steps, continued.epsilon) == (private.steps, private.epsilon)
 
 
-def test_two_runs_of_the_operating_systems_entropy_differ():
+def test_unseeded_runs_differ():
     noises = []
     for _ in range(2):
         model = model_of()
@@ -177,7 +177,7 @@ def test_a_sum_that_failed_half_way_is_neither_noised_nor_counted(monkeypatch):
         patch.setattr(ledger, "add_sum", failing)
         with pytest.raises(torch.OutOfMemoryError):
             private.backward(losses_of(model, X[:3]))
-    with pytest.raises(PrivacyError, match=r"holds a part of its examples; clear the gradients"):
+    with pytest.raises(PrivacyError, match=r"holds only some of its examples; clear the gradients"):
         private.finish()
     assert private.steps == 0
     model.zero_grad()
@@ -186,12 +186,12 @@ def test_a_sum_that_failed_half_way_is_neither_noised_nor_counted(monkeypatch):
     assert private.steps == 1
 
 
-def test_an_ordinary_backward_is_possible_while_paused_alone():
+def test_an_ordinary_backward_is_possible_only_while_paused():
     model = model_of()
     private = private_of(model)
     with private.paused():
         losses_of(model, X[:2]).sum().backward()
-    assert all(p.grad is None for p in model.parameters())  # they were not clipped
+    assert all(p.grad is None for p in model.parameters())  # gradients without clipping are dropped
     with pytest.raises(RuntimeError, match="ordinary backward"):
         losses_of(model, X[:2]).sum().backward()
 
@@ -199,7 +199,7 @@ def test_an_ordinary_backward_is_possible_while_paused_alone():
 def test_half_precision_parameters_are_refused():
     with pytest.raises(PrivacyError, match=r"0\.weight is torch\.bfloat16.*train in float32"):
         private_of(model_of(torch.bfloat16))
-    with pytest.raises(PrivacyError, match="nothing to train"):
+    with pytest.raises(PrivacyError, match="no trainable parameter"):
         private_of(model_of().requires_grad_(False))
 
 

@@ -1,4 +1,4 @@
-"""A loop that does not do what its epsilon is computed for is refused before a weight moves."""
+"""A loop that differs from the mechanism of its epsilon is refused before a weight changes."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ def examples_on_device(device, monkeypatch):
 
 
 class Loop:
-    """A model, its private gradients and its optimizer; q is 1 unless a batch size is given."""
+    """A model, its private gradients and its optimizer; q is 1 by default."""
 
     def __init__(self, *, batch_size: int = 12, optimizer=torch.optim.SGD):
         torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_a_scaler_does_not_step_on_a_sum_without_noise():
     assert not loop.moved(before)
 
 
-def test_batches_of_ones_own_loader_are_refused():
+def test_batches_of_another_loader_are_refused():
     loop = Loop()
     with pytest.raises(PrivacyError, match=r"no batch was drawn: take the examples .*PrivateGradients\.batches\(\)"):
         loop.backward([3, 1, 2])
@@ -89,7 +89,7 @@ def test_a_step_counts_only_with_all_examples_that_were_drawn():
         loop.private.finish()
     loop.backward(range(5, 12))
     loop.private.finish()
-    with pytest.raises(PrivacyError, match="no batch was drawn since the last one"):
+    with pytest.raises(PrivacyError, match="no batch was drawn since the last call"):
         loop.private.finish()
     assert loop.private.steps == 1
 
@@ -120,7 +120,7 @@ def test_weights_that_change_before_the_noise_are_refused():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_cleared_between_micro_batches_begin_the_batch_anew(set_to_none):
+def test_gradients_cleared_between_micro_batches_restart_the_batch(set_to_none):
     loop = Loop()
     next(loop.batches)
     loop.backward(range(6))
@@ -142,7 +142,7 @@ def test_gradients_of_the_last_step_must_be_cleared(empty):
     loop.optimizer.step()
     while bool(batch := next(loop.batches)) is empty:
         loop.private.guard._drawn.pop()
-    with pytest.raises(PrivacyError, match=r"still there.*call optimizer\.zero_grad\(\) after optimizer\.step\(\)"):
+    with pytest.raises(PrivacyError, match=r"not cleared.*call optimizer\.zero_grad\(\) after optimizer\.step\(\)"):
         loop.private.finish() if empty else loop.backward(batch)
     loop.optimizer.zero_grad(set_to_none=False)
     loop.backward(batch)
@@ -150,7 +150,7 @@ def test_gradients_of_the_last_step_must_be_cleared(empty):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_may_draw_ahead(workers):
+def test_a_loader_may_draw_batches_in_advance(workers):
     loop = Loop(batch_size=3)
     loader = DataLoader(TensorDataset(torch.arange(12)), batch_sampler=loop.batches, num_workers=workers)
     for _, (indices,) in zip(range(6), loader, strict=False):
@@ -168,14 +168,14 @@ def test_other_models_and_a_closed_one_are_left_alone():
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     before = loop.weights()
     loop.private.close()
-    loop.optimizer.step()  # the sum is gone
+    loop.optimizer.step()  # the sum was dropped
     assert not loop.moved(before)
     loop.model(X).sum().backward()
     loop.optimizer.step()
     assert loop.moved(before)
 
 
-def test_it_does_not_keep_the_model_alive():
+def test_the_guard_does_not_keep_the_model_alive():
     loop = Loop()
     model = weakref.ref(loop.model)
     del loop
@@ -189,7 +189,7 @@ def test_a_rehearsal_counts_nothing_and_takes_no_step():
     with loop.private.rehearsal():
         loop.backward(range(5))
         loop.private.finish()
-        with pytest.raises(PrivacyError, match="steps of a rehearsal or a pause are not accounted for"):
+        with pytest.raises(PrivacyError, match="steps of a rehearsal or a pause are not counted"):
             loop.optimizer.step()
     after = loop.private.state_dict()
     assert all(torch.equal(after.pop(key), state.pop(key)) for key in ("sampling", "noise"))
@@ -201,7 +201,7 @@ def test_a_rehearsal_counts_nothing_and_takes_no_step():
     assert loop.private.steps == 1
 
 
-def test_a_closure_is_refused_for_it_would_skip_the_noise():
+def test_a_step_with_a_closure_is_refused():
     loop = Loop()
     before, batch = loop.weights(), next(loop.batches)
     for step in (
@@ -213,7 +213,7 @@ def test_a_closure_is_refused_for_it_would_skip_the_noise():
     assert not loop.moved(before)
 
 
-def test_weights_moved_by_hand_and_gradients_cleared_do_not_begin_a_batch_anew():
+def test_changed_weights_with_cleared_gradients_do_not_restart_the_batch():
     loop = Loop()
     batch = next(loop.batches)
     loop.backward(batch)
@@ -225,7 +225,7 @@ def test_weights_moved_by_hand_and_gradients_cleared_do_not_begin_a_batch_anew()
         loop.backward(batch)
 
 
-def test_another_copy_of_the_weights_does_not_step_on_the_sum_either():
+def test_an_optimizer_of_a_copy_does_not_step_on_the_sum():
     loop = Loop()
     masters = [nn.Parameter(p.detach().clone()) for p in loop.model.parameters()]
     loop.backward(next(loop.batches))
@@ -235,7 +235,7 @@ def test_another_copy_of_the_weights_does_not_step_on_the_sum_either():
         torch.optim.SGD(masters, lr=0.1).step()
 
 
-def test_a_state_that_is_loaded_within_a_batch_drops_its_sum():
+def test_loading_a_state_within_a_batch_drops_its_sum():
     loop = Loop()
     state, before = loop.private.state_dict(), loop.weights()
     loop.backward(next(loop.batches))
@@ -245,16 +245,16 @@ def test_a_state_that_is_loaded_within_a_batch_drops_its_sum():
     assert all(p.grad is None for p in loop.model.parameters())
 
 
-def test_a_pause_takes_no_step_and_a_closed_one_is_not_opened():
+def test_a_pause_takes_no_step_and_a_closed_clipper_cannot_pause():
     loop = Loop()
     before = loop.weights()
     with loop.private.paused():
         loop.model(X).sum().backward()
-        with pytest.raises(PrivacyError, match="a rehearsal or a pause are not accounted for"):
+        with pytest.raises(PrivacyError, match="a rehearsal or a pause are not counted"):
             loop.optimizer.step()
     assert not loop.moved(before)
     loop.private.close()
-    with pytest.raises(PrivacyError, match="were closed"), loop.private.paused():
+    with pytest.raises(PrivacyError, match="was closed"), loop.private.paused():
         pass
 
 
@@ -272,10 +272,10 @@ def test_rehearsals_may_be_nested_and_draw():
     assert loop.private.steps == 1
 
 
-def test_batches_that_were_left_over_are_named():
+def test_batches_drawn_in_advance_are_reported():
     loop = Loop(batch_size=4)
     next(loop.batches), next(loop.batches)
-    with pytest.raises(PrivacyError, match="; 1 more were drawn since, and must be used in this order"):
+    with pytest.raises(PrivacyError, match="; further batches drawn: 1, to be used in this order"):
         loop.backward(range(12))
 
 
@@ -286,7 +286,7 @@ OPERATIONS = st.lists(
 
 @given(OPERATIONS)
 @settings(max_examples=60, deadline=None)
-def test_in_any_order_weights_move_only_by_noised_sums_of_drawn_batches(operations):
+def test_no_order_of_operations_updates_weights_without_noise(operations):
     loop = Loop(batch_size=4)
     drawn, noised = [], False
     try:
@@ -328,7 +328,7 @@ def test_one_of_several_processes_is_refused(name, monkeypatch):
     monkeypatch.setenv(name, "2")
     with pytest.raises(PrivacyError, match=rf"one of several \({name}=2\).*start one process"):
         Loop()
-    with pytest.raises(PrivacyError, match="more than is accounted for"):
+    with pytest.raises(PrivacyError, match="more than the accountant counts"):
         loop.private.finish()
     with pytest.raises(ValueError, match="would clip and sum its own examples alone"):
         GhostClipper(nn.Linear(2, 2), max_grad_norm=1.0)

@@ -1,4 +1,4 @@
-"""Generators that differ in more than 32 bits, Poisson batches, and noise of the right size."""
+"""Secret generators, Poisson batches, and the standard deviation of the noise."""
 
 import pytest
 import torch
@@ -12,16 +12,16 @@ from memsave.privacy.sampling import poisson_batches
 pytest.importorskip("opacus")
 
 
-def test_a_plain_seed_keeps_32_bits_which_is_why_we_do_not_use_one():
+def test_manual_seed_keeps_32_bits():
     draws = [torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1 + 2**32)]
     assert torch.equal(*draws)
 
 
-def test_every_word_of_a_secret_state_is_drawn_anew():
+def test_every_word_of_a_secret_state_is_random():
     words = [secret_generator().get_state()[FIRST_WORD : FIRST_WORD + 8 * WORDS].view(torch.int64) for _ in range(2)]
     assert (words[0] != words[1]).float().mean() > 0.99
     for each in words:
-        assert ((each >> 31) & 1).float().mean() == pytest.approx(0.5, abs=0.15)  # high bits are used, too
+        assert ((each >> 31) & 1).float().mean() == pytest.approx(0.5, abs=0.15)  # high bits are random, too
 
 
 def test_secret_numbers_are_normal(device):
@@ -30,24 +30,26 @@ def test_secret_numbers_are_normal(device):
     assert draws.std() == pytest.approx(1, abs=0.02)
 
 
-def test_a_state_of_another_layout_is_refused(monkeypatch):
+def test_an_unknown_state_format_is_refused(monkeypatch):
     monkeypatch.setattr("memsave.privacy.randomness.FIRST_WORD", 16)
-    with pytest.raises(RuntimeError, match="keeps its generator's state in another way"):
+    with pytest.raises(RuntimeError, match="stores its generator's state in an unknown format"):
         secret_generator()
 
 
-def test_poisson_batches_hold_each_example_with_the_sample_rate_independently():
+def test_poisson_batches_contain_each_example_independently_with_the_sample_rate():
     batches = poisson_batches(size=40, sample_rate=0.3, generator=seeded_generator(0))
     drawn = torch.zeros(4000, 40)
     for row in drawn:
         row[next(batches)] = 1
     assert (drawn.mean(0) - 0.3).abs().max() < 0.04
-    assert drawn.sum(1).var() == pytest.approx(40 * 0.3 * 0.7, rel=0.15)  # of sizes: binomial, as no shuffle gives
+    assert drawn.sum(1).var() == pytest.approx(
+        40 * 0.3 * 0.7, rel=0.15
+    )  # sizes are binomial, unlike those of a shuffled epoch
     pairs = (drawn.T @ drawn / 4000).fill_diagonal_(0.09)
     assert (pairs - 0.09).abs().max() < 0.03
 
 
-def test_batches_may_be_empty_or_everything():
+def test_batches_may_be_empty_or_contain_everything():
     rare = poisson_batches(size=3, sample_rate=0.05, generator=seeded_generator(0))
     assert [] in [next(rare) for _ in range(20)]
     assert next(poisson_batches(size=3, sample_rate=1.0, generator=seeded_generator(0))) == [0, 1, 2]
@@ -65,7 +67,7 @@ def test_impossible_sample_rates_are_refused(rate):
         next(poisson_batches(size=3, sample_rate=rate, generator=seeded_generator(0)))
 
 
-def test_a_batch_is_drawn_when_it_is_asked_for_and_no_sooner():
+def test_a_batch_is_drawn_only_when_requested():
     generator = seeded_generator(0)
     batches = poisson_batches(size=5, sample_rate=0.5, generator=generator)
     next(batches)

@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.profiler import CATEGORIES, MemoryRecorder
-
-from .programs import ConvNet, Program, conv_program
+from tests.support.training_programs import ConvNet, Program, conv_program
 
 
 def record(program: Program):

@@ -9,8 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from memsave.profiler import MemoryRecorder, allocator_peak
-
-from .programs import ConvNet, conv_program
+from tests.support.training_programs import ConvNet, conv_program
 
 
 def record(program, *, model=None, optimizer=None):

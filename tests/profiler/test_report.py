@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from memsave.profiler import CATEGORIES, MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot, plot_reports
-
-from .programs import conv_program
+from tests.support.training_programs import conv_program
 
 
 def report_of(**net) -> MemoryReport:

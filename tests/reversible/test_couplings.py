@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memsave.reversible import AdditiveCoupling, AffineCoupling, Coupling, ReversibleSequence, verify
-from tests.reversible.blocks import assert_same_as_stored, conv_branch, sequence
 from tests.reversible.test_sequence import image
+from tests.support.reversible_blocks import assert_same_as_stored, conv_branch, sequence
 
 
 class Widening(nn.Module):

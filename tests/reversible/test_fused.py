@@ -15,8 +15,8 @@ from memsave.models import MBConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, RecomputableBranch, ReversibleSequence, verify
 from memsave.reversible.recompute_context import RecomputeContext
-from tests.reversible.blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 from tests.reversible.test_sequence import distance
+from tests.support.reversible_blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 
 SIZES = st.integers(1, 4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memsave.profiler import MemoryRecorder
-from tests.reversible.blocks import sequence, twin_of
+from tests.support.reversible_blocks import sequence, twin_of
 
 
 def live_peak(net, x):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.reversible.blocks import assert_same, assert_same_as_stored, conv_branch, sequence, twin_of
 from tests.reversible.test_sequence import image
+from tests.support.reversible_blocks import assert_same, assert_same_as_stored, conv_branch, sequence, twin_of
 
 
 class Scaled(nn.Module):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from memsave.reversible import from_residual, verify
-from tests.reversible.blocks import assert_same_as_stored, conv_branch
 from tests.reversible.test_sequence import image
+from tests.support.reversible_blocks import assert_same_as_stored, conv_branch
 
 
 class Residual(nn.Module):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from memsave.reversible.recompute_context import RecomputeContext
-from tests.reversible.blocks import (
+from tests.support.reversible_blocks import (
     assert_same,
     assert_same_as_stored,
     conv_branch,

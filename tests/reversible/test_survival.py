@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, ReversibleSequence, verify
-from tests.reversible.blocks import (
+from tests.reversible.test_sequence import distance, image
+from tests.support.reversible_blocks import (
     Twice,
     assert_same,
     assert_same_as_stored,
@@ -20,7 +21,6 @@ from tests.reversible.blocks import (
     sequence,
     twin_of,
 )
-from tests.reversible.test_sequence import distance, image
 
 
 def test_a_sequence_used_twice_in_a_graph_is_exact():

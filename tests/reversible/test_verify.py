@@ -8,9 +8,9 @@ from torch import nn
 
 from memsave.models import ReversibleUNet3d
 from memsave.reversible import AdditiveCoupling, ReversibleSequence, verify
-from tests.reversible.blocks import conv_branch, sequence
 from tests.reversible.test_couplings import Mixing
 from tests.reversible.test_sequence import image
+from tests.support.reversible_blocks import conv_branch, sequence
 
 
 def unnormalised(channels, gain=4.0):

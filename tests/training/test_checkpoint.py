@@ -1,18 +1,19 @@
-"""Checkpoints: whole, and enough to go on as if nothing had happened."""
+"""Checkpoints are complete, and a resumed run equals an uninterrupted one."""
 
 import shutil
 
 import pytest
 import torch
 
+from memsave import files
 from memsave.config.schema import OptimizerConfig
 from memsave.training import checkpoint
 from memsave.training.loop import make_state, run_steps
-from tests.training.toy import Lines, line_model, trainer
+from tests.support.linear_task import Lines, line_model, trainer
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, name):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, name):
     config = trainer(optimizer=OptimizerConfig(name=name, lr=0.05, warmup_steps=2))
     torch.manual_seed(3)
     state = make_state(line_model(), config)
@@ -21,7 +22,7 @@ def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, name):
         losses.append(done.loss)
         if done.step == 3:
             checkpoint.save(state, tmp_path / "checkpoint")
-    torch.manual_seed(99)  # the random state has to come from the checkpoint: the model has dropout
+    torch.manual_seed(99)  # dropout needs the random state of the checkpoint
     resumed = make_state(line_model(), config)
     checkpoint.load(resumed, tmp_path / "checkpoint")
     assert resumed.step == 3
@@ -54,16 +55,16 @@ def test_saving_replaces_and_keeps_the_previous_one(tmp_path):
     ]
 
 
-def test_killed_while_writing_the_last_one_stays(tmp_path, monkeypatch):
+def test_the_last_checkpoint_survives_a_kill_while_writing(tmp_path, monkeypatch):
     state, folder = saved(tmp_path)
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(files, "flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError):
         checkpoint.save(state, folder)
     checkpoint.load(make_state(line_model(), trainer()), folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]  # what was half written takes no room
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]  # the partial checkpoint was deleted
 
 
-def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
+def test_the_previous_checkpoint_is_found_after_a_kill_between_the_renames(tmp_path):
     _, folder = saved(tmp_path)
     folder.rename(folder.with_name("checkpoint.previous"))
     state = make_state(line_model(), trainer())
@@ -71,16 +72,16 @@ def test_killed_between_the_renames_the_old_one_is_found(tmp_path):
     assert state.step == 1
 
 
-def test_killed_between_the_renames_and_again_while_writing(tmp_path, monkeypatch):
+def test_the_previous_checkpoint_survives_two_kills(tmp_path, monkeypatch):
     state, folder = saved(tmp_path)
     folder.rename(folder.with_name("checkpoint.previous"))
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(files, "flush", lambda path: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError):
         checkpoint.save(state, folder)
     checkpoint.load(make_state(line_model(), trainer()), folder)
 
 
-def test_the_rate_follows_this_runs_settings(tmp_path):
+def test_the_learning_rate_follows_this_runs_settings(tmp_path):
     _, folder = saved(tmp_path)
     config = trainer(optimizer=OptimizerConfig(lr=0.5, warmup_steps=0, schedule="constant"))
     state = make_state(line_model(), config)
@@ -88,7 +89,7 @@ def test_the_rate_follows_this_runs_settings(tmp_path):
     assert state.optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_what_cannot_be_continued_is_said(tmp_path):
+def test_checkpoints_that_cannot_be_continued_are_refused(tmp_path):
     _, folder = saved(tmp_path)
     state = make_state(torch.nn.Linear(2, 2), trainer())
     with pytest.raises(checkpoint.CheckpointError, match="is of another model"):
@@ -107,5 +108,5 @@ def test_what_cannot_be_continued_is_said(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"cannot be read .*; continue from another"):
         checkpoint.load(state, folder)
     shutil.copytree(folder, folder.with_name("checkpoint.previous"))
-    with pytest.raises(checkpoint.CheckpointError, match=r"; continue from .*checkpoint\.previous, the one before"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"; continue from the previous one, .*checkpoint\.previous"):
         checkpoint.load(state, folder)

@@ -1,4 +1,4 @@
-"""The average of the weights: as defined, continued, evaluated and released in their place."""
+"""The average of the weights: definition, checkpoints, evaluation and release."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ import torch
 from memsave.training import checkpoint
 from memsave.training.ema import Ema
 from memsave.training.loop import averaged, make_state, run_steps
-from tests.training.toy import Lines, line_model, trainer
+from tests.support.linear_task import Lines, line_model, trainer
 
 
-def test_it_is_the_average_that_it_says():
+def test_the_average_follows_its_equation():
     config = trainer(ema=0.5)
     state = make_state(line_model(), config)
     expected = [p.detach().clone() for p in state.model.parameters()]
@@ -23,7 +23,7 @@ def test_it_is_the_average_that_it_says():
     assert all(torch.equal(a, b) for a, b in zip(own, state.model.parameters(), strict=True))
 
 
-def test_it_changes_no_step():
+def test_averaging_does_not_change_training():
     losses = []
     for ema in (0.0, 0.9):
         torch.manual_seed(0)
@@ -32,7 +32,7 @@ def test_it_changes_no_step():
     assert losses[0] == losses[1]
 
 
-def test_it_goes_on_from_a_checkpoint(tmp_path):
+def test_the_average_is_restored_from_a_checkpoint(tmp_path):
     config = trainer(ema=0.9)
     state = make_state(line_model(), config)
     for done in run_steps(state, Lines(), config):
@@ -45,7 +45,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
         assert torch.equal(resumed.ema.average[name], value), name
 
 
-def test_a_run_without_one_is_continued_with_one_from_its_weights(tmp_path):
+def test_a_checkpoint_without_an_average_starts_it_from_the_weights(tmp_path):
     state = make_state(line_model(), trainer())
     next(run_steps(state, Lines(), trainer()))
     checkpoint.save(state, tmp_path / "checkpoint")
@@ -56,6 +56,6 @@ def test_a_run_without_one_is_continued_with_one_from_its_weights(tmp_path):
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])
-def test_a_decay_that_is_none_is_refused(decay):
+def test_a_decay_outside_zero_to_one_is_refused(decay):
     with pytest.raises(ValueError, match="between 0 and 1"):
         Ema(line_model(), decay=decay)

@@ -7,7 +7,7 @@ from memsave.config.schema import OptimizerConfig
 from memsave.data.loader import Index
 from memsave.training.loop import TrainingError, accumulate, make_optimizer, make_schedule, make_state, run_steps
 from memsave.training.task import examples, split
-from tests.training.toy import Lines, line_model, trainer
+from tests.support.linear_task import Lines, line_model, trainer
 
 
 def test_split_keeps_every_example_in_order():

@@ -1,4 +1,4 @@
-"""Private training through the one loop: what a run says, refuses, and continues."""
+"""Private training in the training loop: reports, refusals, and resumed runs."""
 
 import json
 import os
@@ -20,32 +20,13 @@ from memsave.config.compose import compose, to_objects
 from memsave.data import DataError
 from memsave.experiment import run_experiment
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.progress import Progress
 from memsave.tasks.language.table_to_text import TableToText
 from memsave.training import checkpoint
 from memsave.training.loop import TrainingError, make_state, run_steps
-from memsave.training.private import up
-from memsave.training.progress import Progress
-from tests.training.toy import Lines, line_model, trainer
-
-TINY = [
-    "model.layers=2",
-    "model.heads=2",
-    "model.width=16",
-    "model.vocabulary=400",
-    "model.positions=200",
-    "model.records=40",
-    "model.steps=2",
-    "model.batch_size=4",
-    "data.records=40",
-    "data.held_out=4",
-    "data.generate=2",
-    "data.beams=2",
-    "data.max_length=60",
-    "trainer.steps=3",
-    "trainer.batch_size=8",
-    "trainer.micro_batch_size=5",
-]
-DP = ["experiment=gpt2_dp", *TINY]
+from memsave.training.private import round_up
+from tests.support.linear_task import Lines, line_model, trainer
+from tests.support.tiny_configs import TINY_GPT2_DP
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +36,11 @@ def cache(tmp_path_factory):
 
 def run(overrides, folder, cache):
     folder.mkdir(exist_ok=True)
-    config = to_objects(compose([*DP, f"model.cache={cache}", *overrides]))
+    config = to_objects(compose([*TINY_GPT2_DP, f"model.cache={cache}", *overrides]))
     return run_experiment(config, folder, progress=Progress())
 
 
-def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd):
+def test_a_run_reports_epsilon_and_releases_its_model(tmp_path, cache, capfd):
     result = run(["privacy.noise_multiplier=1.0"], tmp_path / "run", cache)
     spent = result["privacy"]
     assert spent["steps"] == 3
@@ -72,10 +53,10 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
     said = capfd.readouterr().err
     assert result["data"]["examples"] == 40
     assert f"training examples: 40, {result['data']['cut_examples']} cut to 60 tokens" in said
-    assert f"epsilon = {up(spent['epsilon'], '.2f')}" in said
+    assert f"epsilon = {round_up(spent['epsilon'], '.2f')}" in said
     statement = (tmp_path / "run" / "privacy.md").read_text()
     for words in (
-        f"({up(spent['epsilon'], '.2f')}, ",
+        f"({round_up(spent['epsilon'], '.2f')}, ",
         "of 40 in training",
         "Poisson sampling",
         "Other runs",
@@ -88,15 +69,15 @@ def test_a_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, capfd)
 
 
 @pytest.mark.parametrize(("delta", "warned"), [("null", True), ("1e-5", False)])
-def test_a_delta_that_promises_little_is_told(delta, warned, tmp_path, cache, capfd):
+def test_a_large_delta_is_reported(delta, warned, tmp_path, cache, capfd):
     run([f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"], tmp_path / "run", cache)
-    words = "delta is 0.017 for 40 examples: with up to that probability epsilon limits nothing"
+    words = "delta is 0.017 for 40 examples: with up to this probability the bound of epsilon fails"
     said = capfd.readouterr().err
     assert (f"warning: {words}" in said) == warned
     assert (words in (tmp_path / "run" / "privacy.md").read_text()) == warned
 
 
-def test_a_target_is_calibrated_for(tmp_path, cache):
+def test_noise_is_calibrated_to_the_target(tmp_path, cache):
     spent = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
     assert 4.9 <= spent["epsilon"] <= 5
 
@@ -132,14 +113,15 @@ def test_an_epsilon_that_cannot_be_computed_stops_a_run_before_its_first_step(tm
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_an_epsilon_that_protects_nobody_is_told_as_one(tmp_path, cache, capfd):
+def test_a_very_large_epsilon_is_reported_as_no_protection(tmp_path, cache, capfd):
     spent = run(["privacy.noise_multiplier=1e-3"], tmp_path / "run", cache)["privacy"]
     assert 1e5 < spent["epsilon"] < 1e9
-    assert spent["accountant"] == "rdp"  # beyond what PRV is asked for
+    assert spent["accountant"] == "rdp"  # PRV is not used for such a large epsilon
     assert "(rdp), 3 steps; an epsilon this large protects nobody" in capfd.readouterr().err
     statement = (tmp_path / "run" / "privacy.md").read_text()
     assert (
-        f"at most e^{spent['epsilon']:.3g} times as likely" in statement and "protects nobody in practice" in statement
+        f"at most e^{spent['epsilon']:.3g} times as likely" in statement
+        and "In practice, an epsilon above 20 protects nobody" in statement
     )
 
 
@@ -148,13 +130,13 @@ def test_every_line_of_the_log_has_the_epsilon_spent_so_far(tmp_path, cache, cap
     mechanism = Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1)
     steps = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     assert [line["epsilon"] for line in steps] == [pytest.approx(mechanism.epsilon(k)) for k in (1, 2, 3)]
-    said = f"step 3 of 3, loss {steps[2]['loss']:.3f}, epsilon {up(mechanism.epsilon(3), '.2f')}"
+    said = f"step 3 of 3, loss {steps[2]['loss']:.3f}, epsilon {round_up(mechanism.epsilon(3), '.2f')}"
     assert said in capfd.readouterr().err
     assert result["privacy"]["epsilon"] == steps[-1]["epsilon"]
 
 
 def interrupted_at(step, monkeypatch):
-    """Have the run asked to stop in that step."""
+    """Send the run a stop signal in that step."""
     original, calls = PrivateGradients.finish, []
 
     def finish(self):
@@ -166,7 +148,7 @@ def interrupted_at(step, monkeypatch):
     monkeypatch.setattr(PrivateGradients, "finish", finish)
 
 
-def test_an_interrupted_run_says_what_it_spent_and_releases_its_model(tmp_path, cache, monkeypatch):
+def test_an_interrupted_run_reports_epsilon_and_releases_its_model(tmp_path, cache, monkeypatch):
     interrupted_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(["privacy.noise_multiplier=1.0", "profiler.compare=[]"], tmp_path / "run", cache)
@@ -182,7 +164,7 @@ def test_an_interrupted_run_says_what_it_spent_and_releases_its_model(tmp_path, 
 
 
 @pytest.mark.parametrize("part", ["evaluate", "show", "summary"])
-def test_faults_after_the_last_step_cost_neither_model_nor_statement(part, tmp_path, cache, monkeypatch):
+def test_faults_after_the_last_step_keep_model_and_statement(part, tmp_path, cache, monkeypatch):
     def fail(self, *args):
         raise RuntimeError("no such font")
 
@@ -195,7 +177,7 @@ def test_faults_after_the_last_step_cost_neither_model_nor_statement(part, tmp_p
     assert (tmp_path / "run" / "checkpoint" / "state.json").is_file()
 
 
-def test_without_privacy_it_runs_the_same(tmp_path, cache):
+def test_the_run_works_without_privacy(tmp_path, cache):
     result = run(["privacy=none", "memory=checkpoint", "profiler.compare=[]"], tmp_path / "run", cache)
     assert result["privacy"] is None
     assert not (tmp_path / "run" / "privacy.md").exists()
@@ -212,7 +194,7 @@ def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, c
     assert {"perplexity", "bleu"} <= set(result["metrics"])
     assert (tmp_path / "run" / "samples.md").is_file()
     released = ["model=gpt2", f"model.name={tmp_path / 'run' / 'model'}", "trainer.steps=1"]
-    tiny = [each for each in DP if not each.startswith("model.")]
+    tiny = [each for each in TINY_GPT2_DP if not each.startswith("model.")]
     (tmp_path / "again").mkdir()
     config = to_objects(compose([*tiny, *released, "privacy=none"]))
     again = run_experiment(config, tmp_path / "again", progress=Progress())
@@ -228,15 +210,15 @@ def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, c
         (["model=gpt2", "model.name=/no/such/folder"], ConfigError, "is no folder here and no name that a hub can"),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
-    tiny = [each for each in DP if "model=gpt2" not in overrides or not each.startswith("model.")]
+def test_impossible_configs_are_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
+    tiny = [each for each in TINY_GPT2_DP if "model=gpt2" not in overrides or not each.startswith("model.")]
     config = to_objects(compose([*tiny, *([] if "model=gpt2" in overrides else [f"model.cache={cache}"]), *overrides]))
     with pytest.raises(error, match=words):
         run_experiment(config, tmp_path, progress=Progress())
 
 
 class Persons(Lines):
-    """The examples of `Lines`, one by one, to be sampled."""
+    """The examples of `Lines` as a data set for sampling."""
 
     def load(self, indices):
         x, y = (torch.cat([each[key] for each in self.data]) for key in "xy")
@@ -254,11 +236,11 @@ def test_the_loop_takes_empty_batches_and_counts_them():
     config = trainer(steps=40)
     state = private_state(0, config=config)
     done = list(run_steps(state, Persons(), config))
-    assert [each.loss for each in done].count(None) > 0  # of batches of 2 expected, some are empty
+    assert [each.loss for each in done].count(None) > 0  # some batches are empty at an expected size of 2
     assert state.private.steps == 40
 
 
-def test_a_run_whose_parameters_run_away_is_stopped():
+def test_a_run_with_diverging_parameters_is_stopped():
     config = trainer(steps=5)
     state = private_state(0, config=config)
     state.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
@@ -267,7 +249,7 @@ def test_a_run_whose_parameters_run_away_is_stopped():
 
 
 def test_numbers_of_a_guarantee_are_rounded_up():
-    assert [up(7.991, ".2f"), up(7.99, ".2f"), up(6.982e-5, ".2e"), up(9.999e-5, ".2e")] == [
+    assert [round_up(7.991, ".2f"), round_up(7.99, ".2f"), round_up(6.982e-5, ".2e"), round_up(9.999e-5, ".2e")] == [
         "8.00",
         "7.99",
         "6.99e-05",
@@ -276,10 +258,10 @@ def test_numbers_of_a_guarantee_are_rounded_up():
 
 
 @pytest.mark.parametrize("size", [None, 1, 2])
-def test_the_micro_batch_changes_nothing(size):
+def test_the_micro_batch_size_does_not_change_the_result(size):
     config = trainer(steps=5, micro_batch_size=size)
     state = private_state(0, config=config)
-    state.model.eval()  # dropout draws its numbers micro-batch by micro-batch
+    state.model.eval()  # dropout depends on the micro-batches
     list(run_steps(state, Persons(), config))
     other = private_state(0, config=config)
     other.model.eval()
@@ -288,7 +270,7 @@ def test_the_micro_batch_changes_nothing(size):
         torch.testing.assert_close(one, another, rtol=1e-9, atol=1e-12)
 
 
-def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_path):
+def test_a_private_checkpoint_is_continued_only_by_a_private_run(tmp_path):
     config = trainer(steps=4)
     state = private_state(0, config=config)
     steps = run_steps(state, Persons(), config)
@@ -306,7 +288,7 @@ def test_a_checkpoint_of_a_private_run_is_continued_by_a_private_run_alone(tmp_p
 
 
 def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
-    from memsave.data.text.records import public_records
+    from memsave.data.text.visits import public_records
     from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 
     sizes = SmallGPT2(layers=1, heads=2, width=16, vocabulary=400)
@@ -321,7 +303,13 @@ def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
 
 
 def command(cache, folder, *overrides):
-    tiny = [*DP, "privacy.seed=5", "privacy.noise_multiplier=1.0", "privacy.verify=false", "profiler.compare=[]"]
+    tiny = [
+        *TINY_GPT2_DP,
+        "privacy.seed=5",
+        "privacy.noise_multiplier=1.0",
+        "privacy.verify=false",
+        "profiler.compare=[]",
+    ]
     fixed = ["trainer.steps=12", "trainer.checkpoint_every=1", "trainer.evaluate_first=false", "trainer.device=cpu"]
     return [
         *(sys.executable, "-m", "memsave.run", *tiny, *fixed, f"model.cache={cache}", f"hydra.run.dir={folder}"),
@@ -329,7 +317,7 @@ def command(cache, folder, *overrides):
     ]
 
 
-def test_a_run_that_is_killed_resumes_to_the_same_bits_and_counts_no_step_twice(tmp_path, cache):
+def test_a_killed_run_resumes_bit_for_bit_and_counts_no_step_twice(tmp_path, cache):
     whole, killed, resumed = tmp_path / "whole", tmp_path / "killed", tmp_path / "resumed"
     subprocess.run(command(cache, whole), check=True, capture_output=True)
     process = subprocess.Popen(command(cache, killed), stderr=subprocess.DEVNULL)
@@ -349,7 +337,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits_and_counts_no_step_twice(
         assert torch.equal(tensor, weights[1][name]), name
     taken = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()][:-1]
     assert taken == list(range(taken[0], 13))
-    assert 1 < taken[0] <= 12  # it did not start from the beginning
+    assert 1 < taken[0] <= 12  # it resumed after a completed step
 
 
 def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
@@ -365,7 +353,7 @@ def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
     assert spent["epsilon"] > 0
 
 
-def test_another_number_of_steps_keeps_the_checkpoints_noise_and_the_target(tmp_path, cache):
+def test_a_resumed_run_with_other_steps_keeps_noise_and_target(tmp_path, cache):
     first = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
     known = ["privacy.target_epsilon=5", "privacy.accountant=rdp", f"trainer.resume={tmp_path / 'run'}"]
     with pytest.raises(

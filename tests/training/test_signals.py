@@ -1,4 +1,4 @@
-"""A run that is asked to stop leaves a checkpoint that continues bit for bit."""
+"""A run that receives a stop signal leaves a checkpoint that continues bit for bit."""
 
 import os
 import signal
@@ -11,21 +11,21 @@ import torch
 from memsave.training import checkpoint
 from memsave.training import signals as interrupt
 from memsave.training.loop import make_state, run_steps
-from memsave.training.signals import asked_to_stop
-from tests.training.toy import Lines, line_model, trainer
+from memsave.training.signals import stop_requested
+from tests.support.linear_task import Lines, line_model, trainer
 
 
-def test_signals_that_are_passed_on_twice_count_once():
-    with asked_to_stop() as stopping:
+def test_repeated_signals_count_once():
+    with stop_requested() as stopping:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
             os.kill(os.getpid(), number)
         assert stopping()
 
 
 def test_an_ignored_hangup_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        with asked_to_stop() as stopping:
+        with stop_requested() as stopping:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stopping()
     finally:
@@ -35,7 +35,7 @@ def test_an_ignored_hangup_stays_ignored():
 def test_a_later_signal_interrupts_at_once_and_handlers_are_put_back(monkeypatch):
     monkeypatch.setattr(interrupt, "SECONDS", -1.0)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with asked_to_stop() as stopping:
+    with stop_requested() as stopping:
         assert not stopping()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping()
@@ -44,7 +44,7 @@ def test_a_later_signal_interrupts_at_once_and_handlers_are_put_back(monkeypatch
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_process_that_is_told_to_end_is_interrupted():
+def test_sigterm_interrupts_the_process():
     program = (
         "import os, signal; from memsave.training.signals import interrupt_at_signals; interrupt_at_signals()\n"
         "try: os.kill(os.getpid(), signal.SIGTERM)\nexcept KeyboardInterrupt: print('interrupted')"
@@ -53,7 +53,7 @@ def test_a_process_that_is_told_to_end_is_interrupted():
 
 
 @pytest.mark.parametrize("where", ["forward", "optimizer"])
-def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, where):
+def test_a_signal_during_a_step_stops_after_the_step(tmp_path, where):
     config = trainer()
     torch.manual_seed(3)
     whole = [done.loss for done in run_steps(make_state(line_model(), config), Lines(), config)]
@@ -70,7 +70,7 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, where):
         state.model.register_forward_hook(kill)
     else:
         state.optimizer.register_step_pre_hook(kill)
-    with asked_to_stop() as stopping:
+    with stop_requested() as stopping:
         for _ in run_steps(state, Lines(), config):
             if stopping():
                 checkpoint.save(state, tmp_path / "checkpoint")

@@ -1,4 +1,4 @@
-"""Tables and sentences as tokens: `table <eos> text <eos>`, in which the text alone is a target."""
+"""Tables and sentences as tokens: `table <eos> text <eos>`, where only the text is a target."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from memsave.data.text.records import Record
 
-IGNORED = -100  # what transformers takes for no target
+IGNORED = -100  # the label that transformers ignores
 
 
 Tokens = tuple[list[int], list[int]]
-"""Of the table and its end, and of the text and its end."""
+"""(tokens of the table and its end token, tokens of the text and its end token)."""
 
 
 @dataclass
 class Cuts:
-    """What the greatest length takes from examples."""
+    """Counts of the examples and tokens that truncation to the maximum length affects."""
 
     examples: int = 0
     cut_examples: int = 0
     cut_tokens: int = 0
     lost_texts: int = 0
-    """Examples whose table takes all the room: one token of their text is left as a target."""
+    """Examples whose table fills the maximum length: one token of their text is left as a target."""
 
-    def told(self, *, max_length: int) -> str:
-        """The same in words."""
+    def describe(self, *, max_length: int) -> str:
+        """The counts in words."""
         if not self.cut_examples:
             return f"none cut to {max_length} tokens (data.max_length)"
         lost = f"{self.cut_examples} cut to {max_length} tokens (data.max_length), which drops {self.cut_tokens} tokens"
@@ -35,15 +35,15 @@ class Cuts:
 
 
 def encode(record: Record, tokenizer: Any, *, max_length: int) -> Tokens:
-    """(tokens of the table and its end, tokens of the text and its end), cut to `max_length` together.
+    """Tokens of a record, truncated so that table and text together have at most `max_length` tokens.
 
-    The text is cut first, then the table; at least one token of the text stays a target.
+    The text is truncated first, then the table; at least one token of the text stays as a target.
     """
     return _cut(_tokens(record, tokenizer), max_length=max_length)
 
 
 def encode_all(records: Iterable[Record], tokenizer: Any, *, max_length: int) -> tuple[list[Tokens], Cuts]:
-    """`encode` of each record, and what was cut."""
+    """`encode` of each record, and the counts of truncated tokens."""
     found, cuts = [], Cuts()
     for record in records:
         whole = _tokens(record, tokenizer)
@@ -70,10 +70,10 @@ def _cut(tokens: Tokens, *, max_length: int) -> Tokens:
 
 
 def prompt_format(tokenizer: Any, *, max_length: int, beams: int) -> dict[str, Any]:
-    """How a model that was trained on `encode`'s examples is prompted: `prompt.json` in its folder.
+    """The prompt format of a model trained on the examples of `encode`: the content of `prompt.json` in its folder.
 
-    `prompt` with a table in it has the tokens that `encode` gives the table, up to `max_table_tokens` and the end, and
-    `generate` are the options of transformers' `generate` that evaluations take.
+    `prompt`, filled with a table of at most `max_table_tokens` tokens, has the tokens that `encode` gives the table.
+    `generate` holds the options of transformers' `generate` that evaluation uses.
     """
     return {
         "prompt": f"{{table}}{tokenizer.eos_token}",
@@ -92,7 +92,7 @@ def prompt_format(tokenizer: Any, *, max_length: int, beams: int) -> dict[str, A
 
 
 def collate(examples: Sequence[tuple[list[int], list[int]]], *, pad: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, (B, T) each, padded on the right to the longest; (0, 1) for none."""
+    """`input_ids`, `attention_mask` and `labels`, (B, T) each, padded on the right; (0, 1) for no examples."""
     longest = max((len(table) + len(text) for table, text in examples), default=1)
     ids = torch.full((len(examples), longest), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -105,7 +105,7 @@ def collate(examples: Sequence[tuple[list[int], list[int]]], *, pad: int) -> dic
 
 
 def prompts(tables: Sequence[list[int]], *, pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (B, T), padded on the left, for generation."""
+    """`input_ids` and `attention_mask`, (B, T) each, padded on the left, for generation."""
     longest = max(map(len, tables))
     ids = torch.tensor([[pad] * (longest - len(table)) + table for table in tables])
     mask = torch.tensor([[0] * (longest - len(table)) + [1] * len(table) for table in tables])

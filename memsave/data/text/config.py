@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from memsave.config import ConfigError, option, register
 from memsave.config.schema import DataConfig
-from memsave.data.text.records import Record, private_records
+from memsave.data.text.records import Record
+from memsave.data.text.visits import private_records
 
 HELD_OUT_SEED = 10**6
 """Distance of the seed of held-out records from that of the training records."""

@@ -1,72 +1,86 @@
-"""Checks a data set before anything is trained on it, and says everything that is wrong with it.
+"""Checks a data set before training and reports every fault.
 
     python -m memsave.data.check root=/my/BraTS2021
     python -m memsave.data.check root=/my/BraTS2024 layout=brats2024 scheme=brats2024_rc
     python -m memsave.data.check root=/my/lesions layout=folder modalities=[t1ce] mask=label
 
-    root        the folder of the cases
-    layout      how its files are named (brats2021): brats2018 - brats2021, brats2023, brats2024, msd, folder
-    scheme      what its labels mean (the layout's own): brats2021, brats2023, brats2024, brats2024_rc, msd, binary
-    modalities  which ones, in which order (all of the layout's)
-    mask        layout=folder: what the mask's file ends in (seg, label or mask)
-    labelled    false: segmentations may be missing (true)
-    workers     threads that read (2)
+    root        folder of the cases
+    layout      naming of the files (default brats2021): brats2018 - brats2021, brats2023, brats2024, msd, folder
+    scheme      meaning of the labels (default: that of the layout): brats2021, brats2023, brats2024, brats2024_rc, msd,
+                binary
+    modalities  modalities and their order (default: all of the layout)
+    mask        layout=folder: the end of the mask's file name (default: seg, label or mask)
+    labelled    false: segmentations may be missing (default true)
+    workers     number of threads that read (default 2)
 
-Every voxel is read. On standard output there is one sentence for each fault, then a summary; progress is on standard
-error. Exit codes: 0 the data set is fine, 2 it is not or the arguments are not, 130 interrupted.
+The command reads every voxel. It prints one sentence for each fault and a summary to standard output, and progress to
+standard error. Exit codes: 0 no fault, 2 faults or bad arguments, 130 interrupted.
 """
 
 import hashlib
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
+from omegaconf import MISSING
 
+from memsave.arguments import ArgumentError, names_in, parse_arguments
 from memsave.data.errors import DataError
 from memsave.data.volumes.layouts import Case, duplicates, scan
 from memsave.data.volumes.reader import inspect_case
-from memsave.data.volumes.schemes import BRATS_2021, SCHEMES, LabelScheme, fitting
+from memsave.data.volumes.schemes import BRATS_2021, SCHEMES, LabelScheme, schemes_with
+from memsave.progress import Throttle
 
-SECONDS_BETWEEN_LINES = 5.0
-KEYS = ("root", "layout", "scheme", "modalities", "mask", "labelled", "workers")
+WORKERS = "a number from 1 on"
+
+
+@dataclass
+class Arguments:
+    """The command-line arguments, described at the top of this file."""
+
+    root: str = MISSING
+    layout: str = "brats2021"
+    scheme: str | None = None
+    modalities: str | None = None
+    mask: str | None = None
+    labelled: bool = field(default=True, metadata={"expects": "true or false"})
+    workers: int = field(default=2, metadata={"expects": WORKERS})
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of a case once it has been read."""
+class CaseSummary:
+    """The facts about a case after it was read."""
 
     id: str
     faults: list[str]
-    shape: tuple[int, ...]  # () where no file could be read
+    shape: tuple[int, ...]  # () if no file could be read
     spacing: tuple[float, ...]  # mm
-    labels: dict[int, int] | None  # voxels by label; None without a label or with one that could not be used
-    digests: dict[str, str]  # of the voxels, by modality and of the label
+    labels: dict[int, int] | None  # number of voxels by label; None without a usable label file
+    digests: dict[str, str]  # hash of the voxels, by modality and for the label
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found: one sentence per fault, and what is known of each case."""
+    """The result of `examine`: one sentence per fault, and a summary of each case."""
 
     faults: list[str]
-    cases: list[Known]
+    cases: list[CaseSummary]
     scheme: LabelScheme
 
     def table(self) -> str:
-        """The data set in numbers: cases, shapes, voxel sizes, and the voxels of each region."""
-        labelled = [known for known in self.cases if known.labels is not None]
-        shapes = Counter(" x ".join(map(str, known.shape)) for known in self.cases if known.shape)
-        spacings = Counter(" x ".join(f"{mm:.4g}" for mm in known.spacing) for known in self.cases if known.spacing)
+        """A table of the number of cases, shapes, voxel sizes, and the number of voxels of each region."""
+        labelled = [case for case in self.cases if case.labels is not None]
+        shapes = Counter(" x ".join(map(str, case.shape)) for case in self.cases if case.shape)
+        spacings = Counter(" x ".join(f"{mm:.4g}" for mm in case.spacing) for case in self.cases if case.spacing)
         lines = [f"{'cases':<9} {len(self.cases)}, of which {len(labelled)} with a label of scheme {self.scheme.name}"]
         for title, counts in (("voxels", shapes), ("size, mm", spacings)):
-            lines += [f"{title:<9} {what} ({count})" for what, count in counts.most_common()]
-        lines.append(f"{'region':<9} {'cases':>6} {'smallest':>9} {'median':>9} {'largest':>9}  (voxels, where it is)")
+            lines += [f"{title:<9} {value} ({count})" for value, count in counts.most_common()]
+        lines.append(f"{'region':<9} {'cases':>6} {'smallest':>9} {'median':>9} {'largest':>9}  (voxels, if present)")
         for name in self.scheme.names:
-            sizes = [size for known in labelled if (size := _voxels_of(known, self.scheme)[name])]
+            sizes = [size for case in labelled if (size := _region_sizes(case, self.scheme)[name])]
             voxels = (f"{int(size):>9}" for size in (min(sizes), np.median(sizes), max(sizes))) if sizes else ()
             lines.append(" ".join([f"{name:<9} {len(sizes):>6}", *voxels]))
         return "\n".join(lines)
@@ -75,11 +89,11 @@ class Report:
 def check_cases(
     cases: Sequence[Case], *, scheme: LabelScheme | None = None, images: bool = True, workers: int = 1
 ) -> list[str]:
-    """One sentence for every fault of every case, and of the data set as a whole; none where it is fine.
+    """One sentence for every fault of every case and of the data set as a whole.
 
-    `scheme` None is each case's own. With `images=False` the voxels of the labels and only the headers of the images
-    are read, in a fraction of the time: truncated files are found, and copies of a case by their label; images that are
-    damaged inside, empty or not finite are not.
+    `scheme=None` uses the scheme of each case. `images=False` reads the labels but only the headers of the images,
+    which is much faster: it finds truncated files and cases with equal labels, but no images that are damaged inside,
+    zero everywhere or not finite.
     """
     return examine(cases, scheme=scheme, images=images, workers=workers).faults
 
@@ -93,36 +107,46 @@ def examine(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read all cases by `workers` threads, and what there is of `incomplete` ones; `progress` hears (read, of all)."""
-    known: list[Known] = []
+    """Read `cases`, and the existing files of `incomplete` cases, in `workers` threads.
+
+    `progress(read, total)` is called after each case.
+    """
+    summaries: list[CaseSummary] = []
     everything = [*cases, *incomplete]
     with ThreadPoolExecutor(workers, thread_name_prefix="memsave-check") as pool:
-        for each in pool.map(lambda case: _know(case, scheme=scheme, images=images), everything):
-            known.append(each)
+        for each in pool.map(lambda case: _summarize(case, scheme=scheme, images=images), everything):
+            summaries.append(each)
             if progress:
-                progress(len(known), len(everything))
-    faults = [fault for each in known for fault in each.faults]
-    faults += duplicates(everything) + _copies(known)
+                progress(len(summaries), len(everything))
+    faults = [fault for each in summaries for fault in each.faults]
+    faults += duplicates(everything) + _copies(summaries)
     schemes = {scheme or case.scheme for case in everything} or {scheme or BRATS_2021}
     if len(schemes) > 1:
         names = ", ".join(sorted(each.name for each in schemes))
-        faults.append(f"The cases follow the schemes {names}: check the cases of each by themselves.")
+        faults.append(f"The cases follow the schemes {names}: check the cases of each scheme separately.")
     else:
-        faults += _empty_regions(known, *schemes)
-    return Report(faults, known[: len(cases)], min(schemes, key=lambda each: each.name))
+        faults += _empty_regions(summaries, *schemes)
+    return Report(faults, summaries[: len(cases)], min(schemes, key=lambda each: each.name))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check what the arguments name; the exit code."""
+    """Run the command line; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     try:
-        settings = _settings(arguments)
-        workers = settings.pop("workers")
-        found = scan(**settings)
-        report = examine(found.cases, incomplete=found.incomplete, workers=workers, progress=_Lines())
-    except DataError as error:
+        options = _parse(arguments)
+        found = scan(
+            options.root,
+            options.layout,
+            scheme=options.scheme,
+            modalities=None if options.modalities is None else names_in(options.modalities),
+            mask=options.mask,
+            labelled=options.labelled,
+        )
+        progress = _progress_lines()
+        report = examine(found.cases, incomplete=found.incomplete, workers=options.workers, progress=progress)
+    except (ArgumentError, DataError) as error:
         print(f"memsave: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -139,30 +163,53 @@ def main(arguments: Sequence[str]) -> int:
     return 2 if faults else 0
 
 
-def _know(case: Case, *, scheme: LabelScheme | None, images: bool) -> Known:
+def _parse(arguments: Sequence[str]) -> Arguments:
+    keys = Counter(argument.partition("=")[0] for argument in arguments)
+    for key, count in keys.items():
+        if count > 1:
+            raise ArgumentError(f"{key} is given twice: give it once.")
+    options = parse_arguments(arguments, Arguments, example="root=/my/BraTS2021")
+    if options.workers < 1:
+        raise ArgumentError(f"workers is {str(options.workers)!r}: give {WORKERS}")
+    return options
+
+
+def _progress_lines() -> Callable[[int, int], None]:
+    """A function that prints its counts to standard error every few seconds and at the end."""
+    throttle = Throttle(5.0)
+
+    def show(read: int, total: int) -> None:
+        if throttle.ready() or read == total:
+            print(f"  read {read} of {total} cases", file=sys.stderr)
+
+    return show
+
+
+def _summarize(case: Case, *, scheme: LabelScheme | None, images: bool) -> CaseSummary:
     found = inspect_case(case, scheme=scheme, images=images)
     spacing = () if found.affine is None else tuple(np.linalg.norm(found.affine[:3, :3], axis=0).tolist())
     labels = None
     if found.label is not None:
         counts = np.bincount(found.label.ravel())
         labels = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    # transposed, for nibabel's volumes lie in Fortran's order
-    voxels = dict(found.volumes)
+    volumes = dict(found.volumes)
     if found.label is not None and found.label.any():
-        voxels["segmentation"] = found.label
-    digests = {name: hashlib.sha256(np.asfortranarray(it).T.data).hexdigest() for name, it in voxels.items()}
-    return Known(case.id, found.faults, found.shape, spacing, labels, digests)
+        volumes["segmentation"] = found.label
+    # transposed because nibabel's volumes are in Fortran order
+    digests = {name: hashlib.sha256(np.asfortranarray(it).T.data).hexdigest() for name, it in volumes.items()}
+    return CaseSummary(case.id, found.faults, found.shape, spacing, labels, digests)
 
 
-def _voxels_of(known: Known, scheme: LabelScheme) -> dict[str, int]:
-    labels = known.labels or {}
+def _region_sizes(case: CaseSummary, scheme: LabelScheme) -> dict[str, int]:
+    """The number of voxels of each region."""
+    labels = case.labels or {}
     return {name: sum(labels.get(value, 0) for value in values) for name, values in scheme.regions.items()}
 
 
-def _copies(known: Sequence[Known]) -> list[str]:
-    """One sentence for each set of ids that share an image, voxel for voxel."""
+def _copies(summaries: Sequence[CaseSummary]) -> list[str]:
+    """One sentence for each set of cases that share an identical image."""
     owners: dict[str, list[tuple[str, str]]] = {}
-    for each in known:
+    for each in summaries:
         for modality, digest in each.digests.items():
             owners.setdefault(digest, []).append((each.id, modality))
     shared: dict[tuple[str, ...], dict[str, None]] = {}
@@ -171,17 +218,17 @@ def _copies(known: Sequence[Known]) -> list[str]:
         if len(ids) > 1:
             shared.setdefault(ids, {}).update(dict.fromkeys(modality for _, modality in images))
     return [
-        f"Cases {' and '.join(ids)} hold the same voxels ({', '.join(modalities)}): keep one of them, for a split may "
-        f"train on one and score another."
+        f"Cases {' and '.join(ids)} hold the same voxels ({', '.join(modalities)}): keep one of them, because a split "
+        f"may train on one and score another."
         for ids, modalities in shared.items()
     ]
 
 
-def _empty_regions(known: Sequence[Known], scheme: LabelScheme) -> list[str]:
+def _empty_regions(summaries: Sequence[CaseSummary], scheme: LabelScheme) -> list[str]:
     """One sentence for each region that no labelled case has."""
-    labelled = [each for each in known if each.labels is not None]
+    labelled = [each for each in summaries if each.labels is not None]
     found = {value for each in labelled for value in each.labels or ()}
-    others = [name for name in fitting(found) if all(found & set(of) for of in SCHEMES[name].regions.values())]
+    others = [name for name in schemes_with(found) if all(found & set(of) for of in SCHEMES[name].regions.values())]
     remedy = f"give another scheme, perhaps {' or '.join(others)}" if others else "check the scheme"
     listed = ", ".join(map(str, sorted(found)))
     return [
@@ -190,44 +237,3 @@ def _empty_regions(known: Sequence[Known], scheme: LabelScheme) -> list[str]:
         for name, values in scheme.regions.items()
         if labelled and not found & set(values)
     ]
-
-
-def _settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `scan`, and workers."""
-    given: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not value:
-            raise DataError(
-                f"{argument!r} cannot be read: arguments have the form key=value, as in root=/my/BraTS2021."
-            )
-        if key not in KEYS:
-            raise DataError(f"{key} is not known: the keys are {', '.join(KEYS)}.")
-        if key in given:
-            raise DataError(f"{key} is given twice: give it once.")
-        given[key] = value
-    if "root" not in given:
-        raise DataError("root is not given: name the folder of the cases, as in root=/my/BraTS2021.")
-    settings: dict[str, Any] = {"workers": 2, **given}
-    if "modalities" in given:
-        settings["modalities"] = [name.strip() for name in given["modalities"].strip("[]").split(",") if name.strip()]
-    if given.get("labelled", "true") not in ("true", "false"):
-        raise DataError(f"labelled is {given['labelled']!r}: give true or false.")
-    settings["labelled"] = given.get("labelled", "true") == "true"
-    if not str(settings["workers"]).isdecimal() or int(settings["workers"]) < 1:
-        raise DataError(f"workers is {settings['workers']!r}: give a number from 1 on.")
-    settings["workers"] = int(settings["workers"])
-    return settings
-
-
-class _Lines:
-    """A line on standard error now and then, and one at the end."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def __call__(self, read: int, total: int) -> None:
-        now = time.monotonic()
-        if read == total or now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
-            print(f"  read {read} of {total} cases", file=sys.stderr)

@@ -24,16 +24,20 @@ Item = dict[str, Any]
 
 
 class Volumes(Dataset):
-    """Whole preprocessed volumes, one per case, with what it takes to put a prediction back where it belongs.
+    """Whole preprocessed volumes, one per case, with the geometry that `restore` needs to map predictions back.
 
-    An item holds `image` (C, x, y, z) float32 and, where the case has one, `label` (1, x, y, z) uint8, both turned to
-    the orientation of BraTS, and `id`; of the original grid `affine` (4, 4), `spacing` in mm, `shape` and
-    `orientation`; of the turned one `start` and `cropped`, the first voxel that was not cropped and the voxels from
-    there on; and `image_spacing`, the mm of a voxel of `image`. That is the file's own or, given as `spacing` here,
-    what images (trilinear) and labels (nearest) are resampled to after cropping and normalising; `restore` undoes all.
+    An item is a dictionary:
 
-    `modalities` and `scheme` are those that all cases share (`scheme` given: that one). Up to `cache_bytes` of volumes
-    are kept, the least recently used leave first; cached tensors are not to be written to.
+    - `id`, `image` (C, x, y, z) float32 and, if the case has one, `label` (1, x, y, z) uint8, in the orientation of
+      BraTS;
+    - the original grid: `affine` (4, 4), `spacing` in mm, `shape` and `orientation`;
+    - the crop in the reoriented grid: its first voxel `start` and its size `cropped`;
+    - `image_spacing`, the size of a voxel of `image` in mm.
+
+    After cropping and normalisation, images (trilinear) and labels (nearest) are resampled to `spacing` (None: the
+    file's own). `scheme` is the label scheme (None: that of the cases); all cases must have the same modalities and
+    scheme. Up to `cache_bytes` of volumes are cached, and the least recently used are dropped first. Cached tensors
+    must not be modified.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Volumes(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
-            raise IndexError(f"Volume {index} was asked for and there are {len(self)}: count from 0.")
+            raise IndexError(f"volume index {index} is out of range for {len(self)} volumes: count from 0.")
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
@@ -73,11 +77,11 @@ class Volumes(Dataset):
         return dict(item)
 
     def truth(self, index: int) -> torch.Tensor:
-        """The label of a case on its original grid, (1, X, Y, Z) uint8, to score a restored prediction against."""
+        """The label (1, X, Y, Z) uint8 of a case on its original grid, the reference for a restored prediction."""
         return torch.from_numpy(read_label(self.cases[index], scheme=self.scheme))[None]
 
     def cached_bytes(self) -> int:
-        """The bytes of all volumes that are kept."""
+        """The bytes of all cached volumes."""
         return sum(item[key].nbytes for item in self._cache.values() for key in KEYS if key in item)
 
 
@@ -124,20 +128,20 @@ class TrainingCrops:
         return len(self.volumes)
 
     def example(self, case: int, *, draw: int) -> Item:
-        """What training sees of a case at once: `crop`, or, where `count` is more than one, `crops`."""
+        """One training example of a case: `crop`, or `crops` if `count` is more than one."""
         return self.crop(case, draw=draw) if self.count == 1 else self.crops(case, draw=draw, count=self.count)
 
     def crop(self, case: int, *, draw: int) -> Item:
-        """An augmented crop of a case, by its number; another `draw` gives another crop."""
+        """An augmented crop of case number `case`; another `draw` gives another crop."""
         crops = self.crops(case, draw=draw, count=1)
         return {**crops, **{key: crops[key][0] for key in KEYS}}
 
     def crops(self, case: int, *, draw: int, count: int) -> Item:
         """`count` different crops of one case: `image` (count, C, *crop_size), `label` (count, 1, *crop_size), `id`."""
         if count < 1:
-            raise DataError(f"{count} crops of a case were asked for: ask for at least 1.")
+            raise DataError(f"the number of crops of a case is {count}: give at least 1.")
         volume = self.volumes[case]
-        # built per item, for a MONAI transform holds its random state and workers are threads
+        # built per item, because a MONAI transform holds its random state and workers are threads
         transform = augment(
             self.crop_size,
             foreground=self.foreground,
@@ -146,12 +150,12 @@ class TrainingCrops:
             count=count,
         ).set_random_state(_item_seed(self.seed, draw))
         crops = transform({key: volume[key] for key in KEYS})
-        # stacking copies: a crop that nothing has changed is a view of the cached volume
+        # stacking copies; an unchanged crop would otherwise be a view of the cached volume
         return {**{key: torch.stack([_plain(crop[key]) for crop in crops]) for key in KEYS}, "id": volume["id"]}
 
 
 def uncrop(volume: torch.Tensor, *, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Put (..., x, y, z) back into zeros of (..., *shape), from voxel `start` on: the crop to the brain undone."""
+    """Undo the crop to the brain: place (..., x, y, z) at voxel `start` of zeros (..., *shape)."""
     whole = volume.new_zeros((*volume.shape[:-3], *shape))
     x, y, z = (slice(first, first + length) for first, length in zip(start, volume.shape[-3:]))
     whole[..., x, y, z] = volume
@@ -159,10 +163,10 @@ def uncrop(volume: torch.Tensor, *, start: Sequence[int], shape: Sequence[int]) 
 
 
 def restore(prediction: torch.Tensor, item: Item, *, threshold: float = 0.5) -> torch.Tensor:
-    """Put a prediction (R, x, y, z) for an item's image back onto the case's original grid: boolean (R, X, Y, Z).
+    """Map a prediction (R, x, y, z) for an item's image to the original grid of the case: boolean (R, X, Y, Z).
 
-    Boolean masks go to the nearest voxel. Probabilities are interpolated trilinearly and true above `threshold`; so are
-    logits, with threshold 0. What was cropped is False.
+    Boolean masks are resampled to the nearest voxel. Probabilities are interpolated trilinearly and compared with
+    `threshold`; for logits, pass threshold 0. Voxels outside the crop are False.
     """
     if prediction.dim() != 4 or prediction.shape[1:] != item["image"].shape[1:]:
         shapes = f"{tuple(prediction.shape)} for an image {tuple(item['image'].shape)}"
@@ -179,12 +183,12 @@ def restore(prediction: torch.Tensor, item: Item, *, threshold: float = 0.5) -> 
 
 def _check_alike(cases: Sequence[Case], *, scheme: LabelScheme | None) -> None:
     for case in cases[1:]:
-        for what, one, other in (
+        for name, one, other in (
             ("modalities", cases[0].modalities, case.modalities),
             ("label schemes", scheme or cases[0].scheme, scheme or case.scheme),
         ):
             if one != other:
-                raise DataError(f"Cases {cases[0].id} and {case.id} have other {what}: train on one kind of case.")
+                raise DataError(f"Cases {cases[0].id} and {case.id} have different {name}: train on one kind of case.")
 
 
 def _prepare(case: Case, *, scheme: LabelScheme, spacing: Sequence[float] | None) -> Item:
@@ -195,12 +199,12 @@ def _prepare(case: Case, *, scheme: LabelScheme, spacing: Sequence[float] | None
     orientation = Orientation.of(scan.affine)
     prepared = preprocess()({key: orientation.apply(volume) for key, volume in arrays.items()})
     stored = tuple(np.linalg.norm(scan.affine[:3, :3], axis=0).tolist())
-    voxel = orientation.reorder(stored)
-    target = voxel if spacing is None else tuple(spacing)
+    reoriented = orientation.reorder(stored)
+    target = reoriented if spacing is None else tuple(spacing)
     cropped = tuple(prepared["image"].shape[1:])
-    size = grid_size(cropped, spacing=voxel, target=target)
-    step = [new / mm for mm, new in zip(voxel, target)]
-    # cloned, so that the cache does not keep a whole volume alive behind the view of its crop
+    size = grid_size(cropped, spacing=reoriented, target=target)
+    step = [new / mm for mm, new in zip(reoriented, target)]
+    # cloned: a view of the crop would keep the whole volume alive in the cache
     tensors = {
         key: resample(_plain(prepared[key]), size=size, step=step, nearest=key == "label").clone(
             memory_format=torch.contiguous_format
@@ -221,7 +225,7 @@ def _prepare(case: Case, *, scheme: LabelScheme, spacing: Sequence[float] | None
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without MONAI's metadata, which neither collates cheaply nor survives every operation."""
+    """The tensor without MONAI's metadata, which is slow to collate and lost in some operations."""
     return tensor.as_subclass(torch.Tensor)
 
 

@@ -1,6 +1,6 @@
-"""How data sets name their files: layouts, the cases they find, and the label scheme of each (`schemes.py`).
+"""Layouts: the naming conventions of data sets, the search for cases, and the label scheme of each (`schemes.py`).
 
-A layout is chosen by name, never guessed.
+The user names the layout; it is never guessed.
 
     layout            a case                                               labels
     brats2018 - 2021  ID/ID_{t1,t1ce,t2,flair,seg}.nii[.gz], at any depth  1 necrosis, 2 edema, 4 enhancing
@@ -11,8 +11,8 @@ A layout is chosen by name, never guessed.
     folder            ID_{MODALITY,MASK}.nii[.gz], in one folder or many   one lesion, one nonzero value
 
 `msd` is Task01_BrainTumour of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022); its
-`imagesTs` have no labels. Whatever a file calls them, the modalities of a challenge come as t1, t1ce, t2, flair.
-Files whose names start with a dot are no data. Only folders are listed here; no file is opened.
+`imagesTs` have no labels. The modalities of all challenges are returned as t1, t1ce, t2, flair. Files whose names
+start with a dot are ignored. This module lists folders and opens no file.
 """
 
 import itertools
@@ -28,31 +28,31 @@ from memsave.data.volumes.schemes import BINARY, BRATS_2021, MSD, SCHEMES, Label
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 MASKS = ("seg", "label", "mask")
-"""What the mask of the layout `folder` may be called."""
+"""The default ends of mask names in the layout `folder`."""
 _SUFFIXES = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
 class Case:
-    """The files of one scan of a patient, and what is in them."""
+    """The files of one scan of a patient, and their content."""
 
     id: str
     images: tuple[Path, ...]  # one 3D file per modality; with `channels`, one 4D file
     label: Path | None
     modalities: tuple[str, ...] = MODALITIES
     scheme: LabelScheme = BRATS_2021
-    channels: tuple[int, ...] | None = None  # where in the 4D file the modalities are
-    patient: str | None = None  # where ids number the scans of a patient
+    channels: tuple[int, ...] | None = None  # positions of the modalities in the 4D file
+    patient: str | None = None  # set if ids number the scans of a patient
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Images and mask."""
+        """The images and the mask."""
         return self.images if self.label is None else (*self.images, self.label)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies below a root: complete cases, what there is of the others, and one sentence per fault."""
+class ScanResult:
+    """The result of `scan`: complete cases, the existing files of incomplete ones, and one sentence per fault."""
 
     cases: list[Case]
     incomplete: list[Case]
@@ -61,29 +61,29 @@ class Found:
 
 @dataclass(frozen=True)
 class _Files:
-    """The candidates for the files of a case, by modality; more than one is ambiguous."""
+    """The candidate files of a case, by modality; more than one candidate is ambiguous."""
 
     id: str
-    where: Path
+    folder: Path
     images: dict[str, list[Path]]
     masks: list[Path]
-    missing: dict[str, str] = field(default_factory=dict)  # what the file of a modality, or "mask", should be called
-    others: tuple[str, ...] = ()  # NIfTI files in the case's folder that are none of its own
-    test: bool = False  # of a part of the data set that has no labels
+    missing: dict[str, str] = field(default_factory=dict)  # expected file name, by modality or "mask"
+    others: tuple[str, ...] = ()  # other NIfTI files in the case's folder
+    test: bool = False  # in a part of the data set without labels
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a data set lie, what it calls its modalities, and the scheme its labels usually follow."""
+    """The positions of the files of a data set, its names of the modalities, and its usual label scheme."""
 
     name: str
     scheme: LabelScheme
-    modalities: Mapping[str, str]  # our name: theirs
+    modalities: Mapping[str, str]  # canonical name: name in the files
     find: Callable[..., tuple[list[_Files], list[str]]]
-    expected: str  # for people
+    expected: str  # description for error messages
     separator: str = "_"
-    patient: str = ""  # a pattern of ids that number the scans of the patient in its first group
-    channels: tuple[str, ...] = ()  # of the 4D file, where there is one
+    patient: str = ""  # pattern of ids that number the scans of a patient; its first group is the patient
+    channels: tuple[str, ...] = ()  # of the 4D file, if the layout has one
 
 
 def find_cases(
@@ -95,22 +95,22 @@ def find_cases(
     mask: str | None = None,
     labelled: bool = True,
 ) -> list[Case]:
-    """Every case below `root`, sorted by id; with `labelled=False` a case without segmentation has label None.
+    """All cases below `root`, sorted by id; with `labelled=False` a case without segmentation has label None.
 
-    `scheme` is one of SCHEMES (None: the layout's own). `modalities` chooses some of the layout's, in that order; for
-    the layout `folder` it says what the files end in, and `mask` what the mask's file does (None: one of MASKS).
-    A case has to be a complete one: DataError says what is wrong with the first that is not.
+    `scheme` is a key of SCHEMES (None: that of the layout). `modalities` selects and orders the modalities of the
+    layout. For the layout `folder` it gives the ends of the files' names, and `mask` that of the mask (None: one of
+    MASKS). Raises DataError with the first fault, such as an incomplete case.
     """
     found = scan(root, layout, scheme=scheme, modalities=modalities, mask=mask, labelled=labelled)
     faults = found.faults + duplicates(found.cases)
     if len(faults) > 1:
         rest = "1 more fault is" if len(faults) == 2 else f"{len(faults) - 1} more faults are"
-        given = {
+        options = {
             "modalities": f"[{','.join(modalities or ())}]" if modalities else None,
             "mask": mask,
             "labelled": None if labelled else "false",
         }
-        more = [f"{key}={value}" for key, value in given.items() if value is not None]
+        more = [f"{key}={value}" for key, value in options.items() if value is not None]
         command = shlex.join(["python", "-m", "memsave.data.check", f"root={root}", f"layout={layout}", *more])
         raise DataError(f"{faults[0].removesuffix('.')}; {rest} listed by {command}.")
     if faults:
@@ -126,8 +126,8 @@ def scan(
     modalities: Sequence[str] | None = None,
     mask: str | None = None,
     labelled: bool = True,
-) -> Found:
-    """As `find_cases`, but with every fault; DataError where there is nothing to look at."""
+) -> ScanResult:
+    """As `find_cases`, but collects all faults; DataError if no case is found."""
     root = Path(root).expanduser()
     if layout not in LAYOUTS:
         raise DataError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}.")
@@ -139,11 +139,13 @@ def scan(
     names = _modalities(chosen, modalities)
     masks = [name for name in MASKS if name not in names] if mask is None else [mask]
     if mask is not None and (chosen.modalities or mask in names):
-        raise DataError(f"mask={mask} is for layout=folder, and for none of its modalities: leave it out or change it.")
+        raise DataError(
+            f"mask={mask} is only for layout=folder, and must not be one of its modalities: remove or change it."
+        )
     found = _found(root, chosen, names, masks, scheme=scheme, labelled=labelled)
     if not found.cases:
-        partly = any(2 * len(case.images) > len(names) for case in found.incomplete)
-        hint = "" if layout == "folder" else _other_layout(root, labelled=labelled, partly=partly)
+        partial = any(2 * len(case.images) > len(names) for case in found.incomplete)
+        hint = "" if layout == "folder" else _other_layout(root, labelled=labelled, partial=partial)
         if hint:
             raise DataError(f"No case below {root} has the files of layout {layout}, {chosen.expected}: {hint}.")
         if not found.faults:
@@ -151,30 +153,30 @@ def scan(
     return found
 
 
-def _other_layout(root: Path, *, labelled: bool, partly: bool) -> str:
-    """What to say of the layout that the files below the root follow; empty where they follow none.
+def _other_layout(root: Path, *, labelled: bool, partial: bool) -> str:
+    """A hint at the layout that the files below the root follow; empty if they follow none.
 
-    `partly`: cases have most of the files of the layout that was given; `folder` would then be a wrong guess.
+    `partial`: some case has most of the files of the given layout, so `folder` would be a wrong guess.
     """
-    known = [each for each in LAYOUTS.values() if each.modalities]
-    fits = [each.name for each in known if _found(root, each, each.modalities, [], labelled=labelled).cases]
-    follow = "give the layout that they follow, which may be"
+    challenges = [each for each in LAYOUTS.values() if each.modalities]
+    fits = [each.name for each in challenges if _found(root, each, each.modalities, [], labelled=labelled).cases]
+    remedy = "give the layout that they follow, perhaps"
     if fits:
-        return f"{follow} {' or '.join(fits)} (in a run, data.layout={fits[0]})"
-    if partly:
+        return f"{remedy} {' or '.join(fits)} (in a run, data.layout={fits[0]})"
+    if partial:
         return ""
     parts = ",".join(_parts_of_named_files(root))
     if parts:
-        given = shlex.join(["data.layout=folder", f"data.modalities=[{parts}]"])
-        return f"{follow} folder with modalities=[{parts}] (in a run, {given})"
+        overrides = shlex.join(["data.layout=folder", f"data.modalities=[{parts}]"])
+        return f"{remedy} folder with modalities=[{parts}] (in a run, {overrides})"
     if any(folder == root for folder, _ in _walk(root)):
         expected = LAYOUTS["folder"].expected
-        return f"give each case a folder, or give layout=folder (in a run, data.layout=folder), which is for {expected}"
+        return f"give each case a folder, or give layout=folder (in a run, data.layout=folder) for {expected}"
     return ""
 
 
 def _parts_of_named_files(root: Path) -> list[str]:
-    """What the images end in that every mask of the layout `folder` has beside it, where masks are called MASKS."""
+    """The ends of image names that exist for every mask of the layout `folder`, if masks end with one of MASKS."""
     common: set[str] | None = None
     for _, names in _walk(root):
         stems = [_stem(name) or "" for name in names]
@@ -192,9 +194,9 @@ def _found(
     *,
     scheme: str | None = None,
     labelled: bool,
-) -> Found:
+) -> ScanResult:
     files, faults = layout.find(root, layout, modalities, masks)
-    found = Found(cases=[], incomplete=[], faults=faults)
+    found = ScanResult(cases=[], incomplete=[], faults=faults)
     for each in sorted(files, key=lambda each: each.id):
         if each.test and labelled:
             continue
@@ -206,30 +208,30 @@ def _found(
 
 
 def duplicates(cases: Sequence[Case]) -> list[str]:
-    """One sentence for every id that occurs more than once."""
+    """One sentence for each id that occurs more than once."""
     ordered = sorted(cases, key=lambda case: case.id)
     faults = []
     for first, second in itertools.pairwise(ordered):
         if first.id == second.id:
             files = [path for case in (first, second) for path in (*case.images, case.label)[:1] if path]
-            where = " and ".join(str(path.parent) for path in files)
-            faults.append(f"Case {first.id} occurs twice, in {where}: remove or rename one of the two.")
+            folders = " and ".join(str(path.parent) for path in files)
+            faults.append(f"Case {first.id} occurs twice, in {folders}: remove or rename one of the two.")
     return faults
 
 
 def _modalities(layout: Layout, modalities: Sequence[str] | None) -> dict[str, str]:
-    """What the files call the chosen modalities, by our names."""
+    """The names of the chosen modalities in the files, by canonical name."""
     if not modalities:
         if layout.modalities:
             return dict(layout.modalities)
-        raise DataError("layout=folder needs the modalities that its files end in, as in modalities=[t1ce].")
+        raise DataError("layout=folder needs modalities, the ends of the names of its files, as in modalities=[t1ce].")
     unknown = [name for name in modalities if layout.modalities and name not in layout.modalities]
     if unknown:
         raise DataError(
             f"layout={layout.name} has no modality {unknown[0]!r}: choose from {', '.join(layout.modalities)}."
         )
     if len(set(modalities)) < len(modalities):
-        raise DataError(f"modalities are {', '.join(modalities)}: name each of them once.")
+        raise DataError(f"modalities are {', '.join(modalities)}: give each of them once.")
     return {name: layout.modalities.get(name, name) for name in modalities}
 
 
@@ -239,40 +241,43 @@ def _problems(files: _Files, *, labelled: bool) -> list[str]:
     if missing:
         others = f" (its folder also holds {', '.join(files.others[:3])})" if files.others else ""
         problems.append(
-            f"Case {files.where} misses {', '.join(missing)}{others}: "
+            f"Case {files.folder} misses {', '.join(missing)}{others}: "
             f"add or rename the files, or move the case out of the root."
         )
     for candidates in (*files.images.values(), files.masks):
         if len(candidates) > 1:
             names = " and ".join(path.name for path in candidates)
-            problems.append(f"Case {files.where} has {names} for one thing: keep one, or give mask= for a mask.")
-    return list(dict.fromkeys(problems))  # the modalities of a 4D file share theirs
+            problems.append(
+                f"Case {files.folder} has several files for one modality or mask, {names}: keep one of them, or give "
+                f"mask= for a mask."
+            )
+    return list(dict.fromkeys(problems))  # the modalities of a 4D file share one problem
 
 
 def _case(files: _Files, layout: Layout, *, scheme: LabelScheme) -> Case:
-    there = {name: paths[0] for name, paths in files.images.items() if paths}
-    images = tuple(dict.fromkeys(there.values()))
+    existing = {name: paths[0] for name, paths in files.images.items() if paths}
+    images = tuple(dict.fromkeys(existing.values()))
     scan_of = re.fullmatch(layout.patient, files.id) if layout.patient else None
     return Case(
         id=files.id,
         images=images,
         label=files.masks[0] if files.masks else None,
-        modalities=tuple(there),
+        modalities=tuple(existing),
         scheme=scheme,
-        channels=tuple(layout.channels.index(name) for name in there) if layout.channels else None,
+        channels=tuple(layout.channels.index(name) for name in existing) if layout.channels else None,
         patient=scan_of.group(1) if scan_of else None,
     )
 
 
 def _stem(name: str) -> str | None:
-    """The name of a NIfTI file without its suffix; None for any other file."""
+    """The name of a NIfTI file without its suffix; None for other files."""
     suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
     return None if suffix is None or name.startswith(".") else name.removesuffix(suffix)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder that directly holds NIfTI files, with their names."""
-    # os.walk, since data sets are often assembled from symbolic links, which Path.rglob does not follow
+    """Yield every folder that directly contains NIfTI files, with their names."""
+    # os.walk, because data sets are often assembled from symbolic links, which Path.rglob does not follow
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         images = sorted(name for name in names if _stem(name))
         if images:
@@ -282,7 +287,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 def _case_folders(
     root: Path, layout: Layout, modalities: Mapping[str, str], masks: Sequence[str]
 ) -> tuple[list[_Files], list[str]]:
-    """A folder that directly holds NIfTI files is a case of the folder's name."""
+    """Every folder that directly contains NIfTI files is a case with the folder's name."""
     found = []
     for folder, names in _walk(root):
         prefix = f"{folder.name}{layout.separator}"
@@ -303,7 +308,7 @@ def _case_folders(
 def _named_files(
     root: Path, layout: Layout, modalities: Mapping[str, str], masks: Sequence[str]
 ) -> tuple[list[_Files], list[str]]:
-    """Files of one folder whose names have the same beginning are a case of that name."""
+    """Files of one folder with the same start of their names are a case with this name."""
     parts = sorted({*modalities, *masks}, key=len, reverse=True)
     found, faults = [], []
     for folder, names in _walk(root):
@@ -317,8 +322,8 @@ def _named_files(
         for name in names:
             if not any(name.startswith(f"{case}_") for case in cases):
                 faults.append(
-                    f"{folder / name} belongs to no case: name it ID_{next(iter(modalities))}.nii.gz with the ID of "
-                    f"its case, or move it out of the root."
+                    f"{folder / name} belongs to no case: rename it to ID_{next(iter(modalities))}.nii.gz with the ID "
+                    f"of its case, or move it out of the root."
                 )
         for id, files in cases.items():
             images = {name: files.get(name, []) for name in modalities}
@@ -333,7 +338,7 @@ def _named_files(
 def _decathlon(
     root: Path, layout: Layout, modalities: Mapping[str, str], masks: Sequence[str]
 ) -> tuple[list[_Files], list[str]]:
-    """A 4D file of `imagesTr` with the label of its name in `labelsTr`, and those of `imagesTs` without one."""
+    """A case is a 4D file of `imagesTr` with its label in `labelsTr`, or a file of `imagesTs` without a label."""
 
     def files_of(name: str) -> dict[str, list[Path]]:
         folder = root / name
@@ -381,18 +386,18 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "folder": Layout("folder", BINARY, {}, _named_files, "files like ID_MODALITY.nii.gz and ID_MASK.nii.gz"),
 }
-_OURS = {theirs: ours for layout in LAYOUTS.values() for ours, theirs in layout.modalities.items()}
+_CANONICAL = {theirs: ours for layout in LAYOUTS.values() for ours, theirs in layout.modalities.items()}
 
 
-def meaning(name: str) -> str:
-    """Our name for the modality that a challenge's files call so, as t1 for t1n; any other name stays as it is."""
-    return _OURS.get(name, name)
+def canonical_name(name: str) -> str:
+    """The canonical name of a modality, such as t1 for t1n of BraTS 2023; unknown names are returned unchanged."""
+    return _CANONICAL.get(name, name)
 
 
 def in_order(names: Sequence[str], like: Sequence[str]) -> list[str] | None:
-    """`names` in the order of `like`, by what they mean where the names differ; None where they are another set."""
-    for key in (str, meaning):
-        by_key, wanted = {key(name): name for name in names}, [key(name) for name in like]
-        if len(by_key) == len(names) and sorted(by_key) == sorted(wanted):
-            return [by_key[name] for name in wanted]
+    """`names` in the order of `like`, matched literally or by canonical name; None if they are another set."""
+    for key in (str, canonical_name):
+        by_key, order = {key(name): name for name in names}, [key(name) for name in like]
+        if len(by_key) == len(names) and sorted(by_key) == sorted(order):
+            return [by_key[name] for name in order]
     return None

@@ -1,17 +1,17 @@
-"""The lesion-wise Dice and HD95 of BraTS 2023, means in which a small lesion weighs as much as a large one.
+"""The lesion-wise Dice and HD95 of BraTS 2023: means over lesions, with the same weight for small and large ones.
 
     lesion-wise Dice = sum over lesions of Dice(P_i, T_i) / (lesions + false positives)
     lesion-wise HD95 = (sum over lesions of HD95(P_i, T_i) + 374 * false positives) / (lesions + false positives)
 
-The target is dilated three times with 18 neighbours. Every component (26 neighbours) of the result is a lesion, and
-T_i are the voxels of the target in it, undilated. P_i are all components (26 neighbours) of the prediction that
-overlap the dilated lesion, each as a whole and, where it reaches several lesions, for each of them. An empty P_i is a
-false negative with Dice 0 and HD95 374. A component of the prediction that overlaps no dilated lesion is a false
-positive, whatever its size. A T_i of at most 50 mm^3 does not count, neither found nor missed, and what overlaps it is
-no false positive. With nothing left to count Dice is 1 and HD95 0.
+The target is dilated three times with 18 neighbours. Every component (26 neighbours) of the result is a lesion; T_i
+is the set of undilated target voxels in it. P_i is the union of all components (26 neighbours) of the prediction that
+overlap the dilated lesion; a component that overlaps several lesions belongs to each of them. An empty P_i is a false
+negative with Dice 0 and HD95 374. A component of the prediction that overlaps no dilated lesion is a false positive of
+any size. A T_i of at most 50 mm^3 is ignored, and components that overlap it are not false positives. If no lesion and
+no false positive remains, Dice is 1 and HD95 is 0.
 
 Reference: github.com/rachitsaluja/BraTS-2023-Metrics, metrics.py at 43c9052, with its parameters for BraTS-GLI. One
-thing differs: the reference weighs the distances of HD95 by the area of the surface, `hd95` counts surface voxels.
+difference: the reference weights the distances of HD95 by surface area, `hd95` counts surface voxels.
 """
 
 import math
@@ -30,7 +30,7 @@ DILATIONS = 3
 
 @dataclass(frozen=True)
 class LesionScores:
-    """The scores of one region and the lesions found, the lesions missed and the components predicted elsewhere."""
+    """The scores of one region, with the numbers of found lesions, missed lesions and false components."""
 
     dice: float
     hd95: float  # in the unit of the spacing
@@ -48,21 +48,23 @@ def lesion_scores(
 ) -> LesionScores:
     """Lesion-wise scores of two boolean masks (X, Y, Z) with voxels of the size `spacing`, in mm.
 
-    Lesions of a volume of at most `smallest`, in mm^3 (as many voxels at 1 mm), do not count. ValueError for masks
-    that are not boolean, not of one shape or not (X, Y, Z), and for a spacing other than three positive numbers.
+    Lesions of at most `smallest` mm^3 (the number of voxels at 1 mm) are ignored. Raises ValueError for masks that are
+    not boolean, not of the same shape or not (X, Y, Z), and for a spacing that is not three positive numbers.
     """
     _check_masks(prediction, target)
     if prediction.dim() != 3:
         raise ValueError(f"lesion_scores() got masks of shape {tuple(prediction.shape)}: pass (X, Y, Z), one region.")
     if len(spacing) != 3 or not all(size > 0 for size in spacing):
-        raise ValueError(f"The spacing is {tuple(spacing)}: give three positive sizes of a voxel, one for each axis.")
+        raise ValueError(
+            f"The spacing is {tuple(spacing)}: give three positive numbers, the size of a voxel on each axis."
+        )
     from scipy import ndimage
 
     predicted, truth = (mask.detach().cpu().numpy() for mask in (prediction, target))
     either = predicted | truth
     if not either.any():
         return LesionScores(dice=1.0, hd95=0.0, true_positives=0, false_negatives=0, false_positives=0)
-    # a dilation may be cut off at this box: two that meet outside of it meet on its border, too
+    # cropping the dilation to this box is exact: dilations that meet outside it also meet on its border
     box = _bounding_box(either)
     predicted, truth = predicted[box], truth[box]
 
@@ -109,9 +111,9 @@ def lesion_region_scores(
     smallest: float = 50,
     regions: Sequence[str] = REGIONS,
 ) -> dict[str, float]:
-    """`lesion_dice_*` and `lesion_hd95_*` for each of R `regions` from boolean masks of shape (R, X, Y, Z).
+    """`lesion_dice_*` and `lesion_hd95_*` of each of the R `regions` from boolean masks of shape (R, X, Y, Z).
 
-    `spacing`, `smallest` and the errors are those of `lesion_scores`; ValueError, too, for any other shape.
+    `spacing`, `smallest` and the errors are those of `lesion_scores`. Raises ValueError for another shape.
     """
     _check_masks(prediction, target)
     if prediction.dim() != 4 or len(prediction) != len(regions):
@@ -126,5 +128,5 @@ def lesion_region_scores(
 
 
 def _enclosing(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The smallest box around all of `boxes`."""
+    """The smallest box that contains all `boxes`."""
     return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes))

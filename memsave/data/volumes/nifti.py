@@ -1,7 +1,7 @@
-"""Reading NIfTI files: one reader for training, the check and prediction.
+"""Reading NIfTI files for training, the data check and prediction.
 
-Whether a file is compressed, and whether it is NIfTI-1 or NIfTI-2, follows from its first bytes and not from its name.
-Intensities become float32, labels keep their own numbers. nibabel is imported when a file is read.
+The first bytes of a file, not its name, decide whether it is compressed and whether it is NIfTI-1 or NIfTI-2.
+Intensities become float32; labels keep their type. nibabel is imported when a file is read.
 """
 
 import gzip
@@ -15,13 +15,13 @@ import numpy as np
 
 from memsave.data.errors import DataError
 
-LARGEST = 1e15  # z-scoring sums squares in float32: those of 10^8 such voxels are still finite
+LARGEST = 1e15  # z-scoring sums squares in float32, which stay finite for 10^8 such voxels
 _GZIP = b"\x1f\x8b"
 _HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 
 
 def read_nifti(path: Path) -> Any:
-    """The NIfTI image at `path`, from its complete bytes: gzip then verifies the checksum of the whole file."""
+    """The NIfTI image at `path`. The whole file is read, so gzip verifies its checksum."""
     with _Readable(path):
         content = path.read_bytes()
         if content.startswith(_GZIP):
@@ -32,7 +32,7 @@ def read_nifti(path: Path) -> Any:
 
 
 def read_header(path: Path) -> Any:
-    """The NIfTI image at `path` without its voxels; DataError where the file is shorter than its header promises."""
+    """The NIfTI image at `path` without its voxels; DataError if the file is shorter than its header requires."""
     with _Readable(path), path.open("rb") as file:
         compressed = file.read(len(_GZIP)) == _GZIP
         file.seek(0)
@@ -40,19 +40,19 @@ def read_header(path: Path) -> Any:
         start = stream.read(_HEADER_BYTES)
         stream.seek(0)
         image = _image_class(start).from_stream(stream)
-        promised = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+        expected_bytes = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
         length = _length(file, compressed=compressed)
     _check_dtype(path, image)
-    if length != promised:
-        read_values(path, read_nifti(path))  # raises where voxels are missing; a file may be longer than it need be
+    if length != expected_bytes:
+        read_values(path, read_nifti(path))  # raises if voxels are missing; a longer file is valid
     return image
 
 
 def read_intensities(path: Path, image: Any) -> np.ndarray:
-    """The voxels of an image as float32; DataError where they are too large for it."""
-    with _Readable(path), np.errstate(over="ignore"):  # there may be fewer bytes than the header promises
+    """The voxels of an image as float32; DataError if they are larger than LARGEST."""
+    with _Readable(path), np.errstate(over="ignore"):  # the file may be truncated
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-    if not max(voxels.max(initial=0), -voxels.min(initial=0)) > LARGEST:  # also where it is NaN
+    if not max(voxels.max(initial=0), -voxels.min(initial=0)) > LARGEST:  # also True for NaN
         return voxels
     exact = np.abs(read_values(path, image))
     largest = exact[np.isfinite(exact)].max(initial=0)
@@ -61,22 +61,22 @@ def read_intensities(path: Path, image: Any) -> np.ndarray:
             f"{path} holds voxels of up to {largest:.3g} as {_type_name(image)}, and more than {LARGEST:g} cannot be "
             f"normalised in float32: rescale the image and export it again."
         )
-    return voxels  # infinite in the file
+    return voxels  # the file itself contains infinite voxels
 
 
 def read_values(path: Path, image: Any) -> np.ndarray:
-    """The voxels of an image in the type that they are stored in, or as float64 where the header scales them."""
+    """The voxels of an image in their stored type, or as float64 if the header scales them."""
     with _Readable(path):
         return np.asanyarray(image.dataobj)
 
 
 def step_of(image: Any) -> float:
-    """The distance of neighbouring values in a file of integers that the header scales; 0 in a file of floats."""
+    """The difference of neighbouring values in a file of integers that the header scales; 0 in a file of floats."""
     return abs(float(image.dataobj.slope)) if image.get_data_dtype().kind in "iu" else 0.0
 
 
 def _image_class(content: bytes) -> Any:
-    """The class of nibabel that reads a file of these first bytes."""
+    """The nibabel class for a file that starts with these bytes."""
     from nibabel import Nifti1Image, Nifti2Image
 
     for kind in (Nifti1Image, Nifti2Image):
@@ -86,7 +86,7 @@ def _image_class(content: bytes) -> Any:
 
 
 def _check_dtype(path: Path, image: Any) -> None:
-    """Refuse types whose values are no single real number of at most 64 bits."""
+    """Raise DataError unless a voxel is one real number of at most 64 bits."""
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise DataError(
@@ -100,7 +100,7 @@ def _type_name(image: Any) -> str:
 
 
 def _length(file: Any, *, compressed: bool) -> int:
-    """The bytes of an open file, uncompressed: gzip ends with their number modulo 2^32."""
+    """The uncompressed size of an open file; a gzip file ends with this size modulo 2^32."""
     size = file.seek(0, os.SEEK_END)
     if not compressed:
         return size
@@ -109,7 +109,7 @@ def _length(file: Any, *, compressed: bool) -> int:
 
 
 class _Readable:
-    """Whatever reading a damaged file raises, as a DataError."""
+    """Context that converts the errors of reading a damaged file to DataError."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,8 +1,8 @@
-"""Volumes in the orientation of BraTS, whatever way their files store them.
+"""Reorientation of volumes to the orientation of BraTS, and of predictions back.
 
-A network that has learned on axial slices is lost on a volume that is stored from ear to ear. So volumes are turned,
-by exchanging and reversing axes alone, until x runs to the patient's left, y to the back and z up (LPS, near enough for
-an oblique scan), and predictions are turned back.
+A network fails on volumes in another orientation than those of its training. Volumes are therefore reoriented, only by
+exchanging and reversing axes, so that x points to the patient's left, y to the back and z up (LPS; for an oblique scan
+approximately).
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_DIRECTION = (-1, -1, 1)  # of x, y and z in NIfTI's right, front and up
+_DIRECTION = (-1, -1, 1)  # of x, y and z along NIfTI's axes, which point right, front and up
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a file's axes lie in the patient."""
+    """The orientation of a file's axes in the patient."""
 
     axes: tuple[int, ...]
-    """The axis of the file along which x, y and z run."""
+    """The axes of the file along which x, y and z run."""
     reversed: tuple[bool, ...]
-    """Whether x, y and z run against it."""
+    """Whether x, y and z point against this axis."""
 
     @classmethod
     def of(cls, affine: np.ndarray) -> "Orientation":
@@ -42,12 +42,12 @@ class Orientation:
         return self._permute(self._reverse(volume), [self.axes.index(axis) for axis in range(3)])
 
     def reorder(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """What belongs to the file's axes, by x, y and z."""
+        """Reorder values of the file's axes to the order x, y, z."""
         return tuple(values[axis] for axis in self.axes)
 
     def _reverse(self, volume: Tensor) -> Tensor:
-        against = [axis - 3 for axis in range(3) if self.reversed[axis]]
-        return volume.flip(against) if against else volume
+        flipped = [axis - 3 for axis in range(3) if self.reversed[axis]]
+        return volume.flip(flipped) if flipped else volume
 
     @staticmethod
     def _permute(volume: Tensor, axes: Sequence[int]) -> Tensor:

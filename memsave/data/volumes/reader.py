@@ -1,7 +1,7 @@
-"""Cases in memory: reading and checking their files, and regions from labels and back.
+"""Reading and checking the files of a case, and conversion between labels and regions.
 
-Which files they are is a matter of `layouts.py`, how a file is read of `nifti.py`, and what its labels mean of
-`schemes.py`. Every label file is checked against its scheme when it is read.
+`layouts.py` finds the files, `nifti.py` reads one file, and `schemes.py` defines the labels. Every label file is
+checked against its scheme when it is read.
 """
 
 import itertools
@@ -16,15 +16,15 @@ import torch
 from memsave.data.errors import DataError
 from memsave.data.volumes.layouts import Case
 from memsave.data.volumes.nifti import read_header, read_intensities, read_nifti, read_values, step_of
-from memsave.data.volumes.schemes import BRATS_2021, LabelScheme, fitting
+from memsave.data.volumes.schemes import BRATS_2021, LabelScheme, schemes_with
 
 MOST_VOXELS_MOVED = 0.1
-"""By how much the affines of two files of one case may differ: rounding an affine moves its voxels by less."""
+"""Largest accepted difference of two affines of one case, in voxels. Rounding of an affine causes less."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One case in memory, as stored on disk: nothing is cropped or normalised."""
+    """One case as stored on disk, without cropping and normalisation."""
 
     image: np.ndarray  # (C, X, Y, Z) float32, in the order of the case's modalities
     label: np.ndarray | None  # (X, Y, Z) uint8, of the case's scheme
@@ -33,18 +33,18 @@ class Scan:
 
 @dataclass
 class Inspection:
-    """What of a case is in order, and one sentence for each thing that is not."""
+    """The valid volumes of a case, and one sentence for each fault."""
 
     volumes: dict[str, np.ndarray] = field(default_factory=dict)  # by modality, (X, Y, Z) float32
     label: np.ndarray | None = None  # (X, Y, Z) uint8
     shape: tuple[int, ...] = ()  # (X, Y, Z) of the grid
     affine: np.ndarray | None = None  # (4, 4) float64
-    grid: Path | None = None  # the first readable file, which the others are compared with
+    grid: Path | None = None  # the first readable file; the others are compared with it
     faults: list[str] = field(default_factory=list)
 
 
 def read_case(case: Case, *, scheme: LabelScheme | None = None) -> Scan:
-    """Read and check one case; DataError with the first of the faults that `inspect_case` finds."""
+    """Read and check one case; DataError with the first fault of `inspect_case`."""
     found = inspect_case(case, scheme=scheme)
     if found.faults:
         raise DataError(found.faults[0])
@@ -53,9 +53,11 @@ def read_case(case: Case, *, scheme: LabelScheme | None = None) -> Scan:
 
 
 def inspect_case(case: Case, *, scheme: LabelScheme | None = None, images: bool = True) -> Inspection:
-    """Read one case: readable files, one shape and affine, finite nonzero images, labels of `scheme` (None: its own).
+    """Read one case and collect its faults.
 
-    With `images=False` only the headers of the images are read, and the label: `volumes` stays empty.
+    Faults are unreadable files, different shapes or affines, images that are not finite or zero everywhere, and labels
+    outside `scheme` (None: the case's own). `images=False` reads the label but only the headers of the images, and
+    `volumes` stays empty.
     """
     found = Inspection()
     for path in case.images:
@@ -69,13 +71,13 @@ def inspect_case(case: Case, *, scheme: LabelScheme | None = None, images: bool 
             found.faults.append(str(error))
             continue
         for name, volume in _by_modality(case, path, voxels):
-            what = str(path) if case.channels is None else f"{path}, modality {name},"
+            source = str(path) if case.channels is None else f"{path}, modality {name},"
             finite = np.isfinite(volume).all()
             if finite and volume.any():
                 found.volumes[name] = volume
             else:
                 fault = "is zero everywhere" if finite else "holds NaN or infinite voxels"
-                found.faults.append(f"{what} {fault}: export it again or leave case {case.id} out.")
+                found.faults.append(f"{source} {fault}: export it again or leave case {case.id} out.")
     if case.label is not None:
         try:
             image = read_nifti(case.label)
@@ -87,7 +89,7 @@ def inspect_case(case: Case, *, scheme: LabelScheme | None = None, images: bool 
 
 
 def read_label(case: Case, *, scheme: LabelScheme | None = None) -> np.ndarray:
-    """The label of a case on its original grid, (X, Y, Z) uint8, checked against `scheme` (None: the case's own)."""
+    """The label (X, Y, Z) uint8 of a case on its original grid, checked against `scheme` (None: the case's own)."""
     if case.label is None:
         raise DataError(f"Case {case.id} has no segmentation: add its file or leave the case out.")
     image = read_nifti(case.label)
@@ -96,9 +98,9 @@ def read_label(case: Case, *, scheme: LabelScheme | None = None) -> np.ndarray:
 
 
 def regions(label: torch.Tensor, *, scheme: LabelScheme = BRATS_2021) -> torch.Tensor:
-    """The boolean masks of the R regions: (X, Y, Z) -> (R, X, Y, Z), and (..., 1, X, Y, Z) -> (..., R, X, Y, Z).
+    """Boolean masks of the R regions: (X, Y, Z) -> (R, X, Y, Z), and (..., 1, X, Y, Z) -> (..., R, X, Y, Z).
 
-    A label that the scheme does not have is an error and no background.
+    Raises DataError for labels outside the scheme instead of treating them as background.
     """
     if label.dim() == 3:
         label = label[None]  # (1, X, Y, Z)
@@ -112,33 +114,33 @@ def regions(label: torch.Tensor, *, scheme: LabelScheme = BRATS_2021) -> torch.T
 
 
 def masks_of(label: torch.Tensor, *, scheme: LabelScheme) -> torch.Tensor:
-    """`regions` of a label (..., 1, X, Y, Z) that was checked when it was read; asks for no value, as no step may."""
+    """`regions` of a checked label (..., 1, X, Y, Z). Never calls `.item()`: it must run under FakeTensorMode."""
     if scheme.any_value:
         return label != 0
-    of = {value: label == value for value in scheme.labels}
-    return torch.cat([_union([of[value] for value in values]) for values in scheme.regions.values()], dim=-4)
+    masks = {value: label == value for value in scheme.labels}
+    return torch.cat([_union([masks[value] for value in values]) for values in scheme.regions.values()], dim=-4)
 
 
 def labels_of(masks: torch.Tensor, scheme: LabelScheme = BRATS_2021) -> torch.Tensor:
-    """The labels of boolean masks: (R, X, Y, Z) -> (X, Y, Z) uint8, and (..., R, X, Y, Z) -> (..., 1, X, Y, Z).
+    """Labels of boolean masks: (R, X, Y, Z) -> (X, Y, Z) uint8, and (..., R, X, Y, Z) -> (..., 1, X, Y, Z).
 
-    The inverse of `regions`: each region is written in the label that it has and the regions within it have not, inner
-    regions over outer ones. So ET is enhancing wherever it is predicted, also outside of TC and WT.
+    The inverse of `regions`. Each region is written with the label that none of its inner regions has, and inner
+    regions overwrite outer ones. A voxel predicted as ET is therefore enhancing, also outside TC and WT.
     """
     if masks.dtype != torch.bool or masks.dim() < 4 or masks.shape[-4] != len(scheme.regions):
         raise DataError(
             f"labels_of() got {masks.dtype} of shape {tuple(masks.shape)}: pass boolean masks "
             f"(..., {len(scheme.regions)}, X, Y, Z) of {', '.join(scheme.names)}."
         )
-    within = [set(values) for values in scheme.regions.values()]
-    depths = [sum(region < other for other in within) for region in within]
+    label_sets = [set(values) for values in scheme.regions.values()]
+    depths = [sum(region < other for other in label_sets) for region in label_sets]
     label = torch.zeros_like(masks.select(-4, 0), dtype=torch.uint8)
-    for number in sorted(range(len(within)), key=depths.__getitem__):
-        own = within[number].difference(*(other for other in within if other < within[number]))
+    for number in sorted(range(len(label_sets)), key=depths.__getitem__):
+        own = label_sets[number].difference(*(other for other in label_sets if other < label_sets[number]))
         if len(own) != 1:
             raise DataError(
-                f"Region {scheme.names[number]} of scheme {scheme.name} has the labels {sorted(own)} to itself: "
-                f"it can be written with exactly one."
+                f"Region {scheme.names[number]} of scheme {scheme.name} has the labels {sorted(own)} that no inner "
+                f"region has: exactly one is needed to write it."
             )
         label[masks.select(-4, number)] = own.pop()
     return label if masks.dim() == 4 else label.unsqueeze(-4)
@@ -152,7 +154,7 @@ def _union(masks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _by_modality(case: Case, path: Path, voxels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """(modality, its volume) of each modality in a file."""
+    """Yield (modality, its volume) for each modality in a file."""
     if case.channels is None:
         yield case.modalities[case.images.index(path)], voxels
         return
@@ -160,8 +162,8 @@ def _by_modality(case: Case, path: Path, voxels: np.ndarray) -> Iterator[tuple[s
         yield name, voxels[..., channel]
 
 
-def _check_grid(path: Path, image, found: Inspection, *, channels: Sequence[int] | None = None) -> None:
-    """Compare a file with the grid of the case; the first file that has one sets it."""
+def _check_grid(path: Path, image: Any, found: Inspection, *, channels: Sequence[int] | None = None) -> None:
+    """Compare the grid of a file with that of the case, which the first readable file sets."""
     shape = tuple(image.shape)
     if channels is None and len(shape) != 3:
         raise DataError(f"{path} has shape {shape} and should be one 3D volume: split it into one file each.")
@@ -185,8 +187,8 @@ def _check_grid(path: Path, image, found: Inspection, *, channels: Sequence[int]
 
 
 def _displacement(affine: np.ndarray, other: np.ndarray, *, shape: Sequence[int]) -> tuple[float, float]:
-    """How far apart two affines put the voxel for which this is most: (in mm, in voxels of `other`)."""
-    corners = np.array(list(itertools.product(*((0, length - 1) for length in shape))))  # (8, 3): the most is at one
+    """The largest distance between the positions of one voxel under two affines: (in mm, in voxels of `other`)."""
+    corners = np.array(list(itertools.product(*((0, length - 1) for length in shape))))  # (8, 3): the maximum is there
     difference = affine - other
     moved = corners @ difference[:3, :3].T + difference[:3, 3]  # (8, 3), mm
     voxels = moved @ np.linalg.inv(other[:3, :3]).T
@@ -202,7 +204,7 @@ def _checked_label(path: Path, image: Any, *, scheme: LabelScheme) -> np.ndarray
             label = _rounded(label, step=step_of(image))
             small = label.astype(np.uint8)
             same = np.array_equal(small, label)
-    # counting bytes is many times as fast as sorting the voxels
+    # counting bytes is many times faster than sorting the voxels
     values = np.flatnonzero(np.bincount(small.ravel())) if same else np.unique(label)
     found = values.tolist()
     if not scheme.fits(found):
@@ -211,11 +213,11 @@ def _checked_label(path: Path, image: Any, *, scheme: LabelScheme) -> np.ndarray
 
 
 def _rounded(label: np.ndarray, *, step: float) -> np.ndarray:
-    """The labels with integers where they differ from one by rounding alone; interpolated labels differ by more.
+    """Round labels that differ from an integer only by rounding errors; interpolated labels differ by more.
 
-    A program that saves labels as scaled integers puts `step` between neighbouring values (4/255 where it spreads 0 to
-    4 over bytes), and an integer comes back off by up to half of it. A file of floats is off by float arithmetic. At 0
-    the tolerance is smallest: a mask that holds 1/255 or 1/65535 for 1 must not become an empty one.
+    A program that saves labels as scaled integers stores multiples of `step` (4/255 for labels 0 to 4 in bytes), which
+    differ from integers by up to half a step. Labels saved as floats differ by float rounding. The tolerance is
+    smallest at 0: a mask that stores 1/255 or 1/65535 for 1 must not become empty.
     """
     whole = np.rint(label)
     near = np.abs(label - whole) <= np.clip(1e-3 * np.abs(whole) + step / 2, 1e-5, 0.01)
@@ -223,15 +225,15 @@ def _rounded(label: np.ndarray, *, step: float) -> np.ndarray:
 
 
 def _misfit(found: Sequence[float], *, scheme: LabelScheme) -> str:
-    """The end of a sentence: which labels were found, what the scheme has, and what would fit."""
-    listed = ", ".join(map(_told, found[:8])) + (", ..." if len(found) > 8 else "")
-    takes = "one lesion label" if scheme.any_value else ", ".join(map(str, scheme.values))
-    others = fitting(found)
+    """The end of an error message: the labels found, those of the scheme, and the schemes that would fit."""
+    listed = ", ".join(map(_format_label, found[:8])) + (", ..." if len(found) > 8 else "")
+    expected = "one lesion label" if scheme.any_value else ", ".join(map(str, scheme.values))
+    others = schemes_with(found)
     remedy = f"give the scheme that they follow, perhaps {' or '.join(others)}" if others else "map them to that scheme"
-    return f"the labels {listed}, and scheme {scheme.name} has {takes}: {remedy}"
+    return f"the labels {listed}, and scheme {scheme.name} has {expected}: {remedy}"
 
 
-def _told(value: float) -> str:
-    """The number in six digits, or in all of them where it would look like an integer that it is not."""
+def _format_label(value: float) -> str:
+    """The number with six digits, or with all digits if six would make it look like an integer."""
     short = f"{value:g}"
     return short if float(short) == value or not float(short).is_integer() else repr(value)

@@ -1,7 +1,7 @@
-"""How label files number their labels, and the regions that are scored.
+"""Label schemes: the meaning of the integers in label files, and the regions that are scored.
 
-A scheme is chosen by name, never guessed: one that does not fit gives empty or exchanged regions and no error. Scores
-are taken on nested regions:
+The user names the scheme; it is never guessed, because a wrong scheme gives empty or exchanged regions without an
+error. Scores are computed on nested regions:
 
     WT (whole tumour) = necrosis + edema + enhancing    TC (tumour core) = necrosis + enhancing    ET = enhancing
 """
@@ -14,26 +14,26 @@ REGIONS = ("wt", "tc", "et")
 
 @dataclass(frozen=True)
 class LabelScheme:
-    """The integers of a label file, 0 being background, and the regions they make up, outer ones first."""
+    """The nonzero integers of a label file (0 is background), and the regions that they form, outer regions first."""
 
     name: str
     labels: Mapping[int, str] = field(hash=False)
     regions: Mapping[str, tuple[int, ...]] = field(hash=False)
     any_value: bool = False
-    """The one label may be stored as any positive integer, or as 1 and 255 in one file; it is read as 1."""
+    """Whether the only label may be stored as any positive integer, or as 1 and 255 in one file; it is read as 1."""
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Every integer that a label volume may hold once it is read."""
+        """All integers of a label volume after reading."""
         return (0, *sorted(self.labels))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The regions, in the order of the masks."""
+        """The names of the regions, in the order of the masks."""
         return tuple(self.regions)
 
     def fits(self, found: Iterable[float]) -> bool:
-        """Whether a label file may hold these values."""
+        """Whether these values may occur in a label file."""
         foreground = set(found) - {0}
         if not self.any_value:
             return foreground <= set(self.labels)
@@ -64,10 +64,10 @@ SCHEMES: dict[str, LabelScheme] = {
     **{f"brats{year}": BRATS_2021 for year in range(2018, 2022)},
     **{scheme.name: scheme for scheme in (BRATS_2023, BRATS_2024, BRATS_2024_RC, MSD, BINARY)},
 }
-"""By name; `brats2024_rc` has the resection cavity as a fourth region, in `brats2024` it belongs to none."""
+"""Schemes by name. The resection cavity is a region in `brats2024_rc`, and belongs to no region in `brats2024`."""
 
 
-def fitting(found: Iterable[float]) -> list[str]:
-    """The schemes whose label files may hold these values."""
+def schemes_with(found: Iterable[float]) -> list[str]:
+    """The names of the schemes whose label files may contain these values."""
     values = set(found)
     return list(dict.fromkeys(scheme.name for scheme in SCHEMES.values() if scheme.fits(values)))

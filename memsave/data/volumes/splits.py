@@ -1,4 +1,4 @@
-"""Which cases train and which are held out: by chance, in folds, or as a file says; all scans of a patient together."""
+"""Splits into training and held-out cases: random, by folds, or from a file. Scans of a patient stay together."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_cases(cases: Sequence[Case], *, validation_fraction: float = 0.2, seed: int) -> tuple[list[Case], list[Case]]:
-    """Split by case into (train, validation), each sorted by id and never empty; the same for the same ids and seed.
+    """Split into (train, validation), both sorted by id and not empty; it depends only on the ids and the seed.
 
-    Where ids number the scans of a patient, all scans of a patient are on one side, and the fraction is of patients.
+    All scans of a patient (`Case.patient`) are on one side, and the fraction refers to patients.
     """
     patients = _patients(cases)
     if len(patients) < 2:
@@ -28,23 +28,24 @@ def split_cases(cases: Sequence[Case], *, validation_fraction: float = 0.2, seed
 
 
 def fold(cases: Sequence[Case], *, folds: int = 5, number: int = 0, seed: int) -> tuple[list[Case], list[Case]]:
-    """Split into (train, validation), where validation is fold `number` (from 0) of `folds`, each sorted by id.
+    """Split into (train, validation), both sorted by id; validation is fold `number` (from 0) of `folds`.
 
-    The folds are disjoint, cover all cases, and differ in size by at most one patient; a patient's scans stay together.
+    The folds are disjoint, cover all cases, and differ in size by at most one patient. A patient's scans stay
+    together.
     """
     patients = _patients(cases)
     if not 2 <= folds <= len(patients):
         raise DataError(f"folds is {folds} for {len(patients)} patients: choose a number from 2 to {len(patients)}.")
     if not 0 <= number < folds:
-        raise DataError(f"Fold {number} was asked for and there are {folds}: count from 0.")
+        raise DataError(f"fold is {number} of {folds} folds: count from 0.")
     return _divide(patients, np.random.default_rng(seed).permutation(len(patients))[number::folds].tolist())
 
 
 def split_from_file(cases: Sequence[Case], path: str | Path) -> tuple[list[Case], list[Case]]:
-    """Split into (train, validation) as a file says, each sorted by id.
+    """Split into (train, validation), both sorted by id, from a JSON or CSV file.
 
-    JSON is {"train": [ids], "validation": [ids]}, CSV has the columns id and split. Every case is to be listed once;
-    cases of a third split, "test", are in neither.
+    JSON is {"train": [ids], "validation": [ids]}, CSV has the columns id and split. The file must list every case once;
+    cases of the split "test" are not used.
     """
     path = Path(path).expanduser()
     side: dict[str, str] = {}
@@ -52,12 +53,12 @@ def split_from_file(cases: Sequence[Case], path: str | Path) -> tuple[list[Case]
         if split not in SPLITS:
             raise DataError(f"{path} names the split {split!r}: call it one of {', '.join(SPLITS)}.")
         if name in side:
-            where = f"in {side[name]} and in {split}" if side[name] != split else f"in {split}"
-            raise DataError(f"{path} lists case {name} twice, {where}: list it once.")
+            sides = f"in {side[name]} and in {split}" if side[name] != split else f"in {split}"
+            raise DataError(f"{path} lists case {name} twice, {sides}: list it once.")
         side[name] = split
-    known = {case.id for case in cases}
+    ids = {case.id for case in cases}
     for name in side:
-        if name not in known:
+        if name not in ids:
             raise DataError(f"{path} lists case {name}, which the data folder does not have: remove or correct the id.")
     ordered = sorted(cases, key=lambda case: case.id)
     sides_of: dict[str, str] = {}
@@ -84,14 +85,14 @@ def _patients(cases: Sequence[Case]) -> list[list[Case]]:
     return list(patients.values())
 
 
-def _divide(patients: list[list[Case]], chosen: Sequence[int]) -> tuple[list[Case], list[Case]]:
-    sides = set(chosen)
-    train = [case for number, scans in enumerate(patients) if number not in sides for case in scans]
-    return train, [case for number in sorted(sides) for case in patients[number]]
+def _divide(patients: list[list[Case]], validation: Sequence[int]) -> tuple[list[Case], list[Case]]:
+    held_out = set(validation)
+    train = [case for number, scans in enumerate(patients) if number not in held_out for case in scans]
+    return train, [case for number in sorted(held_out) for case in patients[number]]
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str]]:
-    """(id, split) of each entry of a split file."""
+    """Yield (id, split) for each entry of a split file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -100,9 +101,9 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
         try:
             splits = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path} is no JSON ({error}): correct it.") from error
+            raise DataError(f"{path} is not JSON ({error}): correct it.") from error
         if not isinstance(splits, Mapping) or not all(isinstance(ids, list) for ids in splits.values()):
-            raise DataError(f'{path} has another form than {{"train": [ids], "validation": [ids]}}: rewrite it so.')
+            raise DataError(f'{path} does not have the form {{"train": [ids], "validation": [ids]}}: rewrite it.')
         yield from ((str(name), split) for split, ids in splits.items() for name in ids)
     elif path.suffix == ".csv":
         rows = csv.DictReader(text.splitlines())
@@ -110,4 +111,4 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path} has the columns {', '.join(rows.fieldnames or ())}: it needs id and split.")
         yield from ((row["id"].strip(), (row["split"] or "").strip()) for row in rows)
     else:
-        raise DataError(f"{path} is neither .json nor .csv: give the split as one of the two.")
+        raise DataError(f"{path} is neither .json nor .csv: give one of these formats.")

@@ -1,9 +1,9 @@
-"""What happens to a case before the network sees it: MONAI transforms, and resampling.
+"""Preprocessing and augmentation of cases by MONAI transforms, and resampling.
 
 The transforms take and return dictionaries with "image" (C, X, Y, Z) float32 and "label" (1, X, Y, Z) uint8.
-`preprocess` is deterministic: crop to the brain, then z-score each modality over its nonzero voxels (MR intensities
-have no unit, so each scan needs its own scale). `augment` draws crops, of which a fraction is centred on a labelled
-voxel, and flips and rescales them; augmentation "full" also rotates, zooms, blurs, and adds noise and gamma.
+`preprocess` is deterministic: it crops to the brain, then z-scores each modality over its nonzero voxels (MR
+intensities have no unit, so each scan needs its own scale). `augment` draws crops, a fraction of them centred on a
+labelled voxel, and flips and rescales them; augmentation "full" also rotates, zooms, blurs, and adds noise and gamma.
 """
 
 import math
@@ -36,7 +36,7 @@ AUGMENTATIONS = ("light", "full")
 
 
 def preprocess() -> Compose:
-    """Crop to the voxels that are nonzero in any modality, then z-score; START and END say what was cropped."""
+    """Crop to the voxels that are nonzero in any modality, then z-score; START and END are the bounds of the crop."""
     return Compose(
         [
             CropForegroundd(
@@ -62,13 +62,13 @@ def augment(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     count: int = 1,
 ) -> Compose:
-    """`count` random crops of `crop_size`, zero-padded where the volume is smaller; each axis flipped half of the time.
+    """`count` random crops of `crop_size`, zero-padded if the volume is smaller; axes are flipped with probability 1/2.
 
-    `foreground` is the fraction of crops centred on a labelled voxel; intensities are scaled by 1 +- `intensity` and
-    shifted by up to as much. "full" adds, each to a part of the crops: rotations of up to 15 degrees about every axis
-    with a zoom of 0.85 to 1.15, in millimetres of voxels of `spacing`; Gaussian noise of a standard deviation up to
-    0.1; blur of 0.5 to 1 voxels; gamma of 0.7 to 1.5 with mean and standard deviation kept. The kinds follow nnU-Net
-    (Isensee et al., Nature Methods 2021), in smaller doses.
+    `foreground` is the fraction of crops centred on a labelled voxel. Intensities are scaled by up to 1 +- `intensity`
+    and shifted by up to +- `intensity`. "full" adds, each to a part of the crops: rotation by up to 15 degrees about
+    every axis with a zoom of 0.85 to 1.15, in millimetres of voxels of `spacing`; Gaussian noise with a standard
+    deviation of up to 0.1; blur of 0.5 to 1 voxels; gamma of 0.7 to 1.5 that keeps mean and standard deviation. The
+    kinds follow nnU-Net (Isensee et al., Nature Methods 2021), with smaller ranges.
     """
     if augmentation not in AUGMENTATIONS:
         raise DataError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
@@ -96,9 +96,9 @@ def augment(
 
 
 class RandRotateZoomd(RandomizableTransform, MapTransform):
-    """Rotate about the middle and zoom, in millimetres: a sphere stays one on voxels of any `spacing`.
+    """Rotate about the centre and zoom, in millimetres: a sphere stays a sphere for any voxel `spacing`.
 
-    `modes` is the interpolation of each key; what comes from outside of the volume is zero, as behind the skull.
+    `modes` is the interpolation mode of each key. Voxels from outside the volume are zero, as outside the skull.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class RandRotateZoomd(RandomizableTransform, MapTransform):
         self.zoom = zoom
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The volumes (C, x, y, z), rotated and zoomed alike, in the dtypes that they had."""
+        """Apply one rotation and zoom to all volumes (C, x, y, z); dtypes are kept."""
         result = dict(data)
         self.randomize(None)
         if not self._do_transform:
@@ -128,7 +128,7 @@ class RandRotateZoomd(RandomizableTransform, MapTransform):
         for key, mode in self.modes.items():
             volume = result[key].as_subclass(torch.Tensor)
             half = torch.tensor([n * mm / 2 for n, mm in zip(volume.shape[1:], self.spacing)], dtype=torch.float64)
-            # where in the input each output voxel comes from, in halves of the volume
+            # maps output voxels to input voxels, in units of half the volume
             matrix = torch.diag(1 / half) @ (rotation(angles) / zoom) @ torch.diag(half)
             theta = F.pad(matrix.flip(0, 1), (0, 1))[None].float()  # torch counts the last axis first
             grid = F.affine_grid(theta, [1, *volume.shape], align_corners=False)
@@ -138,19 +138,19 @@ class RandRotateZoomd(RandomizableTransform, MapTransform):
 
 
 def rotation(angles: Sequence[float]) -> torch.Tensor:
-    """The rotation (3, 3), float64, about x, then y, then z by these angles in radians."""
+    """The rotation matrix (3, 3) float64 about x, then y, then z by these angles in radians."""
     matrix = torch.eye(3, dtype=torch.float64)
     for axis, angle in enumerate(angles):
         first, second = (other for other in range(3) if other != axis)
-        turn = torch.eye(3, dtype=torch.float64)
-        turn[first, first] = turn[second, second] = math.cos(angle)
-        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
-        matrix = turn @ matrix
+        rotated = torch.eye(3, dtype=torch.float64)
+        rotated[first, first] = rotated[second, second] = math.cos(angle)
+        rotated[first, second], rotated[second, first] = -math.sin(angle), math.sin(angle)
+        matrix = rotated @ matrix
     return matrix
 
 
 def grid_size(size: Sequence[int], *, spacing: Sequence[float], target: Sequence[float] | None) -> tuple[int, int, int]:
-    """The voxels of spacing `target` that cover as many millimetres as `size` voxels of `spacing`, to half a voxel."""
+    """The size in voxels of spacing `target` (None: `spacing`) that covers `size` voxels of `spacing`, rounded."""
     x, y, z = (max(1, round(n * mm / new)) for n, mm, new in zip(size, spacing, target or spacing))
     return x, y, z
 
@@ -158,10 +158,10 @@ def grid_size(size: Sequence[int], *, spacing: Sequence[float], target: Sequence
 def resample(
     volume: torch.Tensor, *, size: Sequence[int], step: Sequence[float], nearest: bool = False
 ) -> torch.Tensor:
-    """Resample (..., x, y, z) to (..., *size) about its middle, trilinearly or to the nearest voxel.
+    """Resample (..., x, y, z) to (..., *size) about its centre, trilinearly or to the nearest voxel.
 
-    A voxel of the result is `step` voxels of `volume` wide on each axis. Beyond the outermost voxel centres the
-    outermost values go on. An axis that stays as it is stays so exactly.
+    A voxel of the result is `step` voxels of `volume` wide on each axis. Beyond the outermost voxel centres, the
+    outermost values are repeated. An axis with unchanged size and step 1 is copied exactly.
     """
     for axis, (length, width) in enumerate(zip(size, step)):
         dim, last = axis - 3, volume.shape[axis - 3] - 1

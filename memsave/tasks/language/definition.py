@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memsave.config import Config, ConfigError, register
 from memsave.data.text.config import TextData
+from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
 from memsave.tasks.language.pretrained import LanguageModel
 from memsave.training.measure import set_memory
-from memsave.training.progress import Progress
 from memsave.training.task import Batch, Task
 
 TOKENS = 8

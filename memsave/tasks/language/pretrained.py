@@ -11,7 +11,7 @@ from torch import nn
 from memsave.config import ConfigError, option, register
 from memsave.config.schema import ModelConfig
 from memsave.models.language import fuse_gelu
-from memsave.training.progress import Progress
+from memsave.progress import Progress
 
 HUB_TIMEOUT = 10.0  # seconds
 GPT2_SIZES: dict[str, dict[str, Any]] = {  # known without the hub

@@ -12,11 +12,12 @@ from memsave.config import option, register
 from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.data.cache import cached_folder
 from memsave.data.text.config import VisitsData
-from memsave.data.text.records import Record, public_records
+from memsave.data.text.records import Record
+from memsave.data.text.visits import public_records
+from memsave.progress import Progress
 from memsave.tasks.language.pretrained import LanguageModel, load_pretrained
 from memsave.tasks.language.table_to_text import TableToText
 from memsave.training.loop import make_state, run_steps
-from memsave.training.progress import Progress
 
 VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
 END, PAD = "<|endoftext|>", "<|pad|>"

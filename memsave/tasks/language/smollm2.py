@@ -10,8 +10,8 @@ from torch import nn
 
 from memsave.config import ConfigError, register
 from memsave.data.cache import cached_folder
+from memsave.progress import Progress
 from memsave.tasks.language.pretrained import LanguageModel, load_pretrained
-from memsave.training.progress import Progress
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -83,9 +83,9 @@ class TableToText:
         """The same in one line."""
         length, held_out = self.data.max_length, self.counts["held_out"]
         return (
-            f"training examples: {self.size}, {self.cuts.told(max_length=length)}; held-out records: "
+            f"training examples: {self.size}, {self.cuts.describe(max_length=length)}; held-out records: "
             f"{held_out['records']}, of which {held_out['examples']} are scored (data.evaluate), "
-            f"{self.held_out_cuts.told(max_length=length)}; of {held_out['tables']} held-out tables "
+            f"{self.held_out_cuts.describe(max_length=length)}; of {held_out['tables']} held-out tables "
             f"{held_out['written_tables']} are written about (data.generate)"
         )
 

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memsave.config import Config, ConfigError, register
 from memsave.data.volumes.config import SegmentationData
+from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation
 from memsave.tasks.segmentation.unet import UNetModel
-from memsave.training.progress import Progress
 from memsave.training.task import Batch, Task
 
 VOXELS, CHANNELS = 16, 8

@@ -7,6 +7,7 @@ extent of the tumour; the patient's right is on the left of the picture.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -65,7 +66,7 @@ def draw_overlay(pictures: Sequence[Picture], path: Path) -> None:
     figure.savefig(path, dpi=130, facecolor="black")
 
 
-def _draw_plane(axes, picture: Picture, *, plane: int, modality: str, masks: str | None) -> None:
+def _draw_plane(axes: Any, picture: Picture, *, plane: int, modality: str, masks: str | None) -> None:
     image = _upright(picture.image[picture.modalities.index(modality), :, :, plane])
     brain = image[image != 0]
     low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0.0, 1.0)
@@ -84,7 +85,7 @@ def _draw_plane(axes, picture: Picture, *, plane: int, modality: str, masks: str
             axes.contour(outline, levels=[0.5], colors=COLOURS[name], linewidths=2.4 if name == "tc" else 1.1)
 
 
-def _scale_bar(axes, *, millimetres: float, voxel: float) -> None:
+def _scale_bar(axes: Any, *, millimetres: float, voxel: float) -> None:
     height = axes.get_ylim()[0]
     start, end = 2.0, 2.0 + millimetres / voxel
     axes.plot([start, end], [height - 2, height - 2], color="white", linewidth=2)

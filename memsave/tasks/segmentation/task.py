@@ -24,12 +24,12 @@ from memsave.data.volumes.lesion_metrics import lesion_region_scores
 from memsave.data.volumes.metrics import region_scores
 from memsave.data.volumes.reader import labels_of, regions
 from memsave.data.volumes.transforms import resample
+from memsave.progress import Progress
 from memsave.tasks.segmentation.inference import predict, without_small
 from memsave.tasks.segmentation.losses import case_losses
 from memsave.tasks.segmentation.overlay import Picture, draw_overlay
 from memsave.tasks.segmentation.unet_config import CONFIG, UNetConfig
 from memsave.training.loop import autocast
-from memsave.training.progress import Progress
 from memsave.training.task import Batch
 
 WEIGHTS = "model.safetensors"

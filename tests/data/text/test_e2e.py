@@ -39,7 +39,7 @@ def test_columns_are_found_by_name(tmp_path):
         ("devset testset_w_refs", ("devset", "testset_w_refs")),
     ],
 )
-def test_the_splits_take_the_best_files_there_are(tmp_path, present, expected):
+def test_the_splits_use_the_preferred_existing_files(tmp_path, present, expected):
     for name in present.split():
         write(tmp_path, f"{name}.csv", text=f"mr,ref\nname[{name}],A pub.\n")
     training, held_out = e2e_splits(tmp_path)
@@ -55,14 +55,14 @@ def test_the_splits_take_the_best_files_there_are(tmp_path, present, expected):
         ("trainset", r"no held-out file: put testset_w_refs\.csv or devset\.csv there"),
     ],
 )
-def test_missing_files_are_named(tmp_path, present, message):
+def test_missing_files_are_reported(tmp_path, present, message):
     for name in present.split():
         write(tmp_path, f"{name}.csv")
     with pytest.raises(DataError, match=message):
         e2e_splits(tmp_path)
 
 
-def test_a_folder_or_file_that_does_not_exist_is_named(tmp_path):
+def test_a_folder_or_file_that_does_not_exist_is_reported(tmp_path):
     with pytest.raises(DataError, match=r"data folder .*nowhere does not exist"):
         e2e_splits(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"nothing\.csv does not exist"):
@@ -82,19 +82,19 @@ def test_a_folder_or_file_that_does_not_exist_is_named(tmp_path):
         ('mr,ref\nname[A],"' + "x" * 200_000, r"devset\.csv is not a CSV file \(field larger"),
     ],
 )
-def test_unusable_files_are_named(tmp_path, text, message):
+def test_unusable_files_are_reported(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         read_e2e(write(tmp_path, text=text))
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
+def test_a_file_that_is_not_utf8_is_reported(tmp_path):
     path = write(tmp_path, text="mr,ref\nname[Café],A pub.\n", encoding="latin-1")
     with pytest.raises(DataError, match=r"devset\.csv is not UTF-8 \(byte 0xe9\): save it as UTF-8"):
         read_e2e(path)
 
 
 @real
-def test_the_files_of_the_challenge_are_read_whole_and_share_no_table():
+def test_the_files_of_the_challenge_are_complete_and_disjoint():
     assert len(read_e2e(REAL / "devset.csv")) == 4672
     assert len(read_e2e(REAL / "testset_w_refs.csv")) == 4693
     training, held_out = (references(records) for records in e2e_splits(REAL))

@@ -22,13 +22,13 @@ def save(path, volume, affine=None):
 
 
 def shuffled(id, *values):
-    """A label volume of each case's own."""
+    """A label volume that differs between cases."""
     return np.random.default_rng(ord(id)).permuted(np.resize(np.uint8(values), SHAPE))
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Eight sound cases A to H whose images and labels all differ."""
+    """Eight valid cases A to H with different images and labels."""
     for number, id in enumerate("ABCDEFGH"):
         rng = np.random.default_rng(number)
         (tmp_path / id).mkdir()
@@ -38,14 +38,14 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_sound_data_set_has_no_faults(root, phantoms):
+def test_a_correct_data_set_has_no_faults(root, phantoms):
     assert check_cases(find_cases(root)) == []
     assert check_cases(find_cases(root), images=False) == []
     assert check_cases(phantoms, workers=3) == []
 
 
 def damage_all(root):
-    """One fault for each case from A on, and the words in its sentence."""
+    """Add one fault to each case from A on; returns the expected words of each message."""
     (root / "A" / "A_t2.nii.gz").unlink()
     yield "Case .*/A misses A_t2.nii.gz"
     save(root / "B" / "B_t1ce.nii.gz", np.ones((6, 5, 3), dtype=np.float32))
@@ -67,7 +67,7 @@ def damage_all(root):
     yield "H_seg.nii.gz is not a readable NIfTI file"
 
 
-def test_every_fault_of_every_case_is_named(root, capsys):
+def test_every_fault_of_every_case_is_reported(root, capsys):
     expected = list(damage_all(root))
     (root / "A" / "A_t1.nii.gz").write_text("damaged, too")
     assert main([f"root={root}", "workers=3"]) == 2
@@ -75,7 +75,7 @@ def test_every_fault_of_every_case_is_named(root, capsys):
     assert "read 8 of 8 cases" in captured.err and "read" not in captured.out.replace("readable", "")
     lines = captured.out.splitlines()
     faults = lines[: next(number for number, line in enumerate(lines) if line.startswith("cases "))]
-    # A is not complete, D and H have no label that can be used
+    # A is incomplete, D and H have no usable label
     assert lines[len(faults)] == "cases     7, of which 5 with a label of scheme brats2021"
     assert lines[-1] == f"{len(faults)} faults" and len(faults) == len(expected) + 1
     found = [[line for line in faults if re.search(words, line)] for words in expected]
@@ -84,7 +84,7 @@ def test_every_fault_of_every_case_is_named(root, capsys):
     assert all(line.endswith(".") for line in faults)
 
 
-def test_a_region_that_is_empty_everywhere_is_named(root):
+def test_a_region_that_is_empty_everywhere_is_reported(root):
     for id in "ABCDEFGH":
         save(root / id / f"{id}_seg.nii.gz", shuffled(id, 0, 1))
     cases = find_cases(root)
@@ -94,13 +94,13 @@ def test_a_region_that_is_empty_everywhere_is_named(root):
         "give another scheme, perhaps binary."
     )
     assert check_cases(cases, scheme=SCHEMES["binary"]) == []
-    # in one of eight cases is enough, and unlabelled cases say nothing
+    # a region in one of eight cases is enough, and unlabelled cases do not count
     save(root / "H" / "H_seg.nii.gz", np.full(SHAPE, 4, dtype=np.uint8))
     assert check_cases(cases) == []
     assert check_cases([replace(case, label=None) for case in cases]) == []
 
 
-def test_the_cavity_is_asked_for_by_its_scheme(root):
+def test_a_resection_cavity_suggests_its_scheme(root):
     for id in "ABCDEFGH":
         save(root / id / f"{id}_seg.nii.gz", shuffled(id, 0, 1, 2, 3))
     assert check_cases(find_cases(root, scheme="brats2024")) == []
@@ -111,7 +111,7 @@ def test_the_cavity_is_asked_for_by_its_scheme(root):
     assert "perhaps brats2023 or brats2024 or msd" in fault
 
 
-def test_an_id_twice_is_named(root):
+def test_a_repeated_id_is_reported(root):
     shutil.copytree(root / "A", root / "more" / "A")
     save(root / "more" / "A" / "A_t1.nii.gz", np.ones(SHAPE, dtype=np.float32))
     assert main([f"root={root}"]) == 2
@@ -121,7 +121,7 @@ def test_an_id_twice_is_named(root):
 
 
 @pytest.mark.parametrize("recompressed", [False, True])
-def test_an_image_under_two_ids_is_named(root, recompressed):
+def test_equal_images_of_two_cases_are_reported(root, recompressed):
     for one, other in (("A_t1", "C_t1"), ("A_t2", "C_t2"), ("B_t1", "D_flair")):
         source, target = (root / name[0] / f"{name}.nii.gz" for name in (one, other))
         shutil.copy(source, target)
@@ -154,7 +154,7 @@ def test_without_images_a_truncated_file_is_found_by_its_length(root, suffix):
     (fault,) = check_cases(find_cases(root), images=False)
     assert f"B_t1ce{suffix} is not a readable NIfTI file" in fault
     more = gzip.compress(gzip.decompress(whole) + bytes(16)) if suffix == ".nii.gz" else whole + bytes(16)
-    path.write_bytes(more)  # longer than it need be, and complete
+    path.write_bytes(more)  # longer than necessary, but complete
     assert check_cases(find_cases(root), images=False) == []
 
 
@@ -164,7 +164,7 @@ def test_without_images_a_copy_is_found_by_its_label(root):
     assert fault.startswith("Cases A and C hold the same voxels (segmentation): keep one of them")
 
 
-def test_empty_labels_are_no_copies(root):
+def test_empty_labels_are_not_duplicates(root):
     for id in "AC":
         save(root / id / f"{id}_seg.nii.gz", np.zeros(SHAPE, dtype=np.uint8))
     assert check_cases(find_cases(root)) == []
@@ -180,14 +180,14 @@ def test_damage_in_the_middle_of_an_image_is_found(root):
     assert "A_t1.nii.gz is not a readable NIfTI file" in fault
 
 
-def test_mixed_schemes_are_named(root):
+def test_mixed_schemes_are_reported(root):
     cases = find_cases(root)
     cases[0] = replace(cases[0], scheme=SCHEMES["brats2024"])
     (fault,) = check_cases(cases)
-    assert fault == "The cases follow the schemes brats2021, brats2024: check the cases of each by themselves."
+    assert fault == "The cases follow the schemes brats2021, brats2024: check the cases of each scheme separately."
 
 
-def test_the_table_counts(root):
+def test_the_table_lists_shapes_spacings_and_region_sizes(root):
     for id in "CDEFGH":
         save(root / id / f"{id}_seg.nii.gz", np.resize(np.uint8([0, 1, 2, 4]), SHAPE))
     save(root / "A" / "A_seg.nii.gz", np.zeros(SHAPE, dtype=np.uint8))
@@ -210,13 +210,13 @@ def test_the_table_counts(root):
     assert rows["et"] == [5, quarter, quarter, quarter]
 
 
-def test_progress_is_heard(root):
+def test_progress_is_called_after_each_case(root):
     heard = []
     examine(find_cases(root), progress=lambda read, total: heard.append((read, total)), workers=2)
     assert heard == [(number, 8) for number in range(1, 9)]
 
 
-def test_the_command(root):
+def test_the_command_checks_a_data_set(root):
     done = subprocess.run(
         [sys.executable, "-m", "memsave.data.check", f"root={root}"], capture_output=True, text=True, check=False
     )
@@ -244,7 +244,7 @@ def test_the_command_reads_a_folder_of_masks(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "root is not given: name the folder"),
+        ([], "root is not given: name a folder"),
         (["root=/nowhere"], "The data folder /nowhere does not exist"),
         (["root"], "'root' cannot be read: arguments have the form key=value"),
         (["root="], "'root=' cannot be read"),
@@ -253,17 +253,17 @@ def test_the_command_reads_a_folder_of_masks(tmp_path, capsys):
         (["root=.", "layout=brats"], "layout is 'brats': choose one of"),
         (["root=.", "scheme=x"], "scheme is 'x': choose one of"),
         (["root=.", "workers=0"], "workers is '0': give a number from 1 on"),
-        (["root=.", "labelled=no"], "labelled is 'no': give true or false"),
+        (["root=.", "labelled=maybe"], "labelled is 'maybe': give true or false"),
         (["root=.", "modalities=[pet]"], "layout=brats2021 has no modality 'pet'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, sentence, capsys):
+def test_bad_arguments_are_reported(arguments, sentence, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"memsave: {sentence}") and captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_help_is_the_document(capsys):
+def test_help_prints_the_module_docstring(capsys):
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == check.__doc__.strip()
-    assert all(f"    {key} " in check.__doc__ for key in check.KEYS)
+    assert all(f"    {key} " in check.__doc__ for key in vars(check.Arguments()))

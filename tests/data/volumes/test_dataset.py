@@ -43,7 +43,7 @@ def test_an_item_is_a_plain_crop(phantoms):
     assert item["image"].is_contiguous() and item["label"].is_contiguous()
 
 
-def test_an_item_depends_on_seed_and_index_alone(phantoms):
+def test_an_item_depends_only_on_seed_and_index(phantoms):
     forwards, backwards = crops(phantoms), crops(phantoms, cache_bytes=0)
     torch.manual_seed(0)
     first = [crop_number(forwards, index) for index in range(10)]
@@ -55,7 +55,7 @@ def test_an_item_depends_on_seed_and_index_alone(phantoms):
     assert len(images) == 10
 
 
-def test_drawing_leaves_the_global_random_state_alone(phantoms):
+def test_crops_do_not_change_the_global_random_state(phantoms):
     state = torch.get_rng_state()
     crop_number(crops(phantoms), 3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -80,19 +80,19 @@ def test_the_cache_keeps_the_most_recent_volumes_within_its_bound(phantoms):
     volumes = Volumes(phantoms, cache_bytes=sizes[0] + max(sizes[1:3]))
     first, second = volumes[0]["image"], volumes[1]["image"]
     assert volumes[0]["image"] is first
-    volumes[2]  # number 1, the least recently used, has to go
+    volumes[2]  # drops number 1, the least recently used
     assert volumes.cached_bytes() == sizes[0] + sizes[2]
     assert volumes[0]["image"] is first
     assert volumes[1]["image"] is not second
     assert volumes.cached_bytes() <= volumes.cache_bytes
 
 
-def test_without_room_nothing_is_kept(phantoms):
+def test_without_cache_bytes_nothing_is_cached(phantoms):
     volumes = Volumes(phantoms)
     assert volumes[0]["image"] is not volumes[0]["image"] and volumes.cached_bytes() == 0
 
 
-def test_a_volume_can_be_put_back_into_its_grid(phantoms):
+def test_uncrop_restores_the_original_grid(phantoms):
     item, scan = Volumes(phantoms)[1], read_case(phantoms[1])
     assert item["image"].shape[1:] < item["shape"] == scan.label.shape
     assert type(item["image"]) is torch.Tensor
@@ -109,14 +109,14 @@ def test_an_unlabelled_case_can_be_predicted_but_not_trained_on(write_case):
         crops([case])
 
 
-def test_bad_settings_are_named(phantoms):
+def test_bad_settings_are_reported(phantoms):
     with pytest.raises(DataError, match="no case to train on"):
         crops([])
     with pytest.raises(DataError, match=r"crop_size is \(8, 8\)"):
         crops(phantoms, crop_size=(8, 8))
 
 
-def test_several_crops_of_one_case(phantoms):
+def test_several_crops_of_one_case_differ(phantoms):
     dataset = crops(phantoms)
     stack = dataset.crops(2, draw=5, count=6)
     assert stack["id"] == phantoms[2].id
@@ -128,7 +128,7 @@ def test_several_crops_of_one_case(phantoms):
     assert torch.equal(first["image"], stack["image"][0]) and torch.equal(first["label"], stack["label"][0])
     again, other = (crops(phantoms).crops(2, draw=draw, count=6) for draw in (5, 6))
     assert torch.equal(again["image"], stack["image"]) and not torch.equal(other["image"], stack["image"])
-    with pytest.raises(DataError, match="0 crops of a case"):
+    with pytest.raises(DataError, match="number of crops of a case is 0"):
         dataset.crops(0, draw=0, count=0)
 
 
@@ -140,7 +140,7 @@ def test_the_fraction_of_crops_on_the_tumour_can_be_chosen(phantoms):
         )
         for share in (1.0, 0.0)
     )
-    assert on == 40 and off <= 2  # a centre at the very edge is moved inwards by one voxel
+    assert on == 40 and off <= 2  # a centre at the edge is moved inwards by one voxel
 
 
 def test_augmentation_can_be_chosen(phantoms):
@@ -155,7 +155,7 @@ def test_augmentation_can_be_chosen(phantoms):
 def test_crops_are_rotated_in_millimetres(thick):
     dataset = crops(thick, augmentation="full", seed=3)
     item = dataset.volumes[0]
-    cubes = 0  # crops that would be the same if voxels were cubes
+    cubes = 0  # crops that equal those for cubic voxels
     for draw in range(20):
         found = dataset.crop(0, draw=draw)
         for spacing in ((1, 2, 4), (1, 1, 1)):
@@ -168,7 +168,7 @@ def test_crops_are_rotated_in_millimetres(thick):
 
 @pytest.fixture
 def thick(tmp_path):
-    """A case of two modalities with voxels of 1 x 2 x 4 mm, a brain off the middle and a lesion in it."""
+    """A case of two modalities with voxels of 1 x 2 x 4 mm, and a lesion in a brain that is not centred."""
     x, y, z = np.meshgrid(np.arange(40), np.arange(24), np.arange(12), indexing="ij")
     brain = ((x - 22) ** 2 + (2 * (y - 10)) ** 2 + (4 * (z - 6)) ** 2) < 17**2
     lesion = ((x - 25) ** 2 + (2 * (y - 11)) ** 2 + (4 * (z - 6)) ** 2) < 8**2
@@ -179,7 +179,7 @@ def thick(tmp_path):
     return find_cases(tmp_path, "folder", modalities=["t1ce", "flair"])
 
 
-def test_any_number_of_modalities(thick):
+def test_crops_work_for_any_number_of_modalities(thick):
     volumes = Volumes(thick)
     assert volumes.modalities == ("t1ce", "flair") and volumes.scheme.name == "binary"
     item = volumes[0]
@@ -198,14 +198,14 @@ def test_volumes_are_resampled_to_a_spacing(thick):
     assert type(item["image"]) is torch.Tensor and item["image"].is_contiguous()
     millilitres = [each["label"].sum().item() * np.prod(each["image_spacing"]) / 1000 for each in (plain, item)]
     assert millilitres[1] == pytest.approx(millilitres[0], rel=0.1)
-    # the lesion is brighter, before and after
+    # the lesion is brighter before and after resampling
     for each in (plain, item):
         brain = each["image"][0] != 0
         inside = each["label"][0] == 1
         assert each["image"][0][inside].mean() > each["image"][0][brain & ~inside].mean()
 
 
-def test_crops_are_of_resampled_volumes(thick):
+def test_crops_are_cut_from_resampled_volumes(thick):
     dataset = crops(thick, spacing=[1, 1, 1], crop_size=(8, 8, 8), augmentation="full")
     assert dataset.volumes[0]["image"].shape[3] == 4 * dataset.volumes[0]["cropped"][2]
     assert crop_number(dataset, 0)["image"].shape == (2, 8, 8, 8)
@@ -223,26 +223,26 @@ def test_without_resampling_a_prediction_is_restored_exactly(phantoms):
         assert torch.equal(volumes.truth(number), label[None])
 
 
-def test_a_spacing_that_is_the_volumes_own_changes_nothing(phantoms):
+def test_the_volumes_own_spacing_changes_nothing(phantoms):
     plain, item = Volumes(phantoms)[0], Volumes(phantoms, spacing=(1, 1, 1))[0]
     assert torch.equal(plain["image"], item["image"]) and torch.equal(plain["label"], item["label"])
 
 
 @pytest.mark.parametrize("spacing", [(2, 2, 2), (1, 1, 1), (0.7, 3.1, 1.9), (1, 2, 2)])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16])
-def test_a_prediction_is_put_back_onto_its_grid(thick, spacing, kind):
+def test_a_prediction_is_restored_to_the_original_grid(thick, spacing, kind):
     volumes = Volumes(thick, spacing=spacing)
     item = volumes[0]
     restored = restore(regions(item["label"], scheme=volumes.scheme).to(kind), item)
     truth = volumes.truth(0).bool()
     assert restored.shape == truth.shape and restored.dtype == torch.bool
     assert dice(restored, truth) > 0.9
-    # in its place: the middle moves by less than half a voxel
+    # the centre moves by less than half a voxel
     shift = restored[0].nonzero().float().mean(0) - truth[0].nonzero().float().mean(0)
     assert shift.abs().max() < 0.5
 
 
-def test_probabilities_are_interpolated_before_they_are_cut(thick):
+def test_probabilities_are_interpolated_before_the_threshold(thick):
     item = Volumes(thick, spacing=(4, 4, 4))[0]
     probability = torch.full((1, *item["image"].shape[1:]), 0.3)
     assert not restore(probability, item).any()
@@ -251,21 +251,21 @@ def test_probabilities_are_interpolated_before_they_are_cut(thick):
     assert whole[:, x, y, z].all() and whole.sum() == np.prod(item["cropped"])
     logits = regions(item["label"], scheme=SCHEMES["binary"]).float() * 8 - 4
     assert torch.equal(restore(logits, item, threshold=0.0), restore((logits + 4) / 8, item))
-    # along x, in the middle of the rest: 0, 0, 1, 1 at 4 mm is cut half-way between voxels at 1 mm
+    # along x: the values 0, 0, 1, 1 at 4 mm cross the threshold half-way between voxels of 1 mm
     probability = torch.zeros(1, *item["image"].shape[1:])
     probability[:, probability.shape[1] // 2 :] = 1
     line = item["orientation"].apply(restore(probability, item))[0, x, y, z][:, 0, 0]
     assert line.int().diff().abs().sum() == 1 and abs(int(line.sum()) - len(line) / 2) <= 2
 
 
-def test_probabilities_of_few_digits_are_interpolated_with_many(thick):
+def test_half_precision_probabilities_are_interpolated_in_float32(thick):
     item = Volumes(thick, spacing=(0.9, 1.7, 3.1))[0]
     generator = torch.Generator().manual_seed(0)
     probability = torch.rand(1, *item["image"].shape[1:], generator=generator).bfloat16()
     assert torch.equal(restore(probability, item), restore(probability.float(), item))
 
 
-def test_what_cannot_be_restored_is_named(thick):
+def test_bad_predictions_are_reported(thick):
     item = Volumes(thick)[0]
     with pytest.raises(DataError, match=r"restore\(\) got a prediction \(1, 2, 2, 2\) for an image \(2, "):
         restore(torch.zeros(1, 2, 2, 2), item)
@@ -275,7 +275,7 @@ def test_what_cannot_be_restored_is_named(thick):
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 @pytest.mark.parametrize(("spacing", "least"), [(None, 1.0), ((0.78125, 0.78125, 3.25), 0.99), ((1, 1, 3), 0.95)])
-def test_the_real_volume_there_and_back(spacing, least, kind):
+def test_a_real_scan_is_restored_to_its_grid(spacing, least, kind):
     if not REAL.is_dir():
         pytest.skip("the real volume is not here")
     volumes = Volumes(find_cases(REAL, "folder", modalities=["image"]), spacing=spacing)
@@ -286,7 +286,7 @@ def test_the_real_volume_there_and_back(spacing, least, kind):
     assert dice(restored, truth) >= least
 
 
-def test_a_case_keeps_its_scheme(write_case):
+def test_volumes_keep_the_scheme_of_their_cases(write_case):
     seg = np.resize(np.uint8([0, 1, 2, 3]), (6, 5, 4))
     case = replace(write_case(seg=seg), scheme=SCHEMES["msd"])
     volumes = Volumes([case])
@@ -296,12 +296,12 @@ def test_a_case_keeps_its_scheme(write_case):
         Volumes([case], scheme=SCHEMES["binary"])[0]
 
 
-def test_cases_of_two_kinds_are_named(phantoms):
+def test_mixed_cases_are_reported(phantoms):
     other = replace(phantoms[1], modalities=MODALITIES[::-1])
-    with pytest.raises(DataError, match=rf"Cases {phantoms[0].id} and {other.id} have other modalities"):
+    with pytest.raises(DataError, match=rf"Cases {phantoms[0].id} and {other.id} have different modalities"):
         Volumes([phantoms[0], other])
     other = replace(phantoms[1], scheme=SCHEMES["msd"])
-    with pytest.raises(DataError, match="have other label schemes"):
+    with pytest.raises(DataError, match="have different label schemes"):
         Volumes([phantoms[0], other])
     assert Volumes([phantoms[0], other], scheme=SCHEMES["brats2021"]).scheme.name == "brats2021"
 
@@ -317,6 +317,6 @@ def test_cases_of_two_kinds_are_named(phantoms):
         ({"augmentation": "heavy"}, r"augmentation is 'heavy': choose one of light, full"),
     ],
 )
-def test_more_bad_settings_are_named(phantoms, settings, sentence):
+def test_more_bad_settings_are_reported(phantoms, settings, sentence):
     with pytest.raises(DataError, match=sentence):
         crops(phantoms, **settings)

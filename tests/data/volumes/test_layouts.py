@@ -1,44 +1,20 @@
 import shlex
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
 
 from memsave.data import DataError
 from memsave.data.volumes.layouts import LAYOUTS, MODALITIES, find_cases, scan
 from memsave.data.volumes.reader import read_case
 from memsave.data.volumes.schemes import SCHEMES
+from tests.support.volume_files import SHAPE, brats, decathlon, save
 
-SHAPE = (5, 4, 3)
 REAL = Path(__file__).parents[4] / "shared" / "data" / "brain-mri"
 FILES_2023 = ("t1n", "t1c", "t2w", "t2f")
 
 
-def save(path, value=1, *, shape=SHAPE):
-    """A NIfTI file full of `value`, or of these voxels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    volume = np.full(shape, value, dtype=np.float32) if np.isscalar(value) else value
-    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
-
-
-def brats(root, id, *, separator="_", parts=MODALITIES, label=0, suffix=".nii.gz"):
-    """A case whose modalities hold 1, 2, 3, 4."""
-    for value, part in enumerate(parts, start=1):
-        save(root / id / f"{id}{separator}{part}{suffix}", value)
-    if label is not None:
-        save(root / id / f"{id}{separator}seg{suffix}", label)
-
-
-def decathlon(root, id, *, label=0, folder="imagesTr"):
-    """A 4D file whose FLAIR, T1w, T1gd, T2w hold 4, 1, 2, 3, which is 1, 2, 3, 4 in our order."""
-    save(root / folder / f"{id}.nii.gz", np.broadcast_to(np.float32([4, 1, 2, 3]), (*SHAPE, 4)))
-    if label is not None:
-        save(root / "labelsTr" / f"{id}.nii.gz", label)
-
-
-def held(case):
-    """What each modality of a case holds, in order."""
+def values_of(case):
+    """The value of each modality of a case, in order."""
     return read_case(case).image[:, 0, 0, 0].tolist()
 
 
@@ -48,7 +24,7 @@ def test_brats_until_2021(tmp_path, layout):
     brats(tmp_path / "LGG", "B", suffix=".nii")
     cases = find_cases(tmp_path, layout)
     assert [case.id for case in cases] == ["A", "B"]
-    assert all(held(case) == [1, 2, 3, 4] and case.modalities == MODALITIES for case in cases)
+    assert all(values_of(case) == [1, 2, 3, 4] and case.modalities == MODALITIES for case in cases)
     assert cases[0].scheme.name == "brats2021" and cases[0].patient is None
 
 
@@ -58,12 +34,12 @@ def test_brats_since_2023(tmp_path, layout):
         brats(tmp_path / "Training", id, separator="-", parts=FILES_2023)
     cases = find_cases(tmp_path, layout)
     assert [case.id[-9:] for case in cases] == ["00005-100", "00005-101", "00006-000"]
-    assert held(cases[0]) == [1, 2, 3, 4] and cases[0].modalities == MODALITIES
+    assert values_of(cases[0]) == [1, 2, 3, 4] and cases[0].modalities == MODALITIES
     assert cases[0].scheme is SCHEMES[layout]
     assert [case.patient for case in cases] == ["BraTS-GLI-00005", "BraTS-GLI-00005", "BraTS-GLI-00006"]
 
 
-def test_the_decathlon_comes_in_our_order_of_modalities(tmp_path):
+def test_decathlon_modalities_are_in_canonical_order(tmp_path):
     decathlon(tmp_path, "BRATS_002")
     decathlon(tmp_path, "BRATS_001")
     decathlon(tmp_path, "BRATS_900", label=None, folder="imagesTs")
@@ -71,15 +47,15 @@ def test_the_decathlon_comes_in_our_order_of_modalities(tmp_path):
         (tmp_path / folder / "._BRATS_001.nii.gz").write_text("what macOS leaves")
     cases = find_cases(tmp_path, "msd")
     assert [case.id for case in cases] == ["BRATS_001", "BRATS_002"]
-    assert held(cases[0]) == [1, 2, 3, 4] and cases[0].modalities == MODALITIES
+    assert values_of(cases[0]) == [1, 2, 3, 4] and cases[0].modalities == MODALITIES
     assert cases[0].scheme.name == "msd" and read_case(cases[0]).label.shape == SHAPE
     everything = find_cases(tmp_path, "msd", labelled=False)
     assert [case.id for case in everything] == ["BRATS_001", "BRATS_002", "BRATS_900"]
-    assert everything[2].label is None and held(everything[2]) == [1, 2, 3, 4]
-    assert held(find_cases(tmp_path, "msd", modalities=["flair", "t1ce"])[0]) == [4, 2]
+    assert everything[2].label is None and values_of(everything[2]) == [1, 2, 3, 4]
+    assert values_of(find_cases(tmp_path, "msd", modalities=["flair", "t1ce"])[0]) == [4, 2]
 
 
-def test_what_the_decathlon_lacks_is_named(tmp_path):
+def test_missing_decathlon_files_are_reported(tmp_path):
     decathlon(tmp_path, "BRATS_001", label=None)
     save(tmp_path / "labelsTr" / "BRATS_002.nii.gz")
     faults = scan(tmp_path, "msd").faults
@@ -89,10 +65,10 @@ def test_what_the_decathlon_lacks_is_named(tmp_path):
     decathlon(tmp_path, "BRATS_003")
     save(tmp_path / "imagesTr" / "BRATS_003.nii", shape=(*SHAPE, 4))
     (fault,) = scan(tmp_path, "msd").faults[2:]
-    assert "BRATS_003 has BRATS_003.nii and BRATS_003.nii.gz for one thing" in fault
+    assert "BRATS_003 has several files for one modality or mask, BRATS_003.nii and BRATS_003.nii.gz" in fault
 
 
-def test_a_decathlon_file_with_too_few_channels_is_named(tmp_path):
+def test_a_decathlon_file_with_too_few_channels_is_reported(tmp_path):
     save(tmp_path / "imagesTr" / "BRATS_001.nii.gz", shape=(*SHAPE, 2))
     save(tmp_path / "labelsTr" / "BRATS_001.nii.gz", 0)
     with pytest.raises(DataError, match=r"BRATS_001\.nii\.gz has shape \(5, 4, 3, 2\) and should hold 4 channels"):
@@ -106,25 +82,25 @@ def test_a_folder_of_any_modalities(tmp_path, folders, mask):
         where = tmp_path / id if folders else tmp_path
         save(where / f"{id}_t1_ce.nii.gz", 7)
         save(where / f"{id}_pet.nii", 8)
-        save(where / f"{id}_ct.nii.gz", 9)  # not asked for
+        save(where / f"{id}_ct.nii.gz", 9)  # not selected
         save(where / f"{id}_{mask}.nii.gz", 1)
     cases = find_cases(tmp_path, "folder", modalities=["pet", "t1_ce"])
     assert [case.id for case in cases] == ["A", "B_2"]
-    assert cases[0].modalities == ("pet", "t1_ce") and held(cases[0]) == [8, 7]
+    assert cases[0].modalities == ("pet", "t1_ce") and values_of(cases[0]) == [8, 7]
     assert cases[0].scheme.name == "binary" and read_case(cases[0]).label.all()
 
 
-def test_the_longer_of_two_modalities_is_meant(tmp_path):
+def test_the_longest_matching_modality_name_wins(tmp_path):
     for part, value in (("ce", 1), ("t1_ce", 2), ("roi", 1)):
         save(tmp_path / f"A_{part}.nii.gz", value)
     (case,) = find_cases(tmp_path, "folder", modalities=["ce", "t1_ce"], mask="roi", scheme="brats2021")
-    assert case.id == "A" and held(case) == [1, 2] and case.scheme.name == "brats2021"
+    assert case.id == "A" and values_of(case) == [1, 2] and case.scheme.name == "brats2021"
 
 
-def test_a_file_that_belongs_to_no_case_is_named(tmp_path):
+def test_a_file_that_belongs_to_no_case_is_reported(tmp_path):
     for name in ("A_image", "A_label", "B_imgae", "B_label", "C", "_image"):
         save(tmp_path / f"{name}.nii.gz")
-    with pytest.raises(DataError, match=r"/C\.nii\.gz belongs to no case: name it ID_image\.nii\.gz") as caught:
+    with pytest.raises(DataError, match=r"/C\.nii\.gz belongs to no case: rename it to ID_image\.nii\.gz") as caught:
         find_cases(tmp_path, "folder", modalities=["image"], mask="label", labelled=False)
     settings = f"root={tmp_path} layout=folder 'modalities=[image]' mask=label labelled=false"
     command = f"python -m memsave.data.check {settings}"
@@ -135,10 +111,10 @@ def test_a_file_that_belongs_to_no_case_is_named(tmp_path):
     assert "Case " in found.faults[2] and "B misses B_image.nii.gz:" in found.faults[2]
 
 
-def test_two_masks_are_a_question(tmp_path):
+def test_two_masks_for_one_case_are_an_error(tmp_path):
     for name in ("A_image", "A_label", "A_seg"):
         save(tmp_path / f"{name}.nii.gz")
-    with pytest.raises(DataError, match=r"A has A_seg\.nii\.gz and A_label\.nii\.gz for one thing: .* give mask="):
+    with pytest.raises(DataError, match=r"A has several files .*, A_seg\.nii\.gz and A_label\.nii\.gz: .* give mask="):
         find_cases(tmp_path, "folder", modalities=["image"])
     (case,) = find_cases(tmp_path, "folder", modalities=["image"], mask="label")
     assert case.label == tmp_path / "A_label.nii.gz"
@@ -152,7 +128,7 @@ def test_a_missing_mask_is_named_by_all_its_names(tmp_path):
     assert case.label is None
 
 
-def test_the_real_volume_is_a_folder():
+def test_a_real_scan_is_found_with_layout_folder():
     if not REAL.is_dir():
         pytest.skip("the real volume is not here")
     (case,) = find_cases(REAL, "folder", modalities=["image"], mask="label")
@@ -162,24 +138,24 @@ def test_the_real_volume_is_a_folder():
 
 
 @pytest.mark.parametrize("layout", ["brats2021", "brats2023"])
-def test_modalities_can_be_chosen(tmp_path, layout):
+def test_modalities_can_be_selected_and_ordered(tmp_path, layout):
     separator, parts = ("_", MODALITIES) if layout == "brats2021" else ("-", FILES_2023)
     brats(tmp_path, "A", separator=separator, parts=parts)
     (tmp_path / "A" / f"A{separator}{parts[0]}.nii.gz").unlink()
     (case,) = find_cases(tmp_path, layout, modalities=["flair", "t1ce"])
-    assert case.modalities == ("flair", "t1ce") and held(case) == [4, 2]
+    assert case.modalities == ("flair", "t1ce") and values_of(case) == [4, 2]
 
 
 def test_another_layout_that_fits_is_suggested(tmp_path):
     brats(tmp_path / "2023", "A", separator="-", parts=FILES_2023)
     decathlon(tmp_path / "msd", "BRATS_001")
     with pytest.raises(
-        DataError, match=r"brats2021, .* may be brats2023 or brats2024 \(in a run, data.layout=brats2023\)"
+        DataError, match=r"brats2021, .* perhaps brats2023 or brats2024 \(in a run, data.layout=brats2023\)"
     ):
         find_cases(tmp_path / "2023")
-    with pytest.raises(DataError, match=r"may be msd \(in a run, data\.layout=msd\)\.$"):
+    with pytest.raises(DataError, match=r"perhaps msd \(in a run, data\.layout=msd\)\.$"):
         find_cases(tmp_path / "msd", "brats2023")
-    with pytest.raises(DataError, match=r"of layout msd, .* may be brats2023 or brats2024 "):
+    with pytest.raises(DataError, match=r"of layout msd, .* perhaps brats2023 or brats2024 "):
         find_cases(tmp_path / "2023", "msd")
 
 
@@ -190,13 +166,13 @@ def test_files_of_the_layout_folder_are_recognised(tmp_path, flat):
             save((tmp_path if flat else tmp_path / id) / f"{id}_{part}.nii.gz")
     save((tmp_path if flat else tmp_path / "P_2") / "P_2_extra.nii.gz")
     words = (
-        r"may be folder with modalities=\[t1ce,adc\] \(in a run, data.layout=folder 'data.modalities=\[t1ce,adc\]'\)"
+        r"perhaps folder with modalities=\[t1ce,adc\] \(in a run, data.layout=folder 'data.modalities=\[t1ce,adc\]'\)"
     )
     with pytest.raises(DataError, match=words):
         find_cases(tmp_path)
 
 
-def test_images_without_a_folder_of_their_own_are_told_of_the_layout_folder(tmp_path):
+def test_images_directly_in_the_root_suggest_layout_folder(tmp_path):
     save(tmp_path / "A.nii.gz")
     with pytest.raises(
         DataError, match=r"give each case a folder, or give layout=folder \(in a run, data.layout=folder"
@@ -204,14 +180,14 @@ def test_images_without_a_folder_of_their_own_are_told_of_the_layout_folder(tmp_
         find_cases(tmp_path, labelled=False)
 
 
-def test_a_data_set_that_lacks_a_modality_is_not_called_one_of_another_layout(tmp_path):
+def test_a_missing_modality_does_not_suggest_another_layout(tmp_path):
     brats(tmp_path, "A")
     (tmp_path / "A" / "A_t1.nii.gz").unlink()
     with pytest.raises(DataError, match=r"A misses A_t1\.nii\.gz"):
         find_cases(tmp_path)
 
 
-def test_a_command_that_is_told_can_be_pasted(tmp_path):
+def test_the_command_in_a_message_can_be_pasted(tmp_path):
     root = tmp_path / "my data (1)"
     for id in "AB":
         brats(root, id, label=None)
@@ -221,7 +197,7 @@ def test_a_command_that_is_told_can_be_pasted(tmp_path):
     assert shlex.split(command)[3:] == [f"root={root}", "layout=brats2021"]
 
 
-def test_every_incomplete_case_is_told(tmp_path):
+def test_every_incomplete_case_is_reported(tmp_path):
     for id in "ABC":
         brats(tmp_path, id)
     (tmp_path / "A" / "A_t1.nii.gz").unlink()
@@ -237,14 +213,14 @@ def test_every_incomplete_case_is_told(tmp_path):
         find_cases(tmp_path)
 
 
-def test_a_file_twice_is_named(tmp_path):
+def test_compressed_and_uncompressed_copies_of_a_file_are_reported(tmp_path):
     brats(tmp_path, "A")
     save(tmp_path / "A" / "A_t2.nii")
-    with pytest.raises(DataError, match=r"A has A_t2\.nii and A_t2\.nii\.gz for one thing"):
+    with pytest.raises(DataError, match=r"A has several files for one modality or mask, A_t2\.nii and A_t2\.nii\.gz"):
         find_cases(tmp_path)
 
 
-def test_a_file_without_its_case_in_its_name_is_none_of_the_case(tmp_path):
+def test_a_file_without_the_case_id_in_its_name_is_not_used(tmp_path):
     brats(tmp_path, "A")
     (tmp_path / "A" / "A_t1.nii.gz").rename(tmp_path / "A" / "t1.nii.gz")
     with pytest.raises(DataError, match=r"misses A_t1\.nii\.gz \(its folder also holds t1\.nii\.gz\)"):
@@ -257,13 +233,16 @@ def test_a_file_without_its_case_in_its_name_is_none_of_the_case(tmp_path):
         ({"layout": "brats2022"}, r"layout is 'brats2022': choose one of brats2018, .*folder\.$"),
         ({"scheme": "brats"}, r"scheme is 'brats': choose one of .*binary\.$"),
         ({"modalities": ["t1", "pet"]}, r"layout=brats2021 has no modality 'pet': choose from t1, t1ce, t2, flair\.$"),
-        ({"modalities": ["t1", "t1"]}, r"modalities are t1, t1: name each of them once\.$"),
-        ({"mask": "label"}, r"mask=label is for layout=folder"),
-        ({"layout": "folder"}, r"layout=folder needs the modalities .* modalities=\[t1ce\]\.$"),
-        ({"layout": "folder", "modalities": ["a"], "mask": "a"}, r"mask=a is for layout=folder, and for none of its"),
+        ({"modalities": ["t1", "t1"]}, r"modalities are t1, t1: give each of them once\.$"),
+        ({"mask": "label"}, r"mask=label is only for layout=folder"),
+        ({"layout": "folder"}, r"layout=folder needs modalities, .* modalities=\[t1ce\]\.$"),
+        (
+            {"layout": "folder", "modalities": ["a"], "mask": "a"},
+            r"mask=a is only for layout=folder, and must not be one of its",
+        ),
     ],
 )
-def test_bad_choices_are_named(tmp_path, settings, sentence):
+def test_bad_choices_are_reported(tmp_path, settings, sentence):
     brats(tmp_path, "A")
     with pytest.raises(DataError, match=sentence):
         find_cases(tmp_path, **settings)
@@ -301,5 +280,5 @@ def test_a_binary_mask_has_one_value(found):
 
 
 @pytest.mark.parametrize("found", [[0, 1, 2], [0, 0.5], [0, -1], [0, float("nan")], [0, 7, 255]])
-def test_what_is_no_binary_mask(found):
+def test_masks_with_other_values_are_not_binary(found):
     assert not SCHEMES["binary"].fits(found)

@@ -45,13 +45,13 @@ def expect(prediction, target, scores, counts, **options):
         (ONE | FAR | mask((16, 3, 4, 1, 1, 1)), ONE, (1 / 3, 2 * 374 / 3), (1, 0, 2)),
     ],
 )
-def test_found_missed_and_invented_lesions(prediction, target, scores, counts):
+def test_counts_of_found_missed_and_false_lesions(prediction, target, scores, counts):
     expect(prediction, target, scores, counts)
 
 
 def test_scores_are_the_mean_over_lesions_and_not_over_voxels():
     # 64 of 64 voxels of one lesion, and 64 of the 128 of the other: Dice 2 * 64 / (64 + 128); the last slice of that
-    # holds 16 of its 88 surface voxels, all 4 away
+    # has 16 of its 88 surface voxels, all 4 away
     expect(ONE | FAR, ONE | mask((30, 3, 4, 8, 4, 4)), ((1 + 2 / 3) / 2, (0 + 4) / 2), (2, 0, 0))
 
 
@@ -63,14 +63,14 @@ def test_lesions_merge_where_their_dilations_touch():
     expect(ONE, ONE | beyond, (1 / 2, 374 / 2), (1, 1, 0))
 
 
-def test_a_lesion_in_the_bounding_box_of_another_is_a_lesion_of_its_own():
+def test_a_lesion_in_the_bounding_box_of_another_is_separate():
     angle, inner = mask((0, 0, 0, 30, 4, 4), (0, 0, 0, 4, 16, 4)), mask((20, 11, 0))
     expect(inner, angle | inner, (1 / 2, 374 / 2), (1, 1, 0))
     expect(angle, angle | inner, (1 / 2, 374 / 2), (1, 1, 0))
 
 
 @pytest.mark.parametrize(("second", "lesions"), [((5, 5, 5), 1), ((5, 5, 6), 2)])
-def test_dilated_lesions_are_connected_over_corners(second, lesions):
+def test_dilated_lesions_are_connected_by_26_neighbours(second, lesions):
     # three steps to 18 neighbours reach (2, 2, 2) from one end and (3, 3, 3) from the other
     target = mask((0, 0, 0, 1, 1, 1), (*second, 1, 1, 1))
     expect(EMPTY, target, (0, 374), (0, lesions, 0), smallest=0)
@@ -88,17 +88,17 @@ def test_a_prediction_within_the_dilation_finds_the_lesion(offset, reached):
         expect(mask((*offset, 1, 1, 1)), voxel, (0, 374), (0, 1, 1), smallest=0)
 
 
-def test_components_of_a_prediction_are_connected_over_corners():
+def test_components_of_a_prediction_are_connected_by_26_neighbours():
     expect(mask((0, 0, 0, 1, 1, 1), (1, 1, 1, 1, 1, 1)), EMPTY, (0, 374), (0, 0, 1))
 
 
 def test_one_component_over_two_lesions_counts_as_a_whole_for_both():
     # a bar of 15 x 4 x 4 = 240 voxels from the start of one lesion to the end of the other, 7 apart; the last slice
-    # holds 16 of its 188 surface voxels, 11 from the lesion at the other end
+    # has 16 of its 188 surface voxels, 11 from the lesion at the other end
     expect(mask((2, 3, 4, 15, 4, 4)), ONE | mask((13, 3, 4)), (128 / 304, 11), (2, 0, 0))
 
 
-def test_all_components_over_one_lesion_are_taken_together():
+def test_all_components_that_overlap_a_lesion_are_merged():
     # two slices of 16 voxels each, and a voxel that lies in the dilation only: Dice 2 * 32 / (64 + 33)
     prediction = mask((2, 3, 4, 1, 4, 4), (5, 3, 4, 1, 4, 4), (8, 3, 4, 1, 1, 1))
     result = lesion_scores(prediction, ONE)
@@ -110,7 +110,7 @@ SMALL = mask((30, 3, 4, 5, 5, 2))  # 50 voxels
 
 
 @pytest.mark.parametrize("prediction", [EMPTY, SMALL, mask((30, 3, 8, 1, 1, 1))])
-def test_a_lesion_of_50_voxels_counts_neither_way(prediction):
+def test_a_lesion_of_50_voxels_is_ignored(prediction):
     expect(prediction, SMALL, (1, 0), (0, 0, 0))
     expect(prediction | ONE, SMALL | ONE, (1, 0), (1, 0, 0))
     expect(prediction, SMALL | ONE, (0, 374), (0, 1, 0))
@@ -120,13 +120,13 @@ def test_a_lesion_of_51_voxels_counts():
     expect(EMPTY, SMALL | mask((30, 3, 6, 1, 1, 1)), (0, 374), (0, 1, 0))
 
 
-def test_the_smallest_lesion_is_told_by_its_volume():
+def test_the_smallest_lesion_is_defined_by_volume():
     expect(EMPTY, SMALL, (0, 374), (0, 1, 0), spacing=(1.0, 1.0, 1.1))  # 55 mm^3
     expect(EMPTY, ONE, (1, 0), (0, 0, 0), spacing=(0.9, 0.9, 0.9))  # 46.7 mm^3
     expect(EMPTY, SMALL, (0, 374), (0, 1, 0), smallest=49)
 
 
-def test_no_component_is_too_small_for_a_false_positive():
+def test_a_component_of_one_voxel_is_a_false_positive():
     expect(mask((2, 3, 4, 1, 1, 1)), EMPTY, (0, 374), (0, 0, 1))
 
 
@@ -195,7 +195,7 @@ def brute_force(prediction, target, *, spacing, smallest):
     spacing=st.sampled_from([(1.0, 1.0, 1.0), (0.7, 1.5, 2.0)]),
     smallest=st.sampled_from([0, 8, 50]),
 )
-def test_scores_agree_with_a_search_over_voxels(seed, pieces, spacing, smallest):
+def test_scores_equal_a_brute_force_search(seed, pieces, spacing, smallest):
     rng = np.random.default_rng(seed)
     shape = (20, 14, 8)
     masks = torch.zeros((2, *shape), dtype=torch.bool)
@@ -227,7 +227,7 @@ def test_region_scores_of_other_regions_pass_their_options_on():
     assert ignored == {"lesion_dice_tumour": 1.0, "lesion_hd95_tumour": 0.0}
 
 
-def test_bad_masks_and_spacings_are_named():
+def test_bad_masks_and_spacings_are_reported():
     with pytest.raises(ValueError, match=r"float32.*threshold"):
         lesion_scores(ONE.float(), ONE)
     with pytest.raises(ValueError, match=r"\(40, 16, 12\) and \(3, 40, 16, 12\)"):

@@ -40,7 +40,7 @@ def test_empty_mask_rules(prediction, target, overlap, distance):
 
 def test_hd95_by_hand():
     assert hd95(ONE, mask((4, 6, 3))) == 5.0
-    # 19 of the 21 target voxels are hit, so that the two strays at 2 and 6 straddle the 95th percentile
+    # 19 of 21 target voxels are predicted; the other two, at distances 2 and 6, enclose the 95th percentile
     line = [(0, y, 0) for y in range(19)]
     target = mask(*line, (2, 0, 0), (6, 0, 0), shape=(8, 19, 2))
     assert hd95(mask(*line, shape=(8, 19, 2)), target) == pytest.approx(2.0)
@@ -56,7 +56,7 @@ def test_hd95_is_the_larger_of_both_directions():
     assert hd95(ball, far) == hd95(far, ball) == pytest.approx(0.95 * 8)
 
 
-def test_a_mask_at_the_border_of_the_volume_has_a_surface_there():
+def test_the_border_of_the_volume_is_a_surface():
     full = torch.ones((5, 5, 5), dtype=torch.bool)
     inner = torch.zeros_like(full)
     inner[1:4, 1:4, 1:4] = True
@@ -65,7 +65,7 @@ def test_a_mask_at_the_border_of_the_volume_has_a_surface_there():
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), spacing=st.tuples(*[st.floats(0.5, 3.0)] * 3))
-def test_hd95_agrees_with_a_search_over_all_pairs(seed, spacing):
+def test_hd95_equals_a_brute_force_search(seed, spacing):
     rng = np.random.default_rng(seed)
     masks = [torch.from_numpy(rng.random((7, 6, 5)) < rng.uniform(0.05, 0.9)) for _ in range(2)]
     if not all(bool(one.any()) for one in masks):
@@ -101,7 +101,7 @@ def test_region_scores_name_every_region():
     }
 
 
-def test_bad_masks_are_named():
+def test_bad_masks_are_reported():
     with pytest.raises(ValueError, match=r"float32.*threshold"):
         dice(ONE.float(), ONE)
     with pytest.raises(ValueError, match=r"\(12, 10, 8\) and \(3, 12, 10, 8\)"):

@@ -1,4 +1,4 @@
-"""What files may look like: compressed or not, whatever they are called, in any type that holds their voxels."""
+"""Supported files: compressed or not, with any name, and with any real voxel type."""
 
 import gzip
 import warnings
@@ -45,7 +45,7 @@ def in_pieces(path):
 
 @pytest.mark.parametrize("change", [without_gzip, without_its_suffix, as_nifti2, in_pieces])
 @pytest.mark.parametrize("part", ["t2", "seg"])
-def test_every_reader_takes_the_same_files(tmp_path, write_case, capfd, change, part):
+def test_training_check_and_prediction_read_the_same_files(tmp_path, write_case, capfd, change, part):
     case = write_case("A")
     before = read_case(case)
     change(tmp_path / "A" / f"A_{part}.nii.gz")
@@ -55,7 +55,7 @@ def test_every_reader_takes_the_same_files(tmp_path, write_case, capfd, change, 
     np.testing.assert_array_equal(after.label, before.label)
     np.testing.assert_array_equal(read_label(case), before.label)
     assert check_cases([case]) == check_cases([case], images=False) == []
-    assert capfd.readouterr().err == ""  # nibabel has nothing to complain of
+    assert capfd.readouterr().err == ""  # no warning of nibabel
 
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -63,7 +63,7 @@ RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 @pytest.mark.parametrize(("dtype", "name"), [(np.complex64, "complex64"), (np.complex128, "complex128"), (RGB, "RGB")])
 @pytest.mark.parametrize("part", ["t1ce", "seg"])
-def test_types_that_float32_cannot_hold_are_named(tmp_path, write_case, dtype, name, part):
+def test_types_that_float32_cannot_hold_are_reported(tmp_path, write_case, dtype, name, part):
     case = write_case()
     path = tmp_path / "A" / f"A_{part}.nii.gz"
     save(path, np.ones(SHAPE, dtype=dtype))
@@ -76,7 +76,7 @@ def test_types_that_float32_cannot_hold_are_named(tmp_path, write_case, dtype, n
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint16, np.int64, np.uint64])
-def test_wider_images_are_rounded(tmp_path, write_case, dtype):
+def test_float64_images_are_rounded_to_float32(tmp_path, write_case, dtype):
     case = write_case()
     voxels = np.arange(120).reshape(SHAPE).astype(dtype) * 500 + 7
     save(case.images[2], voxels, dtype=dtype)
@@ -85,7 +85,7 @@ def test_wider_images_are_rounded(tmp_path, write_case, dtype):
 
 
 @pytest.mark.parametrize(("value", "told"), [(1e300, r"1e\+300"), (-1e39, r"1e\+39"), (3e20, r"3e\+20")])
-def test_intensities_beyond_float32_are_named(write_case, value, told):
+def test_intensities_beyond_float32_are_reported(write_case, value, told):
     case = write_case()
     voxels = np.ones(SHAPE)
     voxels[1, 2, 3] = value
@@ -98,8 +98,8 @@ def test_intensities_beyond_float32_are_named(write_case, value, told):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.float64])
-def test_labels_that_float32_would_merge_stay_apart(tmp_path, write_case, dtype):
-    """2^24 and 2^24 + 1 are one number in float32."""
+def test_labels_that_float32_cannot_distinguish_stay_distinct(tmp_path, write_case, dtype):
+    """2^24 and 2^24 + 1 are equal in float32."""
     case = replace(write_case(), scheme=SCHEMES["binary"])
     voxels = np.resize(np.array([0, 2**24, 2**24 + 1], dtype=dtype), SHAPE)
     save(case.label, voxels, dtype=dtype)
@@ -110,36 +110,36 @@ def test_labels_that_float32_would_merge_stay_apart(tmp_path, write_case, dtype)
 
 
 @pytest.mark.parametrize("stored", [np.uint8, np.int16, np.int32])
-def test_labels_that_a_slope_has_rounded_are_read(write_case, stored):
+def test_labels_rounded_by_a_slope_are_read(write_case, stored):
     case = write_case()
     header = nibabel.Nifti1Header()
     header.set_data_dtype(stored)
-    for _ in range(3):  # read and saved again
+    for _ in range(3):  # repeatedly read and saved
         image = nibabel.Nifti1Image(LABELS.astype(np.float64), np.eye(4), header)
         nibabel.save(image, case.label)
-    if stored is not np.int32:  # whose steps are too small to be seen
+    if stored is not np.int32:  # its steps are too small to matter
         assert not np.array_equal(nibabel.load(case.label).get_fdata(), LABELS)
     np.testing.assert_array_equal(read_label(case), LABELS)
     assert check_cases([case], images=False) == []
 
 
 @pytest.mark.parametrize("value", [np.nextafter(np.float32(2), np.float32(0)), 1.9999, 2.0015])
-def test_labels_that_arithmetic_has_rounded_are_read(write_case, value):
+def test_labels_rounded_by_float_arithmetic_are_read(write_case, value):
     case = write_case()
     save(case.label, np.where(LABELS == 2, value, LABELS).astype(np.float32))
     np.testing.assert_array_equal(read_label(case), LABELS)
 
 
 @pytest.mark.parametrize("value", [1 / 255, 1 / 65535, 0.5, 0.98, 1.02])
-def test_what_is_farther_from_an_integer_is_no_label(write_case, value):
-    """A mask that was divided by its largest value must not be read as an empty one."""
+def test_values_far_from_an_integer_are_not_labels(write_case, value):
+    """A mask divided by its largest value must not be read as empty."""
     case = write_case()
     save(case.label, np.where(LABELS > 0, value, 0).astype(np.float32))
     with pytest.raises(DataError, match=rf"holds the labels 0, {np.float32(value):g}, and scheme brats2021"):
         read_label(case)
 
 
-def test_one_step_of_a_slope_is_no_rounding(write_case):
+def test_a_whole_step_of_a_slope_is_not_rounding(write_case):
     """A mask of bytes 0 and 1 whose header divides by 255."""
     case = write_case()
     image = nibabel.Nifti1Image((LABELS > 0).astype(np.uint8), np.eye(4))
@@ -149,8 +149,8 @@ def test_one_step_of_a_slope_is_no_rounding(write_case):
         read_label(case)
 
 
-def test_a_number_that_is_no_label_does_not_look_like_one(write_case):
-    """Six digits of it would."""
+def test_messages_do_not_round_a_wrong_label_to_an_integer(write_case):
+    """With six digits the value would look like an integer."""
     case = write_case()
     save(case.label, np.where(LABELS == 4, 1000000.125, LABELS).astype(np.float64))
     with pytest.raises(DataError, match=r"holds the labels 0, 1, 2, 1000000\.125, and scheme brats2021"):
@@ -169,7 +169,7 @@ def test_a_number_that_is_no_label_does_not_look_like_one(write_case):
         (0, 1, 0.03, "0.12 mm against that of A_t1.nii.gz"),
     ],
 )
-def test_affines_are_compared_by_what_they_move(write_case, part, row, column, change, fault):
+def test_affines_are_compared_by_the_displacement_of_voxels(write_case, part, row, column, change, fault):
     affine = np.eye(4)
     affine[row, column] += change
     found = inspect_case(write_case(affines={part: affine})).faults
@@ -179,7 +179,7 @@ def test_affines_are_compared_by_what_they_move(write_case, part, row, column, c
         assert len(found) == 1 and f"has an affine that moves voxels by up to {fault}" in found[0]
 
 
-def test_a_move_counts_by_the_size_of_the_voxels(write_case):
+def test_displacement_is_relative_to_the_voxel_size(write_case):
     thick, moved = np.diag([1, 1, 6.5, 1.0]), np.diag([1, 1, 6.5, 1.0])
     moved[2, 3] = 0.5  # mm, of 6.5
     affines = dict.fromkeys(("t1", "t1ce", "t2", "flair"), thick) | {"seg": moved}

@@ -22,7 +22,7 @@ LPS = np.array([[-0.8, 0, 0, 30], [0, -1.0, 0, 40], [0, 0, 2.5, -9], [0, 0, 0, 1
 
 
 def stored(volume, codes):
-    """A volume in LPS as nibabel would store it along other axes."""
+    """An LPS volume stored along other axes."""
     image = nibabel.Nifti1Image(volume, LPS)
     return image.as_reoriented(ornt_transform(io_orientation(LPS), axcodes2ornt(codes)))
 
@@ -44,12 +44,12 @@ def write(tmp_path):
     return cases
 
 
-def test_there_are_48():
+def test_there_are_48_orientations():
     assert len(set(EVERY)) == 48
 
 
 @pytest.mark.parametrize("spacing", [None, (1.6, 1.0, 1.25)])
-def test_volumes_do_not_depend_on_how_they_are_stored(write, spacing):
+def test_volumes_are_equal_for_all_stored_orientations(write, spacing):
     expected = Volumes(write("LPS"), spacing=spacing)[0]
     for codes in EVERY:
         if codes == "LPS":
@@ -61,13 +61,13 @@ def test_volumes_do_not_depend_on_how_they_are_stored(write, spacing):
         torch.testing.assert_close(item["image"], expected["image"], rtol=1e-5, atol=1e-5)
         assert item["image_spacing"] == pytest.approx(expected["image_spacing"])
         assert item["start"] == expected["start"] and item["cropped"] == expected["cropped"]
-        if spacing is None:  # and back again, voxel by voxel, as stored
+        if spacing is None:  # undo returns the stored voxels
             found = restore(regions(item["label"], scheme=volumes.scheme), item)
             assert torch.equal(found, volumes.truth(0).bool()), codes
 
 
-def test_a_prediction_lies_where_the_tumour_does(write, tmp_path):
-    """In millimetres, by the written file's own affine."""
+def test_restored_predictions_match_the_label_on_the_original_grid(write, tmp_path):
+    """Compares positions in millimetres by the affine of the written file."""
     places = []
     for codes in ("LPS", "RAS", "SAL"):
         (case,) = write(codes)
@@ -90,7 +90,7 @@ def test_apply_and_undo_are_inverse(codes):
     assert orientation.reorder(volume.shape[1:]) == tuple(orientation.apply(volume).shape[1:])
 
 
-def test_an_oblique_scan_is_turned_to_the_nearest_axes():
+def test_an_oblique_scan_is_reoriented_to_the_nearest_axes():
     angle = np.deg2rad(20)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     affine = np.eye(4)

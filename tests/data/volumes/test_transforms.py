@@ -37,7 +37,7 @@ def test_preprocess_crops_to_the_brain_and_normalises_each_modality():
 
 
 def drawn(count, **settings):
-    """Crops of a volume whose only tumour voxel sits in the middle and whose image holds each voxel's index."""
+    """Crops of a volume with one tumour voxel in the middle, whose image is the index of each voxel."""
     image = torch.arange(16.0**3).reshape(1, 16, 16, 16).repeat(4, 1, 1, 1)
     label = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
     label[0, 8, 8, 8] = 2
@@ -46,7 +46,7 @@ def drawn(count, **settings):
 
 
 @pytest.mark.parametrize(("foreground", "low", "high"), [(0.0, 0.0, 0.15), (1 / 3, 0.2, 0.5), (1.0, 1.0, 1.0)])
-def test_the_stated_fraction_of_crops_holds_tumour(foreground, low, high):
+def test_foreground_is_the_fraction_of_crops_with_tumour(foreground, low, high):
     hits = [bool(item["label"].any()) for item in drawn(60, foreground=foreground)]
     assert low <= sum(hits) / len(hits) <= high
 
@@ -106,7 +106,7 @@ def test_full_augmentation_keeps_shapes_and_dtypes_and_changes_more():
         assert crop["image"].shape == (2, 12, 12, 12) and crop["image"].dtype == torch.float32
         assert crop["label"].shape == (1, 12, 12, 12) and crop["label"].dtype == torch.uint8
         assert set(crop["label"].unique().tolist()) <= set(range(5))
-        # what flips alone leave has the same values
+        # flips alone keep the values
         changed += not torch.equal(crop["image"].flatten().sort()[0], image.flatten().sort()[0])
     assert 20 <= changed < 40
     (light,) = augment((12, 12, 12), intensity=0.0).set_random_state(0)(item)
@@ -115,7 +115,7 @@ def test_full_augmentation_keeps_shapes_and_dtypes_and_changes_more():
         augment((12, 12, 12), augmentation="heavy")
 
 
-def test_each_part_of_full_augmentation_has_its_dose():
+def test_each_part_of_full_augmentation_stays_in_its_range():
     image = torch.zeros(1, 24, 24, 24)
     image[:, 12, 12, 12] = 1.0
     (noise, blur), gamma = (
@@ -128,8 +128,8 @@ def test_each_part_of_full_augmentation_has_its_dose():
     stds = [noise({"image": torch.zeros(1, 24, 24, 24)})["image"].std().item() for _ in range(20)]
     assert min(stds) > 0 and 0.06 < max(stds) < 0.101
     peaks = [blur({"image": image})["image"].max().item() for _ in range(20)]
-    narrow, wide = (math.erf(0.5 / sigma / math.sqrt(2)) ** 3 for sigma in (0.5, 1.0))  # of a voxel's Gaussian
-    assert wide * 0.98 <= min(peaks) < max(peaks) <= narrow * 1.02
+    narrow, broad = (math.erf(0.5 / sigma / math.sqrt(2)) ** 3 for sigma in (0.5, 1.0))  # of a voxel's Gaussian
+    assert broad * 0.98 <= min(peaks) < max(peaks) <= narrow * 1.02
     ramp = torch.linspace(-1, 1, 1000).reshape(1, 10, 10, 10)
     for _ in range(10):
         after = gamma[0]({"image": ramp})["image"]
@@ -139,7 +139,7 @@ def test_each_part_of_full_augmentation_has_its_dose():
 
 
 def ball(size, spacing, *, centre=(0.0, 0.0, 0.0), radius):
-    """(1, *size), whether each voxel is within `radius` mm of `centre`, which is mm from the middle of the volume."""
+    """(1, *size): whether a voxel is within `radius` mm of `centre`, given in mm from the middle of the volume."""
     axes = [(torch.arange(n) - (n - 1) / 2) * mm - at for n, mm, at in zip(size, spacing, centre)]
     return (sum(axis**2 for axis in torch.meshgrid(*axes, indexing="ij")) < radius**2)[None]
 
@@ -150,22 +150,22 @@ def turned(item, *, spacing, seed=0, **settings):
 
 
 def wrong_after(sphere, *, spacing, seed):
-    """The share of a ball's voxels that a rotation of up to 60 degrees changes."""
+    """The fraction of a ball's voxels that a rotation of up to 60 degrees changes."""
     item = {"image": sphere.float(), "label": sphere.to(torch.uint8)}
     after = turned(item, spacing=spacing, seed=seed, degrees=60, zoom=0.0)
     assert after["label"].dtype == torch.uint8
     return ((after["label"].bool() != sphere).sum() / sphere.sum()).item()
 
 
-def test_a_ball_stays_one_under_rotation_whatever_the_voxels():
+def test_a_ball_stays_a_ball_under_rotation_for_any_spacing():
     spacing = (0.5, 1.0, 2.0)
     sphere = ball((80, 40, 20), spacing, radius=17.0)
     assert all(wrong_after(sphere, spacing=spacing, seed=seed) < 0.08 for seed in range(5))
-    # were voxels taken for cubes, it would not
+    # this fails if voxels are treated as cubes
     assert all(wrong_after(sphere, spacing=(1, 1, 1), seed=seed) > 0.2 for seed in range(5))
 
 
-def test_rotations_move_image_and_label_to_where_mathematics_says():
+def test_rotations_move_image_and_label_by_the_rotation_matrix():
     spacing, size, centre = (1.0, 1.0, 2.0), (48, 48, 24), (9.0, -6.0, 4.0)
     small = ball(size, spacing, centre=centre, radius=8.0)
     item = {"image": small.float(), "label": small.to(torch.uint8)}
@@ -194,14 +194,14 @@ def test_no_rotation_and_no_zoom_change_nothing():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_rotation_about_one_axis(axis):
+def test_rotation_about_one_axis_by_hand(axis):
     angles = [0.0, 0.0, 0.0]
     angles[axis] = math.pi / 2
     matrix = rotation(angles)
     kept = torch.eye(3, dtype=torch.float64)[axis]
     assert torch.allclose(matrix @ kept, kept)
     assert torch.allclose(matrix @ matrix.T, torch.eye(3, dtype=torch.float64)) and torch.linalg.det(matrix) > 0
-    assert (matrix.abs().round() - torch.eye(3)).abs().sum() == 4  # the two others are exchanged
+    assert (matrix.abs().round() - torch.eye(3)).abs().sum() == 4  # the other two axes are exchanged
 
 
 def test_rotations_compose_in_the_order_of_the_axes():
@@ -217,12 +217,12 @@ def test_rotations_compose_in_the_order_of_the_axes():
         ((10, 10, 10), (1, 1, 1), (2, 4, 100), (5, 2, 1)),
     ],
 )
-def test_a_grid_covers_what_it_covered(size, spacing, target, expected):
+def test_grid_size_keeps_the_extent_in_millimetres(size, spacing, target, expected):
     assert grid_size(size, spacing=spacing, target=target) == expected
 
 
 @pytest.mark.parametrize("factors", [(2, 2, 2), (0.5, 0.5, 0.5), (1, 2, 0.5), (3, 1, 1)])
-def test_resampling_agrees_with_pytorch_where_both_are_defined(factors):
+def test_resampling_agrees_with_interpolate_of_pytorch(factors):
     generator = torch.Generator().manual_seed(0)
     volume = torch.randn(2, 12, 12, 12, generator=generator)
     size = [int(12 / factor) for factor in factors]
@@ -230,7 +230,7 @@ def test_resampling_agrees_with_pytorch_where_both_are_defined(factors):
     assert torch.allclose(resample(volume, size=size, step=factors), expected, atol=1e-5)
 
 
-def test_a_ramp_is_resampled_to_its_values_in_millimetres():
+def test_resampling_keeps_a_linear_ramp():
     spacing, target, size = (0.8, 1.5, 6.0), (1.0, 1.0, 1.0), (40, 30, 9)
     axes = [(torch.arange(n, dtype=torch.float64) - (n - 1) / 2) * mm for n, mm in zip(size, spacing)]
     ramp = sum(weight * axis for weight, axis in zip((1, 10, 100), torch.meshgrid(*axes, indexing="ij")))
@@ -244,7 +244,7 @@ def test_a_ramp_is_resampled_to_its_values_in_millimetres():
     assert torch.allclose(resample(ramp, size=new, step=step), expected)
 
 
-def test_labels_are_resampled_to_values_that_they_have():
+def test_resampled_labels_have_only_original_values():
     label = torch.zeros(1, 6, 6, 6, dtype=torch.uint8)
     label[:, :3], label[:, 3:] = 1, 4
     finer = resample(label, size=(12, 12, 12), step=(0.5, 0.5, 0.5), nearest=True)
@@ -252,7 +252,7 @@ def test_labels_are_resampled_to_values_that_they_have():
     assert torch.equal(finer[:, ::2, ::2, ::2], label) and torch.equal(finer[:, 1::2, 1::2, 1::2], label)
 
 
-def test_the_same_grid_is_the_same_tensor():
+def test_resampling_to_the_same_grid_returns_the_same_tensor():
     volume = torch.randn(1, 4, 5, 6)
     assert resample(volume, size=(4, 5, 6), step=(1, 1.00001, 1)) is volume
     wider = resample(torch.arange(10.0).reshape(1, 10, 1, 1), size=(10, 1, 1), step=(1.04, 1, 1)).flatten()

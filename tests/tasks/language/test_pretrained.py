@@ -10,11 +10,11 @@ import huggingface_hub
 import transformers
 
 from memsave.config import ConfigError
-from memsave.data.text.records import public_records
+from memsave.data.text.visits import public_records
+from memsave.progress import Progress
 from memsave.tasks.language.pretrained import LanguageModel
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.smollm2 import SmolLM2, converted_smollm2
-from memsave.training.progress import Progress
 
 SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
 

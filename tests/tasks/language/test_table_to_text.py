@@ -12,11 +12,12 @@ from memsave.config.schema import TrainerConfig
 from memsave.data.loader import Index, shuffled
 from memsave.data.text.collate import collate, encode, encode_all, prompts
 from memsave.data.text.config import VisitsData
-from memsave.data.text.records import Record, private_records, public_records
+from memsave.data.text.records import Record
+from memsave.data.text.visits import private_records, public_records
 from memsave.models.language import causal_lm_losses
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.table_to_text import TableToText
-from tests.ghost.reference import assert_exact
+from tests.support.per_example_reference import assert_exact
 
 SIZES = SmallGPT2(layers=2, heads=2, width=16, vocabulary=400, positions=200)
 

@@ -18,17 +18,8 @@ from memsave.tasks.segmentation.inference import predict, without_small
 from memsave.tasks.segmentation.losses import region_losses, supervised_losses
 from memsave.tasks.segmentation.task import interval
 from memsave.training.loop import first_batch, make_state, run_steps
-from tests.data.volumes.test_layouts import SHAPE, decathlon
-
-TINY = [
-    "experiment=brats_rev",
-    "data.cases=4",
-    "data.size=[32,32,24]",
-    "data.crop_size=[16,16,16]",
-    "model.channels=[8,16]",
-    "model.blocks=[1,1]",
-    "model.expansion=2",
-]
+from tests.support.tiny_configs import TINY_UNET
+from tests.support.volume_files import SHAPE, decathlon
 
 
 def test_loss_by_hand():
@@ -75,7 +66,7 @@ def test_the_fingerprint_is_of_the_order_of_modalities(tmp_path):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
-    return lambda *overrides: to_objects(compose([*TINY, *overrides]))
+    return lambda *overrides: to_objects(compose([*TINY_UNET, *overrides]))
 
 
 def test_cases_that_are_used_for_nothing_are_counted_and_told(tiny, tmp_path):
@@ -200,7 +191,7 @@ FOLDER = ["data=brats", "data.layout=folder", "data.modalities=[t1ce]", "data.cr
 
 
 def brats(tmp_path, *overrides):
-    own = [each for each in TINY if not each.startswith("data.")]
+    own = [each for each in TINY_UNET if not each.startswith("data.")]
     return to_objects(compose([*own, *FOLDER, f"data.root={tmp_path}", *overrides]))
 
 

@@ -1,1 +1,1 @@
-"""Synthetic heads with tumours, generated once and cached as NIfTI files in the BraTS 2021 layout."""
+"""Synthetic heads with tumours, generated once and cached as NIfTI files in the layout of BraTS 2021."""

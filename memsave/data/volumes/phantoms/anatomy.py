@@ -1,10 +1,11 @@
-"""The anatomy of a drawn head: ellipsoids, and a cortex folded by a random field.
+"""Anatomy of a drawn head: ellipsoids, and a cortex folded by a random field.
 
-Tissue follows from ellipsoids in millimetres and from a cortical depth
+Ellipsoids in millimetres and the cortical depth e determine the tissue at a point p,
 
     e(p) = min(depth below the surface, distance to the nearest sulcus, distance to the midline fissure)
 
-(liquor where e < 1 mm, grey matter up to 4 mm, white matter below); sulci are the zero set of a smooth random field.
+with cerebrospinal fluid for e < 1 mm, grey matter up to 4 mm and white matter below. The sulci are the zero set of a
+smooth random field.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ from memsave.data.volumes.phantoms.synthesis import CODE, Anatomy, Head, add_les
 
 Vector = tuple[float, float, float]
 
-# Parts of the brain's outline: centre and radii in mm, the lower radius in z, and how far its folds reach down.
+# Parts of the brain's outline: centre and radii in mm, the lower radius in z, and the depth of the folds.
 _OUTLINE: tuple[tuple[Vector, Vector, float, float], ...] = (
     ((0, 0, 4), (67, 85, 60), 32, 21),  # cerebrum
     ((36, -16, -22), (26, 38, 24), 24, 13),  # temporal lobes
@@ -22,7 +23,7 @@ _OUTLINE: tuple[tuple[Vector, Vector, float, float], ...] = (
     ((0, 46, -34), (50, 32, 24), 26, 12),  # cerebellum
     ((0, 16, -40), (13, 13, 34), 34, 0),  # brainstem
 )
-# Structures inside, each laid over those before it: tissue, centre, radii, and whether the other side has one too.
+# Inner structures; each overwrites the previous ones: tissue, centre, radii, and whether there is one on each side.
 _INSIDE: tuple[tuple[str, Vector, Vector, bool], ...] = (
     ("deep", (12, 8, 5), (9, 15, 10), True),  # thalamus
     ("deep", (27, -6, 5), (6, 17, 11), True),  # putamen
@@ -38,7 +39,7 @@ _INSIDE: tuple[tuple[str, Vector, Vector, bool], ...] = (
 
 
 def drawn_head(points: np.ndarray, *, rng: Generator, scale: float) -> Head:
-    """The head at points (3, X, Y, Z)."""
+    """The head at points (3, X, Y, Z) in mm."""
     folds = np.abs(smooth_field(rng, points.shape[1:], spacing=8 * scale))
     fine_folds = np.abs(smooth_field(rng, points.shape[1:], spacing=max(5.0 * scale, 1.0)))
     depth = np.full(points.shape[1:], -1.0, dtype=np.float32)
@@ -54,11 +55,11 @@ def drawn_head(points: np.ndarray, *, rng: Generator, scale: float) -> Head:
     tissue = np.full(points.shape[1:], CODE["white"], dtype=np.uint8)
     tissue[cortex < 4.2] = CODE["grey"]
     tissue[cortex < 1.1] = CODE["csf"]
-    wide = rng.uniform(0.8, 1.35)  # ventricles widen with age
+    widening = rng.uniform(0.8, 1.35)  # ventricles widen with age
     ventricle = np.full(points.shape[1:], np.inf, dtype=np.float32)
     for name, centre, radii, paired in _INSIDE:
         folded = np.stack([np.abs(points[0]), points[1], points[2]]) if paired else points
-        level = _level(folded, centre=centre, radii=radii) / (wide if name == "ventricle" else 1.0)
+        level = _level(folded, centre=centre, radii=radii) / (widening if name == "ventricle" else 1.0)
         tissue[level < 1] = CODE[name]
         if name == "ventricle" and paired:
             ventricle = np.minimum(ventricle, level)
@@ -69,7 +70,7 @@ def drawn_head(points: np.ndarray, *, rng: Generator, scale: float) -> Head:
 
 
 def _level(points: np.ndarray, *, centre: Vector, radii: Vector, lower: float | None = None) -> np.ndarray:
-    """The distance from an ellipsoid's centre in units of its radius: 1 on the surface."""
+    """The distance from an ellipsoid's centre relative to its radius: 1 on the surface."""
     total = np.zeros(points.shape[1:], dtype=np.float32)
     for axis in range(3):
         offset = (points[axis] - np.float32(centre[axis])) / np.float32(radii[axis])

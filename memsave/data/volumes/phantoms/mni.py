@@ -1,12 +1,11 @@
-"""Real anatomy: the grey and white matter of the MNI152 template, as nilearn's wheel carries it.
+"""Real anatomy: the grey and white matter of the MNI152 template, which the package nilearn contains.
 
 The template is the average of 152 heads, registered nonlinearly at 1 mm and made symmetric (ICBM 2009a; Fonov et al.,
-NeuroImage 2011). What is neither grey nor white is liquor, whose fraction c becomes
+NeuroImage 2011). The rest is cerebrospinal fluid (CSF), whose fraction c is replaced by
 
     c^(gamma (1 + f/4)),    gamma ~ U(0.6, 1),    f a smooth random field,
 
-so that each head has sulci and ventricles of its own width. With the deformation that `synthesis` samples it through, a
-template that is the same on both sides gives heads that are not.
+so that heads differ in the width of sulci and ventricles. The deformation in `synthesis` makes heads asymmetric.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from memsave.data.volumes.phantoms.synthesis import CODE, Anatomy, Head, add_les
 
 MIDDLE = (98.0, 117.0, 82.5)  # the template's voxel at the origin of points
 _VENTRICLES = ((90, 142, 90), (106, 142, 90))  # a voxel in the frontal horn of each lateral ventricle
-_FAR = 30.0  # mm from a ventricle, beyond which it does not matter
+_FAR = 30.0  # mm; larger distances from a ventricle have no effect
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class _Template:
     grey: np.ndarray  # fraction
     white: np.ndarray
     inside: np.ndarray  # 1 in the brain
-    ventricle: np.ndarray  # mm from a lateral ventricle, at most _FAR
+    ventricle: np.ndarray  # distance in mm from a lateral ventricle, at most _FAR
 
 
 def mni_head(points: np.ndarray, *, rng: Generator, scale: float) -> Head:
-    """The head at points (3, X, Y, Z) in mm; ModuleNotFoundError without nilearn."""
+    """The head at points (3, X, Y, Z) in mm; ModuleNotFoundError if nilearn is not installed."""
     from scipy import ndimage
 
     template = _template()
@@ -46,11 +45,11 @@ def mni_head(points: np.ndarray, *, rng: Generator, scale: float) -> Head:
     brain = sample(template.inside) > 0.5
     grey, white, far = sample(template.grey), sample(template.white), sample(template.ventricle)
     solid = grey + white
-    liquor = np.clip(1 - solid, 0, 1)
+    csf = np.clip(1 - solid, 0, 1)
     width = rng.uniform(0.6, 1.0) * (1 + smooth_field(rng, brain.shape, spacing=max(9 * scale, 1.0)).clip(-2, 2) / 4)
-    liquor = liquor**width
-    shrunk = (1 - liquor) / np.maximum(solid, 1e-3)
-    mixture = np.stack([liquor, grey * shrunk, white * shrunk])
+    csf = csf**width
+    shrunk = (1 - csf) / np.maximum(solid, 1e-3)
+    mixture = np.stack([csf, grey * shrunk, white * shrunk])
     tissue = np.array([CODE["csf"], CODE["grey"], CODE["white"]], dtype=np.uint8)[mixture.argmax(axis=0)]
     tissue[(tissue == CODE["csf"]) & (far < 3)] = CODE["ventricle"]
     add_lesions(tissue, 1 + far / 8, rng=rng, scale=scale)

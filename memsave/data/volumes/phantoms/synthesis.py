@@ -1,15 +1,15 @@
 """A synthetic head with a tumour: four MR modalities and a label map on one voxel grid.
 
 A head is sampled at the voxels, in millimetres (x to the left, y to the back, z up, the origin in the middle of the
-brain), through a random smooth deformation; `anatomy` and `mni` say which tissue is where. A tumour is a pair of warped
-spheres: tissue shifts away from it (mass effect), the inner sphere is necrosis within an enhancing rim, the outer one
-edema that spares the ventricles and part of the cortex. An image is
+brain), through a random smooth deformation; `anatomy` and `mni` define the tissue at each point. A tumour is a pair of
+warped spheres that displaces tissue (mass effect): the inner sphere is necrosis within an enhancing rim, the outer one
+is edema, which excludes the ventricles and part of the cortex. An image is
 
     I_m = gain_m * bias_m * | blur(contrast_m[tissue]) + n1 + i n2 |,    n1, n2 ~ N(0, sigma_m)    (Rician noise)
 
-inside the brain and exactly 0 outside, as after skull stripping; where a head knows fractions of liquor, grey and white
-matter, their contrasts are mixed. Chronic white-matter lesions are bright on FLAIR, ventricles on T2, vessels and
-choroid plexus on T1ce: no threshold on one modality finds the tumour.
+inside the brain and exactly 0 outside, as after skull stripping. If a head has fractions of CSF, grey and white matter,
+their contrasts are mixed. Chronic white-matter lesions are bright on FLAIR, ventricles on T2, vessels and choroid
+plexus on T1ce, so no threshold on a single modality finds the tumour.
 """
 
 from collections.abc import Callable
@@ -40,30 +40,30 @@ LABELS = {"necrosis": 1, "edema": 2, "enhancing": 4}
 
 @dataclass(frozen=True)
 class Head:
-    """What is where, before any tumour."""
+    """The tissue of a head without a tumour."""
 
-    tissue: np.ndarray  # (X, Y, Z) uint8: CODE of the tissue that there is most of
+    tissue: np.ndarray  # (X, Y, Z) uint8: CODE of the most frequent tissue
     brain: np.ndarray  # (X, Y, Z) bool
-    mixture: np.ndarray | None = None  # (3, X, Y, Z) float32: fractions of liquor, grey and white matter
+    mixture: np.ndarray | None = None  # (3, X, Y, Z) float32: fractions of CSF, grey and white matter
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A kind of head: `head(points, rng=..., scale=...)` says what is where at points (3, X, Y, Z) in mm."""
+    """A kind of head: `head(points, rng=..., scale=...)` returns the tissue at points (3, X, Y, Z) in mm."""
 
     half_extent: tuple[float, float, float]
-    """The millimetres that the brain, deformed, may reach from the middle of the grid."""
+    """The largest distances in mm of the deformed brain from the middle of the grid."""
     head: Callable[..., Head]
 
 
 @dataclass(frozen=True)
 class Tumour:
-    """What is drawn by lot for one tumour, in mm."""
+    """The random parameters of one tumour, in mm."""
 
     centre: np.ndarray
     radius: float  # of edema
     core: float  # of necrosis and rim
-    rim: float  # thickness of the enhancing rim; 0 where nothing enhances
+    rim: float  # thickness of the enhancing rim; 0 without enhancement
     push: float  # mass effect, as a fraction of the distance to the centre
 
 
@@ -72,7 +72,7 @@ def synthesise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One head on a grid of `size` voxels: image (4, X, Y, Z) int16 and label (X, Y, Z) uint8.
 
-    The head keeps its proportions and fills the grid, but is never larger than one voxel per millimetre allows.
+    The head keeps its proportions and fills the grid, with at most one voxel per millimetre.
     """
     extent = 2 * np.array(anatomy.half_extent)
     scale = min(1.0, *(np.array(size) / extent))  # voxels per mm
@@ -86,16 +86,16 @@ def synthesise(
     for name, value in LABELS.items():
         label[head.brain & (head.tissue == CODE[name])] = value
     slack = [int(rng.integers(0, free + 1)) // 2 + free // 4 for free in np.subtract(size, box).tolist()]
-    place = tuple(slice(start, start + length) for start, length in zip(slack, box))
+    inside = tuple(slice(start, start + length) for start, length in zip(slack, box))
     image_out, label_out = np.zeros((4, *size), dtype=np.int16), np.zeros(size, dtype=np.uint8)
-    image_out[:, *place], label_out[place] = image, label
+    image_out[:, *inside], label_out[inside] = image, label
     return image_out, label_out
 
 
 def smooth_field(rng: Generator, shape: tuple[int, ...], *, spacing: float) -> np.ndarray:
     """A random field of zero mean and unit variance on `shape`: cubic B-splines on a lattice `spacing` voxels apart.
 
-    The spline is separable, so a field costs three matrix products and no interpolation voxel by voxel.
+    The spline is separable, so a field takes three matrix products instead of an interpolation at each voxel.
     """
     weights = []
     for length in shape:
@@ -110,14 +110,14 @@ def smooth_field(rng: Generator, shape: tuple[int, ...], *, spacing: float) -> n
 
 
 def _grid(box: tuple[int, ...], *, scale: float) -> np.ndarray:
-    """Millimetre coordinates of the voxels, (3, X, Y, Z); the outline is not symmetric in z, its middle is."""
+    """Coordinates (3, X, Y, Z) of the voxels in mm; z is shifted because the brain's outline is not symmetric in z."""
     axes = [(np.arange(length, dtype=np.float32) - (length - 1) / 2) / np.float32(scale) for length in box]
     axes[2] -= 5
     return np.stack(np.meshgrid(*axes, indexing="ij"))
 
 
 def _deform(points: np.ndarray, *, rng: Generator, scale: float) -> np.ndarray:
-    """A head of its own: another size and tilt, then smooth warps of 3 mm and 1 mm."""
+    """Deform the points of a head: random size and tilt, then smooth warps of 2.5 mm and 1 mm."""
     matrix = np.diag(rng.uniform(1.0, 1.1, 3)) + rng.normal(0, 0.025, (3, 3))
     points = np.tensordot(matrix.astype(np.float32), points, axes=1)
     for axis in range(3):
@@ -127,7 +127,7 @@ def _deform(points: np.ndarray, *, rng: Generator, scale: float) -> np.ndarray:
 
 
 def _draw_tumour(rng: Generator, *, voxel: float, enhancing: bool) -> Tumour:
-    """Somewhere in the white matter of one hemisphere; no part is thinner than the voxels can show."""
+    """Draw a tumour in the white matter of one hemisphere; no part is thinner than the voxels resolve."""
     direction = rng.normal(size=3)
     direction *= rng.uniform(0.3, 1) ** (1 / 3) / np.linalg.norm(direction)
     centre = np.array([0.0, 0.0, 14.0]) + direction * np.array([38.0, 52.0, 26.0])
@@ -139,14 +139,14 @@ def _draw_tumour(rng: Generator, *, voxel: float, enhancing: bool) -> Tumour:
 
 
 def _push(points: np.ndarray, *, tumour: Tumour) -> np.ndarray:
-    """Where the tissue now at `points` came from: nearer to the tumour's centre."""
+    """The positions before the mass effect of the tissue now at `points`: closer to the tumour's centre."""
     away = points - tumour.centre[:, None, None, None]
     near = np.exp(-(away**2).sum(axis=0) / (1.3 * tumour.radius) ** 2)
     return points - np.float32(tumour.push) * near * away
 
 
 def add_lesions(tissue: np.ndarray, ventricle: np.ndarray, *, rng: Generator, scale: float) -> None:
-    """Chronic white-matter lesions of small vessels: caps around the ventricles and spots, many in some heads."""
+    """Add chronic white-matter lesions: caps around the ventricles, and spots, of which some heads have many."""
     load = rng.uniform(0, 1) ** 2
     spots = smooth_field(rng, tissue.shape, spacing=max(4.5 * scale, 1.0)) + np.exp(-2 * (ventricle - 1))
     tissue[(tissue == CODE["white"]) & (spots > 4.2 - 1.4 * load)] = CODE["lesion"]
@@ -160,10 +160,12 @@ def _add_tumour(tissue: np.ndarray, points: np.ndarray, *, tumour: Tumour, rng: 
     cells = smooth_field(rng, shape, spacing=max(4.0 * scale, 1.0))
     core = distance * (1 + 0.12 * np.clip(lobes, -2, 2)) + 0.3 * np.clip(cells, -2, 2)
     reach = distance * (1 + 0.13 * np.clip(fingers, -2, 2))
-    # edema runs along white matter and comes to a halt in the cortex; the sulci within it are swollen shut
+    # edema follows white matter and stops in the cortex; swelling closes the sulci within it
     reach = np.where(tissue == CODE["grey"], reach * 1.2, reach)
     reach = np.where(tissue == CODE["deep"], reach * 1.1, reach)
-    reach += np.maximum(-np.sign(tumour.centre[0]) * points[0], 0)  # the other side is reached through the callosum
+    reach += np.maximum(
+        -np.sign(tumour.centre[0]) * points[0], 0
+    )  # edema reaches the other hemisphere only through the corpus callosum
     tissue[(reach < tumour.radius) & (tissue != CODE["ventricle"]) & (tissue != CODE["vessel"])] = CODE["edema"]
     tissue[core < tumour.core] = CODE["necrosis"]
     thickness = tumour.rim * (1 + 0.45 * np.clip(fingers + 0.5 * cells, -1.6, 2))
@@ -171,13 +173,13 @@ def _add_tumour(tissue: np.ndarray, points: np.ndarray, *, tumour: Tumour, rng: 
 
 
 def _acquire(head: Head, *, rng: Generator, scale: float) -> np.ndarray:
-    """The four images (4, X, Y, Z) int16 of a head, as four different acquisitions would show it."""
+    """The four images (4, X, Y, Z) int16 of a head, each with its own contrast, bias field, gain and noise."""
     from scipy import ndimage
 
     tissue, brain = head.tissue, head.brain
     table = np.array(list(CONTRAST.values()), dtype=np.float32)  # (tissues, 4)
     table *= rng.normal(1, 0.035, table.shape).clip(0.92, 1.08).astype(np.float32)
-    strength = rng.uniform(0.7, 1.0)  # of edema, from faint to full; the same on T2 and FLAIR
+    strength = rng.uniform(0.7, 1.0)  # contrast of edema, the same on T2 and FLAIR
     white, edema = CODE["white"], CODE["edema"]
     table[edema] = table[white] + strength * (table[edema] - table[white])
     mottle = smooth_field(rng, tissue.shape, spacing=max(7 * scale, 1.0))
@@ -195,5 +197,5 @@ def _acquire(head: Head, *, rng: Generator, scale: float) -> np.ndarray:
         sigma, gain = rng.uniform(0.02, 0.04), np.exp(rng.uniform(np.log(150), np.log(1500)))
         noise = sigma * rng.standard_normal((2, signal.size), dtype=np.float32)
         magnitude = gain * bias * np.hypot(signal + noise[0], noise[1])
-        images[modality][brain] = np.clip(np.rint(magnitude), 1, 32767)  # 0 is reserved for outside
+        images[modality][brain] = np.clip(np.rint(magnitude), 1, 32767)  # 0 is reserved for voxels outside the brain
     return images

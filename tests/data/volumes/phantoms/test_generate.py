@@ -48,7 +48,7 @@ def test_the_core_lies_inside_the_whole_tumour():
     _, label = draw(0, 1, size=(64, 64, 56))
     wt, tc, et = regions(torch.from_numpy(label)).numpy()
     assert et.sum() < tc.sum() < wt.sum()
-    # nested as shapes, too: edema touches the core, and what lies just around necrosis is mostly rim
+    # the shapes are nested: edema touches the core, and the surroundings of necrosis are mostly rim
     assert (ndimage.binary_dilation(tc) & wt & ~tc).any()
     around = ndimage.binary_dilation(label == 1) & (label != 1)
     assert et[around].mean() > 0.7
@@ -63,7 +63,7 @@ def test_the_background_is_zero_and_the_brain_is_not():
     assert not any(face.any() for face in faces)
 
 
-def test_modalities_show_what_they_should():
+def test_modalities_have_the_expected_contrast():
     image, label = draw(0, 6, size=(64, 64, 56))
     t1, t1ce, t2, flair = image
     healthy = (t1 > 0) & (label == 0)
@@ -81,7 +81,7 @@ def test_no_threshold_on_flair_finds_every_tumour():
         inside.append((values - values.mean()) / values.std())
         truth.append(label[image[3] > 0] > 0)
 
-    def worst(cut):  # of all cases, in Dice
+    def worst(cut):  # the lowest Dice of all cases
         return min(2 * ((z > cut) & t).sum() / ((z > cut).sum() + t.sum()) for z, t in zip(inside, truth))
 
     assert 0.3 < max(worst(cut) for cut in np.linspace(-1, 4, 101)) < 0.85
@@ -102,7 +102,7 @@ def test_the_stated_fraction_has_no_enhancing_part(phantoms):
     assert (read_case(phantoms[3]).label == 1).any()
 
 
-def test_a_field_is_smooth_and_normalised():
+def test_smooth_field_is_smooth_and_normalised():
     field = smooth_field(np.random.default_rng(0), (40, 30, 20), spacing=8)
     assert field.shape == (40, 30, 20) and field.dtype == np.float32
     assert field.mean() == pytest.approx(0, abs=1e-4) and field.std() == pytest.approx(1, abs=1e-4)
@@ -114,14 +114,14 @@ def test_the_cache_is_reused_and_readable_by_name(tmp_path, monkeypatch):
     settings = {"cases": 2, "size": (16, 16, 16), "seed": 5}
     first = ensure_phantoms(**settings)
     times = [case.label.stat().st_mtime_ns for case in first]
-    monkeypatch.setattr(phantom, "write_phantoms", None)  # not called again
+    monkeypatch.setattr(phantom, "write_phantoms", None)  # an error if called again
     assert ensure_phantoms(**settings) == first
     assert [case.label.stat().st_mtime_ns for case in first] == times
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith("phantom-16x16x16-n2-seed5-")
 
 
-def test_other_settings_or_another_version_are_generated_anew(tmp_path, monkeypatch):
+def test_other_settings_or_another_version_are_generated_again(tmp_path, monkeypatch):
     ensure_phantoms(tmp_path, cases=1, size=(16, 16, 16))
     ensure_phantoms(tmp_path, cases=1, size=(16, 16, 16), without_enhancing=0.5)
     monkeypatch.setattr(phantom, "VERSION", phantom.VERSION + 1)
@@ -159,7 +159,7 @@ def test_concurrent_generations_agree(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path, monkeypatch):
+def test_the_slower_of_two_processes_uses_the_other_ones_folder(tmp_path, monkeypatch):
     write = phantom.write_phantoms
 
     def overtaken(root, **settings):
@@ -173,7 +173,7 @@ def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_cache_that_lost_a_case_is_named(tmp_path):
+def test_a_cache_with_a_missing_case_is_reported(tmp_path):
     case, _ = ensure_phantoms(tmp_path, cases=2, size=(16, 16, 16))
     for path in (*case.images, case.label):
         path.unlink()
@@ -199,12 +199,12 @@ def test_cached_files_are_readable_by_others(tmp_path):
         ({"without_enhancing": 1.5}, r"without_enhancing is 1\.5"),
     ],
 )
-def test_bad_settings_are_named(tmp_path, settings, message):
+def test_bad_settings_are_reported(tmp_path, settings, message):
     with pytest.raises(DataError, match=message):
         write_phantoms(tmp_path, **settings)
 
 
-def test_a_cache_without_room_is_named_with_its_remedy(tmp_path):
+def test_a_full_cache_is_reported_with_a_remedy(tmp_path):
     def full(folder):
         folder.mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -214,7 +214,7 @@ def test_a_cache_without_room_is_named_with_its_remedy(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path):
+def test_an_unreadable_source_is_not_reported_as_a_cache_error(tmp_path):
     def denied(folder):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.gguf")
 
@@ -223,7 +223,7 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["cache", "above/cache"])
-def test_a_cache_that_cannot_be_made_is_named_even_by_what_is_above_it(tmp_path, monkeypatch, root):
+def test_a_cache_in_a_read_only_parent_folder_is_reported(tmp_path, monkeypatch, root):
     monkeypatch.chdir(tmp_path)
 
     def denied(folder):

@@ -27,20 +27,20 @@ def undeformed(*, scale=0.5):
 def test_the_head_has_the_size_and_the_tissue_of_a_brain():
     points, head = undeformed()
     litres = head.brain.sum() * 8e-6  # voxels of 2 mm
-    assert 1.5 < litres < 2.1  # the template's, which is larger than most heads
+    assert 1.5 < litres < 2.1  # the volume of the template, which is larger than most heads
     grey, white, liquor = ((head.tissue[head.brain] == CODE[name]).mean() for name in ("grey", "white", "csf"))
     assert grey > white > liquor > 0.03
     np.testing.assert_allclose(head.mixture.sum(0), 1, atol=1e-3)
     x, y, z = points[:, head.tissue == CODE["ventricle"]]
-    assert np.abs(x).max() < 45 and (x > 5).any() and (x < -5).any()  # a pair, near the middle
+    assert np.abs(x).max() < 45 and (x > 5).any() and (x < -5).any()  # one on each side, near the middle
     assert y.min() > -60 and y.max() < 60 and z.min() > -25 and z.max() < 30
 
 
 def test_x_runs_to_the_left_and_y_to_the_back():
     points, head = undeformed()
-    below = head.brain & (points[2] < -55)  # cerebellum and brainstem lie at the back
+    below = head.brain & (points[2] < -55)  # cerebellum and brainstem are at the back
     assert points[1][below].mean() > 10
-    # the template is symmetric, so left and right cannot be exchanged
+    # the template is symmetric, so left and right cannot be distinguished
     right, left = ((head.brain & side).sum() for side in (points[0] < -1, points[0] > 1))
     assert right == pytest.approx(left, rel=0.02)
 
@@ -53,7 +53,7 @@ def test_tumours_are_nested_and_inside_the_brain(seed):
     assert 0 < et.sum() < tc.sum() < wt.sum() < 0.3 * (image[0] > 0).sum()
 
 
-def test_modalities_show_what_they_should():
+def test_modalities_have_the_expected_contrast():
     image, label = draw(0, 2)
     t1, t1ce, t2, flair = image
     healthy = (t1 > 0) & (label == 0)
@@ -71,7 +71,7 @@ def test_white_matter_is_brighter_than_grey_on_t1_and_darker_on_t2():
     assert np.median(t2[white]) < 0.9 * np.median(t2[grey])
 
 
-def test_cases_follow_from_seed_and_number_alone(tmp_path):
+def test_cases_depend_only_on_seed_and_number(tmp_path):
     few = write_phantoms(tmp_path / "few", cases=1, size=SIZE, anatomy="mni152")
     more = ensure_phantoms(tmp_path / "cache", cases=2, size=SIZE, anatomy="mni152")
     first, again, second = (read_case(case) for case in (*few, *more))

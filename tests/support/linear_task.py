@@ -1,4 +1,4 @@
-"""A task so small that its numbers can be followed by hand."""
+"""A regression task with a few parameters."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from memsave.config.schema import OptimizerConfig, TrainerConfig
 
 
 class Lines:
-    """Fit y = w x + b; one squared error an example."""
+    """Linear regression; the loss of an example is its squared error."""
 
     def __init__(self, *, batch_size=6, batches=8, dtype=torch.float64):
         generator = torch.Generator().manual_seed(0)

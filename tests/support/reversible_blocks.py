@@ -63,7 +63,7 @@ class Twice(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts how often it is evaluated."""
+    """Counts its forward calls."""
 
     def __init__(self, inner):
         super().__init__()

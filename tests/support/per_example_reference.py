@@ -25,7 +25,7 @@ def by_loop(model, batch, per_example_losses, *, max_grad_norm, clipping="flat",
 
 
 def by_clipper(model, batch, per_example_losses, *, seed=0, **options):
-    """The same from a GhostClipper."""
+    """(norms (B,), clipped sum by parameter name) from a GhostClipper."""
     model = copy.deepcopy(model)
     clipper = GhostClipper(model, **options)
     model.zero_grad()
@@ -40,7 +40,7 @@ def assert_exact(model, batch, per_example_losses, *, passes=(1, 2), rtol=1e-9, 
     """Norms and clipped sums within `rtol`, and 1e-12 of max_grad_norm, of the loop's."""
     for clipping in clippings:
         free, _ = by_loop(model, batch, per_example_losses, max_grad_norm=1.0)
-        bound = free.median().item() or 1.0  # some are clipped and some are not
+        bound = free.median().item() or 1.0  # some examples are clipped and some are not
         norms, sums = by_loop(model, batch, per_example_losses, max_grad_norm=bound, clipping=clipping)
         for number in passes:
             options = {"max_grad_norm": bound, "clipping": clipping, "passes": number}

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then anywhere else."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every few seconds."""
 
 import os
 import sys
@@ -14,42 +14,58 @@ from rich.progress import Progress as RichProgress
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class Throttle:
+    """Limits how often something is reported."""
+
+    def __init__(self, seconds: float = SECONDS_BETWEEN_LINES):
+        self.seconds = seconds
+        self._last = time.monotonic()
+
+    def ready(self) -> bool:
+        """Return True when `seconds` have passed since it last did, or since the start."""
+        now = time.monotonic()
+        if now - self._last < self.seconds:
+            return False
+        self._last = now
+        return True
+
+
 class Bar(Protocol):
     """Counts steps."""
 
     def advance(self, note: str) -> None:
-        """One step more, with a note such as its loss."""
+        """Count one step and show a note, such as its loss."""
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read has gone (`| head`, a closed terminal); the run goes on, and tells nobody."""
+        """Discard further output when the reader has gone (`| head`, a closed terminal); the run continues."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Progress:
-    """Writes to standard error, so that standard output stays free."""
+    """Writes to standard error; standard output stays free for results."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or _Console(stderr=True, highlight=False)
 
     def say(self, line: str) -> None:
-        """One line of text, as it is."""
+        """Print one line of text without markup."""
         self.console.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, total: int, *, done: int = 0) -> Iterator[Bar]:
-        """A bar over `total` steps of which `done` are behind."""
+        """Yield a bar over `total` steps, of which `done` were taken before."""
         if not self.console.is_terminal:
-            yield _Lines(self, total, unit="step", done=done, last_too=True)
+            yield _Lines(self, total, unit="step", done=done, show_last=True)
             return
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with RichProgress(*columns, TimeRemainingColumn(), console=self.console) as rich:
             yield _Rich(rich, rich.add_task("training", total=total, completed=done, note=""))
 
     def lines(self, total: int, *, unit: str) -> Bar:
-        """The same by a line now and then, which can be within a bar; what is over sooner has none."""
+        """Return a bar that prints lines, which may be used inside `bar`; short work prints nothing."""
         return _Lines(self, total, unit=unit)
 
 
@@ -62,13 +78,11 @@ class _Rich:
 
 
 class _Lines:
-    def __init__(self, progress: Progress, total: int, *, unit: str, done: int = 0, last_too: bool = False):
-        self.progress, self.total, self.unit, self.done, self.last_too = progress, total, unit, done, last_too
-        self.last = time.monotonic()
+    def __init__(self, progress: Progress, total: int, *, unit: str, done: int = 0, show_last: bool = False):
+        self.progress, self.total, self.unit, self.done, self.show_last = progress, total, unit, done, show_last
+        self.throttle = Throttle()
 
     def advance(self, note: str) -> None:
         self.done += 1
-        now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES or (self.last_too and self.done == self.total):
-            self.last = now
+        if self.throttle.ready() or (self.show_last and self.done == self.total):
             self.progress.say(f"  {self.unit} {self.done} of {self.total}, {note}")

@@ -1,0 +1,93 @@
+"""Atomic writes: a reader finds the old content or the complete new content, never a part.
+
+Content is written to a temporary path in the same folder, which is then renamed. Standard library alone.
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""The errors of a disk or a folder that takes no more data."""
+PREVIOUS = ".previous"
+"""The suffix of the folder that `replace_folder` replaced."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path with the suffixes of `path`; rename it to `path` at the end, delete it on an error."""
+    draft = path.with_name(f".new.{path.name}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
+    """Write indented JSON atomically."""
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def create_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Create `folder` with the content that `write(path)` writes to a temporary path.
+
+    Several processes may do so at the same time: the first one to finish wins, and the others keep its folder.
+    """
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        write(draft)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Replace `folder` by the files that `write(path)` writes, flushed to the disk; keep the old one as `.previous`.
+
+    A process that is killed at any moment leaves a complete folder, which `newest_folder` finds.
+    """
+    draft, previous = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + PREVIOUS)
+    newest = newest_folder(folder)
+    if newest != folder:
+        newest.rename(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
+        for path in (*draft.iterdir(), draft):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk it would take the space of the run's result
+        raise
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    draft.rename(folder)
+    flush(folder.parent)
+
+
+def newest_folder(folder: Path) -> Path:
+    """`folder`, or `.previous` if a process was killed between the two renames of `replace_folder`."""
+    previous = folder.with_name(folder.name + PREVIOUS)
+    return previous if previous.exists() and not folder.exists() else folder
+
+
+def flush(path: Path) -> None:
+    """Write a file's content or a folder's entries from the system's cache to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

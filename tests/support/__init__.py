@@ -1,0 +1,1 @@
+"""Models, configs and reference implementations that several test files use."""

@@ -1,0 +1,33 @@
+"""Overrides of experiments so small that a run takes seconds."""
+
+TINY_UNET = [
+    "experiment=brats_rev",
+    "data.cases=4",
+    "data.size=[32,32,24]",
+    "data.crop_size=[16,16,16]",
+    "model.channels=[8,16]",
+    "model.blocks=[1,1]",
+    "model.expansion=2",
+]
+
+TINY_GPT2 = [
+    "model.layers=2",
+    "model.heads=2",
+    "model.width=16",
+    "model.vocabulary=400",
+    "model.positions=200",
+    "model.records=40",
+    "model.steps=2",
+    "model.batch_size=4",
+    "data.records=40",
+    "data.held_out=4",
+    "data.generate=2",
+    "data.beams=2",
+    "data.max_length=60",
+    "trainer.steps=3",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=5",
+]
+"""Sizes for the experiment gpt2_dp, without its name."""
+
+TINY_GPT2_DP = ["experiment=gpt2_dp", *TINY_GPT2]
