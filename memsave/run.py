@@ -102,7 +102,7 @@ def continue_run(rest: Resumed) -> int:
     refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
     if rest.changes:
         Progress().say(f"continuing with other settings than before: {', '.join(rest.changes)}")
-    if rest.changes and rest.config.privacy.option != "none":
+    if rest.changes and to_objects(rest.config).privacy.option != "none":
         Progress().say(
             "of one private checkpoint, never keep two runs with different settings: their noise is the same"
         )

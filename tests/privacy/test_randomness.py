@@ -98,7 +98,7 @@ def test_noise_has_the_standard_deviation_and_is_new_for_each_parameter_and_step
 
 
 def test_large_parameters_are_noised_piece_by_piece(monkeypatch, device):
-    monkeypatch.setattr("memsave.privacy.noise.PIECE", 1000)
+    monkeypatch.setattr("memsave.privacy.noise.CHUNK", 1000)
     model = nn.Linear(70, 70)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
