@@ -59,9 +59,9 @@ def _crops(cases: Sequence[Case]) -> Figure:
     figure.subplots_adjust(left=0.06, right=0.995, top=0.99, bottom=0.01, wspace=0.03, hspace=0.03)
     for row, augmentation in zip(grid, ("light", "full"), strict=True):
         options = {"crop_size": (96, 96, 96), "foreground": 1.0, "augmentation": augmentation}
-        dataset = TrainingCrops(cases, length=len(row), seed=0, **options)
+        dataset = TrainingCrops(cases, seed=0, **options)
         for number, axes in enumerate(row):
-            item = dataset[number]
+            item = dataset.example(0, draw=number)
             _draw(
                 axes, item["image"][MODALITIES.index("flair"), :, :, 48].numpy().T, item["label"][0, :, :, 48].numpy().T
             )

@@ -117,7 +117,7 @@ def compare(overrides: list[str]) -> dict[str, Any]:
 def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
     """The size that a plan names for a budget, and what a real step there holds and takes."""
     config = config_of([*overrides, "profiler.compare=[]"])
-    config.mode = "plan"
+    config = config.changed({"mode": "plan"})
     strategy = definition_of(config).current_strategy()
     answer = make_plan(config, CPU, strategies=[strategy], progress=Progress()).own.answer
     assert answer is not None and answer.size is not None
