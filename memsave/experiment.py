@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -16,16 +16,17 @@ from torch import nn
 from memsave.config import Config, ConfigError
 from memsave.data import DataError
 from memsave.planning.auto import choose_memory
-from memsave.planning.budget import OverBudget, free_bytes, over_budget
+from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
-from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
+from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_html
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement
+from memsave.training.monitor import MemoryMonitor
 from memsave.training.private import EpsilonMonitor, describe, make_private, privacy_result, round_up, write_statement
 from memsave.training.process import process_bytes, process_peak, reset_process_peak, return_freed_memory
 from memsave.training.signals import stop_requested
@@ -66,21 +67,23 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     log = RunLog(folder, tensorboard=config.trainer.tensorboard, step=state.step)
     first = _evaluate_first(config, state, task, log, progress=progress)
     measured = compare_modes(config, state, task, progress=progress)
-    watch = MemoryMonitor(state, steps=config.profiler.record_steps, budget=config.budget)
+    monitor = MemoryMonitor(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
-        loss = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
+        loss = _train(config, state, task, folder, log=log, monitor=monitor, progress=progress)
     except OverBudget as stop:
-        stop.outcome = {"memory": _write_memory(config, folder, watch.last, measured)}
+        stop.outcome = {"memory": _write_memory(config, folder, monitor.last, measured)}
         raise
     _release(state, task, folder)
     spent = privacy_result(config, state.private, unit=task.unit)
     write_statement(spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
-    memory = _write_memory(config, folder, watch.worst, measured)
-    if watch.process_peak is not None:
-        memory |= {"process_peak_bytes": watch.process_peak, "process_start_bytes": watch.process_start}
-        start = format_bytes(watch.process_start or 0)
-        progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}, {start} before")
+    memory = _write_memory(config, folder, monitor.worst, measured)
+    if monitor.process_peak is not None:
+        memory |= {"process_peak_bytes": monitor.process_peak, "process_start_bytes": monitor.process_start}
+        start = format_bytes(monitor.process_start or 0)
+        progress.say(
+            f"Most memory of the process while it trained: {format_bytes(monitor.process_peak)}, {start} before"
+        )
     task.show(folder)
     for line in _last_lines(config, task, scores, measured, memory):
         progress.say(line)
@@ -89,7 +92,7 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     return {
         "data": task.counts,
         "metrics": {"loss": loss, **scores, **first},
-        "seconds_per_step": median(watch.seconds) if watch.seconds else None,
+        "seconds_per_step": median(monitor.seconds) if monitor.seconds else None,
         "memory": memory,
         "privacy": spent,
     }
@@ -153,41 +156,6 @@ def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, pr
     return definition_of(config).make_task(device, tokenizer, progress=progress or Progress())
 
 
-class MemoryMonitor:
-    """Records the first steps of a run, under a budget all of them, and keeps the report of the largest."""
-
-    def __init__(self, state: State, *, steps: int, budget: str | None):
-        self.state = state
-        self.until = state.step + steps
-        self.budget = None if budget is None else parse_bytes(budget)
-        self.first: MemoryReport | None = None
-        self.last: MemoryReport | None = None
-        self.worst: MemoryReport | None = None
-        self.process_start: int | None = None
-        self.process_peak: int | None = None
-        self.seconds: list[float] = []  # of each step
-
-    def __call__(self, step: int) -> AbstractContextManager:
-        """What surrounds step number `step`."""
-        return self._record() if step <= self.until or self.budget is not None else nullcontext()
-
-    def excess(self, step: int) -> str | None:
-        """What to say of the last step if it was above the budget."""
-        if self.budget is None or self.last is None:
-            return None
-        found = over_budget(self.last, first=self.first, budget=self.budget, step=step)
-        self.first = self.first or self.last
-        return found
-
-    @contextmanager
-    def _record(self) -> Iterator[None]:
-        with MemoryRecorder(self.state.model, optimizer=self.state.optimizer) as recorder:
-            yield
-        report = self.last = recorder.report()
-        if self.worst is None or report.peak_bytes > self.worst.peak_bytes:
-            self.worst = report
-
-
 def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:
     """The scores before the first step, by names that end in _before."""
     if not config.trainer.evaluate_first or state.step:
@@ -199,7 +167,7 @@ def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, pr
 
 
 def _train(
-    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: MemoryMonitor, progress: Progress
+    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, monitor: MemoryMonitor, progress: Progress
 ) -> float | None:
     """Take the steps, log them, leave checkpoints; returns the last loss, None where no step was left to take."""
     trainer = config.trainer
@@ -207,17 +175,17 @@ def _train(
     epsilon_monitor = EpsilonMonitor(state.private, steps=trainer.steps)
     if config.profiler.process:
         reset_process_peak()
-        watch.process_start = process_bytes()
+        monitor.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, stop_requested() as stopping:
         for done in _kept_on_fault(
-            run_steps(state, task, trainer, workers=config.data.workers, watch=watch), state, folder
+            run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder
         ):
             loss, spent = done.loss, epsilon_monitor.metrics()
             log.write({**asdict(done), **spent})
-            watch.seconds.append(done.seconds)
+            monitor.seconds.append(done.seconds)
             what = "an empty batch" if loss is None else f"loss {loss:.3f}"
             bar.advance(what + "".join(f", epsilon {round_up(value, '.2f')}" for value in spent.values()))
-            stop, excess, last = stopping(), watch.excess(done.step), done.step == trainer.steps
+            stop, excess, last = stopping(), monitor.excess(done.step), done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: its faults cost no steps
@@ -235,7 +203,7 @@ def _train(
                 score, step = state.best or (math.nan, 0)
                 progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
                 break
-    watch.process_peak = process_peak() if config.profiler.process else None
+    monitor.process_peak = process_peak() if config.profiler.process else None
     return loss
 
 

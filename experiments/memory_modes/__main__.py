@@ -35,7 +35,7 @@ def main() -> None:
         model, _ = make_model(config)
         model.memory = mode
         recorders[mode] = Recorders(make_state(model, config.trainer))
-        runs[mode] = run_steps(recorders[mode].state, task, config.trainer, watch=recorders[mode])
+        runs[mode] = run_steps(recorders[mode].state, task, config.trainer, monitor=recorders[mode])
     for step in range(STEPS):
         for mode in MODES:
             done = next(runs[mode])

@@ -136,7 +136,7 @@ class GhostPrivacy(PrivacyConfig):
     """C."""
     clipping: str = option("flat", choices=("flat", "automatic", "per_layer"))
     """flat | automatic | per_layer (each layer to its share of C, its sum formed on the way)."""
-    passes: Any = option("auto", choices=("auto", 1, 2, "direct"))
+    passes: int | str = option("auto", choices=("auto", 1, 2, "direct"))
     """auto | 1 | 2 | direct (one example per micro-batch, any layers)."""
     memory_budget: str = option("0B", size=True)
     """What may be kept to save time, such as 256MiB: logits of a chunked head, gradients in place of Gram matrices."""

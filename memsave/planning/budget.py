@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from memsave.profiler import MemoryReport, format_bytes
-
 
 class OverBudget(RuntimeError):
     """More than the budget; the message says what to do, and `outcome` stands in the run's result."""
@@ -31,20 +29,3 @@ def free_bytes(device: torch.device) -> int:
     if most.is_file() and most.read_text().strip().isdigit():
         limits.append(int(most.read_text()) - int(used.read_text()))
     return min(limits)
-
-
-def over_budget(report: MemoryReport, *, first: MemoryReport | None, budget: int, step: int) -> str | None:
-    """What to say of a step whose peak of live memory is above the budget (bytes); None where it is not.
-
-    What grew is told against `first`, the report of an earlier step; without one, what is largest is told.
-    """
-    if report.peak_bytes <= budget:
-        return None
-    category, module, size = report.growth(first)
-    place = "outside of every module" if module is None else f"in {module or 'the model itself'}"
-    amount = f"{format_bytes(size)} {place}"
-    grew = f"{category} grew, by {amount}" if first else f"{category} takes the most, {amount}"
-    return (
-        f"step {step} held {format_bytes(report.peak_bytes)} of live memory, more than the budget of "
-        f"{format_bytes(budget)}: {grew}"
-    )

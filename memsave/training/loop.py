@@ -109,9 +109,9 @@ def run_steps(
     config: TrainerConfig,
     *,
     workers: int = 0,
-    watch: Callable[[int], AbstractContextManager] = lambda step: nullcontext(),
+    monitor: Callable[[int], AbstractContextManager] = lambda step: nullcontext(),
 ) -> Iterator[StepResult]:
-    """Take the steps that are left, yielding after each; `watch(step)` surrounds each of them.
+    """Take the steps that are left, yielding after each; `monitor(step)` surrounds each of them.
 
     `workers` threads load batches ahead.
 
@@ -122,7 +122,7 @@ def run_steps(
     for batch in batches_of(state, task, config, workers=workers):
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
-        with watch(state.step + 1):
+        with monitor(state.step + 1):
             mean = accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler)
             loss = None if mean is None else mean.item()
             if loss is not None and not math.isfinite(loss):

@@ -76,6 +76,8 @@ def test_memory_is_chosen_by_one_word(memory):
         (["privacy=ghost", "privacy.memory_budget=much"], r"privacy\.memory_budget: 'much' is no size"),
         (["experiment=gpt2_dp", "model.head=fused"], r"model\.head is 'fused'; choose one of chunked, logits"),
         (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
+        (["privacy=ghost", "privacy.passes=1.5"], r"privacy\.passes: Value '1\.5'.*expected int \| str, as in"),
+        (["privacy=ghost", "privacy.passes=null"], r"privacy\.passes: .*expected int \| str, as in"),
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
         (["privacy=direct"], r"passes=direct takes one example at a time; give trainer\.micro_batch_size=1"),
@@ -144,6 +146,14 @@ def test_what_a_run_leaves_is_read_again(tmp_path, overrides):
     config = compose(overrides)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     assert load(tmp_path / "config.yaml") == to_objects(config)
+
+
+@pytest.mark.parametrize("passes", ["auto", 1, 2, "direct"])
+def test_the_number_of_passes_keeps_its_type(tmp_path, passes):
+    config = compose([BRATS, "privacy=ghost", f"privacy.passes={passes}", "trainer.micro_batch_size=1"])
+    assert to_objects(config).privacy.passes == passes
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    assert load(tmp_path / "config.yaml").privacy.passes == passes
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: 3", "{:", ""])
