@@ -44,14 +44,20 @@ def test_memory_is_chosen_by_one_word(memory):
         (["target_epsilon=3"], r"did you mean privacy\.target_epsilon of privacy=direct or ghost\?"),
         (["privacy=ghost", "target_epsilon=3"], r"did you mean privacy\.target_epsilon\?\)$"),
         (["experiment=gpt2_dp", "lr=3"], r"did you mean trainer\.optimizer\.lr or model\.lr\?"),
-        (["data.layout=msd"], r"^data\.layout is not a key of data=phantom; it is one of data=brats$"),
+        (["data.layout=msd"], r"^data\.layout is not a key of data=phantom; it is a key of data=brats$"),
         (["data=phantom_full", "data.layout=msd"], r"is not a key of data=phantom_full;"),
-        (["data=brats", "data.cases=3"], r"key of data=brats; it is one of data=mni_phantom, phantom, .* or phantom_s"),
-        (["model.name=gpt2"], r"is not a key of model=rev_unet; it is one of model=gpt2, rev_gpt2, small_gpt2 or smol"),
+        (
+            ["data=brats", "data.cases=3"],
+            r"key of data=brats; it is a key of data=mni_phantom, phantom, .* or phantom_s",
+        ),
+        (
+            ["model.name=gpt2"],
+            r"is not a key of model=rev_unet; it is a key of model=gpt2, rev_gpt2, small_gpt2 or smol",
+        ),
         (["data.sizes=3"], r"valid in data=phantom are kind, root"),
         (
             ["experiment=brats_rev_dp", "model=gpt2"],
-            r"^experiment=brats_rev_dp sets model\.channels, which is no key of .*; give model=rev_unet$",
+            r"^experiment=brats_rev_dp sets model\.channels, which the chosen model does not .*; give model=rev_unet$",
         ),
         (["memory=storde"], r"memory=storde is not known; choose one of .*did you mean stored\?"),
         (["memmory=stored"], r"memmory is not known.*did you mean memory\?"),
@@ -80,7 +86,7 @@ def test_memory_is_chosen_by_one_word(memory):
         (["privacy=ghost", "privacy.passes=null"], r"privacy\.passes: .*expected int \| str, as in"),
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
-        (["privacy=direct"], r"passes=direct takes one example at a time; give trainer\.micro_batch_size=1"),
+        (["privacy=direct"], r"passes=direct processes one example at a time; give trainer\.micro_batch_size=1"),
         (["privacy=ghosts"], r"privacy=ghosts is not known; choose one of .*did you mean ghost\?"),
         (["trainer.micro_batch_size=0"], r"micro_batch_size is 0; it must be at least 1"),
         (["data.cache_bytes=-1"], "at least 0"),
@@ -93,7 +99,7 @@ def test_memory_is_chosen_by_one_word(memory):
             ["privacy=ghost", "data.crops_per_case=2"],
             r"a patient's crops are clipped as one.*privacy\.passes=direct trainer\.micro_batch_size=1",
         ),
-        (["trainer.patience=3"], "give trainer.evaluate_every, too"),
+        (["trainer.patience=3"], "also give trainer.evaluate_every"),
         (["privacy=ghost", "trainer.patience=3", "trainer.evaluate_every=1"], "by private validation scores"),
         (["privacy=ghost", "trainer.precision=float16"], "give bfloat16"),
         (["trainer.ema=1"], "at most"),
@@ -159,5 +165,5 @@ def test_the_number_of_passes_keeps_its_type(tmp_path, passes):
 @pytest.mark.parametrize("text", ["[1, 2]", "a: 3", "{:", ""])
 def test_what_no_run_left_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"is no config of a run \(.*\); name a run's folder"):
+    with pytest.raises(ConfigError, match=r"is not the config of a run \(.*\); give the folder of a run"):
         load(tmp_path / "config.yaml")

@@ -56,7 +56,7 @@ def test_a_frozen_config_is_changed_by_a_copy_alone():
     assert (config.inner.rate, other.inner.rate, other.sizes) == (0.5, 1.0, [4, 5, 6])
     with pytest.raises(AttributeError, match="immutable"):
         other.colour = "green"
-    with pytest.raises(AttributeError, match=r"inner\.speed is no key"):
+    with pytest.raises(AttributeError, match=r"inner\.speed is not a key"):
         config.changed({"inner.speed": 1})
 
 

@@ -65,7 +65,7 @@ def test_a_path_that_would_be_misread_is_answered_with_the_form_that_works(path)
 
 
 def test_a_blank_that_the_shell_took_for_an_end_is_recognised():
-    with pytest.raises(ConfigError, match=r"'data' cannot be read; if it belongs to the value before it") as caught:
+    with pytest.raises(ConfigError, match=r"'data' cannot be read; if it is part of the preceding value") as caught:
         compose([*BRATS, "data.root=/my/brain", "data"])
     assert shlex.split(str(caught.value).partition("as in ")[2]) == ["data.root=/my/brain data"]
 

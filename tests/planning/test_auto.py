@@ -115,7 +115,7 @@ def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
     ("overrides", "words"),
     [
         ([], "memory=auto needs a budget, as in budget=8GiB"),
-        (["budget=1GiB", "vary=volume"], "memory=auto is for one size; leave vary=volume out"),
+        (["budget=1GiB", "vary=volume"], "memory=auto chooses for one size; leave vary=volume out"),
         (["memory.levels=[stored]", "budget=1GiB"], "give a mode for each level of a U-Net, finest first"),
         (["memory.levels=[stored,kept]", "budget=1GiB"], "choose one of stored, checkpoint, reversible"),
         (

@@ -326,7 +326,7 @@ def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
         (["mode=plans"], "did you mean plan"),
         (
             ["vary=batch", "budget=1GiB", "privacy=direct", "trainer.micro_batch_size=1"],
-            "more examples at once than the one of privacy=direct",
+            "several examples at once, but privacy=direct processes one",
         ),
         (["budget=much"], "budget: 'much' is no size; give one such as 16GiB"),
         (["reserve=auto"], "reserve: 'auto' is no size"),
