@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from memsave.config import ConfigError
-from memsave.resume import resumed
+from memsave.resume import resumed_run
 from memsave.run import continue_run
 
 
@@ -34,7 +34,7 @@ def killed(run):
 @pytest.mark.parametrize("inside", ["", "checkpoint"])
 def test_it_needs_no_other_override_and_ends_as_an_unbroken_run(killed, inside):
     cut, whole, folder = killed
-    rest = resumed([f"trainer.resume={cut / inside}"])
+    rest = resumed_run([f"trainer.resume={cut / inside}"])
     assert (rest.folder, rest.experiment, rest.changes) == (cut, "brats_rev", [])
     assert continue_run(rest) == 0
     assert losses(cut) == losses(folder)
@@ -47,20 +47,20 @@ def test_it_needs_no_other_override_and_ends_as_an_unbroken_run(killed, inside):
 def test_the_whole_command_may_be_repeated(killed):
     cut, _, _ = killed
     again = ["experiment=brats_rev", "data=phantom", "memory=reversible", "trainer.steps=4", "model.dropout=0.2"]
-    assert resumed([*again, f"trainer.resume={cut}"]).changes == []
+    assert resumed_run([*again, f"trainer.resume={cut}"]).changes == []
 
 
 def test_what_differs_is_told_and_taken(killed, tmp_path, capfd):
     cut, _, _ = killed
     given = ["trainer.steps=5", "memory=stored", f"trainer.resume={cut}", f"hydra.run.dir={tmp_path / 'other'}"]
-    rest = resumed(given)
+    rest = resumed_run(given)
     assert rest.folder == tmp_path / "other"
     assert {"trainer.steps=5 (was 4)", "memory.mode=stored (was reversible)"} <= set(rest.changes)
     assert continue_run(rest) == 0
-    assert "continuing with other settings than before: " in capfd.readouterr().err
+    assert "continuing with changed settings: " in capfd.readouterr().err
     assert [step for step, _ in losses(rest.folder)] == [3, 4, 5]
     assert OmegaConf.load(rest.folder / "config.yaml").memory.mode == "stored"
-    assert resumed([f"trainer.resume={rest.folder}"]).changes == []
+    assert resumed_run([f"trainer.resume={rest.folder}"]).changes == []
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_what_differs_is_told_and_taken(killed, tmp_path, capfd):
 def test_what_does_not_fit_is_one_sentence(killed, override, words):
     cut, _, _ = killed
     with pytest.raises(ConfigError, match=words):
-        resumed([override, f"trainer.resume={cut}"])
+        resumed_run([override, f"trainer.resume={cut}"])
 
 
 def test_other_commands_are_not_concerned(tmp_path):
-    assert resumed(["experiment=brats_rev"]) is None
-    assert resumed(["experiment=brats_rev", "trainer.resume=null"]) is None
-    assert resumed(["experiment=brats_rev", f"trainer.resume={tmp_path / 'nowhere'}"]) is None
+    assert resumed_run(["experiment=brats_rev"]) is None
+    assert resumed_run(["experiment=brats_rev", "trainer.resume=null"]) is None
+    assert resumed_run(["experiment=brats_rev", f"trainer.resume={tmp_path / 'nowhere'}"]) is None
 
 
 def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
@@ -94,7 +94,7 @@ def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
     cut, _, _ = killed
     before = (cut / "metrics.jsonl").read_bytes()
     with lock_folder(cut):
-        assert continue_run(resumed([f"trainer.resume={cut}"])) == 2
+        assert continue_run(resumed_run([f"trainer.resume={cut}"])) == 2
     assert (cut / "metrics.jsonl").read_bytes() == before
 
 
@@ -102,13 +102,13 @@ def test_a_run_that_is_refused_stays_as_it_was(killed):
     cut, _, _ = killed
     (cut / "result.json").write_text(json.dumps({"status": "interrupted"}))
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
-    assert continue_run(resumed(["trainer.batch_size=1", f"trainer.resume={cut}"])) == 2
+    assert continue_run(resumed_run(["trainer.batch_size=1", f"trainer.resume={cut}"])) == 2
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
 
 
 def test_an_attempt_that_fails_after_some_steps_leaves_the_run_as_it_was(killed):
     cut, _, _ = killed
-    assert continue_run(resumed([f"trainer.resume={cut}"])) == 0
+    assert continue_run(resumed_run([f"trainer.resume={cut}"])) == 0
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
-    assert continue_run(resumed(["trainer.steps=7", "trainer.optimizer.lr=1e30", f"trainer.resume={cut}"])) == 1
+    assert continue_run(resumed_run(["trainer.steps=7", "trainer.optimizer.lr=1e30", f"trainer.resume={cut}"])) == 1
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before

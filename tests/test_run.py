@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from memsave.config.overrides import override
 from memsave.ghost import GhostClipper
-from memsave.run import worth_a_look
+from memsave.run import output_files
 from tests.support.commands import TWO_STEPS, run_command
 
 
@@ -51,8 +51,8 @@ def test_one_run_leaves_its_result(tmp_path):
     assert [line["step"] for line in steps] == [1, 2, 2]
     assert OmegaConf.load(folder / "config.yaml").trainer.steps == 2
     assert "Dice on 1 held-out cases: WT" in done.stderr
-    assert "stored would take" in done.stderr
-    last = done.stderr.splitlines()[-1].partition("; look at outputs/brats_rev/")[2].partition(": ")[2]
+    assert re.search(r"  stored: .*times as much; a step of reversible takes .* times as long", done.stderr)
+    last = done.stderr.splitlines()[-1].partition("; results in outputs/brats_rev/")[2].partition(": ")[2]
     assert last == "overlay.png, scores.csv, memory.png, memory.html, model/, result.json"
 
 
@@ -66,7 +66,7 @@ def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
         result = json.loads((sweep / number / "result.json").read_text())
         assert result["status"] == "failed"
         assert "No NIfTI file" in result["error"]
-    assert f"the same command with {override('hydra.sweep.dir', sweep)} does what is missing" in done.stderr
+    assert f"repeat the command with {override('hydra.sweep.dir', sweep)} to run the missing jobs" in done.stderr
 
 
 def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
@@ -84,7 +84,7 @@ def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
         ([], "no experiment is chosen"),
         (["experiment=brats_rev", "memory=stored,reversible"], "add -m to run one job for each"),
         (["-m", "experiment=brats_rev", "memory=glob(*)"], "cannot be read"),
-        (["experiment=brats_rev", "hydra.run.dir=/proc/nowhere"], "the output folder cannot be made"),
+        (["experiment=brats_rev", "hydra.run.dir=/proc/nowhere"], "the output folder cannot be created"),
         (["--cfg", "job"], "You must specify 'experiment'"),
     ],
 )
@@ -188,7 +188,7 @@ def test_the_last_line_names_what_a_person_wants_and_no_more(tmp_path):
         "result.json",
     ):
         (tmp_path / name).touch()
-    assert worth_a_look(tmp_path) == [
+    assert output_files(tmp_path) == [
         "scores.csv", "samples.md", "privacy.md", "model/", "tensorboard/", "result.json"
     ]  # fmt: skip
 

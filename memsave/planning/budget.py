@@ -1,4 +1,4 @@
-"""Budgets: what is free here, and steps that hold more memory than the run may (`budget=16GiB`)."""
+"""Budgets: the free memory of this machine, and the error for a run that exceeds `budget=16GiB`."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 
 class OverBudget(RuntimeError):
-    """More than the budget; the message says what to do, and `outcome` stands in the run's result."""
+    """The run needs more memory than its budget; `outcome` has entries for `result.json`."""
 
     def __init__(self, message: str, **outcome: Any):
         super().__init__(message)
@@ -16,13 +16,13 @@ class OverBudget(RuntimeError):
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on the device: of a GPU, or of the memory that this process may have on the CPU."""
+    """Free memory of the GPU, or the memory that this process can still allocate on the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("MemAvailable:"):  # which also counts caches that the system would give back
+        if line.startswith("MemAvailable:"):  # includes caches that the system would release
             limits = [1024 * int(line.split()[1])]
     group = Path("/sys/fs/cgroup")
     most, used = (group / name for name in ("memory.max", "memory.current"))

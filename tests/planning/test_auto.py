@@ -68,7 +68,7 @@ def test_the_first_that_fits_is_taken_and_fits(tmp_path):
 
 def test_where_nothing_fits_the_smallest_budget_is_told(tmp_path):
     with pytest.raises(
-        OverBudget, match=r"no way to keep activations fits into 1\.00 MiB: the least needs a budget of"
+        OverBudget, match=r"no strategy to keep activations fits into 1\.00 MiB: the smallest one needs a budget"
     ):
         choose_memory(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
 
