@@ -102,7 +102,7 @@ def continue_run(resumed: ResumedRun) -> int:
     refuse_second_run(resumed.folder, resume=resumed.config.trainer.resume)
     if resumed.changes:
         Progress().say(f"continuing with changed settings: {', '.join(resumed.changes)}")
-    if resumed.changes and resumed.config.privacy.option != "none":
+    if resumed.changes and to_objects(resumed.config).privacy.option != "none":
         Progress().say(
             "never keep two runs with different settings that continue one private checkpoint: they have the same noise"
         )

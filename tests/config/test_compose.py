@@ -1,4 +1,4 @@
-"""Every experiment composes, and every mistake is answered in one sentence."""
+"""Every experiment composes, and every mistake raises a one-sentence error."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,16 +12,16 @@ BRATS = "experiment=brats_rev"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_composes_and_opens_with_its_command(name):
+def test_every_experiment_composes_and_starts_with_its_command(name):
     lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
-    assert lines[0] == "# @package _global_"  # Hydra reads it on the first line alone
+    assert lines[0] == "# @package _global_"  # Hydra reads it only on the first line
     command = f"# python -m memsave.run experiment={name}"
     assert lines[1].startswith(command)
     to_objects(compose([f"experiment={name}", *lines[1].removeprefix(command).split()]))
 
 
 @pytest.mark.parametrize("memory", ["stored", "checkpoint", "reversible"])
-def test_memory_is_chosen_by_one_word(memory):
+def test_the_memory_option_sets_the_mode(memory):
     assert to_objects(compose([BRATS, f"memory={memory}"])).memory.mode == memory
 
 
@@ -69,10 +69,10 @@ def test_memory_is_chosen_by_one_word(memory):
         (["privacy.kind=ghost"], r"privacy\.kind is 'ghost'; choose one of none"),
         (["model.kind=foo"], r"model\.kind is 'foo'; choose one of rev_unet"),
         (["task=foo"], "choose one of segmentation, table_to_text"),
-        (["task=table_to_text"], "does not go with data=phantom; give data=e2e or visits, and model="),
+        (["task=table_to_text"], "is not compatible with data=phantom; give data=e2e or visits, and model="),
         (
             ["model=small_gpt2"],
-            "does not go with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",
+            "is not compatible with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",
         ),
         (["privacy=ghost", "privacy.clipping=layers"], r"privacy\.clipping is 'layers'.*flat, automatic, per_layer"),
         (
@@ -97,7 +97,7 @@ def test_memory_is_chosen_by_one_word(memory):
         (["model.expansion=0"], "at least 1"),
         (
             ["privacy=ghost", "data.crops_per_case=2"],
-            r"a patient's crops are clipped as one.*privacy\.passes=direct trainer\.micro_batch_size=1",
+            r"all crops of a patient are clipped as one.*privacy\.passes=direct trainer\.micro_batch_size=1",
         ),
         (["trainer.patience=3"], "also give trainer.evaluate_every"),
         (["privacy=ghost", "trainer.patience=3", "trainer.evaluate_every=1"], "by private validation scores"),
@@ -111,20 +111,20 @@ def test_memory_is_chosen_by_one_word(memory):
         (["trainer.steps=[1"], "cannot be read"),
     ],
 )
-def test_a_mistake_names_the_key_what_was_expected_and_the_closest_name(overrides, words):
+def test_an_error_names_the_key_the_expected_value_and_the_closest_name(overrides, words):
     with pytest.raises(ConfigError, match=words) as caught:
         compose([BRATS, *overrides])
     assert "\n" not in str(caught.value)
 
 
-def test_no_experiment_lists_them():
+def test_without_an_experiment_the_error_lists_all_of_them():
     with pytest.raises(ConfigError, match=r"no experiment is chosen.*brats_rev"):
         compose([])
     with pytest.raises(ConfigError, match=r"did you mean brats_rev\?"):
         compose(["experiment=brats_rew"])
 
 
-def test_of_language_models_one_has_a_reversible_mode():
+def test_only_the_reversible_language_model_has_a_reversible_mode():
     with pytest.raises(ConfigError, match=r"model=small_gpt2 has no reversible mode; give .* or model=rev_gpt2"):
         compose(["experiment=gpt2_dp", "memory=reversible"])
     with pytest.raises(ConfigError, match="model=gpt2 has no reversible mode"):
@@ -148,7 +148,7 @@ def test_of_language_models_one_has_a_reversible_mode():
         ["experiment=gpt2_dp", "model=rev_gpt2", "memory=reversible"],
     ],
 )
-def test_what_a_run_leaves_is_read_again(tmp_path, overrides):
+def test_the_config_of_a_run_is_read_back(tmp_path, overrides):
     config = compose(overrides)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     assert load(tmp_path / "config.yaml") == to_objects(config)
@@ -163,7 +163,7 @@ def test_the_number_of_passes_keeps_its_type(tmp_path, passes):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: 3", "{:", ""])
-def test_what_no_run_left_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_config_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"is not the config of a run \(.*\); give the folder of a run"):
         load(tmp_path / "config.yaml")
