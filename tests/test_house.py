@@ -1,4 +1,4 @@
-"""The architecture: allowed imports, no import cycles, no checks of kinds outside of tasks, a light `import memsave`."""
+"""The architecture: allowed imports, no import cycles, no checks of kinds outside of tasks, a light import."""
 
 import ast
 import re
