@@ -65,7 +65,7 @@ def _calibration(config: Config, device: torch.device, *, progress: Progress) ->
 def _fit(
     config: Config, device: torch.device, calibration: Calibration, *, budget: int
 ) -> tuple[Config | None, MemoryEstimate]:
-    """(the config if it fits, with the largest micro-batch if the task plans one; what it needs)."""
+    """(the config with the largest micro-batch that fits, or None; its memory estimate)."""
     if not definition_of(config).plans_micro_batch:
         report = peak_on_fake(partial(fake_step, config, device=device))
         need = MemoryEstimate(report, calibration.allocator_bytes(report), parse_bytes(config.reserve))

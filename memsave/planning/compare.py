@@ -30,7 +30,7 @@ def compare_modes(config: Config, state: State, task: Task, *, progress: Progres
         return {}
     progress.say(f"measuring one step as {', '.join(modes)}, in about {limit:g} s at most (profiler.compare_seconds)")
     start = time.monotonic()
-    batch = first_batch(task, config.trainer)  # in a private run, of the expected size
+    batch = first_batch(task, config.trainer)  # in a private run it has the expected size
     device = next(state.model.parameters()).device
     free = free_bytes(device)  # before the first mode: the next mode can use memory that malloc keeps
 

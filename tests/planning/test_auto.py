@@ -93,7 +93,7 @@ def test_each_level_has_its_own_mode():
     assert [level.recompute for level in model.encoder] == [True, False]
     model.memory = "stored"
     assert not any(level.recompute for level in model.encoder)
-    with pytest.raises(ValueError, match="memory has 1 entries for 2 levels; give one a level"):
+    with pytest.raises(ValueError, match="memory has 1 entries for 2 levels; give one per level"):
         model.memory = ["stored"]
 
 
