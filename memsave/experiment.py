@@ -1,10 +1,10 @@
-"""From a config to a folder of results: what `python -m memsave.run` does once the config is composed."""
+"""`run_experiment`: from a composed config to a folder of results."""
 
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -16,16 +16,17 @@ from torch import nn
 from memsave.config import Config, ConfigError
 from memsave.data import DataError
 from memsave.planning.auto import choose_memory
-from memsave.planning.budget import OverBudget, free_bytes, over_budget
+from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
-from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes, plot_reports, write_html
+from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_html
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement
+from memsave.training.monitor import MemoryMonitor
 from memsave.training.private import EpsilonMonitor, describe, make_private, privacy_result, round_up, write_statement
 from memsave.training.process import process_bytes, process_peak, reset_process_peak, return_freed_memory
 from memsave.training.signals import stop_requested
@@ -35,12 +36,12 @@ from memsave.training.task import Task
 def run_experiment(
     config: Config, folder: Path, *, strategies: list[str] | None = None, progress: Progress
 ) -> dict[str, Any]:
-    """Train, evaluate, measure and draw into `folder`; returns what stands in `result.json` of it.
+    """Train, evaluate, measure memory, and write the files of the run to `folder`; returns entries of `result.json`.
 
-    With `mode=plan`, plan the strategies that the task compares (or `strategies` alone) instead, and return `plan`.
+    With `mode=plan`, plan the strategies of the task (or only `strategies`), and return the entry `plan`.
     """
     if config.profiler.process and not return_freed_memory():
-        progress.say("malloc is not glibc's: what the process takes will look larger than what it holds")
+        progress.say("malloc is not glibc's and may keep freed memory: the memory of the process will look larger")
     device = choose_device(config.trainer.device)
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
@@ -55,32 +56,34 @@ def run_experiment(
         return planned | _trained(config, state, task, folder, progress=progress)
     except BaseException as error:
         spent = privacy_result(config, state.private, unit=task.unit)
-        with suppress(OSError):  # a full disk may be what went wrong
+        with suppress(OSError):  # the error may be a full disk
             write_statement(spent, folder)
         error.outcome = {**planned, "privacy": spent, **getattr(error, "outcome", {})}  # type: ignore[attr-defined]
         raise
 
 
 def _trained(config: Config, state: State, task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:
-    """Take the steps, release the model, and then evaluate, measure and draw, whose faults cost no step."""
+    """Train and write the model, then evaluate and draw: an error there loses no step."""
     log = RunLog(folder, tensorboard=config.trainer.tensorboard, step=state.step)
     first = _evaluate_first(config, state, task, log, progress=progress)
     measured = compare_modes(config, state, task, progress=progress)
-    watch = MemoryMonitor(state, steps=config.profiler.record_steps, budget=config.budget)
+    monitor = MemoryMonitor(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
-        loss = _train(config, state, task, folder, log=log, watch=watch, progress=progress)
+        loss = _train(config, state, task, folder, log=log, monitor=monitor, progress=progress)
     except OverBudget as stop:
-        stop.outcome = {"memory": _write_memory(config, folder, watch.last, measured)}
+        stop.outcome = {"memory": _write_memory(config, folder, monitor.last, measured)}
         raise
     _release(state, task, folder)
     spent = privacy_result(config, state.private, unit=task.unit)
     write_statement(spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
-    memory = _write_memory(config, folder, watch.worst, measured)
-    if watch.process_peak is not None:
-        memory |= {"process_peak_bytes": watch.process_peak, "process_start_bytes": watch.process_start}
-        start = format_bytes(watch.process_start or 0)
-        progress.say(f"Most memory of the process while it trained: {format_bytes(watch.process_peak)}, {start} before")
+    memory = _write_memory(config, folder, monitor.worst, measured)
+    if monitor.process_peak is not None:
+        memory |= {"process_peak_bytes": monitor.process_peak, "process_start_bytes": monitor.process_start}
+        start = format_bytes(monitor.process_start or 0)
+        progress.say(
+            f"Peak memory of the process during training: {format_bytes(monitor.process_peak)}, {start} before"
+        )
     task.show(folder)
     for line in _last_lines(config, task, scores, measured, memory):
         progress.say(line)
@@ -89,22 +92,22 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     return {
         "data": task.counts,
         "metrics": {"loss": loss, **scores, **first},
-        "seconds_per_step": median(watch.seconds) if watch.seconds else None,
+        "seconds_per_step": median(monitor.seconds) if monitor.seconds else None,
         "memory": memory,
         "privacy": spent,
     }
 
 
 def _release(state: State, task: Task, folder: Path) -> None:
-    """Write `model/`."""
+    """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
         task.release(state.model, folder / "model")
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
-    """(the config with its number of steps; model, optimizer and clipping where training starts; the task).
+    """(the config with its number of steps, the state before the first step to take, the task).
 
-    Training starts before the first step, or where `trainer.resume` left off.
+    The state is new, or that of the checkpoint in `trainer.resume`.
     """
     torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.option}, on {device}")
@@ -129,7 +132,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
 
 
 def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
-    """The device that `key` names."""
+    """The device of the config key `key`, whose value is `name`. Raises ConfigError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -139,57 +142,22 @@ def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"{key} is {name!r}; give auto, cpu, cuda or cuda:NUMBER")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{key} is {name!r}, but PyTorch finds no GPU here; give {key}=cpu")
+        raise ConfigError(f"{key} is {name!r}, but PyTorch finds no GPU; give {key}=cpu")
     return device
 
 
 def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.Module, Any]:
-    """(the config's model in its memory mode, on the CPU; its tokenizer or None)."""
+    """(the model in its memory mode, on the CPU; its tokenizer or None)."""
     return definition_of(config).make_model(progress=progress or Progress())
 
 
 def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, progress: Progress | None = None) -> Task:
-    """The config's task with its data."""
+    """The task with its data."""
     return definition_of(config).make_task(device, tokenizer, progress=progress or Progress())
 
 
-class MemoryMonitor:
-    """Records the first steps of a run, under a budget all of them, and keeps the report of the largest."""
-
-    def __init__(self, state: State, *, steps: int, budget: str | None):
-        self.state = state
-        self.until = state.step + steps
-        self.budget = None if budget is None else parse_bytes(budget)
-        self.first: MemoryReport | None = None
-        self.last: MemoryReport | None = None
-        self.worst: MemoryReport | None = None
-        self.process_start: int | None = None
-        self.process_peak: int | None = None
-        self.seconds: list[float] = []  # of each step
-
-    def __call__(self, step: int) -> AbstractContextManager:
-        """What surrounds step number `step`."""
-        return self._record() if step <= self.until or self.budget is not None else nullcontext()
-
-    def excess(self, step: int) -> str | None:
-        """What to say of the last step if it was above the budget."""
-        if self.budget is None or self.last is None:
-            return None
-        found = over_budget(self.last, first=self.first, budget=self.budget, step=step)
-        self.first = self.first or self.last
-        return found
-
-    @contextmanager
-    def _record(self) -> Iterator[None]:
-        with MemoryRecorder(self.state.model, optimizer=self.state.optimizer) as recorder:
-            yield
-        report = self.last = recorder.report()
-        if self.worst is None or report.peak_bytes > self.worst.peak_bytes:
-            self.worst = report
-
-
 def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:
-    """The scores before the first step, by names that end in _before."""
+    """The scores before the first step; their names end in _before."""
     if not config.trainer.evaluate_first or state.step:
         return {}
     progress.say("evaluating before training")
@@ -199,28 +167,28 @@ def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, pr
 
 
 def _train(
-    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, watch: MemoryMonitor, progress: Progress
+    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, monitor: MemoryMonitor, progress: Progress
 ) -> float | None:
-    """Take the steps, log them, leave checkpoints; returns the last loss, None where no step was left to take."""
+    """Take the steps, log them, save checkpoints; returns the last loss, or None if no step was left."""
     trainer = config.trainer
     loss: float | None = None
     epsilon_monitor = EpsilonMonitor(state.private, steps=trainer.steps)
     if config.profiler.process:
         reset_process_peak()
-        watch.process_start = process_bytes()
+        monitor.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, stop_requested() as stopping:
-        for done in _kept_on_fault(
-            run_steps(state, task, trainer, workers=config.data.workers, watch=watch), state, folder
+        for done in _save_on_data_error(
+            run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder
         ):
             loss, spent = done.loss, epsilon_monitor.metrics()
             log.write({**asdict(done), **spent})
-            watch.seconds.append(done.seconds)
-            what = "an empty batch" if loss is None else f"loss {loss:.3f}"
-            bar.advance(what + "".join(f", epsilon {round_up(value, '.2f')}" for value in spent.values()))
-            stop, excess, last = stopping(), watch.excess(done.step), done.step == trainer.steps
+            monitor.seconds.append(done.seconds)
+            note = "an empty batch" if loss is None else f"loss {loss:.3f}"
+            bar.advance(note + "".join(f", epsilon {round_up(value, '.2f')}" for value in spent.values()))
+            stop, excess, last = stopping(), monitor.excess(done.step), done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
-                checkpoint.save(state, folder / "checkpoint")  # before an evaluation: its faults cost no steps
+                checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
             if stop:
                 _release(state, task, folder)
                 raise KeyboardInterrupt
@@ -228,20 +196,20 @@ def _train(
                 raise OverBudget(excess)
             if not evaluate:
                 continue
-            hopeful = _evaluate(config, state, task, log)
+            improves = _evaluate(config, state, task, log)
             if trainer.patience:
-                checkpoint.save(state, folder / "checkpoint")  # with the best score so far
-            if not hopeful:
+                checkpoint.save(state, folder / "checkpoint")  # now with the best score
+            if not improves:
                 score, step = state.best or (math.nan, 0)
                 progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
                 break
-    watch.process_peak = process_peak() if config.profiler.process else None
+    monitor.process_peak = process_peak() if config.profiler.process else None
     return loss
 
 
 def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:
     """The scores after the last step."""
-    progress.say("evaluating on what was held out")
+    progress.say("evaluating on the held-out data")
     started = time.perf_counter()
     with averaged(state):
         scores = task.evaluate(state.model)
@@ -249,22 +217,22 @@ def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress)
     return scores
 
 
-def _kept_on_fault(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
-    """The steps. On DataError, which comes between two steps, save a checkpoint of those that were taken, and re-raise.
+def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
+    """The steps. On DataError, which occurs between two steps, save a checkpoint of the completed steps, then re-raise.
 
-    A private run has then drawn a batch that it did not use. Continued, it draws another one, independent of that.
+    A private run has then drawn a batch without using it. When continued, it draws an independent batch.
     """
-    began = state.step
+    start = state.step
     try:
         yield from steps
     except DataError:
-        if state.step > began:
+        if state.step > start:
             checkpoint.save(state, folder / "checkpoint")
         raise
 
 
 def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:
-    """Score what is held out in the middle of a run; False when it has not become better for long enough."""
+    """Score the held-out data during training; False after `trainer.patience` evaluations without a better score."""
     with averaged(state):
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores})
@@ -279,7 +247,7 @@ def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:
 def _write_memory(
     config: Config, folder: Path, worst: MemoryReport | None, measured: dict[str, Measurement]
 ) -> dict[str, Any]:
-    """`memory.json`, `memory.png` and `memory.html`; returns the part that stands in `result.json`."""
+    """Write `memory.json`, `memory.png` and `memory.html`; returns the entry `memory` of `result.json`."""
     mode = config.memory.mode
     reports = {name: each.report for name, each in measured.items()}
     shown = worst or reports.get(mode)
@@ -316,7 +284,7 @@ def _write_memory(
 def _last_lines(
     config: Config, task: Task, scores: dict[str, float], measured: dict[str, Measurement], memory: dict[str, Any]
 ) -> Iterator[str]:
-    """What was reached, and what was saved."""
+    """Lines about the scores and the memory."""
     yield task.summary(scores)
     own = measured.get(config.memory.mode)
     if own is None:
@@ -324,12 +292,12 @@ def _last_lines(
             peak = format_bytes(memory["peak_bytes"])
             yield f"Peak of live memory of a training step, measured: {memory['mode']} {peak}"
         return
-    held = own.report.peak_bytes
-    yield f"Peak of live memory, forward and backward, measured: {config.memory.mode} {format_bytes(held)}"
+    peak_bytes = own.report.peak_bytes
+    yield f"Peak of live memory, forward and backward, measured: {config.memory.mode} {format_bytes(peak_bytes)}"
     for name, other in measured.items():
         if name != config.memory.mode:
-            ratio, slower = other.report.peak_bytes / held, own.seconds / other.seconds
+            ratio, slower = other.report.peak_bytes / peak_bytes, own.seconds / other.seconds
             yield (
-                f"  {name} would take {format_bytes(other.report.peak_bytes)}, {ratio:.2f} times as much; "
-                f"{config.memory.mode} took {slower:.2f} times its time per step"
+                f"  {name}: {format_bytes(other.report.peak_bytes)}, {ratio:.2f} times as much; "
+                f"a step of {config.memory.mode} takes {slower:.2f} times as long"
             )

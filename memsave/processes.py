@@ -1,15 +1,15 @@
-"""How many processes train together. memsave trains in one, and refuses to be one of several."""
+"""Detection of several training processes, which memsave refuses: it trains in one process."""
 
 import os
 
 from torch import distributed
 
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where torchrun, mpirun and srun write the number of processes that they started."""
+"""Environment variables in which torchrun, mpirun and srun give the number of processes."""
 
 
 def several_processes() -> str | None:
-    """One sentence's beginning where this process is one of several; None where it is alone."""
+    """The beginning of an error message if this process is one of several; None if it is the only one."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return f"this process is one of {distributed.get_world_size()} of a process group"
     for name in LAUNCHERS:

@@ -1,9 +1,9 @@
-"""Continuing a run by nothing but its folder:
+"""Continuing a run, given only its folder.
 
     python -m memsave.run trainer.resume=outputs/brats_rev/2026-01-31_10-00-00
 
-The run's own `config.yaml` is read back; other overrides change it, as in trainer.steps=300, and what differs is told.
-The run goes on in its own folder, or in that of hydra.run.dir.
+The config is read from the run's `config.yaml`. Other overrides change it, as in trainer.steps=300; a message lists the
+changes. The run continues in its own folder, or in the folder of hydra.run.dir.
 """
 
 import warnings
@@ -30,24 +30,24 @@ KEY = "trainer.resume"
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """What is left to do of a run."""
+class ResumedRun:
+    """A run to continue."""
 
     config: DictConfig
     folder: Path
-    """Where it goes on."""
+    """The folder in which it continues."""
     experiment: str
     changes: list[str]
-    """What differs from the run's own config, as in "trainer.steps=300 (was 150)"."""
+    """Differences from the config of the run, as in "trainer.steps=300 (was 150)"."""
 
 
-def resumed(arguments: Sequence[str]) -> Resumed | None:
-    """The run that the arguments of a command line continue; None where they name none that left its config.
+def resumed_run(arguments: Sequence[str]) -> ResumedRun | None:
+    """The run that the command line continues; None without a trainer.resume whose run has a `config.yaml`.
 
-    Raises ConfigError for overrides that do not fit it.
+    Raises ConfigError for overrides that are not valid for the run.
     """
     if any(argument.startswith("-") for argument in arguments):
-        return None  # a sweep, or one of Hydra's own flags
+        return None  # a sweep, or a flag of Hydra
     given = [parse(text, after=before) for before, text in zip([None, *arguments], arguments, strict=False)]
     named = [str(each.value()) for each in given if each.key_or_group == KEY and each.value() is not None]
     run = _run_of(Path(named[-1]).expanduser()) if named else None
@@ -55,11 +55,11 @@ def resumed(arguments: Sequence[str]) -> Resumed | None:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The folder of the run whose folder or checkpoint this is."""
+    """The run's folder for a path to it or to its checkpoint; None if it has no `config.yaml`."""
     return next((folder for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
 
 
-def _continued(run: Path, given: Sequence[Override], *, named: str) -> Resumed:
+def _continued(run: Path, given: Sequence[Override], *, named: str) -> ResumedRun:
     from memsave.training.result import read_experiment, read_result
 
     own = OmegaConf.structured(load(run / "config.yaml"))
@@ -68,7 +68,7 @@ def _continued(run: Path, given: Sequence[Override], *, named: str) -> Resumed:
     for each in given:
         key, value = each.key_or_group, each.value()
         if each.is_sweep_override():
-            raise ConfigError(f"{each.input_line} gives several values, and one run is continued; give one")
+            raise ConfigError(f"{each.input_line} gives several values, but one run is continued; give one value")
         if key == "hydra.run.dir":
             folder = Path(str(value)).expanduser()
         elif key == "experiment":
@@ -81,19 +81,19 @@ def _continued(run: Path, given: Sequence[Override], *, named: str) -> Resumed:
             _update(config, each)
     config.trainer.resume = named
     to_objects(config)
-    return Resumed(config, folder, experiment or run.parent.name, list(_changes(own, config)))
+    return ResumedRun(config, folder, experiment or run.parent.name, list(_changes(own, config)))
 
 
 def _chosen(group: str, option: str, *, own: DictConfig) -> DictConfig:
-    """An option of a group; the run's own settings where the option is of the same kind as they are."""
+    """The settings of an option; the run's own settings if they are of that option."""
     load_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra expects `_self_` in the defaults of what it composes alone
+        warnings.simplefilter("ignore")  # Hydra expects `_self_` in the defaults of a config that is composed alone
         try:
             found = hydra_compose(f"{group}/{option}")[group]
         except HydraException as error:
-            raise ConfigError(f"{group}={option} is not known; leave it out, and the run's own is taken") from error
+            raise ConfigError(f"{group}={option} is not known; leave it out to keep the option of the run") from error
     names = [key for key in ("kind", "mode", "passes") if key in found]
     same = all(OmegaConf.select(own, key) == found[key] for key in names)
     return own if same else found
@@ -102,7 +102,7 @@ def _chosen(group: str, option: str, *, own: DictConfig) -> DictConfig:
 def _update(config: DictConfig, override: Override) -> None:
     key = override.key_or_group
     if override.is_add() or override.is_delete():
-        raise ConfigError(f"{override.input_line} adds or deletes a key; change those that there are, by key=value")
+        raise ConfigError(f"{override.input_line} adds or deletes a key; change existing keys by key=value")
     try:
         if OmegaConf.select(config, key.rpartition(".")[0]) is None and "." in key:
             raise ConfigKeyError(key)

@@ -8,7 +8,7 @@
     python -m memsave.run trainer.resume=outputs/brats_rev/2026-01-31_10-00-00
 
 Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or over budget, 130 interrupted. A sweep
-goes on past a job that fails, and exits with 1 when any did; run again with its hydra.sweep.dir, it skips what is done.
+continues after a failed job and then exits with 1. Repeated with the same hydra.sweep.dir, it skips finished jobs.
 """
 
 import errno
@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-# read when torch is loaded: its C++ part otherwise tells people that the profiler missed what came before it
+# torch reads it when it is imported; otherwise its C++ part warns that the profiler missed earlier allocations
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from memsave.config import ConfigError
@@ -37,30 +37,30 @@ from memsave.config.compose import compose, load_schemas, to_objects
 from memsave.config.overrides import override, parse
 from memsave.config.registry import conf_dir
 from memsave.processes import several_processes
-from memsave.resume import Resumed, resumed
+from memsave.resume import ResumedRun, resumed_run
 from memsave.training.signals import interrupt_at_signals
 
-SHOWN = (
+OUTPUT_FILES = (
     "plan.md", "plan.png", "overlay.png", "scores.csv", "samples.md", "memory.png", "memory.html", "privacy.md",
     "model", "tensorboard", "result.json", "error.txt",
 )  # fmt: skip
-"""What a run leaves for people, in the order in which it is named."""
-TOLD = "told"
-"""The argument of an interrupt that the run has already told of."""
+"""Files and folders of a run that its last line lists, in this order."""
+REPORTED = "reported"
+"""The argument of a KeyboardInterrupt that the run has already reported."""
 _exit_code = 0
 
 
 def main() -> None:
-    """Run what the command line asks for, and exit."""
+    """Run the command line, and exit with its exit code."""
     try:
         _refuse_several_processes()
-        rest = resumed(sys.argv[1:])
-        if rest is not None:
-            interrupt_at_signals()  # until here an interrupt ends the process quietly, see startup.py
-            sys.exit(continue_run(rest))
+        resumed = resumed_run(sys.argv[1:])
+        if resumed is not None:
+            interrupt_at_signals()  # replaces the handler of startup.py
+            sys.exit(continue_run(resumed))
         check_overrides(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(_complain(error, code=2))
+        sys.exit(_print_error(error, code=2))
     if {"--help", "-h"} & set(sys.argv):
         print(
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config/schema.py; --cfg job prints the config that the overrides "
@@ -69,19 +69,19 @@ def main() -> None:
         sys.exit(0)
     interrupt_at_signals()
     load_schemas()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, so that a sentence can be made of it below
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the handlers below print one sentence
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except KeyboardInterrupt as stop:
-        if TOLD not in stop.args:
+        if REPORTED not in stop.args:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except ConfigError as error:
-        sys.exit(_complain(error, code=2))
+        sys.exit(_print_error(error, code=2))
     except OSError as error:
-        sys.exit(_complain(f"the output folder cannot be made ({error}); give another by hydra.run.dir=", code=2))
+        sys.exit(_print_error(f"the output folder cannot be created ({error}); give another by hydra.run.dir=", code=2))
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_complain(str(error).splitlines()[0], code=2))
+        sys.exit(_print_error(str(error).splitlines()[0], code=2))
     sys.exit(_exit_code)
 
 
@@ -89,30 +89,30 @@ def _refuse_several_processes() -> None:
     found = several_processes()
     if found is not None:
         raise ConfigError(
-            f"{found}: each would make a run of its own in one folder; start one, without torchrun or srun"
+            f"{found}, and each of them would write to the same folder; start one process, without torchrun or srun"
         )
 
 
-def continue_run(rest: Resumed) -> int:
-    """What is left of a run, by its own config; the exit code."""
+def continue_run(resumed: ResumedRun) -> int:
+    """Run the remaining steps of a run; returns the exit code."""
     from memsave.progress import Progress
     from memsave.training.result import read_request
     from memsave.training.run_folder import refuse_second_run
 
-    refuse_second_run(rest.folder, resume=rest.config.trainer.resume)
-    if rest.changes:
-        Progress().say(f"continuing with other settings than before: {', '.join(rest.changes)}")
-    if rest.changes and to_objects(rest.config).privacy.option != "none":
+    refuse_second_run(resumed.folder, resume=resumed.config.trainer.resume)
+    if resumed.changes:
+        Progress().say(f"continuing with changed settings: {', '.join(resumed.changes)}")
+    if resumed.changes and to_objects(resumed.config).privacy.option != "none":
         Progress().say(
-            "of one private checkpoint, never keep two runs with different settings: their noise is the same"
+            "never keep two runs with different settings that continue one private checkpoint: they have the same noise"
         )
-    request = None if rest.changes else read_request(rest.folder)
-    return execute(rest.config, rest.folder, experiment=rest.experiment, request=request, continued=True)
+    request = None if resumed.changes else read_request(resumed.folder)
+    return execute(resumed.config, resumed.folder, experiment=resumed.experiment, request=request, continued=True)
 
 
 @contextmanager
-def _kept_as_it_was(folder: Path) -> Iterator[None]:
-    """Put back what a run's folder tells where the attempt within leaves no newer checkpoint and no result."""
+def _restore_on_failure(folder: Path) -> Iterator[None]:
+    """Restore the files of a run if it fails within the context and saves no newer checkpoint."""
     from memsave.training.result import read_result
 
     names = ("checkpoint/state.json", "metrics.jsonl", "config.yaml", "result.json", "privacy.md")
@@ -125,7 +125,7 @@ def _kept_as_it_was(folder: Path) -> Iterator[None]:
 
 
 def job(config: DictConfig) -> None:
-    """One run in its own folder, whatever happens in it; in a sweep that is run again, what of it is left to do."""
+    """Run one job in its own folder. In a repeated sweep, skip a finished job and continue an interrupted one."""
     global _exit_code
     from memsave.training.result import request_digest
     from memsave.training.run_folder import refuse_second_run
@@ -135,8 +135,8 @@ def job(config: DictConfig) -> None:
     if hydra_config.mode == RunMode.RUN:
         try:
             refuse_second_run(folder, resume=config.trainer.resume)
-        except ConfigError as error:  # Hydra would print a line of its own
-            _exit_code = _complain(error, code=2)
+        except ConfigError as error:  # Hydra would add a line to the message
+            _exit_code = _print_error(error, code=2)
             return
         code = _exit_code = execute(config, folder, experiment=experiment)
     else:
@@ -145,19 +145,21 @@ def job(config: DictConfig) -> None:
         done = is_done(folder, config, request=request)
         code = 0 if done else execute(config, folder, experiment=experiment, strategies=strategies, request=request)
     if code == 130:
-        raise KeyboardInterrupt(TOLD)
+        raise KeyboardInterrupt(REPORTED)
 
 
 def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
-    """Whether a job of a sweep ended well before; one that was cut off continues from its checkpoint.
+    """Whether a job of a sweep has finished; sets `trainer.resume` if it was interrupted after a checkpoint.
 
-    Raises ConfigError where the folder is another job's.
+    Raises ConfigError if the folder holds another job.
     """
     from memsave.training.result import read_request, read_result
 
     before = read_request(folder)
     if before not in (None, request):
-        raise ConfigError(f"{folder} holds another job; give the command that made it, or another hydra.sweep.dir")
+        raise ConfigError(
+            f"{folder} holds another job; repeat the command that created it, or give another hydra.sweep.dir"
+        )
     if before == request and read_result(folder).get("status") == "ok":
         return True
     if before == request and (folder / "checkpoint").is_dir() and config.trainer.resume is None:
@@ -166,7 +168,7 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
 
 def _swept_strategy(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
-    """The one strategy that a job of a sweep plans, where the sweep says which; None plans all."""
+    """The strategy of a job if the sweep varies it; None to plan all strategies."""
     from memsave.tasks.definition import definition_of
 
     task = definition_of(to_objects(config))
@@ -176,19 +178,20 @@ def _swept_strategy(config: DictConfig, overrides: Sequence[str]) -> list[str] |
 
 
 class SweepEnd(Callback):
-    """Collects the results when a sweep ends: its jobs may have run in other processes."""
+    """Collects the results at the end of a sweep, whose jobs may have run in other processes."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leave one table and one picture; exit with 1 when a job left no result or another status than ok."""
+        """Write one table and one picture; the exit code is 1 if a job has no result or a status other than ok."""
         global _exit_code
         from memsave.collect import collect
 
         folder = Path(config.hydra.sweep.dir)
         bad = [job for job in collect(folder) if job.status != "ok"]
         for job in bad:
-            _complain(f"{job.status}: {job.folder}", code=1)
+            _print_error(f"{job.status}: {job.folder}", code=1)
         if bad:
-            print(f"the same command with {override('hydra.sweep.dir', folder)} does what is missing", file=sys.stderr)
+            again = override("hydra.sweep.dir", folder)
+            print(f"repeat the command with {again} to run the missing jobs", file=sys.stderr)
         _exit_code = int(bool(bad))
 
 
@@ -201,22 +204,27 @@ def execute(
     request: str | None = None,
     continued: bool = False,
 ) -> int:
-    """Run the config into `folder`, leave `result.json` there in any case, and return the exit code.
+    """Run the config, always write `result.json` to `folder`, and return the exit code.
 
-    `strategies` are those that `mode=plan` compares (None: as the config says); `request` identifies the request in
-    `config.yaml` (None: this config). A run that is `continued` keeps its last result where nothing comes of it.
+    Args:
+        config: the composed config.
+        folder: the folder of the run.
+        experiment: the name of the experiment.
+        strategies: the strategies that `mode=plan` compares; None takes those of the task.
+        request: the request digest for `config.yaml`; None takes the digest of this config.
+        continued: the folder holds an earlier run, whose files are restored if this attempt fails before a checkpoint.
     """
     from memsave.training.run_folder import lock_folder
 
     try:
         _refuse_several_processes()
         folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder), _kept_as_it_was(folder) if continued else nullcontext():
+        with lock_folder(folder), _restore_on_failure(folder) if continued else nullcontext():
             return _execute(config, folder, experiment=experiment, strategies=strategies, request=request)
     except ConfigError as error:
-        return _complain(error, code=2)
+        return _print_error(error, code=2)
     except OSError as error:
-        return _complain(_no_disk(folder, error), code=1)
+        return _print_error(_disk_message(folder, error), code=1)
 
 
 def _execute(
@@ -245,20 +253,20 @@ def _execute(
     try:
         write_json(folder / "result.json", result)
     except OSError as error:
-        told = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
-        return code if told else _complain(_no_disk(folder, error), code=code or 1)
+        reported = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
+        return code if reported else _print_error(_disk_message(folder, error), code=code or 1)
     shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
-    Progress().say(f"{status} after {result['seconds']:.0f} s; look at {shown}: {', '.join(worth_a_look(folder))}")
+    Progress().say(f"{status} after {result['seconds']:.0f} s; results in {shown}: {', '.join(output_files(folder))}")
     return code
 
 
-def worth_a_look(folder: Path) -> list[str]:
-    """What a person wants of a run's folder, most telling first; logs and checkpoints are left out."""
-    return [f"{name}/" if (folder / name).is_dir() else name for name in SHOWN if (folder / name).exists()]
+def output_files(folder: Path) -> list[str]:
+    """The existing OUTPUT_FILES of a run; a folder ends in a slash."""
+    return [f"{name}/" if (folder / name).is_dir() else name for name in OUTPUT_FILES if (folder / name).exists()]
 
 
 def _attempt(config: DictConfig, folder: Path, *, strategies: list[str] | None) -> tuple[str, int, dict[str, Any]]:
-    """(status, exit code, what stands in the result) of the run."""
+    """(status, exit code, entries of the result) of the run."""
     try:
         from memsave.experiment import run_experiment
         from memsave.progress import Progress
@@ -270,11 +278,11 @@ def _attempt(config: DictConfig, folder: Path, *, strategies: list[str] | None) 
         return "interrupted", 130, getattr(stop, "outcome", {})
     except Exception as error:
         status, code, message = _explain(error, config, folder)
-        return status, _complain(message, code=code), {"error": message, **getattr(error, "outcome", {})}
+        return status, _print_error(message, code=code), {"error": message, **getattr(error, "outcome", {})}
 
 
 def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
-    """(status, exit code, one sentence) for an error."""
+    """(status, exit code, one sentence) of an error."""
     from memsave.data import DataError
     from memsave.planning.budget import OverBudget
     from memsave.privacy import PrivacyError
@@ -297,29 +305,29 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
         message = f"the package {package} is not installed; install it with: pip install {wanted}"
         return "failed", 2, message
     if _is_disk_fault(error, folder):
-        return "failed", 1, _no_disk(folder, error)
+        return "failed", 1, _disk_message(folder, error)
     if is_out_of_memory(error):
         return "oom", 3, f"the step does not fit into memory; try {', '.join(task.less_memory())}"
     if isinstance(error, OverBudget):
         return "over_budget", 3, f"{error}; try {', '.join(task.less_memory())}"
     (folder / "error.txt").write_text(traceback.format_exc())
-    go_on = f"; mended, it continues with {_resume(folder)}" if saved else ""
-    return "failed", 1, f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'}){go_on}"
+    remedy = f"; after fixing it, continue with {_resume(folder)}" if saved else ""
+    return "failed", 1, f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'}){remedy}"
 
 
 def _is_disk_fault(error: BaseException, folder: Path) -> bool:
-    """Whether a disk is full, or the run's folder cannot be written to; safetensors tells by its words alone."""
+    """Whether the disk is full or the folder is not writable; safetensors raises an error without an errno."""
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
         return str(error.filename).startswith(str(folder))
     full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
 
 
-def _no_disk(folder: Path, error: BaseException) -> str:
+def _disk_message(folder: Path, error: BaseException) -> str:
     cause = getattr(error, "strerror", None) or "no space is left on the device"
-    where = getattr(error, "filename", None) or folder
-    go_on = f", then continue with {_resume(folder)}" if (folder / "checkpoint").exists() else ""
-    return f"{where} cannot be written ({cause}); free space or give another folder by hydra.run.dir={go_on}"
+    path = getattr(error, "filename", None) or folder
+    remedy = f", then continue with {_resume(folder)}" if (folder / "checkpoint").exists() else ""
+    return f"{path} cannot be written ({cause}); free space or give another folder by hydra.run.dir={remedy}"
 
 
 def _resume(folder: Path) -> str:
@@ -327,22 +335,22 @@ def _resume(folder: Path) -> str:
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
-    """Compose once for each choice of a sweep before anything runs; ConfigError says what is wrong."""
+    """Compose once for each value of a sweep before anything runs. Raises ConfigError for a fault."""
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if len(overrides) < len(arguments) - sweep:
-        return  # Hydra's own flags (--cfg, --config-dir ...): it checks what it is given
+        return  # Hydra checks the overrides that come with its own flags, such as --cfg
     options = []
     for before, text in zip([None, *overrides], overrides, strict=False):
-        read = parse(text, after=before)
-        if not (sweep and read.is_sweep_override()):
+        parsed = parse(text, after=before)
+        if not (sweep and parsed.is_sweep_override()):
             options.append([text])
             continue
         try:
-            values = list(read.sweep_string_iterator())
+            values = list(parsed.sweep_string_iterator())
         except (HydraException, ValueError) as error:
             raise ConfigError(f"{text!r} cannot be read; list the values, as in -m KEY=ONE,OTHER") from error
-        options.append([f"{read.get_key_element()}={value}" for value in values])
+        options.append([f"{parsed.get_key_element()}={value}" for value in values])
     first = [choices[0] for choices in options]
     compose(first)
     for number, choices in enumerate(options):
@@ -350,13 +358,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
             compose([*first[:number], choice, *first[number + 1 :]])
 
 
-def _complain(error: object, *, code: int) -> int:
+def _print_error(error: object, *, code: int) -> int:
     print(f"memsave: {error}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    # By its own name, so that the sweep's callback, which Hydra imports, is of the same module.
+    # Hydra imports the callback from `memsave.run`: call `main` of that module, whose _exit_code the callback sets.
     from memsave import run
 
     run.main()

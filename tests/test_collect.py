@@ -110,7 +110,7 @@ def test_an_interrupted_job_continues_from_its_checkpoint(tmp_path):
 def test_the_folder_of_another_job_is_refused(tmp_path):
     write_job(tmp_path / "0", result={"status": "ok"})
     other = compose([*TINY_UNET, "trainer.steps=7"])
-    with pytest.raises(ConfigError, match="holds another job; give the command that made it, or another"):
+    with pytest.raises(ConfigError, match="holds another job; repeat the command that created it, or give another"):
         is_done(tmp_path / "0", other, request=request_digest(other))
 
 
@@ -122,7 +122,7 @@ def test_a_sweep_over_budgets_is_collected_and_not_repeated(tmp_path):
     first = run_command(tmp_path, *arguments)
     assert first.returncode == 1
     assert "over_budget: sweep/0" in first.stderr
-    assert "the same command with hydra.sweep.dir=sweep does what is missing" in first.stderr
+    assert "repeat the command with hydra.sweep.dir=sweep to run the missing jobs" in first.stderr
     results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "01"]
     assert [each["status"] for each in results] == ["over_budget", "ok"]
     assert [len(each["plan"]["rows"]) for each in results] == [1, 1]  # the sweep chose the memory mode

@@ -1,4 +1,4 @@
-"""Ghost clipping in every memory mode that a model has, of all or of few of its parameters, against the loop."""
+"""Ghost clipping in every memory mode of a model, for all parameters or a few, against one backward per example."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def whole(name):
 
 
 def lora(name):
-    """Trained a little: its B starts at zero, where A has no gradient."""
+    """LoRA with random B: the initial B is zero, which gives A no gradient."""
     base = BASES[name]()
     model = peft.get_peft_model(base, peft.LoraConfig(r=3, task_type="CAUSAL_LM", **ATTENTION[name]))
     for key, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def bitfit(name):
 
 @pytest.mark.parametrize(("name", "mode"), PAIRS)
 @pytest.mark.parametrize("trained", [whole, lora, bitfit])
-def test_of_a_language_model(name, mode, trained):
+def test_clipping_of_a_language_model_is_exact(name, mode, trained):
     torch.manual_seed(0)
     model, base = trained(name)
     set_memory(base, mode)
@@ -68,7 +68,7 @@ def losses_of_patients(model, batch):
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize(("count", "passes"), [(3, (1, 2)), (1, ("direct", 1, 2))], ids=["three", "one"])
-def test_of_the_unet(mode, count, passes):
+def test_clipping_of_the_unet_is_exact(mode, count, passes):
     torch.manual_seed(0)
     net = ReversibleUNet3d(2, 3, channels=(4, 8), expansion=2, memory=mode).double()
     assert_exact(net, patients(count), losses_of_patients, passes=passes)

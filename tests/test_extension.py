@@ -70,9 +70,9 @@ def test_a_task_from_outside_trains_privately(installed, tmp_path):
     [
         (["data.count=1"], "data.count is 1; it must be at least 2"),
         (["data.cuont=9"], "did you mean count?"),
-        (["data=phantom"], "task=regression does not go with data=phantom; give data=points, and model=line"),
+        (["data=phantom"], "task=regression is not compatible with data=phantom; give data=points, and model=line"),
         (["data=point"], "did you mean points?"),
-        (["vary=volume", "budget=1GiB"], "vary=volume is not of task=regression; give vary=batch"),
+        (["vary=volume", "budget=1GiB"], "vary=volume is not valid for task=regression; give vary=batch"),
     ],
 )
 def test_mistakes_in_its_options_are_answered_like_those_in_our_own(installed, tmp_path, overrides, words):

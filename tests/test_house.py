@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, who may ask for kinds, and what `import memsave` costs."""
+"""The architecture: allowed imports, no import cycles, no checks of kinds outside of tasks, a light import."""
 
 import ast
 import re
@@ -31,7 +31,7 @@ HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus", "s
 
 
 def imports(path):
-    """(module, whether it is imported when the file is) of each absolute import."""
+    """(module, whether the import runs when the file is imported) of each absolute import."""
     tree = ast.parse(path.read_text())
     later = (ast.FunctionDef, ast.If)  # inside a function, or under `if TYPE_CHECKING`
     top = set(ast.walk(tree)) - {n for f in ast.walk(tree) if isinstance(f, later) for n in ast.walk(f)}
@@ -53,14 +53,14 @@ def test_imports_run_downwards(package):
 
 
 def modules():
-    """Path of each module of the package, by its dotted name."""
+    """(dotted name, path) of each module of the package."""
     for path in PACKAGE.rglob("*.py"):
         parts = ["memsave", *path.relative_to(PACKAGE).with_suffix("").parts]
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def imported_modules(path, known):
-    """The modules of memsave that a file imports, within functions too, but not for type checkers alone."""
+def imported_modules(path, names):
+    """The modules that a file imports, also within functions, except imports only for type checkers."""
     tree = ast.parse(path.read_text())
     checks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
     skipped = {node for check in checks for each in check.body for node in ast.walk(each)}
@@ -68,13 +68,13 @@ def imported_modules(path, known):
         if isinstance(node, ast.ImportFrom) and node not in skipped:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full in known else node.module
+                yield full if full in names else node.module
         elif isinstance(node, ast.Import) and node not in skipped:
             yield from (alias.name for alias in node.names)
 
 
 def cycles(graph):
-    """Each module that reaches itself, with a path to it."""
+    """Yield a path from a module to itself, if there is one."""
     for start in graph:
         reached, paths = set(), [[start]]
         while paths:
@@ -87,17 +87,17 @@ def cycles(graph):
                 paths.append([*path, after])
 
 
-def test_no_module_imports_itself_through_others():
-    known = dict(modules())
+def test_there_is_no_import_cycle():
+    paths = dict(modules())
     graph = {
-        name: {each for each in imported_modules(path, known) if each in known and each != name}
-        for name, path in known.items()
+        name: {each for each in imported_modules(path, paths) if each in paths and each != name}
+        for name, path in paths.items()
     }
     assert graph["memsave.run"]  # the graph is not empty
     assert next(cycles(graph), None) is None
 
 
-def test_a_cycle_would_be_found():
+def test_a_cycle_is_found():
     assert next(cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c", "b"]
 
 
@@ -108,26 +108,26 @@ KINDS = (
     r"from memsave\.tasks\.(segmentation|language)",
     r"from memsave\.data\.(volumes|text)",
 )
-ASK_FOR_KINDS = {  # commands and loaders of one task
+CHECK_KINDS = {  # commands of one task
     "predict.py": "segments with a trained U-Net",
     "data/check.py": "the command that checks volumes",
 }
 
 
 @pytest.mark.parametrize("pattern", KINDS)
-def test_nothing_outside_of_tasks_asks_for_the_kind_of_a_task_or_data_set(pattern):
+def test_no_code_outside_of_tasks_checks_the_kind_of_a_task_or_data_set(pattern):
     found = []
     for path in PACKAGE.rglob("*.py"):
-        place = path.relative_to(PACKAGE)
-        if place.parts[0] in ("tasks", "config", "data") or str(place) in ASK_FOR_KINDS:
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0] in ("tasks", "config", "data") or str(relative) in CHECK_KINDS:
             continue
         lines = enumerate(path.read_text().splitlines(), 1)
-        found += [f"{place}:{number}: {line}" for number, line in lines if re.search(pattern, line)]
+        found += [f"{relative}:{number}: {line}" for number, line in lines if re.search(pattern, line)]
     assert not found
 
 
 @pytest.mark.parametrize("package", MECHANISMS)
-def test_the_mechanisms_import_torch_alone(package):
+def test_the_mechanisms_import_only_torch(package):
     for path in (PACKAGE / package).rglob("*.py"):
         for module, top in imports(path):
             root = module.split(".")[0]

@@ -122,7 +122,7 @@ def change(**values):
             r"config\.json has no usable 'kind'; copy the model's",
         ),
         (change(kind="other"), r"its kind is 'other' and should be 'rev_unet'"),
-        (change(modalities=["t1"]), r"its channels are not its modalities and regions"),
+        (change(modalities=["t1"]), r"its channels do not match its modalities and regions"),
         (change(scheme="none"), r"has no usable 'none'"),
         (
             change(model={"in_channels": 4, "out_channels": 3, "channels": [3]}),

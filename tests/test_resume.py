@@ -1,4 +1,4 @@
-"""A run goes on by its folder alone."""
+"""Continuing a run, given only its folder."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from memsave.config import ConfigError
-from memsave.resume import resumed
+from memsave.config.compose import compose
+from memsave.resume import ResumedRun, resumed_run
 from memsave.run import continue_run
 
 
@@ -18,7 +19,7 @@ def losses(folder):
 
 @pytest.fixture
 def killed(run):
-    """A run of four steps that was killed in its fourth, after a checkpoint at the second."""
+    """(folder of a run that was killed in its fourth step, result and folder of the same run without interruption)."""
     _, whole, folder = run("trainer.steps=4", "trainer.checkpoint_every=2", "model.dropout=0.2", name="whole")
     cut = folder.parent / "cut"
     shutil.copytree(folder, cut)
@@ -32,11 +33,11 @@ def killed(run):
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoint"])
-def test_it_needs_no_other_override_and_ends_as_an_unbroken_run(killed, inside):
+def test_a_continued_run_equals_an_uninterrupted_run(killed, inside):
     cut, whole, folder = killed
-    rest = resumed([f"trainer.resume={cut / inside}"])
-    assert (rest.folder, rest.experiment, rest.changes) == (cut, "brats_rev", [])
-    assert continue_run(rest) == 0
+    found = resumed_run([f"trainer.resume={cut / inside}"])
+    assert (found.folder, found.experiment, found.changes) == (cut, "brats_rev", [])
+    assert continue_run(found) == 0
     assert losses(cut) == losses(folder)
     result = json.loads((cut / "result.json").read_text())
     assert result["experiment"] == "brats_rev"
@@ -44,23 +45,30 @@ def test_it_needs_no_other_override_and_ends_as_an_unbroken_run(killed, inside):
     assert (cut / "model" / "model.safetensors").read_bytes() == (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_the_whole_command_may_be_repeated(killed):
+def test_repeating_the_original_overrides_changes_nothing(killed):
     cut, _, _ = killed
     again = ["experiment=brats_rev", "data=phantom", "memory=reversible", "trainer.steps=4", "model.dropout=0.2"]
-    assert resumed([*again, f"trainer.resume={cut}"]).changes == []
+    assert resumed_run([*again, f"trainer.resume={cut}"]).changes == []
 
 
-def test_what_differs_is_told_and_taken(killed, tmp_path, capfd):
+def test_changed_settings_are_printed_and_used(killed, tmp_path, capfd):
     cut, _, _ = killed
     given = ["trainer.steps=5", "memory=stored", f"trainer.resume={cut}", f"hydra.run.dir={tmp_path / 'other'}"]
-    rest = resumed(given)
-    assert rest.folder == tmp_path / "other"
-    assert {"trainer.steps=5 (was 4)", "memory.mode=stored (was reversible)"} <= set(rest.changes)
-    assert continue_run(rest) == 0
-    assert "continuing with other settings than before: " in capfd.readouterr().err
-    assert [step for step, _ in losses(rest.folder)] == [3, 4, 5]
-    assert OmegaConf.load(rest.folder / "config.yaml").memory.mode == "stored"
-    assert resumed([f"trainer.resume={rest.folder}"]).changes == []
+    found = resumed_run(given)
+    assert found.folder == tmp_path / "other"
+    assert {"trainer.steps=5 (was 4)", "memory.mode=stored (was reversible)"} <= set(found.changes)
+    assert continue_run(found) == 0
+    assert "continuing with changed settings: " in capfd.readouterr().err
+    assert [step for step, _ in losses(found.folder)] == [3, 4, 5]
+    assert OmegaConf.load(found.folder / "config.yaml").memory.mode == "stored"
+    assert resumed_run([f"trainer.resume={found.folder}"]).changes == []
+
+
+def test_changed_settings_of_a_private_run_print_a_warning(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("memsave.run.execute", lambda *args, **kwargs: 0)
+    config = compose(["experiment=brats_rev_dp"])
+    assert continue_run(ResumedRun(config, tmp_path, "brats_rev_dp", ["trainer.steps=5 (was 4)"])) == 0
+    assert "never keep two runs with different settings" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -76,39 +84,39 @@ def test_what_differs_is_told_and_taken(killed, tmp_path, capfd):
         ("trainer.steps=0", r"trainer\.steps is 0; it must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(killed, override, words):
+def test_an_invalid_override_is_refused(killed, override, words):
     cut, _, _ = killed
     with pytest.raises(ConfigError, match=words):
-        resumed([override, f"trainer.resume={cut}"])
+        resumed_run([override, f"trainer.resume={cut}"])
 
 
-def test_other_commands_are_not_concerned(tmp_path):
-    assert resumed(["experiment=brats_rev"]) is None
-    assert resumed(["experiment=brats_rev", "trainer.resume=null"]) is None
-    assert resumed(["experiment=brats_rev", f"trainer.resume={tmp_path / 'nowhere'}"]) is None
+def test_other_command_lines_continue_no_run(tmp_path):
+    assert resumed_run(["experiment=brats_rev"]) is None
+    assert resumed_run(["experiment=brats_rev", "trainer.resume=null"]) is None
+    assert resumed_run(["experiment=brats_rev", f"trainer.resume={tmp_path / 'nowhere'}"]) is None
 
 
-def test_a_run_that_another_process_goes_on_with_is_left_alone(killed):
+def test_a_run_that_another_process_continues_is_not_changed(killed):
     from memsave.training.run_folder import lock_folder
 
     cut, _, _ = killed
     before = (cut / "metrics.jsonl").read_bytes()
     with lock_folder(cut):
-        assert continue_run(resumed([f"trainer.resume={cut}"])) == 2
+        assert continue_run(resumed_run([f"trainer.resume={cut}"])) == 2
     assert (cut / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_that_is_refused_stays_as_it_was(killed):
+def test_a_refused_continuation_changes_no_file(killed):
     cut, _, _ = killed
     (cut / "result.json").write_text(json.dumps({"status": "interrupted"}))
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
-    assert continue_run(resumed(["trainer.batch_size=1", f"trainer.resume={cut}"])) == 2
+    assert continue_run(resumed_run(["trainer.batch_size=1", f"trainer.resume={cut}"])) == 2
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
 
 
-def test_an_attempt_that_fails_after_some_steps_leaves_the_run_as_it_was(killed):
+def test_a_continuation_that_fails_before_a_checkpoint_changes_no_file(killed):
     cut, _, _ = killed
-    assert continue_run(resumed([f"trainer.resume={cut}"])) == 0
+    assert continue_run(resumed_run([f"trainer.resume={cut}"])) == 0
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
-    assert continue_run(resumed(["trainer.steps=7", "trainer.optimizer.lr=1e30", f"trainer.resume={cut}"])) == 1
+    assert continue_run(resumed_run(["trainer.steps=7", "trainer.optimizer.lr=1e30", f"trainer.resume={cut}"])) == 1
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""The command line: files of a run, exit codes, continued runs, and options of the trainer."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from memsave.config.overrides import override
 from memsave.ghost import GhostClipper
-from memsave.run import worth_a_look
+from memsave.run import output_files
 from tests.support.commands import TWO_STEPS, run_command
 
 
-def test_one_run_leaves_its_result(tmp_path):
+def test_a_run_writes_its_files(tmp_path):
     done = run_command(tmp_path, *TWO_STEPS, "profiler.process=true")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "brats_rev").iterdir()
@@ -51,12 +51,12 @@ def test_one_run_leaves_its_result(tmp_path):
     assert [line["step"] for line in steps] == [1, 2, 2]
     assert OmegaConf.load(folder / "config.yaml").trainer.steps == 2
     assert "Dice on 1 held-out cases: WT" in done.stderr
-    assert "stored would take" in done.stderr
-    last = done.stderr.splitlines()[-1].partition("; look at outputs/brats_rev/")[2].partition(": ")[2]
+    assert re.search(r"  stored: .*times as much; a step of reversible takes .* times as long", done.stderr)
+    last = done.stderr.splitlines()[-1].partition("; results in outputs/brats_rev/")[2].partition(": ")[2]
     assert last == "overlay.png, scores.csv, memory.png, memory.html, model/, result.json"
 
 
-def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
+def test_a_sweep_continues_after_a_failed_job_and_exits_with_1(tmp_path):
     root, sweep = tmp_path / "empty (a), b", tmp_path / "sweep, a=b"
     root.mkdir()
     paths = [shlex.split(override(key, path))[0] for key, path in (("data.root", root), ("hydra.sweep.dir", sweep))]
@@ -66,10 +66,10 @@ def test_a_sweep_goes_on_past_a_failure_and_says_so(tmp_path):
         result = json.loads((sweep / number / "result.json").read_text())
         assert result["status"] == "failed"
         assert "No NIfTI file" in result["error"]
-    assert f"the same command with {override('hydra.sweep.dir', sweep)} does what is missing" in done.stderr
+    assert f"repeat the command with {override('hydra.sweep.dir', sweep)} to run the missing jobs" in done.stderr
 
 
-def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
+def test_a_sweep_with_an_invalid_override_runs_no_job(tmp_path):
     done = run_command(tmp_path, "-m", "experiment=brats_rev", "memory=stored,reversibel")
     assert done.returncode == 2
     assert "did you mean reversible?" in done.stderr
@@ -84,18 +84,18 @@ def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(tmp_path):
         ([], "no experiment is chosen"),
         (["experiment=brats_rev", "memory=stored,reversible"], "add -m to run one job for each"),
         (["-m", "experiment=brats_rev", "memory=glob(*)"], "cannot be read"),
-        (["experiment=brats_rev", "hydra.run.dir=/proc/nowhere"], "the output folder cannot be made"),
+        (["experiment=brats_rev", "hydra.run.dir=/proc/nowhere"], "the output folder cannot be created"),
         (["--cfg", "job"], "You must specify 'experiment'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, arguments, words):
+def test_bad_input_prints_one_sentence_and_exits_with_2(tmp_path, arguments, words):
     done = run_command(tmp_path, *arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_help_is_of_this_program(tmp_path):
+def test_help_prints_the_module_docstring(tmp_path):
     done = run_command(tmp_path, "--help")
     assert done.returncode == 0
     assert "python -m memsave.run experiment=brats_rev" in done.stdout
@@ -103,23 +103,23 @@ def test_help_is_of_this_program(tmp_path):
 
 def test_a_run_continues_from_a_checkpoint(run):
     _, whole, _ = run("trainer.steps=4", name="whole")
-    # the learning rate follows trainer.steps, so a broken run is one that was stopped, not one with fewer steps
+    # the learning rate depends on trainer.steps: an interrupted run has the same number of steps
     _, _, first = run("trainer.steps=4", "trainer.checkpoint_every=1", name="first")
     code, resumed, folder = run("trainer.steps=4", f"trainer.resume={first / 'checkpoint'}", name="resumed")
     assert code == 0
     assert resumed["metrics"]["dice_wt"] == whole["metrics"]["dice_wt"]
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1  # nothing was left to train
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1  # only the evaluation
     assert resumed["metrics"]["loss"] is None
     code, refused, _ = run("trainer.steps=3", f"trainer.resume={first / 'checkpoint'}", name="refused")
     assert code == 2
     assert "trainer.steps is 3, but the checkpoint is at step 4" in refused["error"]
 
 
-def test_epochs_decide_the_steps_of_a_segmentation_run(run):
+def test_epochs_set_the_steps_of_a_segmentation_run(run):
     code, _, folder = run("trainer.steps=2", "trainer.epochs=5", "trainer.batch_size=1")
     assert code == 0
     steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
-    assert steps == list(range(1, 5 * 3 + 1))  # three training cases, one a step
+    assert steps == list(range(1, 5 * 3 + 1))  # three training cases, one per step
     assert (folder / "checkpoint").is_dir()
 
 
@@ -132,7 +132,7 @@ def test_epochs_decide_the_steps_of_a_segmentation_run(run):
         ("data.crop_size=[8,16,16]", "another set of training data"),
     ],
 )
-def test_a_run_is_continued_on_the_same_batches_alone(run, change, words):
+def test_a_run_is_not_continued_with_other_batches(run, change, words):
     _, _, first = run("trainer.steps=2", "trainer.batch_size=2", name="first")
     code, result, _ = run(
         "trainer.steps=3", "trainer.batch_size=2", f"trainer.resume={first / 'checkpoint'}", change, name="other"
@@ -141,7 +141,7 @@ def test_a_run_is_continued_on_the_same_batches_alone(run, change, words):
     assert re.search(f"{words}.*which changes the batches; continue with the same", result["error"])
 
 
-def test_the_crops_of_a_patient_are_clipped_as_one(run, monkeypatch):
+def test_the_crops_of_a_patient_are_clipped_as_one_gradient(run, monkeypatch):
     norms = []
     original = GhostClipper.backward
 
@@ -157,25 +157,25 @@ def test_the_crops_of_a_patient_are_clipped_as_one(run, monkeypatch):
     private = ["privacy=ghost", "privacy.passes=direct", "privacy.noise_multiplier=1", "privacy.seed=1"]
     crops = ["data.crops_per_case=3", "trainer.micro_batch_size=1", "privacy.max_grad_norm=0.01"]
     code, result, _ = run(*private, *crops, "trainer.steps=3")
-    assert code == 0 and norms and min(norms) > 0.01  # or clipping would have had nothing to do
+    assert code == 0 and norms and min(norms) > 0.01  # every gradient was clipped
     assert result["privacy"]["unit"].startswith("one patient")
 
 
-def test_a_run_in_the_folder_of_another_has_a_log_of_its_own(run):
+def test_a_new_run_in_an_old_folder_replaces_the_log(run):
     run()
     _, _, folder = run()
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("privacy", ["none", "ghost", "direct"])
-def test_the_first_line_names_the_options(run, monkeypatch, capfd, privacy):
+def test_the_first_line_names_the_chosen_options(run, monkeypatch, capfd, privacy):
     monkeypatch.setattr("memsave.experiment.make_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     run(f"privacy={privacy}", "trainer.micro_batch_size=1")
     first = capfd.readouterr().err.splitlines()[0]
     assert first == f"data=phantom, memory=reversible, privacy={privacy}, on cpu"
 
 
-def test_the_last_line_names_what_a_person_wants_and_no_more(tmp_path):
+def test_the_last_line_omits_logs_configs_and_checkpoints(tmp_path):
     for name in ("checkpoint", "checkpoint.previous", "model", "tensorboard"):
         (tmp_path / name).mkdir()
     for name in (
@@ -188,12 +188,12 @@ def test_the_last_line_names_what_a_person_wants_and_no_more(tmp_path):
         "result.json",
     ):
         (tmp_path / name).touch()
-    assert worth_a_look(tmp_path) == [
+    assert output_files(tmp_path) == [
         "scores.csv", "samples.md", "privacy.md", "model/", "tensorboard/", "result.json"
     ]  # fmt: skip
 
 
-def test_training_stops_when_the_score_has_not_become_better_for_long(run, monkeypatch):
+def test_training_stops_after_patience_evaluations_without_a_better_score(run, monkeypatch):
     from memsave.tasks.segmentation.task import Segmentation
 
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.25])
@@ -203,11 +203,11 @@ def test_training_stops_when_the_score_has_not_become_better_for_long(run, monke
     code, _, folder = run("trainer.steps=9", "trainer.evaluate_every=1", "trainer.patience=2")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert code == 0
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]  # best at 2, and two more
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]  # the best step is 2, patience is 2
     assert json.loads((folder / "checkpoint" / "state.json").read_text())["best"] == [0.3, 2]
 
 
-def test_the_average_is_what_is_released(run):
+def test_the_averaged_weights_are_released(run):
     from safetensors.torch import load_file
 
     code, _, folder = run("trainer.steps=3", "trainer.ema=0.9")
@@ -222,7 +222,7 @@ def test_the_average_is_what_is_released(run):
     assert any(not torch.equal(tensor, last[name]) for name, tensor in released.items())
 
 
-def test_tensorboard_has_the_losses(run):
+def test_tensorboard_has_the_losses_and_scores(run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a run: one sentence, an exit code, and nothing lost."""
+"""Faults of a run: each gives one sentence and an exit code, and loses no completed step."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from memsave.run import execute
 from tests.support.tiny_configs import TINY_UNET
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys):
+def test_an_interrupted_run_prints_the_override_that_continues_it(run, monkeypatch, capsys):
     from memsave.tasks.segmentation.task import Segmentation
 
     _, whole, folder = run("trainer.steps=3", "model.dropout=0.2", name="whole")
@@ -36,9 +36,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys)
     monkeypatch.setattr(Segmentation, "per_example_losses", signalled)
     code, result, folder = run("trainer.steps=3", "model.dropout=0.2", name="stopped (a), b=c")
     assert (code, result["status"]) == (130, "interrupted")
-    told = capsys.readouterr().err.partition("interrupted; continue with ")[2].splitlines()[0]
+    printed = capsys.readouterr().err.partition("interrupted; continue with ")[2].splitlines()[0]
     monkeypatch.undo()
-    (resume,) = shlex.split(told)  # as it is pasted
+    (resume,) = shlex.split(printed)  # as a shell reads it
     assert resume == f'trainer.resume="{folder}"'
     _, resumed, folder = run("trainer.steps=3", "model.dropout=0.2", resume, name="resumed")
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] == curve[2]
@@ -49,7 +49,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, monkeypatch, capsys)
     ("package", "extra", "overrides"),
     [("nilearn", "mni", ["data=mni_phantom"]), ("nibabel", "brats", [])],
 )
-def test_a_package_that_is_missing_is_named_with_its_extra(run, monkeypatch, package, extra, overrides):
+def test_a_missing_package_is_named_with_its_extra(run, monkeypatch, package, extra, overrides):
     mni._template.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
@@ -63,7 +63,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(run, monkeypatch, pac
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
 )
-def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
+def test_a_full_disk_gives_one_sentence_and_no_traceback(run, monkeypatch, error):
     from memsave.training import checkpoint
 
     original, calls = checkpoint.save, []
@@ -81,14 +81,14 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, error):
     assert not (folder / "error.txt").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_gives_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert execute(compose(TINY_UNET), tmp_path / "file" / "run", experiment="brats_rev") == 1
-    told = capsys.readouterr().err
-    assert "file/run cannot be written (Not a directory)" in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "file/run cannot be written (Not a directory)" in printed and printed.count("\n") == 1
 
 
-def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch):
+def test_a_data_error_saves_a_checkpoint_of_the_completed_steps(run, monkeypatch):
     from memsave.data.volumes.dataset import TrainingCrops
 
     _, whole, _ = run("trainer.steps=3", "data.workers=0", name="whole")
@@ -96,7 +96,7 @@ def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch)
 
     def broken(self, *args, **options):
         calls.append(1)
-        if len(calls) > 4:  # two steps of two
+        if len(calls) > 4:  # after two steps of two examples
             raise DataError("case 3 holds NaN: export it again.")
         return original(self, *args, **options)
 
@@ -110,16 +110,16 @@ def test_data_that_cannot_be_read_costs_no_step_that_was_taken(run, monkeypatch)
     assert resumed["metrics"] == whole["metrics"]
 
 
-def test_a_reader_that_has_gone_does_not_end_a_run():
-    told = "from memsave.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
+def test_a_closed_standard_error_does_not_end_the_program():
+    program = "from memsave.progress import Progress; p = Progress(); p.say('one'); p.say('two'); print('done')"
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-c", told], stdout=subprocess.PIPE, stderr=writing, text=True)
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writing, text=True)
     os.close(writing)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
-def test_float16_is_for_cuda(run):
+def test_float16_is_refused_on_the_cpu(run):
     code, result, _ = run("trainer.precision=float16", "trainer.device=cpu")
     assert (code, result["error"]) == (
         2,
@@ -127,7 +127,7 @@ def test_float16_is_for_cuda(run):
     )
 
 
-def test_a_file_that_may_not_be_read_is_not_called_a_full_disk(run, monkeypatch):
+def test_a_file_without_read_permission_is_not_reported_as_a_full_disk(run, monkeypatch):
     from memsave import experiment
 
     denied = PermissionError(errno.EACCES, "Permission denied", "/somewhere/else.csv")
@@ -136,7 +136,7 @@ def test_a_file_that_may_not_be_read_is_not_called_a_full_disk(run, monkeypatch)
     assert "cannot be written" not in result["error"] and "/somewhere/else.csv" in result["error"]
 
 
-def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
+def test_an_interrupt_before_training_writes_a_result(run, monkeypatch):
     from memsave import experiment
 
     monkeypatch.setattr(experiment, "make_model", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -144,23 +144,23 @@ def test_an_interrupt_before_training_leaves_its_result(run, monkeypatch):
     assert (code, result["status"]) == (130, "interrupted")
 
 
-def test_a_mode_that_does_not_fit_does_not_stop_the_run(run, monkeypatch):
+def test_a_compared_mode_that_runs_out_of_memory_does_not_stop_the_run(run, monkeypatch):
     from memsave.models import ReversibleUNet3d
 
     original = ReversibleUNet3d.forward
 
-    def tight(self, x):
+    def fail_when_stored(self, x):
         if self.memory == "stored":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, x)
 
-    monkeypatch.setattr(ReversibleUNet3d, "forward", tight)
+    monkeypatch.setattr(ReversibleUNet3d, "forward", fail_when_stored)
     code, result, _ = run("profiler.compare=[stored,reversible]")
     assert code == 0
     assert list(result["memory"]["compared"]) == ["reversible"]
 
 
-def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
+def test_out_of_memory_and_unexpected_errors_have_different_exit_codes(run, monkeypatch):
     from memsave import experiment
 
     def fail(error):
@@ -180,7 +180,7 @@ def test_unexpected_errors_and_full_memory_are_told_apart(run, monkeypatch):
     ("memory", "remedy"),
     [("stored", "memory=reversible, trainer"), ("reversible", "trainer"), ("auto", "trainer")],
 )
-def test_the_remedy_for_full_memory_is_one_that_is_not_taken_yet(run, monkeypatch, memory, remedy):
+def test_the_remedies_for_out_of_memory_are_not_in_use_already(run, monkeypatch, memory, remedy):
     from memsave import experiment
 
     full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
@@ -190,8 +190,8 @@ def test_the_remedy_for_full_memory_is_one_that_is_not_taken_yet(run, monkeypatc
     assert f"try {remedy}.micro_batch_size=1, smaller crops" in result["error"]
 
 
-def test_a_run_over_its_budget_stops_and_names_what_is_largest(run, monkeypatch):
-    monkeypatch.setattr("memsave.experiment.fit_to_budget", lambda config, *args, **known: (config, {}))
+def test_a_run_over_its_budget_stops_and_names_the_largest_category(run, monkeypatch):
+    monkeypatch.setattr("memsave.experiment.fit_to_budget", lambda config, *args, **kwargs: (config, {}))
     code, result, folder = run("budget=1MiB", "trainer.steps=3")
     assert (code, result["status"]) == (3, "over_budget")
     assert re.search(
@@ -223,34 +223,34 @@ def test_a_run_that_grows_over_its_budget_names_what_grew(run, monkeypatch):
     assert "buffer grew, by 4.00 MiB in the model itself" in result["error"]
 
 
-def test_a_model_that_cannot_be_built_is_bad_input(run):
+def test_a_model_that_cannot_be_built_exits_with_2(run):
     code, result, _ = run("model.channels=[7]", "model.blocks=[1]")
     assert code == 2
     assert "even number" in result["error"]
 
 
 @pytest.mark.parametrize("part", ["evaluate", "show", "release"])
-def test_a_fault_of_evaluation_drawing_or_release_costs_no_step(run, monkeypatch, part):
+def test_an_error_after_training_loses_no_completed_step(run, monkeypatch, part):
     from memsave.tasks.segmentation.task import Segmentation
 
-    def fault(*_, **__):
+    def fail(*_, **__):
         raise DataError("a held-out volume is damaged inside")
 
     steps = ["trainer.steps=4", "trainer.checkpoint_every=50"]
     with monkeypatch.context() as patch:
-        patch.setattr(Segmentation, part, fault)
+        patch.setattr(Segmentation, part, fail)
         code, result, folder = run(*steps, *(["trainer.evaluate_every=2"] if part == "evaluate" else []), name="fault")
     assert (code, result["status"]) == (2, "failed")
     taken = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if "loss" in line]
     assert taken == ([1, 2] if part == "evaluate" else [1, 2, 3, 4])
     code, _, folder = run(*steps, f"trainer.resume={folder / 'checkpoint'}", name="resumed")
     assert code == 0
-    left = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if '"lr"' in line]
-    assert taken + left == [1, 2, 3, 4]
+    remaining = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if '"lr"' in line]
+    assert taken + remaining == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("command", [["memsave.run", "experiment=brats_rev"], ["memsave.predict", "checkpoint=a"]])
-def test_one_of_several_processes_is_refused_before_anything_is_written(command, tmp_path):
+def test_one_of_several_processes_is_refused_and_writes_nothing(command, tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -260,7 +260,7 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(command,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_not_used_twice(tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     from tests.support.commands import TWO_STEPS, run_command
 
     again = [*TWO_STEPS, "trainer.steps=1", "profiler.compare=[]", "hydra.run.dir=there"]

@@ -1,1 +1,1 @@
-"""Stored, checkpoint and reversible, side by side."""
+"""Memory of ghost clipping in every memory mode."""

@@ -1,9 +1,9 @@
-"""Every model, in every memory mode that it has, plain and with ghost clipping: peaks of live memory, exact.
+"""Peaks of live memory of each model in each of its memory modes, with and without ghost clipping.
 
     python -m experiments.composition
 
-One forward and backward on fake tensors, so that models of any size take no memory, counted by `MemoryRecorder` to the
-byte. Language models read 8 texts of 100 tokens and never hold their logits; the U-Net sees two volumes.
+`MemoryRecorder` counts the bytes of one forward and backward on fake tensors, which take no memory for models of any
+size. Language models read 8 texts of 100 tokens and never store their logits; the U-Net reads two volumes.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as it is trained here."""
+    """A model with its loss and memory modes."""
 
     make: Callable[[], nn.Module]
     losses: Callable[[nn.Module], Tensor]
@@ -53,7 +53,7 @@ def volume_losses(model: nn.Module) -> Tensor:
 
 
 def gpt2() -> Any:
-    """GPT-2, of 12 layers and 124 million parameters, its head tied."""
+    """GPT-2 with 12 layers, 124 million parameters, and a tied head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config())
@@ -62,18 +62,18 @@ def gpt2() -> Any:
 
 
 def rev_gpt2(layers: int) -> nn.Module:
-    """The reversible one in GPT-2's width."""
+    """The reversible Transformer at the width of GPT-2."""
     from memsave.models.rev_gpt2 import RevGPT2, RevGPT2Config
 
     return RevGPT2(RevGPT2Config(num_hidden_layers=layers))
 
 
 def with_lora() -> nn.Module:
-    """GPT-2 whose attention has adapters, which alone are trained (Hu et al., ICLR 2022)."""
+    """GPT-2 with LoRA in its attention; only the adapters are trained (Hu et al., ICLR 2022)."""
     import peft
 
     config = peft.LoraConfig(r=RANK, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    with unset_fake_temporarily() as mode:  # peft moves what it adds, which fake tensors cannot be
+    with unset_fake_temporarily() as mode:  # peft moves its parameters to a device, which fails for fake tensors
         model = peft.get_peft_model(gpt2(), config)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -82,7 +82,7 @@ def with_lora() -> nn.Module:
 
 
 def with_bitfit() -> nn.Module:
-    """GPT-2 of which biases alone are trained (Ben Zaken et al., ACL 2022)."""
+    """GPT-2 with only its biases trained (Ben Zaken et al., ACL 2022)."""
     model = gpt2()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
@@ -102,7 +102,7 @@ SUBJECTS = {
 
 
 def peak(subject: Subject, mode: str, *, private: bool) -> dict[str, Any]:
-    """Bytes at the peak of forward and backward, and the most that is ever held beside parameters and gradients."""
+    """Bytes at the peak of forward and backward, and the maximum without parameters and gradients."""
     with FakeTensorMode():
         model = subject.make().train()
         set_memory(model, mode)
@@ -124,11 +124,13 @@ def peak(subject: Subject, mode: str, *, private: bool) -> dict[str, Any]:
 
 
 def measure(subject: Subject) -> dict[str, dict[str, dict[str, Any]]]:
-    """By mode, plain and ghost."""
+    """The peaks by memory mode and by training (plain or ghost)."""
     both = {"plain": False, "ghost": True}
-    found = {mode: {way: peak(subject, mode, private=each) for way, each in both.items()} for mode in subject.modes}
-    for mode, ways in found.items():
-        print(mode, {way: format_bytes(each["peak_bytes"]) for way, each in ways.items()}, flush=True)
+    found = {
+        mode: {training: peak(subject, mode, private=each) for training, each in both.items()} for mode in subject.modes
+    }
+    for mode, peaks in found.items():
+        print(mode, {training: format_bytes(each["peak_bytes"]) for training, each in peaks.items()}, flush=True)
     return found
 
 
@@ -155,21 +157,21 @@ def model_table(results: dict[str, Any]) -> str:
         "|" + "---|" * 7,
     ]
     for name, modes in results.items():
-        for mode, ways in modes.items():
-            sizes = (format_bytes(ways[way][key]) for way in ways for key in ("peak_bytes", "most_beside_bytes"))
-            rows.append(f"| {name} | {mode} | {' | '.join(sizes)} | {ways['ghost']['passes']} |")
+        for mode, peaks in modes.items():
+            sizes = (format_bytes(each[key]) for each in peaks.values() for key in ("peak_bytes", "most_beside_bytes"))
+            rows.append(f"| {name} | {mode} | {' | '.join(sizes)} | {peaks['ghost']['passes']} |")
     return "\n".join(rows)
 
 
 def depth_table(results: dict[str, Any]) -> str:
-    columns = [(mode, way) for mode in MEMORY_MODES for way in ("plain", "ghost")]
+    columns = [(mode, training) for mode in MEMORY_MODES for training in ("plain", "ghost")]
     rows = [
-        "| layers | parameters | " + " | ".join(f"{mode}, {way}" for mode, way in columns) + " |",
+        "| layers | parameters | " + " | ".join(f"{mode}, {training}" for mode, training in columns) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for layers, modes in results.items():
         parameters = modes["stored"]["plain"]["parameter_bytes"]
-        cells = (format_bytes(modes[mode][way]["most_beside_bytes"]) for mode, way in columns)
+        cells = (format_bytes(modes[mode][training]["most_beside_bytes"]) for mode, training in columns)
         rows.append(f"| {layers} | {format_bytes(parameters)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -1,1 +1,1 @@
-"""Rounding errors of the rebuilt stream, and what keeps them small."""
+"""Rounding errors of the recomputed stream, and two methods that bound them."""

@@ -1,11 +1,11 @@
-"""How far the rebuilt stream drifts, and a network of 128 blocks that trains all the same.
+"""Drift of the recomputed stream, and the training of a network with 128 blocks.
 
     python -m experiments.drift
 
-First the drift through 8, 32 and 128 blocks: of branches with and without a normalisation at their end, in float32 and
-bfloat16, beside a stream that is itself bfloat16, as a network written by hand would carry it. Then 128 blocks with
-bfloat16 branches learn to sharpen blurred pictures: stored, rebuilt, and rebuilt with anchors, from one seed on the
-same batches; and on a grid, stored and rebuilt.
+The first part measures the drift through 8, 32 and 128 blocks: for branches with and without a final normalisation, in
+float32 and bfloat16, and for a stream in bfloat16, as in many implementations. In the second part, 128 blocks with
+bfloat16 branches learn to sharpen blurred pictures with the same seed and batches: stored, reversible, and reversible
+with anchors; and on a grid, stored and reversible.
 """
 
 import math
@@ -52,7 +52,7 @@ def picture(batch: int = 4) -> Tensor:
 
 
 def drift_of(net: ReversibleSequence, context: Callable[[], AbstractContextManager]) -> dict[str, Any]:
-    """Errors relative to the stored network: of the first block's rebuilt input, of the gradient, and by block."""
+    """Errors relative to the stored network: of the first block's recomputed input, of the gradient, and by block."""
     with context():
         report = verify(net, picture(), tolerance=float("inf"))
     (drift,) = report.drift.values()
@@ -60,12 +60,12 @@ def drift_of(net: ReversibleSequence, context: Callable[[], AbstractContextManag
 
 
 def finite(value: float) -> float | None:
-    """None for what overflowed, which JSON has no number for."""
+    """The value, or None after an overflow, because JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
 def drift_by_hand(net: ReversibleSequence) -> dict[str, Any]:
-    """The same of a stream that is rounded to bfloat16 between blocks; its gradient is not formed."""
+    """The drift of a stream that is rounded to bfloat16 between blocks, without its gradient."""
     net = net.bfloat16()
     states = [picture().bfloat16()]
     with torch.no_grad():
@@ -100,7 +100,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
 
 
 def train(memory: str) -> dict[str, Any]:
-    """Losses of the deep network, its branches in bfloat16."""
+    """Losses of the deep network with bfloat16 branches."""
     net = sequence(normalised, DEPTHS[-1], **MEMORIES[memory])
     stem, head = nn.Conv2d(1, 2 * HALF, 1), nn.Conv2d(2 * HALF, 1, 1)
     model = nn.Sequential(stem, net, nn.GroupNorm(1, 2 * HALF), head)
@@ -163,12 +163,12 @@ def training_table(training: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(drift: dict[str, dict[str, Any]], training: dict[str, dict[str, Any]]) -> None:
-    """Left the drift by block, right what it does to the losses."""
+    """Draw the drift by block on the left, and the losses on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2)
-    deep, none = str(DEPTHS[-1]), 1e-9  # what is zero is drawn at the bottom
+    deep, none = str(DEPTHS[-1]), 1e-9  # zero is drawn at the bottom of the logarithmic axis
     colours = ("#4f81a8", "#e08e45", "#4d9a94", "#2b2f33", "#b9bfc4", "#5b6770", "#f3cf9f")
     for (name, row), colour in zip(drift.items(), colours, strict=True):
         errors = [math.nan if each is None else max(each, none) for each in row[deep]["blocks"]]

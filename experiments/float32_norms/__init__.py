@@ -1,1 +1,1 @@
-"""Digits of a float32 norm, by the way in which it is summed."""
+"""Accuracy of float32 norms by the method of summation."""

@@ -1,1 +1,1 @@
-"""The first paper's claim as one table: what fits into a budget, by how activations are kept."""
+"""The largest sizes in a memory budget for each memory mode, as claimed by Pendse et al. (2020)."""

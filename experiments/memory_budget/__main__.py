@@ -1,13 +1,13 @@
-"""The largest volume, depth and width that train in a budget, by how activations are kept.
+"""The largest volume, depth and width that train in a budget, for each strategy to keep activations.
 
     python -m experiments.memory_budget            # about an hour on two cores with 24 GiB
     python -m experiments.memory_budget predicted  # without the real steps: ten minutes
-    python -m experiments.memory_budget measured   # the real steps alone, beside what was predicted before
+    python -m experiments.memory_budget measured   # only the real steps, with earlier predictions
 
 Live bytes of the whole training step of the U-Net of `experiment=brats_full` (five levels, 16 to 256 channels, float32,
-AdamW, one volume), predicted on fake tensors; then real steps at the sizes that were found for the budgets of MEASURED,
-with what they held. Pendse et al. (2020) state up to 3 times the volume, 25% more depth or twice the channels of the
-corresponding non-reversible network.
+AdamW, one volume) are predicted on fake tensors. Real steps then measure the sizes for the budgets of MEASURED. Pendse
+et al. (2020) report up to 3 times the volume, 25% more depth or twice the channels of the corresponding non-reversible
+network.
 """
 
 import argparse
@@ -43,13 +43,13 @@ STRATEGIES = {
     "reversible, fused": ["memory=reversible", "memory.engine=fused"],
 }
 CROP = "data.crop_size=[128,128,128]"
-VARIES = {  # overrides, and where the search ends
+VARIES = {  # overrides, and the sizes to search
     "volume": (["data.crop_size=[240,240,160]"], 640),
     "depth": ([CROP], 12),
     "channels": ([CROP], 160),
 }
-MEASURED = {"volume": ("8GiB", "11GiB", "16GiB"), "depth": ("8GiB",), "channels": ("8GiB",)}  # more take hours
-ALLOCATOR = 1.2  # no step of this network takes so many times its live bytes beyond what the process has before it
+MEASURED = {"volume": ("8GiB", "11GiB", "16GiB"), "depth": ("8GiB",), "channels": ("8GiB",)}  # larger ones take hours
+ALLOCATOR = 1.2  # upper bound for the memory of the process per live byte
 
 
 def config_of(strategy: str, vary: str) -> Config:
@@ -70,7 +70,7 @@ def predicted(strategy: str, vary: str, size: int) -> int:
 def largest_in(strategy: str, vary: str, budget: str) -> int | None:
     varied = variation(config_of(strategy, vary))
     sizes = range(varied.low, VARIES[vary][1] + 1, varied.multiple)
-    start = sizes[-1] if vary == "depth" else min(varied.start, sizes[-1])  # of fused, all depths fit or none does
+    start = sizes[-1] if vary == "depth" else min(varied.start, sizes[-1])  # with fused, either all depths fit or none
     total = partial(predicted, strategy, vary)
     return search(sizes, total, limit=parse_bytes(budget), start=start, power=varied.power)
 
@@ -92,9 +92,9 @@ def row_of(strategy: str, vary: str, budget: str) -> dict[str, Any]:
 
 
 def measured(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A real step at the size of a row; None where this machine has no room for it."""
+    """Measure a real step at the size of a row; None if this machine has too little memory."""
     if row["predicted_bytes"] * ALLOCATOR > free_bytes(CPU):
-        print(f"no room for {row['strategy']}, {row['vary']} {row['described']}", flush=True)
+        print(f"not enough memory for {row['strategy']}, {row['vary']} {row['described']}", flush=True)
         return None
     made = fake_step(variation(config_of(row["strategy"], row["vary"])).at(row["size"]), device=CPU)
     if not create_state(made.optimizer):
@@ -116,7 +116,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def measured_rows(rows: list[dict]) -> list[dict]:
-    """Real steps at the sizes of MEASURED, each once."""
+    """Measure one real step at each size of MEASURED."""
     chosen = {
         (row["strategy"], row["vary"], row["size"]): row
         for row in rows
@@ -126,7 +126,7 @@ def measured_rows(rows: list[dict]) -> list[dict]:
 
 
 def gain(rows: list[dict], row: dict[str, Any]) -> str:
-    """How many times as large as stored in the same budget."""
+    """The ratio to the size of stored in the same budget."""
     base = next(r for r in rows if r["strategy"] == "stored" and r["budget_bytes"] == row["budget_bytes"])
     if row["size"] is None or base["size"] is None or row is base:
         return ""
@@ -170,7 +170,7 @@ def measured_table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Voxels over the budget, one line a strategy to keep activations."""
+    """Draw voxels over the budget, one line per strategy."""
     from matplotlib.figure import Figure
 
     from memsave.sweep_picture import LINES

@@ -1,1 +1,1 @@
-"""Stored, checkpoint and reversible, side by side."""
+"""Memory, time and losses of stored, checkpoint and reversible."""

@@ -1,10 +1,10 @@
-"""stored, checkpoint and reversible, side by side: same losses, different memory.
+"""Memory, time and losses of stored, checkpoint and reversible.
 
     python -m experiments.memory_modes
 
-Three copies of the network of `experiment=brats_rev` train on the same batches from one seed, a step of each in turn,
-so that the machine's moods meet all of them. Live bytes are measured by `MemoryRecorder` on the second step, optimizer
-included; times are of the steps that were not recorded.
+Three copies of the network of `experiment=brats_rev` train with the same batches and seed, one step of each in turn, so
+that changes in the machine's speed affect all of them. `MemoryRecorder` counts live bytes in the second step, optimizer
+included; times are those of the other steps.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ from memsave.training.loop import State, make_state, run_steps
 
 MODES = ("stored", "checkpoint", "reversible")
 STEPS = 20
-DEPTHS = (1, 2, 4, 8, 16)  # blocks per level, on the way down and again on the way up
+DEPTHS = (1, 2, 4, 8, 16)  # blocks per level, in the encoder and again in the decoder
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -35,7 +35,7 @@ def main() -> None:
         model, _ = make_model(config)
         model.memory = mode
         recorders[mode] = Recorders(make_state(model, config.trainer))
-        runs[mode] = run_steps(recorders[mode].state, task, config.trainer, watch=recorders[mode])
+        runs[mode] = run_steps(recorders[mode].state, task, config.trainer, monitor=recorders[mode])
     for step in range(STEPS):
         for mode in MODES:
             done = next(runs[mode])
@@ -112,14 +112,14 @@ def table(results: dict[str, dict]) -> str:
 
 
 class Recorders:
-    """Records the second step: the first one has no optimizer state yet."""
+    """Records the second step, because the first step has no optimizer state."""
 
     def __init__(self, state: State):
         self.state = state
         self.recorder = MemoryRecorder(state.model, optimizer=state.optimizer)
 
     def __call__(self, step: int) -> AbstractContextManager:
-        """What surrounds step number `step`."""
+        """The context in which step number `step` must run."""
         return self.recorder if step == 2 else nullcontext()
 
 

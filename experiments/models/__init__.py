@@ -1,1 +1,1 @@
-"""GhostClipper on the model families of transformers, one tiny model of each class."""
+"""GhostClipper with the model families of transformers, one tiny model per class."""

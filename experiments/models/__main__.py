@@ -1,8 +1,8 @@
-"""GhostClipper on the families of transformers: a tiny model of each class, against one backward per example.
+"""GhostClipper with the models of transformers: a tiny model of each class, against one backward per example.
 
     python -m experiments.models
 
-`--only "Llama*"` tries the classes whose names match, and writes nothing.
+`--only "Llama*"` checks the classes whose names match, and writes nothing.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from experiments.record import insert, keep, machine
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "models.md"
-SECONDS = 60  # a class that takes longer is not tried
+SECONDS = 60  # time limit of a class
 
 
 def classes() -> Iterator[tuple[str, str, str]]:
-    """(family, name of the class, task), each class once per task."""
+    """Yield (family, name of the class, task), each class once per task."""
     from transformers.models.auto import modeling_auto
 
     for task, (name, *_) in TASKS.items():
@@ -42,7 +42,7 @@ def classes() -> Iterator[tuple[str, str, str]]:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after that long."""
+    """Raise TimeoutError in the main thread after `seconds`."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took longer than {seconds} s")
@@ -57,7 +57,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def tried(family: str, name: str, task: str) -> Row:
-    """The verdict, within the time limit."""
+    """The verdict on a class within the time limit."""
     import transformers
 
     try:
@@ -70,7 +70,7 @@ def tried(family: str, name: str, task: str) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", help="of class names, such as 'Llama*'")
-    parser.add_argument("--task", choices=TASKS, help="of this task alone; writes nothing")
+    parser.add_argument("--task", choices=TASKS, help="check only this task; writes nothing")
     options = parser.parse_args()
     quiet()
     rows, begin = [], time.perf_counter()
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """No warnings of transformers about tiny configurations."""
+    """Silence the warnings of transformers about tiny configurations."""
     import transformers
 
     warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
-"""The pictures of docs/brats.md: phantoms in real anatomy, and what augmentation makes of one.
+"""The pictures of docs/brats.md: phantoms with real anatomy, and augmented crops of one of them.
 
     python -m experiments.pictures
 
-Needs the extra mni; the cases are those of data=mni_phantom with its default seed.
+Needs the extra mni. The cases are those of data=mni_phantom with the default seed.
 """
 
 import io
@@ -22,7 +22,7 @@ from memsave.tasks.segmentation.overlay import COLOURS
 
 DOCS = Path(__file__).parents[2] / "docs"
 REGIONS = {"wt": (1, 2, 4), "tc": (1, 4), "et": (4,)}
-SHADES = 96  # of the palette that a picture is stored with
+SHADES = 96  # colours in the palette of a picture
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _modalities(cases: Sequence[Case]) -> Figure:
-    """A row a case: its modalities, axial, and a coronal section with the contours of the regions."""
+    """One row per case: axial planes of its modalities, and a coronal plane with the contours of the regions."""
     figure = Figure(figsize=(11, 2.3 * len(cases)), facecolor="black")
     grid = figure.subplots(len(cases), 6, squeeze=False)
     figure.subplots_adjust(left=0.005, right=0.995, top=0.93, bottom=0.01, wspace=0.03, hspace=0.03)
@@ -53,7 +53,7 @@ def _modalities(cases: Sequence[Case]) -> Figure:
 
 
 def _crops(cases: Sequence[Case]) -> Figure:
-    """Crops of one case that are centred on tumour, as the network sees them: FLAIR, with the whole tumour."""
+    """Augmented crops of one case, centred on tumour: FLAIR with the contour of the whole tumour."""
     figure = Figure(figsize=(11, 3.9), facecolor="black")
     grid = figure.subplots(2, 6)
     figure.subplots_adjust(left=0.06, right=0.995, top=0.99, bottom=0.01, wspace=0.03, hspace=0.03)
@@ -84,7 +84,7 @@ def _draw(axes, image: np.ndarray, label: np.ndarray | None) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """As a PNG of few shades, a third of the size."""
+    """Write a PNG with SHADES colours, a third of the usual size."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100, facecolor="black")
     Image.open(drawn).convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -1,1 +1,1 @@
-"""How true plans are, and what fits into which budget."""
+"""Accuracy of plans, and the sweeps over budgets."""

@@ -1,10 +1,10 @@
-"""How true plans are: predicted on fake tensors against real steps, and what fits into which budget.
+"""The accuracy of plans: predictions on fake tensors against real steps, and sweeps over budgets.
 
     python -m experiments.planning
 
-1. Steps that were not calibrated on: exact and calibrated bytes against what PyTorch's allocator held.
-2. Steps at the largest size that a plan names for a small budget: live bytes, and the allocator's.
-3. `experiment=brats_budget` and `experiment=gpt2_budget`: predicted, in pictures.
+1. Steps of other sizes than the calibration step: exact and calibrated bytes against those of PyTorch's allocator.
+2. Steps at the largest size of a plan for a small budget: live bytes, and those of the allocator.
+3. The pictures of `experiment=brats_budget` and `experiment=gpt2_budget`.
 """
 
 import os
@@ -32,7 +32,7 @@ ROOT = HERE.parents[1]
 CPU = torch.device("cpu")
 BRATS = ["experiment=brats_rev", "trainer.batch_size=1"]
 GPT2 = ["experiment=gpt2_dp", "model=gpt2", "trainer.batch_size=8", "trainer.micro_batch_size=8"]
-STEPS = [  # none is a calibrating step: crops of 40, one block a level; texts of 64 tokens, two layers
+STEPS = [  # other sizes than the calibration: crops of 40, one block per level; texts of 64 tokens, two layers
     *[
         [*BRATS, f"memory={mode}", *size]
         for mode in ("stored", "checkpoint", "reversible")
@@ -87,7 +87,7 @@ def step_of(config: Config) -> TrainingStep:
 
 
 def measured(config: Config) -> dict[str, int]:
-    """What a real step, the second, holds in live tensors and takes from the allocator, in bytes."""
+    """(live bytes, bytes of the allocator) of the second real step."""
     made = step_of(config)
     made.run()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
@@ -99,7 +99,7 @@ def measured(config: Config) -> dict[str, int]:
 
 
 def compare(overrides: list[str]) -> dict[str, Any]:
-    """Predicted and measured bytes of one configuration."""
+    """Predicted and measured bytes of one config."""
     config = config_of(overrides)
     calibration = calibration_of(config, definition_of(config).current_strategy(), CPU, progress=Progress())
     predicted = peak_on_fake(lambda: step_of(config))
@@ -115,7 +115,7 @@ def compare(overrides: list[str]) -> dict[str, Any]:
 
 
 def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
-    """The size that a plan names for a budget, and what a real step there holds and takes."""
+    """The size of a plan for a budget, and the measured bytes of a real step at that size."""
     config = config_of([*overrides, "profiler.compare=[]"])
     config = config.changed({"mode": "plan"})
     strategy = definition_of(config).current_strategy()
@@ -136,13 +136,13 @@ def stay_inside(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def volumes() -> Any:
-    """The plan of the guide's first command."""
+    """Draw the plan of the first command of the guide."""
     overrides = [*BRATS, "data.crop_size=[240,240,160]", "mode=plan", "vary=volume", "budget=16GiB"]
     return make_plan(config_of(overrides), CPU, progress=Progress())
 
 
 def sweep(experiment: str) -> None:
-    """Run a ready-made sweep and keep its picture and table."""
+    """Run the sweep of an experiment and keep its picture and table."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "memsave.run", f"experiment={experiment}", f"hydra.sweep.dir={folder}/sweep"]
         subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -150,7 +150,7 @@ def sweep(experiment: str) -> None:
             shutil.copy(f"{folder}/sweep/sweep.{suffix}", HERE / f"{experiment}.{suffix}")
 
 
-def told(overrides: list[str]) -> str:
+def describe(overrides: list[str]) -> str:
     quiet = ("experiment=", "trainer.batch_size=")
     return " ".join(each for each in overrides if not each.startswith(quiet)) or "as it is"
 
@@ -164,7 +164,7 @@ def step_table(rows: list[dict]) -> str:
     ]
     for row in rows:
         sizes = ("exact_bytes", "measured_live_bytes", "calibrated_bytes", "measured_allocator_bytes")
-        cells = [row["overrides"][0].removeprefix("experiment="), told(row["overrides"])]
+        cells = [row["overrides"][0].removeprefix("experiment="), describe(row["overrides"])]
         cells += [format_bytes(row[key]) for key in sizes]
         lines.append("| " + " | ".join([*cells, f"{row['error']:+.2%}"]) + " |")
     return "\n".join(lines)

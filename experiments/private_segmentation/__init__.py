@@ -1,1 +1,1 @@
-"""Stored, checkpoint and reversible, side by side."""
+"""Private segmentation by the number of patients."""

@@ -1,11 +1,11 @@
-"""What privacy for each patient costs in segmentation, by the number of patients.
+"""The cost of privacy for each patient in segmentation, by the number of patients.
 
-    python -m experiments.private_segmentation                      # all, some fifteen minutes on two cores
-    python -m experiments.private_segmentation 720-8 720-none       # these; the others stay as they are
-    python -m experiments.private_segmentation noise                # the accountant alone, a minute
+    python -m experiments.private_segmentation                      # all runs, about fifteen minutes on two cores
+    python -m experiments.private_segmentation 720-8 720-none       # only these; the others are kept
+    python -m experiments.private_segmentation noise                # only the accountant, one minute
 
-A run is `python -m memsave.run experiment=brats_rev_dp` with the overrides below, in a process of its own. The noise of
-a private run is drawn from the operating system's entropy, so that scores differ a little from run to run.
+Each run is `python -m memsave.run experiment=brats_rev_dp` with the overrides below, in a separate process. The seed of
+the noise comes from the operating system, so that scores of private runs vary slightly.
 """
 
 import json
@@ -29,7 +29,7 @@ EPSILONS = (1, 3, 8)
 
 
 def of(patients: int, batch_size: int) -> list[str]:
-    """Overrides: so many patients to train on, beside HELD_OUT."""
+    """Overrides for a number of training patients, in addition to HELD_OUT."""
     cases = patients + HELD_OUT
     fraction = f"data.validation_fraction={HELD_OUT / cases:.6f}"
     return [f"data.cases={cases}", fraction, f"trainer.batch_size={batch_size}"]
@@ -50,7 +50,7 @@ RESULTS = HERE / "results.json"
 def main(chosen: list[str]) -> None:
     unknown = set(chosen) - {*RUNS, "noise"}
     if unknown:
-        sys.exit(f"{unknown.pop()} is no run; choose from {', '.join(RUNS)} and noise")
+        sys.exit(f"{unknown.pop()} is not a run; choose from {', '.join(RUNS)} and noise")
     for name in chosen or ["noise", *RUNS]:
         found = noise() if name == "noise" else run(RUNS[name][1])
         rows: dict[str, Any] = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
@@ -63,7 +63,7 @@ def main(chosen: list[str]) -> None:
 
 
 def run(overrides: list[str]) -> dict[str, Any]:
-    """What is kept of a run."""
+    """The kept entries of a run's result."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -88,23 +88,23 @@ def run(overrides: list[str]) -> dict[str, Any]:
 
 
 def noise() -> dict[str, Any]:
-    """The noise multipliers of the experiment's steps, at its share of patients in a step, by patients and epsilon."""
+    """Noise multipliers by patients and epsilon, for the steps and the sampling probability of the experiment."""
     config = to_objects(compose(["experiment=brats_rev_dp"]))
     rate = config.trainer.batch_size / RUNS["720-8"][0]
-    known = {"sample_rate": rate, "steps": config.trainer.steps, "accountant": "prv"}
+    kwargs = {"sample_rate": rate, "steps": config.trainer.steps, "accountant": "prv"}
     multipliers = {
         str(size): {
-            str(epsilon): noise_multiplier_for(target_epsilon=epsilon, delta=default_delta(size), **known)
+            str(epsilon): noise_multiplier_for(target_epsilon=epsilon, delta=default_delta(size), **kwargs)
             for epsilon in EPSILONS
         }
         for size in PATIENTS
     }
     parameters = sum(p.numel() for p in make_model(config)[0].parameters())
-    return {**known, "parameters": parameters, "multipliers": multipliers}
+    return {**kwargs, "parameters": parameters, "multipliers": multipliers}
 
 
 def noise_table(found: dict[str, Any]) -> str:
-    """Noise multipliers, and the length of the noise beside the longest that a mean of clipped gradients can be."""
+    """Noise multipliers, and the norm of the noise over the largest possible norm of the mean clipped gradient."""
     lines = [
         "| patients | " + " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS) + " |",
         "|---" * (len(EPSILONS) + 1) + "|",

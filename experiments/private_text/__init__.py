@@ -1,1 +1,1 @@
-"""Whole runs of private fine-tuning."""
+"""Private fine-tuning of language models."""

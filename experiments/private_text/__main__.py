@@ -1,10 +1,10 @@
-"""Private fine-tuning of whole runs: what privacy costs in quality, time and memory.
+"""Private fine-tuning of language models: the cost of privacy in quality, time and memory.
 
-    python -m experiments.private_text e2e=/my/e2e           # all of the runs, some 40 minutes on two cores
-    python -m experiments.private_text visits-8 visits-none  # these; the others stay as they are
+    python -m experiments.private_text e2e=/my/e2e           # all runs, about 40 minutes on two cores
+    python -m experiments.private_text visits-8 visits-none  # only these; the others are kept
 
-Each run is `python -m memsave.run` with the overrides below, in a process of its own. The noise of a private run is
-drawn from the operating system's entropy, so that scores differ a little from run to run.
+Each run is `python -m memsave.run` with the overrides below, in a separate process. The seed of the noise comes from
+the operating system, so that scores of private runs vary slightly.
 """
 
 import json
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     chosen = [each for each in arguments if "=" not in each] or list(RUNS)
     unknown = [*(given.keys() - {"e2e"}), *(set(chosen) - RUNS.keys())]
     if unknown:
-        sys.exit(f"{unknown[0]} is no run; choose from {', '.join(RUNS)}, and give e2e=FOLDER for the E2E challenge")
+        sys.exit(f"{unknown[0]} is not a run; choose from {', '.join(RUNS)}, and give e2e=FOLDER for the E2E challenge")
     if "e2e" not in given and any("gpt2_dp_e2e" in RUNS[name][1][0] for name in chosen):
         sys.exit("give the folder of the E2E challenge's CSV files as e2e=FOLDER")
     path = HERE / "results.json"
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What is kept of a run's folder."""
+    """The kept entries of a run's files."""
     result = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("loss") is not None]
@@ -73,7 +73,7 @@ def read(folder: Path) -> dict[str, Any]:
         "batch_size": OmegaConf.load(folder / "config.yaml").trainer.batch_size,
         "metrics": result["metrics"],
         "losses": [step["loss"] for step in steps],
-        "step_seconds": median([step["seconds"] for step in steps[1:]]),  # the first one is recorded
+        "step_seconds": median([step["seconds"] for step in steps[1:]]),  # the recorder slows down the first step
         "seconds": result["seconds"],
         "privacy": {key: value for key, value in privacy.items() if key != "not_private"},
         "memory": result["memory"]["compared"],
@@ -101,8 +101,8 @@ def table(rows: dict[str, dict]) -> str:
             f"| {scores['bleu_before']:.1f} to {scores['bleu']:.1f} "
             f"| {row['step_seconds']:.1f} s | {format_bytes(peak)} | {over} |"
         )
-    told = machines if len(machines) == 1 else [f"({number}) {each}" for number, each in enumerate(machines, 1)]
-    return f"{'; '.join(told)}:\n\n" + "\n".join(lines)
+    parts = machines if len(machines) == 1 else [f"({number}) {each}" for number, each in enumerate(machines, 1)]
+    return f"{'; '.join(parts)}:\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

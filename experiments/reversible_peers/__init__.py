@@ -1,1 +1,1 @@
-"""What training code does to a reversible network, library by library."""
+"""Gradients of reversible libraries in common uses of a network."""

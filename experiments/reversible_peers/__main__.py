@@ -1,10 +1,10 @@
-"""Gradients of reversible libraries against the stored network, in the ways in which training code uses them.
+"""Gradients of reversible libraries against the stored network, in common uses of a network.
 
     pip install --no-deps memcnn==1.5.2 revtorch==0.2.4 RevLib==1.7.2
     python -m experiments.reversible_peers
 
-The same two blocks in each library, with the same weights, in float64, asked to preserve random states where they can.
-A cell is the relative error of the gradient of parameters and input together, or the exception.
+Each library runs the same two blocks with the same weights in float64, and preserves random states if it can. A cell is
+the relative error of the gradient of parameters and input, or the exception.
 """
 
 import copy
@@ -93,7 +93,7 @@ def named(pairs: Pairs) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def grads_of(pairs: Pairs, x: Tensor | None = None) -> Grads:
-    """What lies in `.grad`; a gradient that is missing is zero."""
+    """The gradients in `.grad`; a missing gradient counts as zero."""
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named(pairs)}
     return grads if x is None else {**grads, "x": torch.zeros_like(x) if x.grad is None else x.grad}
 
@@ -189,7 +189,7 @@ USES: dict[str, tuple[Callable[[nn.Module, Pairs], Grads], Callable[[], Pairs]]]
 
 
 def outcome(library: str, use: str) -> float | str:
-    """The relative error against the stored network, or how it ended; in a process of its own, for some crash."""
+    """The relative error against the stored network, or the failure; in a separate process, because some crash."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=lambda: theirs.send(attempt(library, use)))
@@ -220,7 +220,7 @@ def attempt(library: str, use: str) -> float | str:
 
 
 def cell(use: str, value: float | str) -> str:
-    exact = 0.02 if "bfloat16" in use else EXACT  # bfloat16 itself is no better
+    exact = 0.02 if "bfloat16" in use else EXACT  # the precision of bfloat16
     if isinstance(value, str):
         return value
     return "right" if value <= exact else f"**wrong by {value:.0%}**"

@@ -1,1 +1,1 @@
-"""Speed, always as a ratio of two things measured in turn in one run."""
+"""Speed, always as a ratio of two variants that are measured in turn in one run."""

@@ -1,1 +1,1 @@
-"""Whole, uncropped volumes: what a step takes on the machine at hand, and what was predicted of it."""
+"""Measured and predicted memory of a training step on a whole volume."""

@@ -1,8 +1,8 @@
-"""A step of the whole volume of BraTS: seconds, live bytes and the whole process, beside what was planned.
+"""A training step on a whole BraTS volume: time, live bytes and memory of the process, against the plan.
 
-    python -m experiments.whole_volume            # some five minutes on two cores
+    python -m experiments.whole_volume            # about five minutes on two cores
 
-It writes the tables of three documents from one run of `experiment=brats_full`.
+Writes the tables of three documents from one run of `experiment=brats_full`.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def run() -> dict[str, Any]:
-    """What is kept of the run."""
+    """The kept entries of the run's result."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, *COMMAND, f"hydra.run.dir={folder}"], check=True)
         result = json.loads((Path(folder) / "result.json").read_text())

@@ -1,10 +1,10 @@
-"""Configuration of a run: schemas of the config groups, a registry of components, composition by Hydra.
+"""Configuration of a run: schemas of the config groups, a registry of components, and composition by Hydra.
 
 schema      the groups that every run has: memory, privacy, trainer, profiler
-registry    data sets, models and tasks by name, those of other packages included
+registry    data sets, models and tasks by name, including those of other packages
 fields      constraints of keys: choices and ranges
-compose     from overrides to a checked, frozen `Config`; errors in one sentence
-checks      combinations of keys that are not valid
+compose     from overrides to a checked, frozen `Config`, with one-sentence errors
+checks      invalid combinations of keys
 """
 
 from memsave.config.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Every option of every config group, with its keys, as Markdown: the source of docs/configuration.md.
+"""Prints docs/configuration.md: every option of every config group, with its keys.
 
 python -m memsave.config
 """
@@ -19,9 +19,9 @@ from memsave.config.schema import Config
 
 HEAD = """# Configuration
 
-Every key of every option, written by `python -m memsave.config`. A group's option is chosen by its name, as in
-`data=brats`, and a key is set by `key=value`, as in `data.root=/my/BraTS2021`. An option's file in conf/ may
-set other defaults; `python -m memsave.run experiment=NAME --cfg job` prints the config that overrides select.
+This page lists every key of every option; `python -m memsave.config` prints it. Choose the option of a group by its
+name, as in `data=brats`, and set a key by `key=value`, as in `data.root=/my/BraTS2021`. The file of an option in conf/
+can set other defaults; `python -m memsave.run experiment=NAME --cfg job` prints the composed config.
 """
 
 
@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def lines() -> Iterator[str]:
-    """The page after its head."""
-    yield from ["## Of the whole run", "", *_table(Config, prefix="", skip=set(GROUPS)), ""]
+    """The lines of the page below HEAD."""
+    yield from ["## The whole run", "", *_table(Config, prefix="", skip=set(GROUPS)), ""]
     experiments = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
     yield from ["## experiment", "", ", ".join(f"`experiment={name}`" for name in experiments), ""]
     for group in GROUPS[1:]:
@@ -48,7 +48,7 @@ def lines() -> Iterator[str]:
 
 
 def _table(schema: type, *, prefix: str, skip: set[str]) -> Iterator[str]:
-    yield "| key | default | valid | |"
+    yield "| key | default | valid | meaning |"
     yield "|---|---|---|---|"
     yield from _rows(schema, prefix=prefix, skip=skip | {"kind"})
 
@@ -80,7 +80,7 @@ def _default(each: Field) -> str:
 
 
 def _notes(schema: type) -> dict[str, str]:
-    """The string below each field, by its name; those of a subclass replace those of its bases."""
+    """The string below each field, by field name; the strings of a subclass replace those of its bases."""
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__):
         if not is_dataclass(base):

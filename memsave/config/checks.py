@@ -1,4 +1,4 @@
-"""Checks of a whole config: what its fields and classes cannot check alone."""
+"""Checks of a whole config, beyond those of single fields and groups."""
 
 from memsave.config.errors import ConfigError
 from memsave.config.fields import Constraint, check_fields, sections
@@ -9,8 +9,8 @@ from memsave.config.schema import Config, GhostPrivacy
 def check(config: Config) -> None:
     """Raise ConfigError for the first fault.
 
-    In this order: the constraint of each field; whether data and model go with the task; the `validate()` of each
-    section's class; combinations of groups; `validate()` of the task.
+    The order is: the task's data and model classes, the constraint of each field, the `validate()` of each section,
+    combinations of groups, and `validate()` of the task.
     """
     Constraint(choices=names("task")).check("task", config.task)
     task = component("task", config.task)(config)
@@ -30,13 +30,13 @@ def _check_privacy(config: Config) -> None:
         return
     if trainer.patience:
         raise ConfigError(
-            "trainer.patience would choose the model by private validation scores, which no epsilon accounts for; "
+            "trainer.patience would choose the model by private validation scores, which epsilon does not cover; "
             "give trainer.patience=0"
         )
     if trainer.precision == "float16":
         raise ConfigError("trainer.precision=float16 scales losses, which clipping would undo; give bfloat16")
     if privacy.option == "direct" and trainer.micro_batch_size != 1:
-        raise ConfigError("privacy.passes=direct takes one example at a time; give trainer.micro_batch_size=1")
+        raise ConfigError("privacy.passes=direct processes one example at a time; give trainer.micro_batch_size=1")
 
 
 def _check_memory(config: Config) -> None:
@@ -44,7 +44,7 @@ def _check_memory(config: Config) -> None:
     if memory.mode == "auto" and memory.levels is None and config.budget is None:
         raise ConfigError("memory=auto needs a budget, as in budget=8GiB or budget=auto")
     if memory.mode == "auto" and config.vary is not None:
-        raise ConfigError(f"memory=auto is for one size; leave vary={config.vary} out, or give another memory=")
+        raise ConfigError(f"memory=auto chooses for one size; leave vary={config.vary} out, or give another memory=")
 
 
 def _check_variation(config: Config) -> None:
@@ -52,5 +52,5 @@ def _check_variation(config: Config) -> None:
         raise ConfigError(f"vary={config.vary} needs a budget, as in budget=16GiB or budget=auto")
     if config.vary == "batch" and config.privacy.option == "direct":
         raise ConfigError(
-            "vary=batch tries more examples at once than the one of privacy=direct; give another privacy="
+            "vary=batch tries several examples at once, but privacy=direct processes one; give another privacy="
         )

@@ -1,7 +1,7 @@
-"""Composing a config with errors that a person can act on.
+"""Composition of a config by Hydra, with one-sentence errors.
 
-`compose` is what the command line goes through before anything runs: whatever is wrong with the overrides becomes one
-`ConfigError` that names the key, what was expected, and the closest valid name.
+The command line calls `compose` before anything runs. A fault in the overrides raises a `ConfigError` that names the
+key, the expected value, and the closest valid name.
 """
 
 import re
@@ -36,11 +36,11 @@ from memsave.config.registry import GROUPS, component, conf_dir, load_components
 from memsave.config.schema import Config
 
 VERSION, VERSION_KEY = 2, "schema_version"
-"""Of the `config.yaml` that a run leaves. Raise it when a key changes its meaning; `load` then converts older files."""
+"""The version of `config.yaml`. Increase it when the meaning of a key changes, and let `load` convert older files."""
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose the config that the overrides select; ConfigError says what is wrong with them."""
+    """Compose the config of the overrides. Raises ConfigError if they are not valid."""
     load_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -64,13 +64,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 @cache
 def load_schemas() -> None:
-    """Make the root of the config and every registered component known to Hydra."""
+    """Store the root schema and every registered component in Hydra's ConfigStore."""
     ConfigStore.instance().store(name="schema", node=Config)
     load_components()
 
 
 def to_objects(config: DictConfig) -> Config:
-    """The composed config as frozen dataclasses; ConfigError for values that are missing or not valid."""
+    """The composed config as frozen dataclasses. Raises ConfigError for missing or invalid values."""
     try:
         plain = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
@@ -81,12 +81,12 @@ def to_objects(config: DictConfig) -> Config:
 
 
 def load(path: Path) -> Config:
-    """The config that a run left as `config.yaml`; ConfigError where it is none."""
+    """Read the `config.yaml` of a run. Raises ConfigError if the file is not the config of a run."""
     try:
         found = OmegaConf.load(path)
         if not isinstance(found, DictConfig):
             raise ValueError("it is a list")
-        version = found.get(VERSION_KEY, 1)  # the first release wrote none
+        version = found.get(VERSION_KEY, 1)  # version 1 did not write the key
         if version not in range(1, VERSION + 1):
             raise ValueError(f"it has {VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}")
         config = OmegaConf.structured(Config)
@@ -96,11 +96,13 @@ def load(path: Path) -> Config:
         rest = {key: value for key, value in found.items() if key not in (*GROUPS, VERSION_KEY)}
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path} is no config of a run ({_first_line(error)}); name a run's folder") from error
+        raise ConfigError(
+            f"{path} is not the config of a run ({_first_line(error)}); give the folder of a run"
+        ) from error
 
 
 def _choices(overrides: Sequence[str]) -> dict[str, str]:
-    """The option of each group that the overrides select, whatever they do to keys; empty where that fails."""
+    """The option that the overrides select in each group, without their keys; empty if composition fails."""
     groups = [text for text in overrides if text.partition("=")[0].lstrip("+") in GROUPS]
     try:
         return dict(hydra_compose("config", overrides=groups, return_hydra_config=True).hydra.runtime.choices)
@@ -109,7 +111,7 @@ def _choices(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_added_keys(config: DictConfig, path: str = "", *, choices: Callable[[], dict[str, str]]) -> None:
-    """Hydra's +key=value adds to a schema; a key that nothing reads would be a setting that does nothing."""
+    """Raise ConfigError for keys that +key=value added to a schema: nothing would read them."""
     names = _fields_of(OmegaConf.get_type(config))
     for key in map(str, config):
         if names and key not in names:
@@ -119,7 +121,7 @@ def _refuse_added_keys(config: DictConfig, path: str = "", *, choices: Callable[
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    """A group has no such option."""
+    """The message for an option that the group does not have."""
     group, _, option = str(error.missing_cfg_file or "").rpartition("/")
     options = [name for name in error.options or () if not name.endswith("_schema")]
     if not group:
@@ -128,7 +130,7 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _bad_override(error: ConfigCompositionException, *, choices: Callable[[], dict[str, str]]) -> str:
-    """A key that no schema has, a value of another type, a group that does not exist, or one that was not chosen."""
+    """The message for an unknown key, a value of the wrong type, an unknown group, or a missing experiment."""
     cause = error.__cause__
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
         return unknown_key(cause.full_key, _fields_of(cause.object_type) or GROUPS, choices=choices())
@@ -138,9 +140,10 @@ def _bad_override(error: ConfigCompositionException, *, choices: Callable[[], di
     found = re.match(r"In 'experiment/([^']+)'.*full_key: (\S+)", str(error), re.DOTALL)
     if found:
         experiment, key = found.groups()
-        others = options_with(key, key.partition(".")[0])
-        remedy = f"; give {key.partition('.')[0]}={listed(others)}" if others else ""
-        return f"experiment={experiment} sets {key}, which is no key of what was chosen in its place{remedy}"
+        group = key.partition(".")[0]
+        others = options_with(key, group)
+        remedy = f"; give {group}={listed(others)}" if others else ""
+        return f"experiment={experiment} sets {key}, which the chosen {group} does not have{remedy}"
     if "Could not override" in message and "'" in message:
         key = message.split("'")[1].split("@")[0]
         return f"{key} is not known; the groups are {', '.join(GROUPS)}{closest(key, GROUPS)}"
@@ -155,12 +158,12 @@ def _fields_of(schema: Any) -> list[str]:
 
 
 def _expected(error: ValidationError) -> str:
-    """The declared type of the field and its default, where the error knows them."""
+    """The declared type of the field and its default; empty if the error does not name the field."""
     name = (error.full_key or "").rpartition(".")[2].partition("[")[0]
-    for known in fields(error.object_type) if is_dataclass(error.object_type) else ():
-        if known.name == name:
-            kind = known.type if isinstance(known.type, str) else getattr(known.type, "__name__", str(known.type))
-            default = known.default if known.default is not MISSING_DEFAULT else ""
+    for each in fields(error.object_type) if is_dataclass(error.object_type) else ():
+        if each.name == name:
+            kind = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", str(each.type))
+            default = each.default if each.default is not MISSING_DEFAULT else ""
             return f"; expected {kind}" + (f", as in {error.full_key}={default}" if default not in ("", None) else "")
     return ""
 

@@ -1,5 +1,5 @@
-"""The error of every configuration that cannot run."""
+"""The error for invalid configurations."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; its message is one sentence for the person who wrote it."""
+    """An invalid configuration; the message is one sentence that names the key and the remedy."""

@@ -3,8 +3,8 @@
     layout: str = option("brats2021", choices=LAYOUTS)
     crop_size: list[int] = option([48, 48, 48], least=1, length=3)
 
-`check_fields` raises ConfigError for the first value that violates its constraint. `constraint_of` gives the constraint
-itself, from which the list of options is printed (`python -m memsave.config`).
+`check_fields` raises ConfigError for the first value that violates its constraint. `constraint_of` returns the
+constraint of a field; `python -m memsave.config` prints the table of options from it.
 """
 
 import difflib
@@ -26,7 +26,7 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a value must satisfy; for a list, each of its elements. None is left to the field's type."""
+    """The values that a field accepts; for a list, the values of its elements. The field's type decides about None."""
 
     choices: Collection[Any] | None = None
     least: float = -math.inf
@@ -34,7 +34,7 @@ class Constraint:
     length: int | None = None
     """Number of elements of a list."""
     size: bool = False
-    """Whether it is a number of bytes such as 16GiB; `choices` are then the words that are valid, too."""
+    """Whether the value is a number of bytes such as 16GiB; the words in `choices` are then valid as well."""
     example: tuple[Any, ...] = ()
     """Elements of a valid list, for the error message."""
 
@@ -69,7 +69,7 @@ class Constraint:
         return f", as in {key}=[{','.join(map(str, given))}]"
 
     def describe(self) -> str:
-        """The constraint in words, empty without one."""
+        """The constraint in words; empty if every value satisfies it."""
         if self.size:
             return " | ".join(["a size such as 16GiB", *map(str, self.choices or ())])
         if self.choices is not None:
@@ -89,7 +89,7 @@ def option(
     size: bool = False,
     example: Iterable[Any] | None = None,
 ) -> Any:
-    """A dataclass field with a constraint; see `Constraint`. A list as default is copied for each instance."""
+    """A dataclass field with a constraint; see `Constraint`. Each instance gets its own copy of a default list."""
     elements = tuple(example or (default if isinstance(default, list) else ()))
     constraint = Constraint(choices, least, most, length, size, elements)
     metadata = {CONSTRAINT: constraint}
@@ -104,7 +104,7 @@ def constraint_of(found: Field) -> Constraint:
 
 
 def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(prefix of its keys, dataclass) for a config and all configs nested in it, outermost first."""
+    """Yield (prefix of the keys, dataclass) for a config and all configs nested in it, outermost first."""
     yield prefix, config
     for found in fields(config):
         value = getattr(config, found.name)
@@ -113,12 +113,12 @@ def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_fields(config: Any) -> None:
-    """Raise ConfigError for the first value, nested ones included, that violates the constraint of its field."""
+    """Raise ConfigError for the first value that violates the constraint of its field, nested configs included."""
     for prefix, section in sections(config):
         for found in fields(section):
             value = getattr(section, found.name)
             constraint = constraint_of(found)
-            if found.name == "kind":  # selected by the group's option, for example data=brats, and not by itself
+            if found.name == "kind":  # set by the option of the group, as in data=brats
                 constraint = Constraint(choices=(type(section).kind,))
             if not is_dataclass(value):
                 constraint.check(prefix + found.name, value)

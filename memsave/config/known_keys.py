@@ -1,6 +1,6 @@
-"""Which keys there are, and what to say of one that does not exist: where it does, or the closest name.
+"""The existing keys, and the error message for an unknown key: the options that have it, or the closest name.
 
-The keys of a group follow from the option that is chosen: `data.layout` is one of data=brats, and not of data=phantom.
+The keys of a group depend on the chosen option: data=brats has `data.layout`, data=phantom does not.
 """
 
 import difflib
@@ -13,17 +13,17 @@ from memsave.config.registry import options
 from memsave.config.schema import Config
 
 ORDER = ("trainer", "privacy", "data", "model", "memory", "profiler")
-"""The groups; of a key that several have, that of the first is named first."""
-ALIKE = 0.75  # of the names in other places those are suggested that are at least this similar
+"""The groups in the order in which messages name their keys."""
+ALIKE = 0.75  # least similarity of a suggested key of another section
 
 
 def unknown_key(path: str, names: Sequence[str], *, choices: Mapping[str, str]) -> str:
-    """One sentence on a key that does not exist; `names` are valid in its place, `choices` has each group's option."""
+    """One sentence about an unknown key. `names` are the valid keys there; `choices` has the option of each group."""
     parent, _, key = path.rpartition(".")
     group = path.partition(".")[0]
     chosen, others = choices.get(group), options_with(path, group)
     if chosen and others:
-        return f"{path} is not a key of {group}={chosen}; it is one of {group}={listed(others)}{closest(key, names)}"
+        return f"{path} is not a key of {group}={chosen}; it is a key of {group}={listed(others)}{closest(key, names)}"
     near = difflib.get_close_matches(key, names, n=1, cutoff=ALIKE)
     similar = [] if near else difflib.get_close_matches(key, _by_last_part(choices), n=1, cutoff=ALIKE)
     found = _elsewhere(key, choices) or [each for last in similar for each in _elsewhere(last, choices)]
@@ -41,7 +41,7 @@ def keys_of(group: str) -> dict[str, tuple[str, ...]]:
 
 
 def listed(words: Sequence[str]) -> str:
-    """The words as a person lists them: a, b or c."""
+    """The words as a list in a sentence: a, b or c."""
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -59,7 +59,7 @@ def _keys(schema: type, prefix: str) -> Iterator[str]:
 
 
 def _by_last_part(choices: Mapping[str, str]) -> dict[str, list[str]]:
-    """The keys of a run of these choices, by their last part."""
+    """The keys of the chosen options, by their last part."""
     found: dict[str, list[str]] = {}
     groups: Iterable[Iterable[str]] = (keys_of(group).get(choices.get(group, ""), ()) for group in ORDER)
     own = (each.name for each in fields(Config) if each.name not in ORDER)
@@ -70,7 +70,7 @@ def _by_last_part(choices: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _elsewhere(key: str, choices: Mapping[str, str]) -> list[str]:
-    """The keys that end so: of a run of these choices, else of other options, which are then named."""
+    """The keys whose last part is `key`: of the chosen options, or of other options, which are then named."""
     found = _by_last_part(choices).get(key)
     if found or key == "kind":
         return found or []

@@ -1,7 +1,7 @@
-"""Overrides as text: `key=value`, ready to paste into a shell, and what is said of one that Hydra reads otherwise.
+"""Overrides as text: quoting of `key=value` for the shell, and errors for values that Hydra would misread.
 
-Hydra's grammar gives a meaning to commas, brackets, `=`, `#` and more; between double quotes it takes a value as it is.
-The shell needs quotes of its own around those: 'data.root="/my/a,b (c)"'.
+In Hydra's grammar commas, brackets, `=`, `#` and other characters have a meaning; a value in double quotes is literal.
+The shell needs another pair of quotes around them: 'data.root="/my/a,b (c)"'.
 """
 
 import re
@@ -18,21 +18,21 @@ TEXTS = (
     "data.root", "data.split_file", "data.mask", "model.name", "model.cache", "trainer.resume", "hydra.run.dir",
     "hydra.sweep.dir",
 )  # fmt: skip
-"""Keys whose values are paths and names that a person chose; other texts are words of ours or sizes."""
+"""Keys whose values are paths and names that the user chose."""
 LISTS = ("data.modalities",)
-"""Keys of lists of such names."""
+"""Keys whose values are lists of such names."""
 
 
 def override(key: str, value: object) -> str:
-    """`key=value` as it can be pasted into a shell: the value, a text or a list of texts, arrives as it is here."""
+    """`key=value`, quoted for the shell and for Hydra. The value is a string or a list of strings."""
     written = f"[{','.join(map(_written, value))}]" if isinstance(value, (list, tuple)) else _written(value)
     return shlex.quote(f"{key}={written}")
 
 
 def parse(text: str, *, after: str | None = None) -> Override:
-    """Hydra's reading of an override; ConfigError where it has none, or reads another text than the one given.
+    """Parse an override by Hydra. Raises ConfigError if Hydra cannot parse it or reads another value than was written.
 
-    `after` is the argument before it: a path with a blank in it arrives as two.
+    `after` is the preceding argument: an unquoted path with a space arrives as two arguments.
     """
     key, equals, value = text.partition("=")
     try:
@@ -47,9 +47,13 @@ def parse(text: str, *, after: str | None = None) -> Override:
 
 
 def several(text: str) -> str:
-    """What is said of an override with several values where there is one job."""
+    """The message for an override with several values when there is one job."""
     key, _, value = text.partition("=")
-    whole = f", or quote what is one value, as in {override(key, value)}" if _is_one_of(TEXTS, key) else ""
+    whole = (
+        f", or quote a single value that contains commas, as in {override(key, value)}"
+        if _is_one_of(TEXTS, key)
+        else ""
+    )
     return f"{text!r} gives several values; add -m to run one job for each{whole}"
 
 
@@ -61,17 +65,17 @@ def _remedy(text: str, *, after: str | None) -> str:
     if equals and _is_one_of(LISTS, key):
         return f"quote the names, as in {override(key, [each.strip() for each in value.strip('[]').split(',')])}"
     if not equals and _is_one_of(TEXTS, before):
-        return f"if it belongs to the value before it, quote that, as in {override(before, f'{begun} {text}')}"
+        return f"if it is part of the preceding value, quote that value, as in {override(before, f'{begun} {text}')}"
     return "overrides have the form key=value"
 
 
 def _is_one_of(keys: Sequence[str], key: str) -> bool:
-    """Whether it is one of the keys, or the last part of one: what is unknown is told apart later."""
+    """Whether `key` is one of the keys, or the last part of one; unknown keys are reported later."""
     return any(each in (key.lstrip("+"), f"{each.rpartition('.')[0]}.{key.lstrip('+')}") for each in keys)
 
 
 def _written(value: object) -> str:
-    """The value in Hydra's grammar: as it is where that is read as this very text, else between double quotes."""
+    """The value in Hydra's grammar: unchanged if Hydra reads it unchanged, otherwise in double quotes."""
     text = str(value)
     try:
         found = OverridesParser.create().parse_override(f"key={text}")
@@ -79,5 +83,5 @@ def _written(value: object) -> str:
             return text
     except (HydraException, ValueError):
         pass
-    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # or it would be an interpolation
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # otherwise OmegaConf would interpolate it
     return '"' + re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), escaped) + '"'

@@ -5,11 +5,11 @@
     class Sst2Data(TextData):
         kind: str = "sst2"
 
-makes `data=sst2` a choice on the command line. The class is the schema of the option: its fields are the keys
-`data.*`, with the constraints of `memsave.config.option`, and its `validate()`, if it has one, is called after them.
+makes `data=sst2` an option on the command line. The class is the schema of the option: its fields are the keys
+`data.*`, with the constraints of `memsave.config.option`. Its `validate()`, if it has one, runs after their check.
 
-`load_components` imports every module that registers something: the modules of memsave that contain `@register(`, and
-those that other packages name as entry points of the group `memsave.components` (see docs/extending.md).
+`load_components` imports every module that registers a component: the modules of memsave that contain `@register(`, and
+the entry points of other packages in the group `memsave.components` (see docs/extending.md).
 """
 
 import importlib
@@ -25,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from memsave.config.errors import ConfigError
 
 GROUPS = ("experiment", "data", "model", "memory", "privacy", "trainer", "profiler")
-"""The groups of a run's config, as on the command line."""
+"""The config groups of a run, as on the command line."""
 ENTRY_POINTS = "memsave.components"
 PACKAGES = ("config", "data", "models", "tasks")
 """Packages of memsave that hold components."""
@@ -36,19 +36,19 @@ _components: dict[tuple[str, str], type] = {}
 
 
 def register(group: str, name: str) -> Callable[[Class], Class]:
-    """A class decorator: make the class known as option `name` of a config group, or of the group "task".
+    """A class decorator that registers the class as option `name` of a config group, or of the group "task".
 
     Raises ConfigError if another class has the name.
     """
 
     def add(component: Class) -> Class:
-        known = _components.get((group, name))
-        if known is not None and (known.__module__, known.__qualname__) != (
+        existing = _components.get((group, name))
+        if existing is not None and (existing.__module__, existing.__qualname__) != (
             component.__module__,
             component.__qualname__,
         ):
             raise ConfigError(
-                f"{group}={name} is registered by {known.__module__}.{known.__qualname__}; "
+                f"{group}={name} is registered by {existing.__module__}.{existing.__qualname__}; "
                 f"{component.__module__}.{component.__qualname__} needs another name"
             )
         _components[group, name] = component
@@ -66,7 +66,7 @@ def register_experiment(name: str, *, defaults: Mapping[str, str], **settings: A
     """Add `experiment=NAME` without a YAML file.
 
     Args:
-        name: of the experiment.
+        name: the name of the experiment.
         defaults: the option of each config group, as in {"data": "points", "model": "line"}.
         settings: other keys of the config, as in task="regression", trainer={"steps": 100}.
     """
@@ -76,7 +76,7 @@ def register_experiment(name: str, *, defaults: Mapping[str, str], **settings: A
 
 
 def component(group: str, name: str) -> type:
-    """The class that is registered under a group and a name; KeyError without one."""
+    """The class that is registered under a group and a name. Raises KeyError if there is none."""
     load_components()
     return _components[group, name]
 
@@ -84,11 +84,11 @@ def component(group: str, name: str) -> type:
 def names(group: str) -> list[str]:
     """The names that are registered in a group, sorted."""
     load_components()
-    return sorted(name for known, name in _components if known == group)
+    return sorted(name for each, name in _components if each == group)
 
 
 def options(group: str) -> dict[str, type]:
-    """The options of a config group on the command line, with their schemas: YAML files, and classes without one."""
+    """The options of a config group and their schemas: YAML files in conf/, and classes without a YAML file."""
     found: dict[str, type] = {}
     for path in sorted((conf_dir() / group).glob("*.yaml")):
         schema = re.search(r"^  - (\w+)_schema$", path.read_text(), re.MULTILINE)
@@ -117,13 +117,13 @@ def load_components() -> None:
             package = entry.dist.name if entry.dist else entry.module
             raise ConfigError(
                 f"the package {package} extends memsave by {entry.value}, which cannot be imported "
-                f"({type(error).__name__}: {error}); mend or uninstall it"
+                f"({type(error).__name__}: {error}); repair or uninstall it"
             ) from error
 
 
 @cache
 def conf_dir() -> Path:
-    """The folder `conf/`: beside the package in a checkout, inside it in an installed wheel."""
+    """The folder `conf/`: next to the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "conf", package / "conf"):
         if (folder / "config.yaml").is_file():

@@ -1,11 +1,12 @@
-"""The groups that every run has, whatever its task: memory, privacy, trainer, profiler; and `Config`, the whole run.
+"""The groups that every run has (memory, privacy, trainer, profiler), and `Config`, the config of a whole run.
 
-Hydra composes `conf/`. Each option's YAML starts from one of the dataclasses below, or from one that a data set or a
-model registers (`memsave.config.registry`), so that a key is known, typed, constrained and documented in one place.
+Hydra composes `conf/`. The YAML file of an option starts from one of the dataclasses below, or from the dataclass that
+a data set or a model registers (`memsave.config.registry`): each key has its type, constraint and description in one
+place.
 
-A `Config` is immutable once it is composed and checked (`memsave.config.compose`). What follows from it, such as the
-steps of an epoch or the size that fits into a budget, is computed before anything is built from it, and stands in a new
-config: `config.changed({"trainer.steps": 300})`.
+A `Config` is immutable after it is composed and checked (`memsave.config.compose`). Derived values, such as the steps
+of an epoch or the size that fits into a budget, are computed before anything is built, and stored in a new config:
+`config.changed({"trainer.steps": 300})`.
 """
 
 import math
@@ -30,16 +31,16 @@ class Section:
 
     def __setattr__(self, name: str, value: object) -> None:
         if vars(self).get("_frozen"):
-            raise AttributeError(f"the config is immutable; make another one by config.changed({{...: {value!r}}})")
+            raise AttributeError(f"the config is immutable; make a changed copy by config.changed({{...: {value!r}}})")
         super().__setattr__(name, value)
 
     def freeze(self) -> Self:
-        """Make the config and all nested ones immutable; returns it."""
+        """Make the config and all nested configs immutable; returns the config."""
         self._mark(frozen=True)
         return self
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with other values, by dotted key, as in {"trainer.steps": 3}; frozen if this one is.
+        """A copy with other values, by dotted key, as in {"trainer.steps": 3}; frozen if this config is frozen.
 
         Raises ConfigError if a value violates the constraint of its field.
         """
@@ -51,7 +52,7 @@ class Section:
             for part in path.split(".") if path else ():
                 section = getattr(section, part)
             if name not in {each.name for each in fields(section)}:
-                raise AttributeError(f"{key} is no key of the config")
+                raise AttributeError(f"{key} is not a key of the config")
             setattr(section, name, deepcopy(value))
         check_fields(copy)
         copy._mark(frozen=frozen)
@@ -68,9 +69,9 @@ class DataConfig(Section):
 
     kind: str = MISSING
     root: str | None = None
-    """Folder of the files, where there are any."""
+    """Folder of the data files, for data sets that have files."""
     workers: int = option(0, least=0)
-    """Threads that load batches ahead of training; 0 loads between the steps."""
+    """Threads that load batches in advance; with 0, batches are loaded between the steps."""
 
 
 @dataclass
@@ -83,21 +84,21 @@ class ModelConfig(Section):
 @register("memory", "memory")
 @dataclass
 class MemoryConfig(Section):
-    """What is kept between forward and backward; it changes neither the function nor its random numbers."""
+    """What is stored between forward and backward. It changes neither the function nor its random numbers."""
 
     mode: str = option(choices=(*MODES, "auto"))
-    """stored | checkpoint | reversible | auto: the fastest that fits into the budget, level by level."""
+    """How activations are kept; auto chooses the fastest mode that fits into the budget, per level of a U-Net."""
     levels: list[str] | None = option(None, choices=MODES)
-    """What `auto` finds, and takes as it is when it is given: a mode for each level of a U-Net, finest first."""
+    """memory=auto: a mode for each level of a U-Net, finest first; null lets auto find them."""
     anchor_every: int | None = option(None, least=1)
-    """Reversible: the blocks from one kept input to the next, against drift in deep levels; null keeps none."""
+    """memory=reversible: store the input of every n-th block to bound drift in deep levels; null stores none."""
     engine: str = option("auto", choices=("auto", "fused", "hooks"))
-    """Reversible: fused (blocks recompute themselves in chunks) | hooks (any block, to the bit) | auto (both)."""
+    """memory=reversible: fused recomputes blocks in chunks; hooks is bitwise exact for any block; auto uses both."""
     chunks: int = option(4, least=1)
-    """Of the fused engine: the more, the less memory and, from some number on, the more time."""
+    """Chunks of the fused engine; more chunks take less memory, and many chunks take more time."""
 
     def validate(self) -> None:
-        """Raise ConfigError for keys that another mode reads."""
+        """Raise ConfigError for keys that this mode does not read."""
         recomputes = self.mode in ("reversible", "auto")
         if self.anchor_every is not None and not recomputes:
             raise ConfigError(f"memory.anchor_every is for memory=reversible; leave it out of memory={self.mode}")
@@ -110,47 +111,47 @@ class MemoryConfig(Section):
 @register("privacy", "none")
 @dataclass
 class PrivacyConfig(Section):
-    """How gradients are combined: here, as they are."""
+    """Gradients are summed without clipping and noise."""
 
     kind: str = "none"
 
     @property
     def option(self) -> str:
-        """What the group's option is called: none | ghost | direct."""
+        """The name of the option: none, ghost or direct."""
         return "direct" if getattr(self, "passes", None) == "direct" else self.kind
 
 
 @register("privacy", "ghost")
 @dataclass
 class GhostPrivacy(PrivacyConfig):
-    """Clipped by example without forming its gradient, and noised once a logical batch."""
+    """Each example is clipped without forming its gradient, and noise is added once per logical batch."""
 
     kind: str = "ghost"
     target_epsilon: float = option(8.0, least=0.001)
-    """What the whole run may spend; the noise follows from it."""
+    """Epsilon of the whole run, from which the noise multiplier is computed."""
     target_delta: float | None = None
-    """null: n^-1.1 for n training examples."""
+    """Delta of the whole run; null means n^-1.1 for n training examples."""
     noise_multiplier: float | None = option(None, least=0)
-    """Given, it takes the place of target_epsilon."""
+    """Standard deviation of the noise divided by max_grad_norm; replaces target_epsilon."""
     max_grad_norm: float = option(0.1, least=1e-12)
-    """C."""
+    """C, the clipping bound for the norm of one example's gradient."""
     clipping: str = option("flat", choices=("flat", "automatic", "per_layer"))
-    """flat | automatic | per_layer (each layer to its share of C, its sum formed on the way)."""
-    passes: Any = option("auto", choices=("auto", 1, 2, "direct"))
-    """auto | 1 | 2 | direct (one example per micro-batch, any layers)."""
+    """flat: min(1, C / norm); automatic: C / (norm + 0.01); per_layer: C / sqrt(K) per layer, in one backward."""
+    passes: int | str = option("auto", choices=("auto", 1, 2, "direct"))
+    """Backward passes per micro-batch; direct clips one example at a time and works for any layer."""
     memory_budget: str = option("0B", size=True)
-    """What may be kept to save time, such as 256MiB: logits of a chunked head, gradients in place of Gram matrices."""
+    """Extra memory that saves time, such as 256MiB: for logits of a chunked head, or gradients for Gram matrices."""
     accountant: str = option("prv", choices=("prv", "rdp"))
-    """prv | rdp."""
+    """prv is nearly exact (Gopi et al., 2021); rdp is an upper bound (Mironov, 2017)."""
     secure_noise: bool = False
-    """Four draws a number, against attacks on floating-point noise."""
+    """Draw four samples per number, against attacks on floating-point noise."""
     verify: bool = True
-    """Compare the first batch with one backward per example before training."""
+    """Before training, compare the clipped gradient of the first batch with one backward per example."""
     seed: int | None = option(None, least=0)
-    """For tests: a run with a known seed is not private. null seeds from the operating system."""
+    """Only for tests: a run with a known seed is not private; null takes a seed from the operating system."""
 
     def validate(self) -> None:
-        """Raise ConfigError for a clipping that the number of passes rules out."""
+        """Raise ConfigError for per-layer clipping in two passes."""
         if self.clipping == "per_layer" and self.passes == 2:
             raise ConfigError("privacy.clipping=per_layer forms its sums in one pass; give privacy.passes=auto")
 
@@ -160,57 +161,61 @@ class OptimizerConfig(Section):
     """`torch.optim.AdamW` or `torch.optim.SGD`."""
 
     name: str = option("adamw", choices=("adamw", "sgd"))
-    """adamw | sgd."""
+    """The optimizer."""
     lr: float = option(3e-3, least=0)
+    """Learning rate after the warm-up."""
     weight_decay: float = option(1e-5, least=0)
+    """Weight decay; norms and biases have none."""
     momentum: float = option(0.9, least=0, most=0.999999)
-    """SGD's momentum; AdamW's first beta."""
+    """Momentum of SGD, or first beta of AdamW."""
     schedule: str = option("cosine", choices=("cosine", "constant"))
-    """cosine (to zero at the last step) | constant."""
+    """Learning rate after the warm-up; cosine reaches zero at the last step."""
     warmup_steps: int = option(10, least=0)
+    """Steps of linear warm-up."""
 
 
 @register("trainer", "trainer")
 @dataclass
 class TrainerConfig(Section):
-    """The one loop."""
+    """The training loop."""
 
     steps: int = option(150, least=1)
-    """Optimizer steps; each sees one logical batch."""
+    """Optimizer steps, one per logical batch."""
     epochs: float | None = option(None, least=0.001)
-    """Given, it takes the place of steps: so many times the training examples, in logical batches."""
+    """Passes over the training examples; replaces steps."""
     batch_size: int = option(2, least=1)
-    """Examples of a logical batch."""
+    """Examples per logical batch."""
     micro_batch_size: int | None = option(None, least=1)
-    """Examples that pass through the model at once (null: the whole batch); changes memory and time alone."""
+    """Examples per forward and backward; it changes only memory and time. null means the whole batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = option(0, least=0)
+    """Seed of the initial weights, of dropout and of the order of the examples."""
     device: str = "auto"
-    """auto (a GPU where there is one) | cpu | cuda | cuda:1 ..."""
+    """auto (a GPU if there is one), cpu, cuda, or cuda:NUMBER."""
     precision: str = option("float32", choices=("float32", "bfloat16", "float16"))
-    """float32 | bfloat16 | float16 on CUDA, with loss scaling (autocast; the reversible stream stays in float32)."""
+    """Type of autocast; the reversible stream stays in float32. float16 needs CUDA and scales the loss."""
     ema: float = option(0.0, least=0, most=0.999999)
-    """Decay of an average of the weights, such as 0.999, which is evaluated and released; 0 keeps none."""
+    """Decay of an average of the weights, such as 0.999, which is evaluated and released; 0 for no average."""
     patience: int = option(0, least=0)
-    """Evaluations without a better score after which training stops; 0 never stops early."""
+    """Stop after this number of evaluations without a better score; 0 never stops early."""
     tensorboard: bool = False
-    """Write events for TensorBoard, too, into tensorboard/ (needs the extra tensorboard)."""
+    """Also write TensorBoard events to tensorboard/ (needs the extra tensorboard)."""
     evaluate_every: int = option(0, least=0)
-    """Steps between evaluations on what is held out; 0 evaluates at the end."""
+    """Steps between evaluations on the held-out data; 0 evaluates only at the end."""
     evaluate_first: bool = False
-    """Evaluate before the first step, too."""
+    """Also evaluate before the first step."""
     checkpoint_every: int = option(50, least=1)
-    """Steps between checkpoints; the last step always leaves one."""
+    """Steps between checkpoints; the last step always writes one."""
     resume: str | None = None
-    """A checkpoint/ folder to continue from."""
+    """The folder of a run, or its checkpoint/, to continue from."""
 
     def validate(self) -> None:
-        """Raise ConfigError for early stopping without evaluations."""
+        """Raise ConfigError for early stopping without evaluations during training."""
         if self.patience and not self.evaluate_every:
-            raise ConfigError("trainer.patience counts evaluations; give trainer.evaluate_every, too")
+            raise ConfigError("trainer.patience counts evaluations; also give trainer.evaluate_every")
 
     def steps_for(self, size: int) -> int:
-        """The optimizer steps of a run on `size` training examples: `epochs` where they are given, else `steps`."""
+        """The optimizer steps of a run on `size` training examples, from `epochs` if given, otherwise from `steps`."""
         if self.epochs is None:
             return self.steps
         return max(1, math.ceil(self.epochs * size / self.batch_size))
@@ -219,28 +224,28 @@ class TrainerConfig(Section):
 @register("profiler", "profiler")
 @dataclass
 class ProfilerConfig(Section):
-    """How the run's memory is measured."""
+    """Measurement of memory."""
 
     record_steps: int = option(2, least=1)
-    """Training steps, from the first on, that the recorder watches; the others run at full speed."""
+    """Number of training steps to record, from the first one; the other steps run at full speed."""
     compare: list[str] = option([], choices=MODES)
-    """Memory modes that are measured beside the run's own, on its first batch and its own model."""
+    """Memory modes to measure on the first batch of the run, before training."""
     compare_seconds: float = option(60.0, least=0)
-    """Time for `compare` before training; modes for which it is too short are left out, and named."""
+    """Time limit of `compare`; modes that would exceed it are not measured, and a message names them."""
     plan_seconds: float = option(120.0, least=0)
-    """CPU time after which a plan with `vary` tries no size above those that fit, for each way to train."""
+    """CPU time per strategy after which a plan with `vary` tries no larger size."""
     process: bool = False
-    """Measure the most that the process takes while it trains, malloc returning what is freed at once (Linux)."""
+    """Measure the peak memory of the process during training (Linux); malloc then returns freed memory at once."""
 
 
 @dataclass
 class Config(Section):
-    """A whole run."""
+    """The config of a whole run."""
 
     task: str = MISSING
-    """segmentation | table_to_text."""
+    """The task to train."""
     mode: str = option("train", choices=("train", "plan"))
-    """train | plan: find out on fake tensors what fits into the budget, and train nothing."""
+    """plan predicts on fake tensors what fits into the budget, and trains nothing."""
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     memory: MemoryConfig = MISSING
@@ -248,11 +253,14 @@ class Config(Section):
     trainer: TrainerConfig = MISSING
     profiler: ProfilerConfig = MISSING
     budget: str | None = option(None, choices=("auto",), size=True)
-    """Memory that no training step may exceed, such as 16GiB or 80GB, or auto: what is free on this machine.
+    """Memory that no training step may exceed; auto means the free memory of this machine.
 
-    In training every step is then recorded, and live tensors count. A plan counts what the allocator takes.
+    Training records every step and compares its live tensors with the budget. A plan compares the predicted allocation.
     """
     reserve: str = option("0B", size=True)
-    """Of the budget, what a plan leaves free, for a GPU's context and whatever else is no tensor."""
+    """Part of the budget that a plan leaves free for memory outside of tensors, such as the context of a GPU."""
     vary: str | None = None
-    """volume | depth | channels | batch | length: a plan finds the largest that fits, and training then takes it."""
+    """The size to maximise within the budget; with mode=train the run then trains at that size.
+
+    A U-Net has volume, depth, channels and batch; a language model has length, depth, channels and batch.
+    """

@@ -1,1 +1,1 @@
-"""Planning on fake tensors: which sizes and memory modes fit into a budget, before anything is trained."""
+"""Planning on fake tensors: the sizes and memory modes that fit into a budget."""

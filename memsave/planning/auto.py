@@ -1,9 +1,9 @@
-"""`memory=auto budget=8GiB`: the fastest way to keep activations that fits into a budget, found on fake tensors.
+"""`memory=auto budget=8GiB`: the fastest strategy to keep activations that fits into a budget, found on fake tensors.
 
 The task lists its choices by cost (`TaskDefinition.memory_choices`): for a U-Net, each level is stored or reversible;
 for a language model, layers are stored or checkpointed, the head forms all logits or none, and the micro-batch is the
-largest that fits. The cost of a choice is the number of FLOPs that it evaluates twice. The first choice that fits is
-taken. It changes neither the function nor the batch, and it is plain config, which can be passed to another run.
+largest that fits. The cost of a choice is the number of FLOPs that it computes twice. The first choice that fits is
+used. It changes neither the function nor the batch, and its config keys can be set in another run.
 """
 
 from functools import partial
@@ -30,9 +30,9 @@ from memsave.training.result import write_config
 
 
 def choose_memory(config: Config, folder: Path, device: torch.device, *, progress: Progress) -> Config:
-    """The config without what `memory=auto` leaves open, also written into the folder; any other config as it is.
+    """The config with the choice for `memory=auto`, also written to the folder; other configs are returned unchanged.
 
-    Raises OverBudget, with the smallest budget that would do, where no choice fits.
+    Raises OverBudget with the smallest sufficient budget if no choice fits.
     """
     if config.memory.mode != "auto" or config.memory.levels is not None:
         return config
@@ -48,13 +48,13 @@ def choose_memory(config: Config, folder: Path, device: torch.device, *, progres
             write_config(chosen, folder)
             return chosen
     raise OverBudget(
-        f"no way to keep activations fits into {format_bytes(budget)}: the least needs a budget of "
+        f"no strategy to keep activations fits into {format_bytes(budget)}: the smallest one needs a budget of "
         f"{format_bytes(min(smallest))}, predicted"
     )
 
 
 def _calibration(config: Config, device: torch.device, *, progress: Progress) -> Calibration:
-    """The largest calibration of the strategies that bound the config."""
+    """The largest calibration among the strategies that bound the config."""
     task = definition_of(config)
     found = (
         calibration_of(task.with_strategy(name), name, device, progress=progress) for name in task.memory_strategies()
@@ -65,7 +65,7 @@ def _calibration(config: Config, device: torch.device, *, progress: Progress) ->
 def _fit(
     config: Config, device: torch.device, calibration: Calibration, *, budget: int
 ) -> tuple[Config | None, MemoryEstimate]:
-    """(the config if it fits, with the largest micro-batch if the task plans one; what it needs)."""
+    """(the config with the largest micro-batch that fits, or None; its memory estimate)."""
     if not definition_of(config).plans_micro_batch:
         report = peak_on_fake(partial(fake_step, config, device=device))
         need = MemoryEstimate(report, calibration.allocator_bytes(report), parse_bytes(config.reserve))

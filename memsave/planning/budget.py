@@ -1,4 +1,4 @@
-"""Budgets: what is free here, and steps that hold more memory than the run may (`budget=16GiB`)."""
+"""Budgets: the free memory of this machine, and the error for a run that exceeds `budget=16GiB`."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from memsave.profiler import MemoryReport, format_bytes
-
 
 class OverBudget(RuntimeError):
-    """More than the budget; the message says what to do, and `outcome` stands in the run's result."""
+    """The run needs more memory than its budget; `outcome` has entries for `result.json`."""
 
     def __init__(self, message: str, **outcome: Any):
         super().__init__(message)
@@ -18,33 +16,16 @@ class OverBudget(RuntimeError):
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on the device: of a GPU, or of the memory that this process may have on the CPU."""
+    """Free memory of the GPU, or the memory that this process can still allocate on the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("MemAvailable:"):  # which also counts caches that the system would give back
+        if line.startswith("MemAvailable:"):  # includes caches that the system would release
             limits = [1024 * int(line.split()[1])]
     group = Path("/sys/fs/cgroup")
     most, used = (group / name for name in ("memory.max", "memory.current"))
     if most.is_file() and most.read_text().strip().isdigit():
         limits.append(int(most.read_text()) - int(used.read_text()))
     return min(limits)
-
-
-def over_budget(report: MemoryReport, *, first: MemoryReport | None, budget: int, step: int) -> str | None:
-    """What to say of a step whose peak of live memory is above the budget (bytes); None where it is not.
-
-    What grew is told against `first`, the report of an earlier step; without one, what is largest is told.
-    """
-    if report.peak_bytes <= budget:
-        return None
-    category, module, size = report.growth(first)
-    place = "outside of every module" if module is None else f"in {module or 'the model itself'}"
-    amount = f"{format_bytes(size)} {place}"
-    grew = f"{category} grew, by {amount}" if first else f"{category} takes the most, {amount}"
-    return (
-        f"step {step} held {format_bytes(report.peak_bytes)} of live memory, more than the budget of "
-        f"{format_bytes(budget)}: {grew}"
-    )

@@ -1,8 +1,8 @@
-"""`profiler.compare`: what other memory modes would hold and take, measured before training where it can be afforded.
+"""`profiler.compare`: memory and time of other memory modes, measured before training.
 
-A comparison is an aside and must not cost the run. So each mode is left out, with a sentence, where
-`profiler.compare_seconds` is too short for it, by the time of a forward of the run's own model, or where its peak,
-predicted on fake tensors, is above the budget or more than is free. A private run compares a step without privacy, too.
+The comparison must not make the run fail. A mode is omitted, with a message, if its estimated time exceeds what is left
+of `profiler.compare_seconds`, or if its peak, predicted on fake tensors, exceeds the budget or the free memory. A
+private run also measures a step without privacy.
 """
 
 import time
@@ -19,23 +19,23 @@ from memsave.training.loop import State, first_batch
 from memsave.training.measure import PLAIN, Measurement, measure_modes
 from memsave.training.task import Task
 
-ROOM = {"cpu": 2.0, "cuda": 1.2}
-"""What a process takes for each live byte: malloc and CUDA's allocator keep freed blocks."""
+BYTES_PER_LIVE_BYTE = {"cpu": 2.0, "cuda": 1.2}
+"""Bytes that a process may allocate per live byte: malloc and CUDA's allocator keep freed blocks."""
 
 
 def compare_modes(config: Config, state: State, task: Task, *, progress: Progress) -> dict[str, Measurement]:
-    """One step of the run's first batch in each mode of `profiler.compare` that can be afforded."""
+    """Measure a step of the first batch in each mode of `profiler.compare` that time and memory allow."""
     modes, limit = config.profiler.compare, config.profiler.compare_seconds
     if not modes or not limit:
         return {}
     progress.say(f"measuring one step as {', '.join(modes)}, in about {limit:g} s at most (profiler.compare_seconds)")
-    began = time.monotonic()
-    batch = first_batch(task, config.trainer)  # of the size that is expected in a private run, too
+    start = time.monotonic()
+    batch = first_batch(task, config.trainer)  # in a private run it has the expected size
     device = next(state.model.parameters()).device
-    free = free_bytes(device)  # before the first mode: what it leaves with malloc is free for the next
+    free = free_bytes(device)  # before the first mode: the next mode can use memory that malloc keeps
 
     def refuse(mode: str, seconds: float) -> str | None:
-        left = max(0.0, limit - (time.monotonic() - began))
+        left = max(0.0, limit - (time.monotonic() - start))
         if seconds > left:
             return f"it would take about {seconds:.0f} s, and {left:.0f} s are left; mode=plan predicts its memory"
         return None if mode == config.memory.mode else _too_large(config, mode, device, free=free)
@@ -44,23 +44,24 @@ def compare_modes(config: Config, state: State, task: Task, *, progress: Progres
 
 
 def _too_large(config: Config, mode: str, device: torch.device, *, free: int) -> str | None:
-    """Why a step in this mode does not fit, by its peak on fake tensors; None where it does."""
+    """The reason why a step in this mode does not fit, by its peak on fake tensors; None if it fits."""
     try:
         peak = peak_on_fake(partial(fake_step, in_mode(config, mode), device=device)).peak_bytes
     except (ValueError, RuntimeError) as error:
         return f"its memory cannot be predicted on fake tensors ({str(error).splitlines()[0]})"
     if config.budget is not None and peak > parse_bytes(config.budget):
         return f"its step would hold {format_bytes(peak)}, predicted, more than budget={config.budget}"
-    if peak * ROOM[device.type] > free:
+    ratio = BYTES_PER_LIVE_BYTE[device.type]
+    if peak * ratio > free:
         return (
-            f"its step would hold {format_bytes(peak)}, predicted, for which a process may take "
-            f"{ROOM[device.type]:g} times as much, and {format_bytes(free)} are free"
+            f"its step would hold {format_bytes(peak)}, predicted, for which a process may allocate "
+            f"{ratio:g} times as much, and {format_bytes(free)} are free"
         )
     return None
 
 
 def in_mode(config: Config, mode: str) -> Config:
-    """The config in a memory mode, or `PLAIN`: without privacy."""
+    """The config in a memory mode, or without privacy for `PLAIN`."""
     if mode == PLAIN:
         return config.changed({"privacy": PrivacyConfig()})
     if mode == config.memory.mode:

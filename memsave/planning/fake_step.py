@@ -1,7 +1,7 @@
-"""The training step of any experiment without its data and its weights: what the planner runs on fake tensors.
+"""The training step of an experiment without data and trained weights, which the planner runs on fake tensors.
 
-Model, optimizer, clipping and noise are those of the run, and so is the loop's own code; batches have the shapes of
-training and nothing in them.
+Model, optimizer, clipping, noise and the code of the loop are those of the run. The batches have the shapes of training
+and no content.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from memsave.training.loop import accumulate, make_state, update
 from memsave.training.task import Batch
 
 MICRO_BATCHES = 2  # enough to reach the peak: existing gradients plus new activations
-EXPECTED_BATCHES = 10  # in an epoch of the mechanism: no tensor depends on it
+EXPECTED_BATCHES = 10  # per epoch of the mechanism; no tensor depends on it
 
 
 @dataclass(frozen=True)
 class DummyTask:
-    """Losses and one batch of a task, for `accumulate`."""
+    """Losses and one batch of a task, as `accumulate` needs them."""
 
     losses: Callable[[nn.Module, Batch], Tensor]
     batch: Batch
@@ -41,20 +41,20 @@ def fake_step(
     per_sample_gradients: bool = False,
     architecture: Mapping[str, Any] | None = None,
 ) -> TrainingStep:
-    """The step of this config, with random weights; call it under fake tensors, or with sizes that fit.
+    """The training step of a config, with random weights. Call it under FakeTensorMode, or with sizes that fit.
 
     Args:
-        config: of any experiment; no data are read.
-        device: where it would be trained.
-        per_sample_gradients: hold one gradient an example, as Opacus's hooks do, in the place of any clipping.
+        config: the config of any experiment; no data are read.
+        device: the device of training.
+        per_sample_gradients: store one gradient per example, like the hooks of Opacus, instead of clipping.
         architecture: overrides sizes of the model, see `memsave.tasks.definition.Variation`.
     """
-    with device:  # made there, since fake parameters cannot be moved
+    with device:  # fake parameters cannot be moved to it later
         model = definition_of(config).make_fake_model(architecture=architecture)
     task = dummy_task(config, device=device)
     private: Any = PerSampleGradBaseline(model) if per_sample_gradients else _private(config, model)
     state = make_state(model, config.trainer)
-    state.scaler = None  # it reads values of gradients, and holds one number
+    state.scaler = None  # it reads the values of gradients, and holds only one number
 
     def run() -> None:
         accumulate(model, task, task.batch, config.trainer, private=private)
@@ -64,7 +64,7 @@ def fake_step(
 
 
 def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
-    """The task's losses, and a logical batch of as many micro-batches as peak memory depends on."""
+    """The losses of the task, and a logical batch with enough micro-batches to reach the peak of memory."""
     trainer, task = config.trainer, definition_of(config)
     micro = trainer.micro_batch_size or trainer.batch_size
     count = min(trainer.batch_size, MICRO_BATCHES * micro)
@@ -77,26 +77,32 @@ def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
         return None
     size = EXPECTED_BATCHES * batch_size
     mechanism = Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, delta=default_delta(size))
-    known: dict[str, Any] = {"passes": privacy.passes, "secure_noise": privacy.secure_noise}
-    known |= {"clipping": privacy.clipping, "memory_budget": parse_bytes(privacy.memory_budget)}
-    private = PrivateGradients(model, mechanism, seed=0, **known)
-    private.guard.enabled = False  # the step is taken again and again on one batch, which nobody drew
+    private = PrivateGradients(
+        model,
+        mechanism,
+        seed=0,
+        passes=privacy.passes,
+        secure_noise=privacy.secure_noise,
+        clipping=privacy.clipping,
+        memory_budget=parse_bytes(privacy.memory_budget),
+    )
+    private.guard.enabled = False  # every step uses one batch that was not sampled
     return private
 
 
 class PerSampleGradBaseline:
-    """One gradient an example, held until all are there, as Opacus's hooks do; in the place of `PrivateGradients`.
+    """Stands in for `PrivateGradients`: stores one gradient per example until backward ends, like the hooks of Opacus.
 
-    What it holds is what any such method must; the values are left out.
+    It allocates the tensors that every such method needs and does not compute their values.
     """
 
     def __init__(self, model: nn.Module):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def backward(self, losses: Tensor) -> None:
-        """Gradients of each example, then the sum of the clipped ones into `.grad`."""
+        """Allocate the gradients of each example, then their sum in `.grad`."""
         sums = [p.grad for p in self.parameters]
-        samples: list[Tensor] = []  # freed together, when this returns
+        samples: list[Tensor] = []  # all are freed when backward returns
 
         def hold(parameter: Tensor) -> None:
             samples.append(parameter.new_empty(len(losses), *parameter.shape))
@@ -112,4 +118,4 @@ class PerSampleGradBaseline:
             parameter.grad = torch.zeros_like(parameter) if total is None else total
 
     def finish(self) -> None:
-        """Noise would be added in place."""
+        """Noise needs no memory: it is added in place."""

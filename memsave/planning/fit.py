@@ -1,4 +1,4 @@
-"""A run and its budget, before anything is trained: planned alone (`mode=plan`), or made to fit (`vary=`)."""
+"""A run and its budget before training: write a plan (`mode=plan`), or train at the largest size (`vary=`)."""
 
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ def plan_experiment(
 def fit_to_budget(
     config: Config, folder: Path, device: torch.device, *, progress: Progress
 ) -> tuple[Config, dict[str, Any]]:
-    """(the config that will be trained, what of the plan stands in its result): with `vary`, at the largest size.
+    """(the config to train, the entry `plan` of its result); with `vary`, the config has the largest size that fits.
 
-    `config.yaml` is then written anew, with that size. Raises OverBudget where nothing fits, or where a step of known
-    shapes would hold more than the budget.
+    `config.yaml` is then rewritten with that size. Raises OverBudget if nothing fits, or if a step whose shapes are
+    static would hold more than the budget.
     """
     if config.budget is None or not (config.vary or definition_of(config).static_shapes):
         return config, {}
@@ -48,22 +48,24 @@ def fit_to_budget(
     entry = {"plan": plan.as_dict()}
     if plan.vary is None:
         assert plan.budget is not None
-        if plan.own.need.exact > plan.budget:
-            raise OverBudget(nothing_fits(plan, needed=plan.own.need.exact), **entry)  # as the steps are held to
+        if plan.own.need.exact > plan.budget:  # exact, because training compares live bytes with the budget
+            raise OverBudget(nothing_fits(plan, needed=plan.own.need.exact), **entry)
         return config, entry
     if plan.own.answer is None or plan.own.answer.size is None:
         raise OverBudget(nothing_fits(plan), **entry)
-    why = f" ({plan.own.limit})" if plan.own.limit else ""
-    progress.say(f"training at {plan.own.size}, the largest that fits into {format_bytes(plan.own.answer.budget)}{why}")
+    limit = f" ({plan.own.limit})" if plan.own.limit else ""
+    progress.say(
+        f"training at {plan.own.size}, the largest that fits into {format_bytes(plan.own.answer.budget)}{limit}"
+    )
     config = variation(config).at(plan.own.answer.size).changed({"vary": None})
     write_config(config, folder)
     return config, entry
 
 
 def nothing_fits(plan: Plan, *, needed: int | None = None) -> str:
-    """What does not fit, the smallest sufficient budget (`needed`; None: as planned), and the strategies that fit."""
+    """The message: what does not fit, the smallest sufficient budget (`needed`, or that of the plan), what fits."""
     budget, need = format_bytes(plan.budget or 0), format_bytes(plan.own.need.total if needed is None else needed)
     what = "a step" if plan.vary is None else f"the smallest {plan.vary}"
     others = [row.strategy for row in plan.rows if row.fits]
-    hint = f"; what fits: {', '.join(others)}" if others else ""
+    hint = f"; strategies that fit: {', '.join(others)}" if others else ""
     return f"{what} does not fit into {budget} as {plan.own.strategy}: it needs a budget of {need}, predicted{hint}"

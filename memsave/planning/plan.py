@@ -1,11 +1,11 @@
-"""`mode=plan`: what fits into a budget, and how, before anything is trained.
+"""`mode=plan`: the sizes and strategies that fit into a budget, before anything is trained.
 
     python -m memsave.run experiment=brats_rev mode=plan budget=16GiB vary=volume
-    python -m memsave.run experiment=brats_rev mode=plan budget=16GiB             # does this very config fit?
+    python -m memsave.run experiment=brats_rev mode=plan budget=16GiB             # does this config fit?
 
-The run's own training step is taken on fake tensors (see `memsave.profiler.planner`), with every strategy that the task
-compares: a U-Net's memory modes, or a language model plain, with one gradient an example, and with ghost clipping.
-What the allocator takes beyond that is calibrated once for each machine and family by a small real step.
+The training step of the run is taken on fake tensors (see `memsave.profiler.planner`), once with each strategy that the
+task compares: the memory modes of a U-Net; for a language model, plain training, one gradient per example, and ghost
+clipping. A small real step, once per machine and model family, calibrates what the allocator takes in addition.
 """
 
 import datetime
@@ -29,30 +29,31 @@ from memsave.training.result import hardware, versions
 
 @dataclass(frozen=True)
 class Row:
-    """What one strategy needs, or the largest size at which it fits."""
+    """The memory that one strategy needs, or the largest size at which it fits."""
 
     strategy: str
     need: MemoryEstimate
     fits: bool | None
     """None without a budget."""
     seconds: float
-    """Of one step on fake tensors, the mean over what was tried."""
+    """Mean time of a step on fake tensors."""
     answer: SearchResult | None = None
-    """With `vary`."""
+    """The result of the search with `vary`; None without `vary`."""
     size: str | None = None
-    """The largest that fits, for people; without `vary`, or where none fits, None."""
+    """The largest size that fits, in words; None without `vary`, or if none fits."""
     next_size: str | None = None
+    """The next larger size, in words."""
     limit: str | None = None
-    """Why no larger size was tried, where none was."""
+    """The reason why no larger size was tried; None if one was."""
 
     @property
     def described(self) -> str | None:
-        """The largest size in words; "at least" where the search ended by its time."""
+        """`size`, with "at least" if the search ended by its time limit."""
         timed_out = self.answer is not None and self.answer.timed_out
         return f"at least {self.size}" if timed_out else self.size
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as it stands in `result.json`; sizes in bytes."""
+        """The row for `result.json`, with bytes as ints."""
         content = {
             "strategy": self.strategy,
             "fits": self.fits,
@@ -80,15 +81,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The table."""
+    """The table of strategies."""
 
     vary: str | None
     budget: int | None
     rows: list[Row]
     own: Row
-    """The row of the config's own strategy."""
+    """The row of the strategy of the config."""
     fixed: str = ""
-    """What every size is for, such as 2 at once."""
+    """The sizes that the plan does not vary, such as 2 at once."""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry `plan` of `result.json`."""
@@ -103,7 +104,7 @@ class Plan:
 
 
 def make_plan(config: Config, device: torch.device, *, strategies: list[str] | None = None, progress: Progress) -> Plan:
-    """The table of the strategies that the task compares (given, of `strategies` alone), its own among them."""
+    """The plan with one row for each of `strategies`, or for each strategy that the task compares."""
     budget = None if config.budget is None else parse_bytes(config.budget)
     task = definition_of(config)
     rows = []
@@ -115,14 +116,14 @@ def make_plan(config: Config, device: torch.device, *, strategies: list[str] | N
 
 
 def variation(config: Config) -> Variation:
-    """What `vary=` varies, from a start within its limits."""
+    """The variation of `vary=`, with a start within its limits."""
     made = definition_of(config).variations()[str(config.vary)]()
     start = max(made.start, made.low)
     return replace(made, start=start if made.high is None else min(start, made.high))
 
 
 def fixed_sizes(config: Config) -> str:
-    """What every size of the plan is for: examples at once, and the size of one."""
+    """The sizes that the plan does not vary: examples per micro-batch, and the size of an example."""
     trainer = config.trainer
     batch = [] if config.vary == "batch" else [f"{trainer.micro_batch_size or trainer.batch_size} at once"]
     return ", ".join([*batch, *definition_of(config).fixed_sizes()])
@@ -167,17 +168,17 @@ def _step(
 
 
 def calibration_of(config: Config, strategy: str, device: torch.device, *, progress: Progress) -> Calibration:
-    """What the allocator takes on this machine beyond the exact bytes: from the cache, or by a small real step now."""
+    """The calibration of this machine, from the cache or from a small real step."""
     path = cache_root() / "calibration.json"
-    here = hardware()
-    machine = here["gpu"] if device.type == "cuda" else f"{here['cpu']} ({here['threads']} threads)"
+    info = hardware()
+    machine = info["gpu"] if device.type == "cuda" else f"{info['cpu']} ({info['threads']} threads)"
     task, memory = definition_of(config), config.memory
-    kept = dict.fromkeys([config.trainer.precision, task.family(), strategy, memory.mode, f"engine {memory.engine}"])
-    name = ", ".join([machine, device.type, *kept])
+    parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, memory.mode, f"engine {memory.engine}"])
+    name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
     if found is not None and found.get("torch") == torch.__version__:
         return Calibration(workspace_ratio=found["workspace_ratio"])
-    progress.say(f"  calibrating {strategy} by a small real step, once; the result is kept in {path}")
+    progress.say(f"  calibrating {strategy} by a small real step; the result is cached in {path}")
     small, architecture = task.small_config()
     calibration = calibrate(lambda: _step(small, strategy, device, architecture=architecture), device=device)
     if calibration is None:

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: lines for the terminal, `plan.md` and `plan.png`."""
+"""A plan as text and picture: lines for the terminal, `plan.md` and `plan.png`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,24 +9,24 @@ from memsave.profiler import CATEGORIES, format_bytes
 from memsave.profiler.plot import COLOURS, DARK, FAINT, INK
 
 WORKSPACE_COLOUR = "#c98a86"
-SEEN = 0.004  # of the width: what is thinner is not in the legend
+MIN_SHARE = 0.004  # of the width; thinner parts are not in the legend
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The table for the terminal, and how to read it."""
+    """The lines of the table for the terminal, and an explanation of its columns."""
     cells = [_heads(plan), *(_cells(plan, row) for row in plan.rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield f"each step: {plan.fixed}"
     yield (
-        "exact: live tensors, predicted on fake tensors; calibrated: with what operators take inside themselves; "
-        "calibrated and reserve together must fit"
+        "exact: live tensors, predicted on fake tensors; calibrated: exact plus the workspace of operators; "
+        "calibrated plus reserve must fit"
     )
 
 
 def markdown(plan: Plan) -> str:
-    """The same as a table, with what the peak is made of."""
+    """The plan as a Markdown table, with the categories of the peak."""
     names = [name for name in CATEGORIES if any(row.need.report.peak_by_category[name] for row in plan.rows)]
     heads = [*_heads(plan), *names]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -63,20 +63,20 @@ def _cells(plan: Plan, row: Row) -> list[str]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """What the peak of each strategy is made of, and the budget as a line."""
+    """Draw the categories of each strategy's peak as a bar, and the budget as a line."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     figure = Figure(figsize=(9.0, 1.45 + 0.62 * len(plan.rows)), dpi=160, facecolor="white")
     axes = figure.add_axes((0.19, 0.55 / figure.get_figheight(), 0.79, 1 - 1.3 / figure.get_figheight()))
-    seen: dict[str, str] = {}
+    legend: dict[str, str] = {}
     for number, row in enumerate(plan.rows):
         left = 0
         for name, size, colour in _parts(row):
             if size:
                 axes.barh(number, size, left=left, height=0.62, color=colour, linewidth=0)
-                if size > SEEN * _right(plan):
-                    seen[name] = colour
+                if size > MIN_SHARE * _right(plan):
+                    legend[name] = colour
                 if size > 0.11 * _right(plan):
                     ink = "white" if name in DARK else INK
                     axes.text(left + size / 2, number, name, ha="center", va="center", fontsize=9, color=ink)
@@ -93,7 +93,7 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_xticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    handles = [Patch(color=colour, label=name) for name, colour in seen.items()]
+    handles = [Patch(color=colour, label=name) for name, colour in legend.items()]
     figure.legend(handles=handles, loc="lower left", ncols=max(1, len(handles)), frameon=False, fontsize=8.5,
                   labelcolor=INK, handlelength=1.0, handleheight=1.0, bbox_to_anchor=(0.18, 0.0))  # fmt: skip
     top = 1 - 0.32 / figure.get_figheight()
@@ -110,10 +110,10 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def _parts(row: Row) -> Sequence[tuple[str, int, str]]:
-    """(name, bytes, colour) from the left to the right of a bar."""
+    """(name, bytes, colour) of the parts of a bar, from left to right."""
     own: list[Any] = [(name, row.need.report.peak_by_category[name], COLOURS[name]) for name in CATEGORIES]
     workspace = row.need.calibrated - row.need.exact
-    return [*own, ("inside operators", workspace, WORKSPACE_COLOUR), ("reserve", row.need.reserve, "#eef0f2")]
+    return [*own, ("workspace", workspace, WORKSPACE_COLOUR), ("reserve", row.need.reserve, "#eef0f2")]
 
 
 def _right(plan: Plan) -> float:
@@ -129,5 +129,5 @@ def _note(plan: Plan, row: Row) -> str:
     if not row.size:
         return f"none fits: {total} at the smallest"
     timed_out = row.answer is not None and row.answer.timed_out
-    limit = "search ended by its time" if timed_out else row.limit
+    limit = "search ended by its time limit" if timed_out else row.limit
     return f"{row.described}, {total}" + (f"\n{limit}" if limit else "")

@@ -1,4 +1,4 @@
-"""Tasks: what is trained, on which data, with which loss and which scores."""
+"""Tasks: a definition for each task, and the tasks with their data, losses and scores."""
 
 from memsave.tasks.definition import TaskDefinition, Variation
 

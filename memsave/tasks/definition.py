@@ -1,13 +1,13 @@
-"""What the rest of memsave asks of a task: `TaskDefinition`, registered by name, one class a task.
+"""`TaskDefinition`: the interface of a task to the rest of memsave; one class per task, registered by name.
 
     @register("task", "regression")
     class Regression(TaskDefinition):
         ...
 
-A definition belongs to one config and answers before any data are read: which configs go together, how the model is
-built, what a batch looks like, what a plan may vary, how memory is saved. `make_task` then reads the data and gives the
-`memsave.training.task.Task` that the training loop uses. Nothing outside of `memsave.tasks` and `memsave.config` asks
-for the kind of a task, of a data set or of a model.
+A definition belongs to one config and needs no data. It checks the config, builds the model, and describes the shapes
+of a batch, the sizes that a plan can vary, and the remedies for missing memory. `make_task` then reads the data and
+returns the `memsave.training.task.Task` for the training loop. Code outside of `memsave.tasks` and `memsave.config`
+never checks the kind of a task, a data set or a model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,48 +26,48 @@ from memsave.progress import Progress
 from memsave.training.task import Batch, Task
 
 PLAIN, PER_SAMPLE, GHOST = "plain", "per-example gradients", "ghost"
-"""Strategies of a task whose plans compare how gradients are combined."""
+"""The strategies of a task whose plans compare how gradients are combined."""
 
 
 @dataclass(frozen=True)
 class Variation:
-    """A number of a config that a plan varies (`vary=`)."""
+    """A size in the config that a plan varies (`vary=`)."""
 
     low: int
     high: int | None
-    """None: larger sizes are tried until one does not fit."""
+    """None for no upper limit: the search ends at the first size that does not fit."""
     multiple: int
     start: int
-    """The config's own size, or near it."""
+    """The first size that the search tries: that of the config, or close to it."""
     at: Callable[[int], Config]
     """The config with another size."""
     describe: Callable[[int], str]
     """The size in words."""
     power: float = 1.0
-    """Memory grows about as this power of the size."""
+    """Memory grows approximately with this power of the size."""
     architecture: Callable[[int], Mapping[str, Any]] = lambda size: {}
-    """What changes in a model's architecture, for `make_fake_model`."""
+    """The changes of the model's architecture, for `make_fake_model`."""
     limit: str = ""
-    """Why there is no size above `high`."""
+    """The reason for the limit `high`."""
     trainable: bool = True
-    """False if the varied model is another one than the pretrained model, so that it can only be planned."""
+    """False if the varied model cannot use the pretrained weights, so that it can only be planned."""
 
 
 class TaskDefinition:
-    """The base of all tasks. A subclass sets the class attributes and implements what raises NotImplementedError."""
+    """The base of all tasks. A subclass sets the class attributes and implements the methods without a default."""
 
     data_class: ClassVar[type[DataConfig]]
-    """Base of the data configs that the task takes."""
+    """The base class of the data configs of this task."""
     model_class: ClassVar[type[ModelConfig]]
-    """Base of the model configs that the task takes."""
+    """The base class of the model configs of this task."""
     pip_extra: ClassVar[str | None] = None
-    """The extra of the package memsave that installs what the task imports, if there is one."""
+    """The extra of the package memsave that installs the dependencies of the task, if there is one."""
     static_shapes: ClassVar[bool] = True
-    """Whether every batch has the shapes of `dummy_batch`; if not, those are the largest possible ones."""
+    """Whether every batch has the shapes of `dummy_batch`; otherwise these shapes are upper bounds."""
     strategy_group: ClassVar[str] = "privacy"
     """The config group whose options a plan compares: memory or privacy."""
     smaller_input: ClassVar[str] = "smaller inputs"
-    """What to try when a step does not fit into memory."""
+    """The remedy for a step that does not fit into memory, as error messages name it."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -75,35 +75,33 @@ class TaskDefinition:
     # Valid configs
 
     def check_groups(self) -> None:
-        """Raise ConfigError if data or model are those of another task."""
+        """Raise ConfigError if the data or the model belong to another task."""
         for group, base in (("data", self.data_class), ("model", self.model_class)):
             chosen = getattr(self.config, group)
             if not isinstance(chosen, base):
                 raise ConfigError(
-                    f"task={self.config.task} does not go with {group}={option_of(group, chosen)}; give "
+                    f"task={self.config.task} is not compatible with {group}={option_of(group, chosen)}; give "
                     f"data={listed(options_of('data', self.data_class))}, and "
                     f"model={listed(options_of('model', self.model_class))}"
                 )
 
     def validate(self) -> None:
         """Raise ConfigError for combinations of keys that the task cannot run; the base checks `vary`."""
-        vary, known = self.config.vary, self.variations()
-        if vary is None:
-            return
-        if vary not in known:
-            given = f"{listed(sorted(known))}{closest(vary, known)}"
-            raise ConfigError(f"vary={vary} is not of task={self.config.task}; give vary={given}")
+        vary, valid = self.config.vary, self.variations()
+        if vary is not None and vary not in valid:
+            names = f"{listed(sorted(valid))}{closest(vary, valid)}"
+            raise ConfigError(f"vary={vary} is not valid for task={self.config.task}; give vary={names}")
 
     # The model
 
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, Any]:
-        """(the model in its memory mode and in training mode, on the CPU; its tokenizer or None)."""
+        """(the model on the CPU, in its memory mode and in training mode; its tokenizer or None)."""
         raise NotImplementedError
 
     def make_fake_model(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
         """The model with random weights. `architecture` overrides its sizes, see `Variation`.
 
-        Must not read weights or values of tensors: it also runs under FakeTensorMode.
+        Must not read files of weights or values of tensors: it also runs under FakeTensorMode.
         """
         raise NotImplementedError
 
@@ -114,41 +112,41 @@ class TaskDefinition:
         raise NotImplementedError
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses (B,): the loss of example i depends on example i alone."""
+        """Losses (B,): loss i depends only on example i."""
         raise NotImplementedError
 
     def dummy_batch(self, *, count: int, device: torch.device) -> Batch:
-        """A batch of `count` examples with the shapes of training and no content."""
+        """A batch of `count` examples with the shapes of training and arbitrary values."""
         raise NotImplementedError
 
     # Planning
 
     def variations(self) -> dict[str, Callable[[], Variation]]:
-        """What `vary=` may name."""
+        """The valid values of `vary=`, each with a function that returns its variation."""
         return {"batch": self._vary_batch}
 
     def fixed_sizes(self) -> list[str]:
-        """The sizes of one example that a plan keeps, in words."""
+        """The sizes of an example that a plan does not vary, in words."""
         return []
 
     def small_config(self) -> tuple[Config, dict[str, Any]]:
-        """(the config at a size whose real step takes about a second, architecture), for calibrating the planner."""
+        """(a config whose real step takes about a second, its architecture), for calibrating the planner."""
         return self.config, {}
 
     def family(self) -> str:
-        """What the calibration of the planner depends on beside machine and memory mode."""
+        """The part of the key of a calibration that depends on the model."""
         return self.config.model.kind
 
     def strategies(self) -> list[str]:
-        """The strategies that a plan compares, by name."""
+        """The names of the strategies that a plan compares."""
         return [self.current_strategy() if name == GHOST and self._is_private else name for name in self._gradients]
 
     def current_strategy(self) -> str:
-        """The name of the config's own strategy."""
+        """The name of the strategy of the config."""
         return self.config.privacy.option if self._is_private else PLAIN
 
     def with_strategy(self, name: str) -> Config:
-        """The config with a strategy of `strategies`."""
+        """The config with another strategy, a name of `strategies`."""
         if name in (PLAIN, PER_SAMPLE):
             return self.config.changed({"privacy": PrivacyConfig()})
         return self.config if self._is_private else self.config.changed({"privacy": GhostPrivacy()})
@@ -156,24 +154,24 @@ class TaskDefinition:
     # memory=auto
 
     plans_micro_batch: ClassVar[bool] = False
-    """Whether `memory=auto` also looks for the largest micro-batch that fits."""
+    """Whether `memory=auto` also searches for the largest micro-batch that fits."""
 
     def memory_choices(self, device: torch.device) -> list[Config]:
-        """Every config that `memory=auto` may choose, fastest first."""
+        """The configs from which `memory=auto` chooses, fastest first. Raises ConfigError if there are none."""
         raise ConfigError(f"memory=auto is not available for task={self.config.task}; give memory=stored")
 
     def memory_strategies(self) -> list[str]:
-        """The strategies whose calibrations bound a config of `memory_choices`."""
+        """The strategies whose calibrations are upper bounds for the configs of `memory_choices`."""
         return [self.current_strategy()]
 
     def describe_memory(self) -> str:
-        """What `memory=auto` chose, as overrides."""
+        """The choice of `memory=auto` as overrides."""
         return f"memory={self.config.memory.mode}"
 
     # Remedies
 
     def less_memory(self) -> list[str]:
-        """What to try when a step does not fit into memory, the best first."""
+        """Remedies for a step that does not fit into memory, the most effective first."""
         return ["trainer.micro_batch_size=1", self.smaller_input]
 
     _gradients: Sequence[str] = (PLAIN, PER_SAMPLE, GHOST)

@@ -1,4 +1,4 @@
-"""Loading a trained model from `model/` of a run, for scripts (`memsave.load`) and for prediction."""
+"""Loading a trained model from the `model/` of a run, for scripts (`memsave.load`) and for prediction."""
 
 import json
 from pathlib import Path
@@ -18,10 +18,10 @@ def load_model(folder: str | Path) -> Any:
 
 
 def load_unet(folder: Path) -> Any:
-    """A trained U-Net in eval mode, with its `UNetConfig` as `config`; ConfigError if the folder has none.
+    """A trained U-Net in eval mode, with its `UNetConfig` as `config`. Raises ConfigError if the folder has none.
 
-    Runs of older versions have no `config.json`, and unfinished runs only a checkpoint. These networks are built from
-    the run's `config.yaml`.
+    Runs of older versions have no `config.json`, and unfinished runs have only a checkpoint. These networks are built
+    from the run's `config.yaml`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -52,7 +52,7 @@ def _released(folder: Path) -> Path | None:
 
 
 def _is_language(released: Path) -> bool:
-    """Whether `config.json` is that of a transformers model."""
+    """Whether `config.json` is the config of a transformers model."""
     path = released / CONFIG
     try:
         return "model_type" in json.loads(path.read_text())
@@ -64,7 +64,7 @@ def _language_model(released: Path) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    import memsave.models.rev_gpt2  # noqa: F401, which registers it with AutoModelForCausalLM
+    import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
     try:
         return AutoModelForCausalLM.from_pretrained(released).eval()
@@ -73,7 +73,7 @@ def _language_model(released: Path) -> Any:
 
 
 def _from_run(folder: Path) -> tuple[Path, Any, Any]:
-    """(weights, network to load them into, its config) of a run without `config.json`, or of a folder inside it."""
+    """(weights, network, its config) of a run without `config.json`, or of a folder inside that run."""
     from memsave.data.volumes.config import SegmentationData
     from memsave.progress import Progress
     from memsave.tasks.definition import definition_of
@@ -85,7 +85,7 @@ def _from_run(folder: Path) -> tuple[Path, Any, Any]:
         raise ConfigError(f"{folder} {fault}; give a run's folder, which has config.yaml, or a copy of its model/")
     config = load_config(run / "config.yaml")
     if not isinstance(config.data, SegmentationData):
-        raise ConfigError(f"{run} is an unfinished run of task={config.task}; give one that has ended")
+        raise ConfigError(f"{run} is an unfinished run of task={config.task}; give a finished run")
     folders = (folder, run / "model", run / "checkpoint")
     weights = next((each / WEIGHTS for each in folders if (each / WEIGHTS).is_file()), None)
     if weights is None:

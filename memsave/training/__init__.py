@@ -1,13 +1,15 @@
-"""One loop for every task: tasks yield one loss per example, the loop does the rest.
+"""Training: one loop for all tasks.
 
-    task           what a task has to offer
-    segmentation   brain tumours: the task of `data=phantom` and `data=brats`
-    table_to_text  sentences from tables: the task of `data=visits` and `data=e2e`
-    loop           the loop: logical batches, micro-batches, schedule, evaluation, checkpoints
-    measure        what each memory mode keeps, on one batch
-    checkpoint     safetensors and JSON, written whole or not at all
-    result         what a run leaves behind
-    overlay        the segmentation as a picture
+    task         the protocol of a task: one loss per example, never a mean
+    loop         the loop: logical batches, micro-batches, optimizer, learning rate
+    private      clipping, noise and the privacy statement of a run
+    ema          moving average of the weights
+    measure      memory and time of each memory mode, on one batch
+    monitor      memory of the training steps, compared with the budget
+    process      memory of the process
+    checkpoint   checkpoints as safetensors and JSON, written atomically
+    signals      stopping between two steps
+    log, result, run_folder   the files of a run
 
-`experiment` puts them together, from a config to the folder of a run.
+`memsave.experiment` combines them.
 """

@@ -1,13 +1,13 @@
-"""The one loop.
+"""The training loop.
 
-    for batch in batches:                                    # a logical batch of n examples; private: Poisson
+    for batch in batches:                                    # logical batch of n examples; private: Poisson sample
         for micro in split(batch, micro_batch_size):
             losses = task.per_example_losses(model, micro)   # (B,)
-            (losses.sum() / n).backward()                    # private: the clipped sum
-        optimizer.step()                                     # private: noise before it, once a logical batch
+            (losses.sum() / n).backward()                    # private: adds the sum of clipped gradients
+        optimizer.step()                                     # private: after noise, once per logical batch
 
-How activations are kept is the model's affair (`memory=`). The size of a micro-batch changes memory and time, and
-nothing else, save that dropout draws its numbers micro-batch by micro-batch.
+The model decides how activations are kept (`memory=`). The micro-batch size changes memory and time, and the order in
+which dropout draws random numbers; it changes nothing else.
 """
 
 import math
@@ -32,12 +32,12 @@ from memsave.training.task import Batch, Losses, Task, examples, split
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one sentence."""
+    """Training cannot continue; the message is one sentence."""
 
 
 @dataclass
 class State:
-    """Everything that a step changes, and that a checkpoint therefore holds."""
+    """Everything that a step changes; a checkpoint stores all of it."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -45,15 +45,15 @@ class State:
     step: int = 0
     """Optimizer steps taken."""
     private: PrivateGradients | None = None
-    """How gradients are combined; None sums them as they are."""
+    """Clipping, noise and accounting; None for training without privacy."""
     ema: Ema | None = None
-    """The average of the weights that is evaluated and released, if there is one."""
+    """The average of the weights, which is evaluated and released; None without an average."""
     scaler: GradScaler | None = None
     """Scales losses so that float16 gradients do not vanish."""
     best: tuple[float, int] | None = None
     """(score, step) of the best evaluation so far, for early stopping."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What the batches follow from, by config key: a checkpoint is not continued with other ones."""
+    """The values that determine the batches, by config key; a checkpoint continues only with the same values."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class StepResult:
 
     step: int
     loss: float | None
-    """The batch's mean; None for an empty one."""
+    """Mean over the batch; None for an empty batch."""
     lr: float
     seconds: float
 
 
 def make_state(model: nn.Module, config: TrainerConfig, *, private: PrivateGradients | None = None) -> State:
-    """A fresh optimizer and schedule for the model."""
+    """The state before the first step: a new optimizer and learning rate schedule for the model."""
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.optimizer, steps=config.steps)
     ema = Ema(model, decay=config.ema) if config.ema else None
@@ -77,7 +77,7 @@ def make_state(model: nn.Module, config: TrainerConfig, *, private: PrivateGradi
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """AdamW or SGD. Norms and biases are not decayed: they do not overfit by growing."""
+    """AdamW or SGD, without weight decay of norms and biases, whose size does not cause overfitting."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -85,12 +85,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=False)
-    # foreach would hold temporaries as large as all parameters together
+    # foreach=True would allocate temporaries of the size of all parameters
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), foreach=False)
 
 
 def make_schedule(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LambdaLR:
-    """Linear warm-up, then a constant rate or a cosine that reaches zero after the last step."""
+    """Linear warm-up, then a constant learning rate or a cosine that reaches zero after the last step."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
@@ -109,20 +109,21 @@ def run_steps(
     config: TrainerConfig,
     *,
     workers: int = 0,
-    watch: Callable[[int], AbstractContextManager] = lambda step: nullcontext(),
+    monitor: Callable[[int], AbstractContextManager] = lambda step: nullcontext(),
 ) -> Iterator[StepResult]:
-    """Take the steps that are left, yielding after each; `watch(step)` surrounds each of them.
+    """Take the remaining steps and yield the result of each.
 
-    `workers` threads load batches ahead.
+    Each step runs in the context `monitor(step)`. `workers` threads load batches in advance.
 
-    Raises TrainingError when a loss is not finite, a task does not give one loss per example, or batches run out.
+    Raises TrainingError if a loss is not finite, the task does not return one loss per example, or the batches end
+    before the last step.
     """
     if state.step >= config.steps:
         return
     for batch in batches_of(state, task, config, workers=workers):
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
-        with watch(state.step + 1):
+        with monitor(state.step + 1):
             mean = accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler)
             loss = None if mean is None else mean.item()
             if loss is not None and not math.isfinite(loss):
@@ -142,10 +143,10 @@ def run_steps(
 
 
 def update(state: State) -> None:
-    """The optimizer's step on what `accumulate` left in `.grad`, and all that moves with it."""
+    """Update the parameters from `.grad`, then the learning rate, the number of steps, and the average."""
     if state.scaler is None:
         state.optimizer.step()
-    else:  # skipped, with a smaller scale from then on, where a gradient overflowed
+    else:  # skips the step and lowers the scale if a gradient overflowed
         state.scaler.step(state.optimizer)
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -156,20 +157,20 @@ def update(state: State) -> None:
 
 
 def batches_of(state: State, task: Task, config: TrainerConfig, *, workers: int = 0) -> Iterator[Batch]:
-    """The logical batches that are left, on the device: shuffled epochs, or Poisson samples of a private run.
+    """The remaining logical batches, on the device: shuffled epochs, or Poisson samples in a private run.
 
-    `workers` threads load ahead.
+    `workers` threads load batches in advance.
     """
     if state.private is None:
         batches = shuffled(task.size, batch_size=config.batch_size, seed=config.seed, start=state.step)
     else:
         batches = numbered(state.private.batches(), size=task.size, start=state.step)
-    left = islice(batches, config.steps - state.step)  # a batch that no step takes must not be drawn
-    yield from map(task.place, load_ahead(task.load, left, workers=workers))
+    remaining = islice(batches, config.steps - state.step)  # must not draw a batch for which there is no step
+    yield from map(task.place, load_ahead(task.load, remaining, workers=workers))
 
 
 def first_batch(task: Task, config: TrainerConfig) -> Batch:
-    """The first logical batch of shuffled epochs, on the device."""
+    """The first logical batch of the shuffled epochs, on the device."""
     return task.place(task.load(next(shuffled(task.size, batch_size=config.batch_size, seed=config.seed))))
 
 
@@ -182,11 +183,10 @@ def accumulate(
     private: PrivateGradients | None = None,
     scaler: GradScaler | None = None,
 ) -> Tensor | None:
-    """Put the logical batch's gradient into `.grad`, micro-batch by micro-batch; returns its mean loss, a scalar.
+    """Accumulate the gradient of a logical batch in `.grad` over its micro-batches; returns the mean loss, a scalar.
 
-    An empty batch has none. In a private run an example whose loss is not finite counts as zero in the mean, as its
-    gradient does in the sum. Never calls `.item()`:
-    this function must run under FakeTensorMode.
+    Returns None for an empty batch. In a private run, an example with a loss that is not finite counts as zero in the
+    mean, like its gradient in the sum. Never calls `.item()`: this function must run under FakeTensorMode.
     """
     count = examples(batch)
     sums = []
@@ -195,8 +195,8 @@ def accumulate(
             losses = task.per_example_losses(model, micro)  # (B,)
         if losses.shape != (examples(micro),):
             raise TrainingError(
-                f"per_example_losses gave shape {tuple(losses.shape)} for {examples(micro)} examples; return one loss "
-                f"per example"
+                f"per_example_losses returned shape {tuple(losses.shape)} for {examples(micro)} examples; return "
+                f"one loss per example"
             )
         if private is None:
             sums.append(backward(losses, count, scaler=scaler))
@@ -209,7 +209,7 @@ def accumulate(
 
 
 def backward(losses: Tensor, count: int, *, scaler: GradScaler | None = None) -> Tensor:
-    """Plain gradients: of sum(losses) / count, the logical batch's size. Returns sum(losses), a scalar."""
+    """Backward of sum(losses) / count, with the size of the logical batch as count. Returns sum(losses), a scalar."""
     total = losses.sum()
     mean = total / count
     (mean if scaler is None else scaler.scale(mean)).backward()
@@ -217,19 +217,19 @@ def backward(losses: Tensor, count: int, *, scaler: GradScaler | None = None) ->
 
 
 def autocast(model: nn.Module, precision: str) -> AbstractContextManager:
-    """bfloat16 or float16 by autocast on the model's device, or nothing."""
+    """Autocast to bfloat16 or float16 on the model's device; no autocast for float32."""
     kind = next(model.parameters()).device.type
     return nullcontext() if precision == "float32" else torch.autocast(kind, dtype=getattr(torch, precision))
 
 
 def averaged(state: State) -> AbstractContextManager:
-    """Within, the model has the averaged weights, where an average is kept."""
+    """Context in which the model has the averaged weights, if there is an average."""
     return nullcontext() if state.ema is None else state.ema.applied(state.model)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's mode is put back."""
+    """Context with evaluation mode and without gradients; restores the mode of each module."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""What each memory mode keeps, on one batch of the run and on the run's own model.
+"""Memory and time of each memory mode, measured on one batch and with the model of the run.
 
-Live bytes come from `MemoryRecorder`, seconds from a step without it. Nothing of the run moves: parameters, gradients,
-mode and random state are as before.
+`MemoryRecorder` counts the live bytes; steps without the recorder give the time. The state of the run does not change:
+parameters, gradients, memory mode and random state are restored.
 """
 
 import math
@@ -20,12 +20,13 @@ from memsave.training.loop import State, accumulate, autocast, evaluating
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.task import Batch, Task, examples, split
 
-FORWARDS = 4  # that a step takes as long as, about: forward, rebuilding, and a backward of two
-SHORT = 10.0  # seconds
-RECORDED_STEPS = 2  # one under the recorder, one under the allocator's measurement
+FORWARDS = 4  # estimated time of a step in forwards: forward, recomputation, and a backward of two
+SHORT_SECONDS = 10.0  # a forward below it is timed twice
+RECORDED_STEPS = 2  # one with the recorder, one for the peak of the allocator
 TIMED_ROUNDS = 2
-UNTIMED_STEPS = 3  # of a private run: in these the clipper tests whether examples are apart
+UNTIMED_STEPS = 3  # of a private run: in these the clipper checks that examples do not mix
 PLAIN = "without privacy"
+"""Name of the measurement of a private run's memory mode without clipping and noise."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Measurement:
 
     report: MemoryReport
     seconds: float
-    """The faster of the rounds."""
+    """Of the faster round."""
     loss: float
 
 
@@ -48,15 +49,15 @@ def measure_modes(
     refuse: Callable[[str, float], str | None] = lambda mode, seconds: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measurement]:
-    """Forward and backward in each mode; modes that do not fit are left out.
+    """Measure forward and backward in each mode; the result omits modes that do not fit into memory.
 
-    Of a private run, clipping and noise included, and once more in the run's own mode "without privacy".
+    In a private run this includes clipping and noise, and measures the mode of the run also without privacy.
 
     Args:
         state, task, batch, config: of the run, before its first step.
         modes: memory modes.
-        refuse: why a mode is left out, if it is, from its name and about how many seconds it would take.
-        say: is told what each mode holds, or why it is left out, as soon as that is known.
+        refuse: called with a mode and the estimated seconds; returns a reason to omit the mode, or None.
+        say: called with one line of text after each mode.
     """
     reports: dict[str, MemoryReport] = {}
     with _Steps(state, task, batch, config) as steps:
@@ -67,16 +68,16 @@ def measure_modes(
                 raise
             say(f"  no mode is measured: the run's own step ({steps.own}) does not fit into memory here")
             return {}
-        wanted = [*modes, *([PLAIN] if state.private is not None else [])]
-        for mode in sorted(wanted, key=lambda mode: mode != steps.own):  # the run's own first: others stand beside it
+        names = [*modes, *([PLAIN] if state.private is not None else [])]
+        for mode in sorted(names, key=lambda mode: mode != steps.own):  # the mode of the run first
             untimed = 0 if state.private is None or mode == PLAIN or reports else UNTIMED_STEPS
-            why = refuse(mode, expected * (RECORDED_STEPS + untimed + TIMED_ROUNDS * (len(reports) + 1)))
-            if why is not None:
-                say(f"  {mode} is not measured: {why}")
+            reason = refuse(mode, expected * (RECORDED_STEPS + untimed + TIMED_ROUNDS * (len(reports) + 1)))
+            if reason is not None:
+                say(f"  {mode} is not measured: {reason}")
                 continue
             try:
                 if untimed:
-                    steps.take(steps.own)  # the first backward also looks whether examples are apart
+                    steps.take(steps.own)  # the first backward also checks that examples do not mix
                 reports[mode] = _record(state, partial(steps.take, mode))
                 say(f"  {mode}: {format_bytes(reports[mode].peak_bytes)} of live memory at the peak")
             except Exception as error:
@@ -84,11 +85,11 @@ def measure_modes(
                     raise
                 say(f"  {mode} does not fit into memory here")
         timed = steps.timed(list(reports))
-        return {mode: Measurement(reports[mode], *timed[mode]) for mode in wanted if mode in reports}
+        return {mode: Measurement(reports[mode], *timed[mode]) for mode in names if mode in reports}
 
 
 class _Steps:
-    """Forward and backward of a run's batch in any mode; on exit, model and randomness are as they were on entry."""
+    """Forward and backward of a batch of the run in any mode; on exit, restores the model and the random state."""
 
     def __init__(self, state: State, task: Task, batch: Batch, config: TrainerConfig):
         self.state, self.task, self.batch, self.config = state, task, batch, config
@@ -105,7 +106,7 @@ class _Steps:
         self.rehearsal.__exit__(*error)
 
     def take(self, mode: str) -> float:
-        """One step in this mode; returns its loss."""
+        """Take one step in this mode; returns its loss."""
         model, private = self.state.model, self.state.private
         set_random_state(model, self.random)
         set_memory(model, self.own if mode == PLAIN else mode)
@@ -119,9 +120,9 @@ class _Steps:
             self.state.optimizer.zero_grad(set_to_none=True)
 
     def expected_seconds(self) -> float:
-        """About what a step takes, by the forward of one micro-batch: a whole step could take minutes.
+        """The estimated time of a step, from the forward of one micro-batch: a whole step could take minutes.
 
-        A short forward is taken again, since the first one of a process takes several times as long.
+        A short forward is timed twice, because the first one of a process takes several times as long.
         """
         model, micro = self.state.model, next(split(self.batch, self.config.micro_batch_size))
         seconds = math.inf
@@ -130,14 +131,14 @@ class _Steps:
                 started = time.perf_counter()
                 self.task.per_example_losses(model, micro).sum().item()
                 seconds = min(seconds, time.perf_counter() - started)
-                if seconds > SHORT:
+                if seconds > SHORT_SECONDS:
                     break
         return FORWARDS * seconds * examples(self.batch) / examples(micro)
 
     def timed(self, modes: Sequence[str]) -> dict[str, tuple[float, float]]:
         """(seconds of the faster round, loss) of each mode.
 
-        Plain steps come last: the clipper is closed for them, and after that tests again whether examples are apart.
+        Plain steps come last: they close the clipper, which then checks again that examples do not mix.
         """
         found: dict[str, tuple[float, float]] = {}
         for group in ([mode for mode in modes if mode != PLAIN], [mode for mode in modes if mode == PLAIN]):
@@ -152,7 +153,7 @@ class _Steps:
 
 
 def set_memory(model: Any, mode: str) -> None:
-    """Put a network with the attribute `memory`, or a model of transformers, into a memory mode."""
+    """Set the memory mode of a network with the attribute `memory`, or of a model of transformers."""
     if hasattr(model, "memory"):
         model.memory = mode
     else:
@@ -160,12 +161,12 @@ def set_memory(model: Any, mode: str) -> None:
 
 
 def get_memory(model: Any) -> str:
-    """The memory mode that the model is in."""
+    """The current memory mode of the model."""
     return model.memory if hasattr(model, "memory") else "checkpoint" if is_checkpointing(model) else "stored"
 
 
 def _record(state: State, step: Callable[[], float]) -> MemoryReport:
     with MemoryRecorder(state.model, optimizer=state.optimizer) as recorder:
         step()
-    taken = allocator_peak(step, device=next(state.model.parameters()).device)
-    return recorder.report(allocator_peak_bytes=taken)
+    allocated = allocator_peak(step, device=next(state.model.parameters()).device)
+    return recorder.report(allocator_peak_bytes=allocated)

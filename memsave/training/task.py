@@ -1,7 +1,7 @@
-"""What the loop asks of a task.
+"""The protocol of a task, as used by the training loop.
 
-A task yields one loss per example and never a mean: the loop can then split a logical batch in any way, and weigh each
-example by itself, as private training must.
+A task returns one loss per example and never a mean. The loop can then split a logical batch into micro-batches of any
+size, and private training can clip each example.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,61 +13,61 @@ from torch import Tensor, nn
 from memsave.data.loader import Index
 
 Batch = dict[str, Any]
-"""Tensors with the examples along dimension 0, and lists with one entry an example."""
+"""Tensors with the examples along dimension 0, and lists with one entry per example."""
 
 
 class Losses(Protocol):
-    """All that a training step asks of a task."""
+    """The part of a task that a training step needs."""
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses (B,): example i's depends on example i alone."""
+        """Losses (B,): loss i depends only on example i."""
 
 
 class Task(Losses, Protocol):
-    """A kind of work: its data, its loss, its scores."""
+    """Data, loss and scores of a task."""
 
     unit: str
-    """What one example is, and so what privacy would protect."""
+    """The meaning of one example, which is the unit that privacy protects."""
 
     goal: str
-    """The score to go by, of those of `evaluate`; with a minus where less is better."""
+    """The score of `evaluate` that early stopping compares; with a leading minus if smaller is better."""
 
     @property
     def size(self) -> int:
-        """Training examples."""
+        """Number of training examples."""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the training examples, and of whatever else batches follow from but seed and batch size."""
+        """A digest of the training examples and of the settings that determine batches, except seed and batch size."""
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Training examples, and what of the data is cut or left out, for `result.json`."""
+        """Numbers of training examples and of examples that are cut or left out, for `result.json`."""
 
     def describe_counts(self) -> str:
-        """The same in one line."""
+        """The counts in one line."""
 
     def load(self, indices: Sequence[Index]) -> Batch:
-        """The batch of these training examples, perhaps none, on the CPU. Called from several threads at once."""
+        """The batch of these training examples on the CPU; `indices` may be empty. Must be thread-safe."""
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device of the model."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The scores on what was held out."""
+        """The scores on the held-out data."""
 
     def show(self, folder: Path) -> list[Path]:
-        """Write what a person would look at after the last evaluation; the paths of the files."""
+        """Write pictures and tables of the last evaluation; returns the paths of the files."""
 
     def release(self, model: nn.Module, folder: Path) -> None:
-        """Write the model in the form in which it is handed on."""
+        """Write the model for release, without data and optimizer state."""
 
     def summary(self, scores: dict[str, float]) -> str:
         """The scores in one line."""
 
 
 def split(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """Cut a logical batch into micro-batches of at most `size` examples (None: one of all)."""
+    """Split a logical batch into micro-batches of at most `size` examples; None yields the whole batch."""
     count = examples(batch)
     step = max(1, count if size is None else size)
     for first in range(0, count, step):
@@ -75,5 +75,5 @@ def split(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 
 def examples(batch: Batch) -> int:
-    """How many examples the batch holds."""
+    """The number of examples in a batch."""
     return len(next(iter(batch.values())))

@@ -1,4 +1,4 @@
-"""Every experiment composes, and every mistake is answered in one sentence."""
+"""Every experiment composes, and every mistake raises a one-sentence error."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,16 +12,16 @@ BRATS = "experiment=brats_rev"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_composes_and_opens_with_its_command(name):
+def test_every_experiment_composes_and_starts_with_its_command(name):
     lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
-    assert lines[0] == "# @package _global_"  # Hydra reads it on the first line alone
+    assert lines[0] == "# @package _global_"  # Hydra reads it only on the first line
     command = f"# python -m memsave.run experiment={name}"
     assert lines[1].startswith(command)
     to_objects(compose([f"experiment={name}", *lines[1].removeprefix(command).split()]))
 
 
 @pytest.mark.parametrize("memory", ["stored", "checkpoint", "reversible"])
-def test_memory_is_chosen_by_one_word(memory):
+def test_the_memory_option_sets_the_mode(memory):
     assert to_objects(compose([BRATS, f"memory={memory}"])).memory.mode == memory
 
 
@@ -44,14 +44,20 @@ def test_memory_is_chosen_by_one_word(memory):
         (["target_epsilon=3"], r"did you mean privacy\.target_epsilon of privacy=direct or ghost\?"),
         (["privacy=ghost", "target_epsilon=3"], r"did you mean privacy\.target_epsilon\?\)$"),
         (["experiment=gpt2_dp", "lr=3"], r"did you mean trainer\.optimizer\.lr or model\.lr\?"),
-        (["data.layout=msd"], r"^data\.layout is not a key of data=phantom; it is one of data=brats$"),
+        (["data.layout=msd"], r"^data\.layout is not a key of data=phantom; it is a key of data=brats$"),
         (["data=phantom_full", "data.layout=msd"], r"is not a key of data=phantom_full;"),
-        (["data=brats", "data.cases=3"], r"key of data=brats; it is one of data=mni_phantom, phantom, .* or phantom_s"),
-        (["model.name=gpt2"], r"is not a key of model=rev_unet; it is one of model=gpt2, rev_gpt2, small_gpt2 or smol"),
+        (
+            ["data=brats", "data.cases=3"],
+            r"key of data=brats; it is a key of data=mni_phantom, phantom, .* or phantom_s",
+        ),
+        (
+            ["model.name=gpt2"],
+            r"is not a key of model=rev_unet; it is a key of model=gpt2, rev_gpt2, small_gpt2 or smol",
+        ),
         (["data.sizes=3"], r"valid in data=phantom are kind, root"),
         (
             ["experiment=brats_rev_dp", "model=gpt2"],
-            r"^experiment=brats_rev_dp sets model\.channels, which is no key of .*; give model=rev_unet$",
+            r"^experiment=brats_rev_dp sets model\.channels, which the chosen model does not .*; give model=rev_unet$",
         ),
         (["memory=storde"], r"memory=storde is not known; choose one of .*did you mean stored\?"),
         (["memmory=stored"], r"memmory is not known.*did you mean memory\?"),
@@ -63,10 +69,10 @@ def test_memory_is_chosen_by_one_word(memory):
         (["privacy.kind=ghost"], r"privacy\.kind is 'ghost'; choose one of none"),
         (["model.kind=foo"], r"model\.kind is 'foo'; choose one of rev_unet"),
         (["task=foo"], "choose one of segmentation, table_to_text"),
-        (["task=table_to_text"], "does not go with data=phantom; give data=e2e or visits, and model="),
+        (["task=table_to_text"], "is not compatible with data=phantom; give data=e2e or visits, and model="),
         (
             ["model=small_gpt2"],
-            "does not go with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",
+            "is not compatible with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",
         ),
         (["privacy=ghost", "privacy.clipping=layers"], r"privacy\.clipping is 'layers'.*flat, automatic, per_layer"),
         (
@@ -76,9 +82,11 @@ def test_memory_is_chosen_by_one_word(memory):
         (["privacy=ghost", "privacy.memory_budget=much"], r"privacy\.memory_budget: 'much' is no size"),
         (["experiment=gpt2_dp", "model.head=fused"], r"model\.head is 'fused'; choose one of chunked, logits"),
         (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
+        (["privacy=ghost", "privacy.passes=1.5"], r"privacy\.passes: Value '1\.5'.*expected int \| str, as in"),
+        (["privacy=ghost", "privacy.passes=null"], r"privacy\.passes: .*expected int \| str, as in"),
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
-        (["privacy=direct"], r"passes=direct takes one example at a time; give trainer\.micro_batch_size=1"),
+        (["privacy=direct"], r"passes=direct processes one example at a time; give trainer\.micro_batch_size=1"),
         (["privacy=ghosts"], r"privacy=ghosts is not known; choose one of .*did you mean ghost\?"),
         (["trainer.micro_batch_size=0"], r"micro_batch_size is 0; it must be at least 1"),
         (["data.cache_bytes=-1"], "at least 0"),
@@ -89,9 +97,9 @@ def test_memory_is_chosen_by_one_word(memory):
         (["model.expansion=0"], "at least 1"),
         (
             ["privacy=ghost", "data.crops_per_case=2"],
-            r"a patient's crops are clipped as one.*privacy\.passes=direct trainer\.micro_batch_size=1",
+            r"all crops of a patient are clipped as one.*privacy\.passes=direct trainer\.micro_batch_size=1",
         ),
-        (["trainer.patience=3"], "give trainer.evaluate_every, too"),
+        (["trainer.patience=3"], "also give trainer.evaluate_every"),
         (["privacy=ghost", "trainer.patience=3", "trainer.evaluate_every=1"], "by private validation scores"),
         (["privacy=ghost", "trainer.precision=float16"], "give bfloat16"),
         (["trainer.ema=1"], "at most"),
@@ -103,20 +111,20 @@ def test_memory_is_chosen_by_one_word(memory):
         (["trainer.steps=[1"], "cannot be read"),
     ],
 )
-def test_a_mistake_names_the_key_what_was_expected_and_the_closest_name(overrides, words):
+def test_an_error_names_the_key_the_expected_value_and_the_closest_name(overrides, words):
     with pytest.raises(ConfigError, match=words) as caught:
         compose([BRATS, *overrides])
     assert "\n" not in str(caught.value)
 
 
-def test_no_experiment_lists_them():
+def test_without_an_experiment_the_error_lists_all_of_them():
     with pytest.raises(ConfigError, match=r"no experiment is chosen.*brats_rev"):
         compose([])
     with pytest.raises(ConfigError, match=r"did you mean brats_rev\?"):
         compose(["experiment=brats_rew"])
 
 
-def test_of_language_models_one_has_a_reversible_mode():
+def test_only_the_reversible_language_model_has_a_reversible_mode():
     with pytest.raises(ConfigError, match=r"model=small_gpt2 has no reversible mode; give .* or model=rev_gpt2"):
         compose(["experiment=gpt2_dp", "memory=reversible"])
     with pytest.raises(ConfigError, match="model=gpt2 has no reversible mode"):
@@ -140,14 +148,22 @@ def test_of_language_models_one_has_a_reversible_mode():
         ["experiment=gpt2_dp", "model=rev_gpt2", "memory=reversible"],
     ],
 )
-def test_what_a_run_leaves_is_read_again(tmp_path, overrides):
+def test_the_config_of_a_run_is_read_back(tmp_path, overrides):
     config = compose(overrides)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     assert load(tmp_path / "config.yaml") == to_objects(config)
 
 
+@pytest.mark.parametrize("passes", ["auto", 1, 2, "direct"])
+def test_the_number_of_passes_keeps_its_type(tmp_path, passes):
+    config = compose([BRATS, "privacy=ghost", f"privacy.passes={passes}", "trainer.micro_batch_size=1"])
+    assert to_objects(config).privacy.passes == passes
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    assert load(tmp_path / "config.yaml").privacy.passes == passes
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: 3", "{:", ""])
-def test_what_no_run_left_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_config_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"is no config of a run \(.*\); name a run's folder"):
+    with pytest.raises(ConfigError, match=r"is not the config of a run \(.*\); give the folder of a run"):
         load(tmp_path / "config.yaml")

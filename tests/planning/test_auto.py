@@ -1,4 +1,4 @@
-"""memory=auto: the fastest way that fits, and the same training."""
+"""memory=auto: it chooses the fastest strategy that fits, and does not change the training."""
 
 import pytest
 import torch
@@ -42,12 +42,12 @@ def peak_of(config):
     return peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
 
 
-def test_a_level_costs_what_its_blocks_take_and_finer_ones_more():
+def test_recomputing_a_finer_level_takes_more_flops():
     fine, coarse = level_flops(config_of("budget=1GiB", "memory.levels=[stored,stored]"), CPU)
     assert fine > 2 * coarse > 0
 
 
-def test_ways_come_in_the_order_of_their_costs():
+def test_choices_are_sorted_by_their_cost():
     strategies = [tuple(each.memory.levels) for each in choices(config_of("budget=1GiB"))]
     assert strategies[0] == ("stored", "stored")
     assert strategies[1] == ("stored", "reversible")
@@ -55,9 +55,9 @@ def test_ways_come_in_the_order_of_their_costs():
     assert len(set(strategies)) == 4
 
 
-def test_the_first_that_fits_is_taken_and_fits(tmp_path):
+def test_the_first_choice_that_fits_is_used(tmp_path):
     peaks = {tuple(strategy.memory.levels): peak_of(strategy) for strategy in choices(config_of("budget=1GiB"))}
-    for budget in (int(1.2 * peak) for peak in peaks.values()):  # with room for what operators take inside themselves
+    for budget in (int(1.2 * peak) for peak in peaks.values()):  # 20% for the workspace of operators
         chosen = choose_memory(config_of(f"budget={budget}"), tmp_path, CPU, progress=Progress())
         levels = tuple(chosen.memory.levels)
         assert peaks[levels] <= budget
@@ -66,14 +66,14 @@ def test_the_first_that_fits_is_taken_and_fits(tmp_path):
         assert load(tmp_path / "config.yaml").memory.levels == list(levels)
 
 
-def test_where_nothing_fits_the_smallest_budget_is_told(tmp_path):
+def test_if_nothing_fits_the_error_names_the_smallest_budget(tmp_path):
     with pytest.raises(
-        OverBudget, match=r"no way to keep activations fits into 1\.00 MiB: the least needs a budget of"
+        OverBudget, match=r"no strategy to keep activations fits into 1\.00 MiB: the smallest one needs a budget"
     ):
         choose_memory(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
 
 
-def test_levels_can_be_passed_back_in_and_change_no_loss(tmp_path):
+def test_levels_can_be_given_and_do_not_change_the_loss(tmp_path):
     losses = {}
     for name, overrides in {
         "auto": ["budget=30MiB"],
@@ -87,7 +87,7 @@ def test_levels_can_be_passed_back_in_and_change_no_loss(tmp_path):
     assert losses["given"] == pytest.approx(losses["stored"], rel=1e-5)
 
 
-def test_each_level_is_put_into_its_mode():
+def test_each_level_has_its_own_mode():
     model, _ = make_model(config_of("budget=1GiB").changed({"memory.levels": ["reversible", "stored"]}))
     assert model.memory == ("reversible", "stored")
     assert [level.recompute for level in model.encoder] == [True, False]
@@ -97,16 +97,16 @@ def test_each_level_is_put_into_its_mode():
         model.memory = ["stored"]
 
 
-def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
-    wide = config_of("budget=1GiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
-    strategies = [(each.memory.mode, each.model.head) for each in choices(wide)]
+def test_for_a_language_model_mode_head_and_micro_batch_are_chosen(tmp_path):
+    loose = config_of("budget=1GiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
+    strategies = [(each.memory.mode, each.model.head) for each in choices(loose)]
     assert strategies[0] == ("stored", "logits")
     assert set(strategies) == {(mode, head) for mode in ("stored", "checkpoint") for head in ("logits", "chunked")}
-    chosen = choose_memory(wide, tmp_path, CPU, progress=Progress())
+    chosen = choose_memory(loose, tmp_path, CPU, progress=Progress())
     assert (chosen.memory.mode, chosen.model.head, chosen.trainer.micro_batch_size) == ("stored", "logits", 8)
     tight = config_of("budget=12MiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
     chosen = choose_memory(tight, tmp_path, CPU, progress=Progress())
-    assert chosen.trainer.batch_size == wide.trainer.batch_size  # the effective batch is never another
+    assert chosen.trainer.batch_size == loose.trainer.batch_size  # the logical batch never changes
     assert chosen.trainer.micro_batch_size < 8 or chosen.model.head == "chunked"
     assert peak_of(chosen) <= parse_bytes("12MiB")
 
@@ -115,7 +115,7 @@ def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
     ("overrides", "words"),
     [
         ([], "memory=auto needs a budget, as in budget=8GiB"),
-        (["budget=1GiB", "vary=volume"], "memory=auto is for one size; leave vary=volume out"),
+        (["budget=1GiB", "vary=volume"], "memory=auto chooses for one size; leave vary=volume out"),
         (["memory.levels=[stored]", "budget=1GiB"], "give a mode for each level of a U-Net, finest first"),
         (["memory.levels=[stored,kept]", "budget=1GiB"], "choose one of stored, checkpoint, reversible"),
         (
@@ -124,6 +124,6 @@ def test_texts_get_checkpoints_head_and_micro_batch(tmp_path):
         ),
     ],
 )
-def test_mistakes_are_one_sentence(overrides, words):
+def test_invalid_combinations_are_refused(overrides, words):
     with pytest.raises(ConfigError, match=words):
         config_of(*overrides)

@@ -1,4 +1,4 @@
-"""Comparisons before training: measured where they can be afforded, else left out with a sentence; the run trains."""
+"""Comparison of memory modes before training: modes without enough time or memory are omitted, and the run trains."""
 
 import json
 
@@ -19,36 +19,36 @@ from tests.support.tiny_configs import TINY_GPT2_DP
 ALL = "profiler.compare=[stored,checkpoint,reversible]"
 
 
-def test_each_mode_is_told_as_it_is_measured(run, capfd):
+def test_each_measured_mode_prints_a_line(run, capfd):
     code, result, _ = run(ALL)
     assert code == 0
     assert set(result["memory"]["compared"]) == {"stored", "checkpoint", "reversible"}
-    said = capfd.readouterr().err
-    assert "at most (profiler.compare_seconds)" in said
+    output = capfd.readouterr().err
+    assert "at most (profiler.compare_seconds)" in output
     for mode in ("stored", "checkpoint", "reversible"):
-        assert f"  {mode}: " in said
-        assert f"  {mode} is not measured" not in said
+        assert f"  {mode}: " in output
+        assert f"  {mode} is not measured" not in output
 
 
-def test_without_time_nothing_is_measured_and_the_run_trains(run, capfd):
+def test_with_too_little_time_no_mode_is_measured_and_the_run_trains(run, capfd):
     code, result, folder = run(ALL, "profiler.compare_seconds=0.0001")
     assert code == 0
     assert result["memory"]["compared"] == {}
     assert result["memory"]["peak_bytes"] > 0
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     for mode in ("stored", "checkpoint", "reversible"):
-        assert f"  {mode} is not measured: it would take about " in said
-    assert "Peak of live memory of a training step, measured: reversible" in said
+        assert f"  {mode} is not measured: it would take about " in output
+    assert "Peak of live memory of a training step, measured: reversible" in output
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["step"] == 2
 
 
-def test_no_time_at_all_takes_not_even_a_step(run, capfd):
+def test_with_a_limit_of_zero_nothing_is_compared(run, capfd):
     code, result, _ = run(ALL, "profiler.compare_seconds=0")
     assert (code, result["memory"]["compared"]) == (0, {})
     assert "measuring" not in capfd.readouterr().err
 
 
-def test_what_time_there_is_goes_to_the_runs_own_mode_first(run, monkeypatch, capfd):
+def test_the_mode_of_the_run_is_measured_first(run, monkeypatch, capfd):
     from memsave.training.measure import _Steps
 
     monkeypatch.setattr(_Steps, "expected_seconds", lambda self: 10.0)
@@ -57,7 +57,7 @@ def test_what_time_there_is_goes_to_the_runs_own_mode_first(run, monkeypatch, ca
     assert "checkpoint is not measured: it would take about 80 s, and " in capfd.readouterr().err
 
 
-def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):
+def test_a_slow_first_forward_does_not_change_the_estimate(run, monkeypatch, capfd):
     from memsave.tasks.segmentation.task import Segmentation
     from memsave.training import measure
 
@@ -75,23 +75,23 @@ def test_the_first_forward_of_a_process_does_not_count(run, monkeypatch, capfd):
     assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint", "reversible"})
 
 
-def test_what_is_not_free_is_not_taken(run, monkeypatch, capfd):
+def test_a_mode_that_exceeds_the_free_memory_is_not_measured(run, monkeypatch, capfd):
     monkeypatch.setattr(compare, "free_bytes", lambda device: 10 * 2**20)
     code, result, _ = run(ALL)
     assert (code, set(result["memory"]["compared"])) == (0, {"reversible"})  # the run's own, which is trained anyway
-    said = capfd.readouterr().err
-    assert "stored is not measured: its step would hold " in said
-    assert "and 10.00 MiB are free" in said
+    output = capfd.readouterr().err
+    assert "stored is not measured: its step would hold " in output
+    assert "and 10.00 MiB are free" in output
 
 
-def test_a_budget_holds_for_what_is_compared(run, capfd):
+def test_a_mode_that_exceeds_the_budget_is_not_measured(run, capfd):
     code, result, _ = run(ALL, "budget=6MiB", "memory.engine=hooks")
     assert code == 0
     assert "stored" not in result["memory"]["compared"]
     assert "predicted, more than budget=6MiB" in capfd.readouterr().err
 
 
-def test_a_model_that_cannot_be_predicted_trains(run, monkeypatch, capfd):
+def test_a_model_whose_memory_cannot_be_predicted_trains(run, monkeypatch, capfd):
     def fail(step):
         raise ValueError("the step reads the values of a tensor")
 
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_predicted_trains(run, monkeypatch, capfd):
     assert "stored is not measured: its memory cannot be predicted on fake tensors" in capfd.readouterr().err
 
 
-def test_the_step_without_privacy_is_held_to_the_same(tmp_path, monkeypatch, capfd):
+def test_a_step_without_privacy_that_exceeds_the_free_memory_is_not_measured(tmp_path, monkeypatch, capfd):
     overrides = [*TINY_GPT2_DP, f"model.cache={tmp_path}", "privacy.noise_multiplier=1.0", "trainer.steps=1"]
     monkeypatch.setattr(compare, "free_bytes", lambda device: 2**10)
     result = run_experiment(to_objects(compose(overrides)), tmp_path, progress=Progress())
@@ -110,7 +110,7 @@ def test_the_step_without_privacy_is_held_to_the_same(tmp_path, monkeypatch, cap
     assert result["privacy"]["steps"] == 1
 
 
-def test_a_mode_is_the_run_but_for_what_is_compared():
+def test_in_mode_changes_only_memory_or_privacy():
     config = to_objects(compose(["experiment=brats_rev", "memory=auto", "memory.levels=[stored,stored,reversible]"]))
     assert (in_mode(config, "stored").memory.mode, in_mode(config, "stored").memory.levels) == ("stored", None)
     assert in_mode(config, PLAIN).privacy.kind == "none"

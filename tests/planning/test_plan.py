@@ -1,4 +1,4 @@
-"""Plans: what the run's own step would hold, and what is trained then."""
+"""Plans: the predicted memory of a step against the measured one, and training at the size of a plan."""
 
 import json
 
@@ -34,13 +34,13 @@ def shared_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(shared_cache, monkeypatch):
-    """One cache for all tests, and small calibrating steps."""
+    """One cache for all tests, and small calibration steps."""
     monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
     monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 
 def config_of(*overrides, base=TINY_UNET):
-    """By hooks unless the test says otherwise: fake tensors are slow at the many small operations of a fused step."""
+    """A config, by default with engine=hooks: fake tensors are slow for the many small operations of a fused step."""
     rebuilt = base is TINY_UNET and not any(
         each.startswith(("memory=stored", "memory=checkpoint")) for each in overrides
     )
@@ -64,14 +64,14 @@ def plan_of(*overrides, base=TINY_UNET):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_segmentation_run_holds_what_was_predicted(overrides, tmp_path):
+def test_the_peak_of_a_segmentation_run_is_predicted(overrides, tmp_path):
     config = config_of(*overrides, "trainer.steps=2", "profiler.compare=[]", "privacy.noise_multiplier=1.0"
                        if "privacy=ghost" in overrides else "trainer.seed=1")  # fmt: skip
     predicted = peak_on_fake(lambda: fake_step(config, device=CPU)).peak_bytes
     held = run_experiment(config, tmp_path, progress=Progress())["memory"]["peak_bytes"]
-    if "privacy=ghost" in overrides:  # whose Poisson batches are of any size
+    if "privacy=ghost" in overrides:  # the size of Poisson batches varies
         assert held == pytest.approx(predicted, rel=0.1)
-    elif "trainer.precision=bfloat16" in overrides:  # PyTorch's fake GroupNorm keeps its statistics in another type
+    elif "trainer.precision=bfloat16" in overrides:  # fake GroupNorm stores its statistics in another dtype
         assert 0.999 * held < predicted < 1.03 * held
     else:
         assert held == pytest.approx(predicted, rel=0.005)
@@ -88,25 +88,25 @@ def test_a_segmentation_run_holds_what_was_predicted(overrides, tmp_path):
     ],
     ids=str,
 )
-def test_a_text_step_holds_what_was_predicted(overrides):
+def test_the_peak_of_a_language_model_step_is_predicted(overrides):
     config = config_of(*overrides, "model.width=64", "model.vocabulary=4000", base=TEXT)
     predicted = peak_on_fake(lambda: fake_step(config, device=CPU))
     made = fake_step(config, device=CPU)
     made.run()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
-    # transformers makes two masks on fake tensors that it leaves out where every token is attended to
+    # on fake tensors, transformers creates two masks that it omits if every token is attended to
     assert predicted.peak_bytes == pytest.approx(recorder.report().peak_bytes, rel=0.015)
 
 
-def test_more_micro_batches_than_two_hold_no_more():
+def test_more_than_two_micro_batches_do_not_raise_the_peak():
     many, two = (config_of("trainer.micro_batch_size=1", f"trainer.batch_size={n}") for n in (8, 2))
     assert len(dummy_task(many, device=CPU).batch["image"]) == 2
     reports = [peak_on_fake(lambda config=config: fake_step(config, device=CPU)) for config in (many, two)]
     assert reports[0].peak_bytes == reports[1].peak_bytes
 
 
-def test_gradients_of_each_example_are_counted():
+def test_per_example_gradients_are_counted():
     config = config_of("trainer.micro_batch_size=null", base=TEXT)
     plain, held = (
         peak_on_fake(lambda each=each: fake_step(config, device=CPU, per_sample_gradients=each))
@@ -114,7 +114,7 @@ def test_gradients_of_each_example_are_counted():
     )
     parameters = plain.peak_by_category["parameter"]
     extra = held.peak_bytes - parameters * config.trainer.batch_size
-    assert 0 < extra < plain.peak_bytes  # while all are held, most of the activations are gone
+    assert 0 < extra < plain.peak_bytes  # at that peak most of the activations are freed
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_gradients_of_each_example_are_counted():
     ],
     ids=["volume", "depth", "channels", "batch of volumes", "batch of texts"],
 )
-def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
+def test_the_largest_size_fits_and_the_next_one_does_not(vary, budget, base):
     strategies = ["memory=stored", "profiler.compare=[]"] if base is TINY_UNET else []
     plan = plan_of(f"vary={vary}", f"budget={budget}", "mode=plan", *strategies, base=base)
     for row in plan.rows:
@@ -146,7 +146,7 @@ def test_the_largest_fits_and_one_step_more_does_not(vary, budget, base):
     [("depth", (2, 4), "4 layers"), ("channels", (16, 32), "width 32"), ("length", (32, 64), "64 tokens")],
 )
 @pytest.mark.parametrize("model", ["small_gpt2", "rev_gpt2"])
-def test_what_a_language_model_can_vary(model, vary, sizes, words):
+def test_a_language_model_varies_length_depth_and_channels(model, vary, sizes, words):
     varied = variation(config_of(f"vary={vary}", "budget=1GiB", "mode=plan", f"model={model}", base=TEXT))
     less, more = (
         peak_on_fake(lambda size=size: fake_step(varied.at(size), device=CPU, architecture=varied.architecture(size)))
@@ -158,14 +158,14 @@ def test_what_a_language_model_can_vary(model, vary, sizes, words):
     assert (varied.high, varied.limit) == ((200, "the model has 200 positions") if vary == "length" else (None, ""))
 
 
-def test_a_search_ends_where_no_more_fits_and_not_at_a_number_of_ours():
+def test_a_search_ends_only_when_a_size_does_not_fit():
     (row,) = plan_of("mode=plan", "vary=channels", "budget=8GiB", "memory=stored", "profiler.compare=[]").rows
     assert row.answer.size > 1024
     assert row.answer.above.total > 8 * 2**30
     assert (row.limit, row.as_dict()["timed_out"]) == (None, False)
 
 
-def test_where_the_model_itself_has_an_end_the_plan_says_so(tmp_path):
+def test_a_limit_of_the_model_is_reported_in_the_plan(tmp_path):
     config = config_of("mode=plan", "vary=length", "budget=1GiB", base=TEXT)
     plan = make_plan(config, CPU, progress=Progress())
     assert [row.described for row in plan.rows] == ["200 tokens"] * 3
@@ -175,7 +175,7 @@ def test_where_the_model_itself_has_an_end_the_plan_says_so(tmp_path):
     draw(plan, tmp_path / "plan.png")
 
 
-def test_a_search_that_runs_out_of_time_says_so(tmp_path):
+def test_a_search_that_exceeds_its_time_limit_reports_it(tmp_path):
     config = config_of("mode=plan", "vary=depth", "budget=1GiB", "profiler.plan_seconds=0", "profiler.compare=[]")
     content = run_experiment(config, tmp_path, progress=Progress())["plan"]
     assert (content["rows"][0]["size"], content["rows"][0]["timed_out"]) == (1, True)
@@ -195,7 +195,7 @@ def test_a_search_that_runs_out_of_time_says_so(tmp_path):
     ],
     ids=str,
 )
-def test_a_plan_says_what_every_size_is_for(overrides, base, words):
+def test_a_plan_names_the_sizes_that_it_does_not_vary(overrides, base, words):
     config = config_of("mode=plan", "budget=1GiB", *overrides, base=base)
     assert fixed_sizes(config) == words
     row = Row("stored", None, True, 1.0)
@@ -205,7 +205,7 @@ def test_a_plan_says_what_every_size_is_for(overrides, base, words):
     assert plan.as_dict()["fixed"] == words
 
 
-def test_volumes_keep_their_proportions():
+def test_varied_volumes_keep_their_proportions():
     varied = variation(config_of("vary=volume", "budget=1GiB", "data.crop_size=[240,240,160]"))
     assert varied.describe(240) == "240x240x160"
     assert varied.describe(120) == "128x128x80"
@@ -213,19 +213,19 @@ def test_volumes_keep_their_proportions():
     assert varied.start == 240
 
 
-def test_less_is_kept_so_more_fits():
+def test_checkpoint_and_reversible_fit_a_larger_volume_than_stored():
     rows = {row.strategy: row.answer.size for row in plan_of("mode=plan", "vary=volume", "budget=60MiB").rows}
     assert rows == {"stored": 16, "checkpoint": 32, "reversible": 32}
 
 
-def test_a_plan_without_vary_says_whether_the_config_fits():
+def test_a_plan_without_vary_reports_whether_the_config_fits():
     fits, tight = (plan_of("mode=plan", f"budget={budget}") for budget in ("100MiB", "4MiB"))
     assert [row.fits for row in fits.rows] == [True] * 3
     assert next(row.fits for row in tight.rows) is False
     assert plan_of("mode=plan").own.fits is None
 
 
-def test_a_reserve_is_left_free():
+def test_a_plan_leaves_the_reserve_free():
     one, other = (
         plan_of("mode=plan", "vary=volume", "budget=60MiB", f"reserve={size}", "profiler.compare=[]")
         for size in ("0B", "40MiB")
@@ -234,10 +234,10 @@ def test_a_reserve_is_left_free():
     assert other.own.need.calibrated <= 20 * 2**20
 
 
-def test_calibrations_are_measured_once_and_kept(monkeypatch, tmp_path):
+def test_calibrations_are_measured_once_and_cached(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
     plan_of("mode=plan", "profiler.compare=[]")
-    monkeypatch.setattr(planning, "calibrate", lambda *args, **known: pytest.fail("it was kept"))
+    monkeypatch.setattr(planning, "calibrate", lambda *args, **kwargs: pytest.fail("it was cached"))
     plan_of("mode=plan", "profiler.compare=[]")
     plan_of("mode=plan", "profiler.compare=[]", "data.crop_size=[32,32,32]", "model.blocks=[2,1]")
     for other in ("memory=stored", "model.channels=[4,8]", "trainer.precision=bfloat16"):
@@ -245,7 +245,7 @@ def test_calibrations_are_measured_once_and_kept(monkeypatch, tmp_path):
             plan_of("mode=plan", other, "profiler.compare=[]")
 
 
-def test_a_calibrating_step_is_of_one_size_whatever_the_crop(monkeypatch, tmp_path):
+def test_the_calibration_step_has_one_size_for_every_crop_size(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
     sizes = []
 
@@ -255,7 +255,7 @@ def test_a_calibrating_step_is_of_one_size_whatever_the_crop(monkeypatch, tmp_pa
         made.run()
         hook.remove()
         sizes.extend(shapes)
-        return None  # as where no allocator answers
+        return None  # as without a measurable allocator
 
     monkeypatch.setattr(planning, "calibrate", calibrate)
     for size in (16, 48):
@@ -263,7 +263,7 @@ def test_a_calibrating_step_is_of_one_size_whatever_the_crop(monkeypatch, tmp_pa
     assert sizes == [(1, 4, 16, 16, 16)] * 2  # SMALL_CROP, here 16
 
 
-def test_a_plan_is_written_for_people_and_programs(tmp_path):
+def test_a_plan_writes_its_files_and_json(tmp_path):
     config = config_of("mode=plan", "vary=volume", "budget=40MiB")
     content = run_experiment(config, tmp_path, progress=Progress())["plan"]
     assert {path.name for path in tmp_path.iterdir()} >= {"plan.md", "plan.png", "memory.html"}
@@ -273,7 +273,7 @@ def test_a_plan_is_written_for_people_and_programs(tmp_path):
     assert {row["strategy"] for row in content["rows"]} == {"stored", "checkpoint", "reversible"}
 
 
-def test_where_nothing_fits_the_smallest_budget_is_told_and_is_enough(tmp_path):
+def test_if_nothing_fits_the_error_names_a_sufficient_budget(tmp_path):
     config = config_of("mode=plan", "vary=volume", "budget=1MiB")
     with pytest.raises(OverBudget, match=r"the smallest volume does not fit into 1\.00 MiB as reversible") as stop:
         run_experiment(config, tmp_path, progress=Progress())
@@ -283,7 +283,7 @@ def test_where_nothing_fits_the_smallest_budget_is_told_and_is_enough(tmp_path):
     assert plan_of("mode=plan", "vary=volume", f"budget={smallest}", "profiler.compare=[]").own.answer.size == 16
 
 
-def test_training_takes_the_largest_that_fits_and_stays_inside(tmp_path):
+def test_training_uses_the_largest_size_that_fits_and_stays_within_the_budget(tmp_path):
     config = config_of("vary=volume", "budget=40MiB", "trainer.steps=2", "profiler.compare=[]", "data.size=[48,48,48]")
     result = run_experiment(config, tmp_path, progress=Progress())
     (row,) = result["plan"]["rows"]
@@ -294,7 +294,7 @@ def test_training_takes_the_largest_that_fits_and_stays_inside(tmp_path):
     assert load(tmp_path / "config.yaml").data.crop_size == [row["size"]] * 3
 
 
-def test_a_budget_changes_no_number_of_the_training(tmp_path):
+def test_a_budget_does_not_change_losses_and_scores(tmp_path):
     losses = []
     for name, overrides in (("without", ()), ("with", ("budget=1GiB",))):
         (tmp_path / name).mkdir()
@@ -303,13 +303,13 @@ def test_a_budget_changes_no_number_of_the_training(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
+def test_a_run_whose_step_does_not_fit_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("memsave.experiment.make_task", lambda *args, **options: 1 / 0)
-    with pytest.raises(OverBudget, match=r"a step does not fit into 2\.00 MiB as stored: it needs") as told:
+    with pytest.raises(OverBudget, match=r"a step does not fit into 2\.00 MiB as stored: it needs") as caught:
         run_experiment(config_of("memory=stored", "budget=2MiB"), tmp_path, progress=Progress())
-    (row,) = told.value.outcome["plan"]["rows"]
-    enough = row["exact_bytes"]  # to which steps are held
-    assert f"it needs a budget of {format_bytes(enough)}" in str(told.value)
+    (row,) = caught.value.outcome["plan"]["rows"]
+    enough = row["exact_bytes"]  # training compares live bytes with the budget
+    assert f"it needs a budget of {format_bytes(enough)}" in str(caught.value)
     with pytest.raises(ZeroDivisionError):
         run_experiment(config_of("memory=stored", f"budget={enough}"), tmp_path, progress=Progress())
 
@@ -320,35 +320,35 @@ def test_a_step_that_would_not_fit_is_not_tried(tmp_path, monkeypatch):
         (["vary=volume"], "vary=volume needs a budget, as in budget=16GiB"),
         (
             ["vary=length", "budget=1GiB"],
-            "vary=length is not of task=segmentation; give vary=batch, channels, depth or volume",
+            "vary=length is not valid for task=segmentation; give vary=batch, channels, depth or volume",
         ),
         (["vary=volumes", "budget=1GiB"], "did you mean volume"),
         (["mode=plans"], "did you mean plan"),
         (
             ["vary=batch", "budget=1GiB", "privacy=direct", "trainer.micro_batch_size=1"],
-            "more examples at once than the one of privacy=direct",
+            "several examples at once, but privacy=direct processes one",
         ),
         (["budget=much"], "budget: 'much' is no size; give one such as 16GiB"),
         (["reserve=auto"], "reserve: 'auto' is no size"),
     ],
 )
-def test_mistakes_are_one_sentence(overrides, words):
+def test_invalid_combinations_are_refused(overrides, words):
     with pytest.raises(ConfigError, match=words):
         config_of(*overrides)
 
 
 @pytest.mark.parametrize("memory", ["memory=stored", "memory=auto"])
-def test_privacy_by_each_examples_own_gradient_is_planned_as_what_it_is(tmp_path, memory, capfd):
+def test_direct_privacy_is_planned_as_its_own_strategy(tmp_path, memory, capfd):
     direct = ["privacy=direct", "trainer.micro_batch_size=1", "budget=1GiB", "mode=plan", memory]
     result = run_experiment(config_of(*direct, base=TEXT), tmp_path, progress=Progress())
     assert [row["strategy"] for row in result["plan"]["rows"]] == ["plain", PER_SAMPLE, "direct"]
     assert result["plan"]["strategy"] == "direct" and "planning direct" in capfd.readouterr().err
 
 
-def test_another_depth_is_not_the_pretrained_model():
-    with pytest.raises(ConfigError, match="another model than the pretrained one; give mode=plan"):
+def test_training_refuses_a_depth_without_pretrained_weights():
+    with pytest.raises(ConfigError, match="a model without pretrained weights; give mode=plan"):
         config_of("vary=depth", "budget=1GiB", base=TEXT)
 
 
-def test_auto_is_what_is_free_here():
+def test_free_bytes_are_plausible():
     assert 2**20 < free_bytes(CPU) < 2**50

@@ -1,4 +1,4 @@
-"""The loop: one logical batch is one step, however it is cut."""
+"""The training loop: one logical batch is one step, for any micro-batch size."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_split_keeps_every_example_in_order():
 
 
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 6, 100])
-def test_micro_batches_change_nothing(size):
+def test_the_micro_batch_size_changes_no_gradient(size):
     model, task = line_model().eval(), Lines()
     loss = accumulate(model, task, task.data[0], trainer(micro_batch_size=size))
     expected = task.per_example_losses(model, task.data[0]).mean()
@@ -29,7 +29,7 @@ def test_micro_batches_change_nothing(size):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-14)
 
 
-def test_steps_are_counted_logged_and_learn():
+def test_steps_are_numbered_and_reduce_the_loss():
     task = Lines(batches=1)
     task.data *= 30
     done = list(run_steps(make_state(line_model(), trainer(steps=30)), task, trainer(steps=30)))
@@ -37,13 +37,13 @@ def test_steps_are_counted_logged_and_learn():
     assert done[-1].loss < 0.7 * done[0].loss
 
 
-def test_a_step_leaves_no_gradient():
+def test_gradients_are_freed_after_a_step():
     state, task = make_state(line_model(), trainer()), Lines()
     next(run_steps(state, task, trainer()))
     assert all(parameter.grad is None for parameter in state.model.parameters())
 
 
-def test_warm_up_then_cosine_to_zero():
+def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero():
     config = OptimizerConfig(lr=1.0, warmup_steps=4)
     optimizer = make_optimizer(line_model(), config)
     schedule = make_schedule(optimizer, config, steps=12)
@@ -57,14 +57,14 @@ def test_warm_up_then_cosine_to_zero():
     assert rates[12] == pytest.approx(0.0)
 
 
-def test_norms_and_biases_are_not_decayed():
+def test_norms_and_biases_have_no_weight_decay():
     groups = make_optimizer(line_model(), OptimizerConfig(weight_decay=0.1)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(p.dim() > 1 for p in groups[0]["params"])
     assert all(p.dim() == 1 for p in groups[1]["params"])
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step():
+def test_a_loss_that_is_not_finite_raises_before_the_update():
     state, task = make_state(line_model(), trainer()), Lines()
     task.data[1]["y"][2] = float("nan")
     steps = run_steps(state, task, trainer())
@@ -75,7 +75,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
 
 
-def test_a_mean_instead_of_losses_is_refused():
+def test_a_task_that_returns_a_mean_is_refused():
     class Mean(Lines):
         def per_example_losses(self, model, batch):
             return super().per_example_losses(model, batch).mean()
@@ -95,7 +95,7 @@ def test_float16_losses_are_scaled_and_an_overflow_skips_the_step():
     torch.manual_seed(1)
     expected = list(run_steps(plain, task, trainer()))
     for one, other in zip(done[:3], expected[:3], strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=0.02)  # and not 65536 times as large
+        assert one.loss == pytest.approx(other.loss, rel=0.02)  # not the scaled loss
 
     before = [p.detach().clone() for p in state.model.parameters()]
     state.step = 0
@@ -105,7 +105,7 @@ def test_float16_losses_are_scaled_and_an_overflow_skips_the_step():
     assert state.scaler.get_scale() < scale
 
 
-def test_batches_that_run_out_are_an_error(monkeypatch):
+def test_too_few_batches_raise_an_error(monkeypatch):
     monkeypatch.setattr("memsave.training.loop.shuffled", lambda *_, **__: [[Index(0, 0)], [Index(1, 1)]])
     state = make_state(line_model(), trainer(steps=5))
     with pytest.raises(TrainingError, match="the batches ended after step 2, but the run has 5 steps"):

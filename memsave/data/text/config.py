@@ -16,13 +16,13 @@ class TextData(DataConfig):
     """What every source of tables and sentences has in common."""
 
     root: str | None = None
-    """Folder of the files, where there are any."""
+    """Folder of the data files, for data sets that have files."""
     max_length: int = option(100, least=8)
-    """Tokens of table and sentence together; longer examples are cut, and counted in `data` of result.json."""
+    """Tokens of table and sentence together; longer examples are cut, and result.json counts them."""
     evaluate: int = option(500, least=1)
-    """Held-out records, the first ones, that perplexity is of."""
+    """Number of held-out records for the perplexity; the first ones are taken."""
     generate: int = option(64, least=1)
-    """Held-out tables that sentences are written for, for BLEU, ROUGE-L and samples.md."""
+    """Number of held-out tables for which sentences are generated, for BLEU, ROUGE-L and samples.md."""
     beams: int = option(4, least=1)
     """Width of the beam search."""
 
@@ -34,13 +34,15 @@ class TextData(DataConfig):
 @register("data", "visits")
 @dataclass
 class VisitsData(TextData):
-    """Generated records of visits to a clinic: the private domain of the embedded default."""
+    """Generated records of visits to a clinic: the private data of the built-in example."""
 
     kind: str = "visits"
     records: int = option(6000, least=1)
-    """One a person."""
+    """Training records, one per person."""
     held_out: int = option(300, least=1)
+    """Held-out records."""
     seed: int = option(0, least=0)
+    """Seed of the records."""
 
     def records_by_split(self) -> tuple[list[Record], list[Record]]:
         """(training, held out) records, of different seeds."""
@@ -53,7 +55,7 @@ class VisitsData(TextData):
 @register("data", "e2e")
 @dataclass
 class E2EData(TextData):
-    """The E2E challenge's CSV files (mr, ref): restaurants."""
+    """The CSV files (mr, ref) of the E2E challenge: descriptions of restaurants."""
 
     kind: str = "e2e"
 

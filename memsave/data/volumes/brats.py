@@ -1,4 +1,4 @@
-"""`data=brats`: cases of a challenge, or of one's own, in one of the layouts of `memsave.data.volumes.layouts`."""
+"""`data=brats`: cases of a challenge, or your own, in one of the layouts of `memsave.data.volumes.layouts`."""
 
 import shlex
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from memsave.data.volumes.schemes import SCHEMES, LabelScheme
 @register("data", "brats")
 @dataclass
 class BratsData(SegmentationData):
-    """Cases of a challenge, or of one's own, in one of the layouts of `memsave.data.volumes.layouts`."""
+    """Cases of a challenge, or your own, in one of the layouts of `memsave.data.volumes.layouts`."""
 
     kind: str = "brats"
     layout: str = option("brats2021", choices=tuple(LAYOUTS))
-    """brats2018 ... brats2021 | brats2023 | brats2024 | msd | folder."""
+    """Names and folders of the files: those of a challenge, or folder for any images with masks."""
     scheme: str | None = option(None, choices=tuple(SCHEMES))
-    """What the labels mean: brats2021 | brats2023 | brats2024 | brats2024_rc | msd | binary; null: as the layout."""
+    """Meaning of the labels; null takes the scheme of the layout."""
     modalities: list[str] | None = None
-    """Which ones, in which order; null: all of the layout's. For layout=folder, what the files' names end in."""
+    """Input modalities in order, or for layout=folder the ends of the file names; null takes all of the layout."""
     check: str = option("labels", choices=("labels", "all", "none"))
-    """What of every case is read before training, to name its faults: labels (and headers) | all | none."""
+    """Check before training: labels reads headers and labels of every case, all also reads the images."""
     mask: str | None = None
-    """For layout=folder, what the mask's name ends in; null: seg, label or mask."""
+    """For layout=folder, the end of the mask's file name; null tries seg, label and mask."""
 
     def validate(self) -> None:
         """Raise ConfigError without a folder."""
@@ -36,7 +36,7 @@ class BratsData(SegmentationData):
             raise ConfigError("data.root is not given; name the folder of the cases, as in data.root=/my/BraTS2021")
 
     def find_cases(self, *, say: Callable[[str], None]) -> list[Case]:
-        """The cases, whose files are read first as `check` says; DataError names the first fault."""
+        """The cases, after the check of their files. Raises DataError for the first fault."""
         kwargs: dict[str, Any] = {"scheme": self.scheme, "modalities": self.modalities, "mask": self.mask}
         found = find_cases(str(self.root), self.layout, **kwargs)
         if self.check == "none":

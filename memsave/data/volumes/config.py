@@ -15,33 +15,35 @@ class SegmentationData(DataConfig):
     """What every source of segmentation cases has in common."""
 
     root: str | None = None
-    """Folder of the cases; for phantoms, of their cache."""
+    """Folder of the cases, or of the cache for phantoms."""
     crop_size: list[int] = option([48, 48, 48], least=1, length=3)
-    """Voxels of a training crop."""
+    """Voxels of a training crop along each axis."""
     crops_per_case: int = option(1, least=1)
-    """Crops of one case in a step; together they are one example, with one loss."""
+    """Crops per case and step; the crops of a case are one example with one loss."""
     foreground: float = option(1 / 3, least=0, most=1)
-    """Share of the crops that are centred on tumour."""
+    """Fraction of the crops that are centred on tumour."""
     augmentation: str = option("light", choices=("light", "full"))
-    """light (flips, scale, shift) | full (rotations, zoom, noise, blur and gamma, too)."""
+    """light: flips, scale and shift of intensities; full: also rotations, zoom, noise, blur and gamma."""
     spacing: list[float] | None = option(None, least=1e-3, length=3, example=(1, 1, 1))
-    """Millimetres of a voxel that volumes are resampled to, as in [1,1,1]; null leaves them as they are."""
+    """Voxel size in millimetres to which volumes are resampled, as in [1,1,1]; null does not resample."""
     validation_fraction: float = option(0.2, least=0.001, most=0.999)
-    """Share of the patients that are held out, with all of their scans."""
+    """Fraction of the patients that are held out, with all of their scans."""
     folds: int | None = option(None, least=2)
-    """Given, fold number `fold` of so many is held out instead."""
+    """Number of folds for cross-validation; holds out one fold instead of validation_fraction."""
     fold: int = option(0, least=0)
+    """The fold that is held out, counted from 0."""
     split_file: str | None = None
-    """Given, a JSON or CSV file says which cases train and which are held out."""
+    """A JSON or CSV file that lists the training cases and the held-out cases."""
     lesion_wise: bool = False
-    """Score lesion by lesion, too, as BraTS 2023 does."""
+    """Also score each lesion, as BraTS 2023 does."""
     smallest_et: int = option(0, least=0)
-    """An enhancing region of fewer predicted voxels is taken for none."""
+    """Predicted enhancing regions with fewer voxels are removed."""
     split_seed: int = option(0, least=0)
+    """Seed of the split into training and held-out cases."""
     workers: int = option(1, least=0)
-    """Threads that load ahead of training; 0 loads between the steps."""
+    """Threads that load batches in advance; with 0, batches are loaded between the steps."""
     cache_bytes: int = option(4 * 2**30, least=0)
-    """Preprocessed volumes kept in memory."""
+    """Bytes of preprocessed volumes that are kept in memory."""
 
     def validate(self) -> None:
         """Raise ConfigError for two rules of what is held out."""

@@ -1,1 +1,1 @@
-"""Language tasks, and the language models that they fine-tune."""
+"""Language tasks and the language models that they fine-tune."""

@@ -1,4 +1,4 @@
-"""`task=table_to_text`: what is known of it before any data are read."""
+"""The definition of `task=table_to_text`."""
 
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -17,19 +17,19 @@ from memsave.tasks.language.pretrained import LanguageModel
 from memsave.training.measure import set_memory
 from memsave.training.task import Batch, Task
 
-TOKENS = 8
-"""Step in which a plan varies the length of an example."""
+LENGTH_STEP = 8
+"""Multiple of tokens in which a plan varies the length of an example."""
 SMALL_LENGTH, SMALL_LAYERS, SMALL_HEADS = 64, 2, 2
-"""Sizes of a calibrating step."""
+"""Sizes of the calibration step."""
 
 
 @register("task", "table_to_text")
 class TableToTextDefinition(TaskDefinition):
-    """Sentences from tables; see `memsave.tasks.language.table_to_text`."""
+    """Sentences generated from tables; see `memsave.tasks.language.table_to_text`."""
 
     data_class, model_class = TextData, LanguageModel
     pip_extra = "lm"
-    static_shapes = False  # few examples have the greatest length
+    static_shapes = False  # few examples have the maximum length
     strategy_group = "privacy"
     smaller_input = "a smaller data.max_length"
     plans_micro_batch = True
@@ -59,7 +59,7 @@ class TableToTextDefinition(TaskDefinition):
         if memory.levels is not None:
             raise ConfigError(f"memory.levels is {memory.levels}; give a mode for each level of a U-Net, finest first")
         if self.config.vary in ("depth", "channels") and self.config.mode == "train":
-            raise ConfigError(f"vary={self.config.vary} is another model than the pretrained one; give mode=plan")
+            raise ConfigError(f"vary={self.config.vary} gives a model without pretrained weights; give mode=plan")
 
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(the pretrained model, its tokenizer)."""
@@ -85,13 +85,13 @@ class TableToTextDefinition(TaskDefinition):
         return TableToText(train, held_out, tokenizer, device=device, **options)
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,): the mean cross-entropy over each example's target tokens."""
+        """(B,) losses: the mean cross-entropy over the target tokens of each example."""
         from memsave.tasks.language.table_to_text import text_losses
 
         return text_losses(model, batch, head=self.model.head)
 
     def dummy_batch(self, *, count: int, device: torch.device) -> Batch:
-        """Examples of the greatest length, in which every token is a target."""
+        """Examples of the maximum length in which every token is a target."""
         from memsave.tasks.language.table_to_text import dummy_batch
 
         return dummy_batch(self.data, count=count, device=device)
@@ -106,9 +106,9 @@ class TableToTextDefinition(TaskDefinition):
     def _vary_length(self) -> Variation:
         positions = getattr(self.model.architecture(), "max_position_embeddings", None)
         return Variation(
-            low=TOKENS,
-            high=None if positions is None else positions // TOKENS * TOKENS,
-            multiple=TOKENS,
+            low=LENGTH_STEP,
+            high=None if positions is None else positions // LENGTH_STEP * LENGTH_STEP,
+            multiple=LENGTH_STEP,
             start=self.data.max_length,
             at=lambda size: self.config.changed({"data.max_length": size}),
             describe=lambda size: f"{size} tokens",
@@ -144,7 +144,7 @@ class TableToTextDefinition(TaskDefinition):
         return [] if self.config.vary == "length" else [f"{self.data.max_length} tokens"]
 
     def small_config(self) -> tuple[Config, dict[str, Any]]:
-        """Two short examples and two layers with two heads of the model's own size."""
+        """Two short examples and two layers with two heads; the heads keep the size of the model's heads."""
         changes = {
             "trainer.batch_size": 2,
             "trainer.micro_batch_size": 1 if self.config.privacy.option == "direct" else None,
@@ -159,7 +159,7 @@ class TableToTextDefinition(TaskDefinition):
     # memory=auto: a memory mode and a head, and the largest micro-batch that fits
 
     def memory_choices(self, device: torch.device) -> list[Config]:
-        """Every memory mode with every head, by the FLOPs that they add to stored layers and a head of logits."""
+        """All pairs of memory mode and head, sorted by the FLOPs that they add to memory=stored with head=logits."""
         with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
             model: Any = TableToTextDefinition(self._with_choice("stored", "logits")).make_fake_model()
             model(torch.zeros(1, self.data.max_length, dtype=torch.long))
@@ -183,13 +183,13 @@ class TableToTextDefinition(TaskDefinition):
         )
 
     def less_memory(self) -> list[str]:
-        """Checkpoints first."""
+        """Checkpoints, then the remedies of every task."""
         first = [] if self.config.memory.mode in ("auto", "checkpoint") else ["memory=checkpoint"]
         return [*first, *super().less_memory()]
 
 
 def with_width(architecture: Any, width: int) -> dict[str, Any]:
-    """What makes an architecture of transformers so wide: heads of the same size, all else in proportion."""
+    """The attributes of a transformers config for another width, with heads of the same size."""
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner")
     scaled = {name: getattr(architecture, name, None) for name in names}
     own = architecture.hidden_size

@@ -1,4 +1,4 @@
-"""Pretrained causal language models and their tokenizers: `model=gpt2`, or any other by name or folder."""
+"""Pretrained causal language models and their tokenizers: `model=gpt2`, or another one by name or folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from memsave.models.language import fuse_gelu
 from memsave.progress import Progress
 
 HUB_TIMEOUT = 10.0  # seconds
-GPT2_SIZES: dict[str, dict[str, Any]] = {  # known without the hub
+GPT2_SIZES: dict[str, dict[str, Any]] = {  # used without a request to the hub
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
@@ -25,29 +25,29 @@ GPT2_SIZES: dict[str, dict[str, Any]] = {  # known without the hub
 @register("model", "language")
 @dataclass
 class LanguageModel(ModelConfig):
-    """A causal language model of transformers, by name or folder."""
+    """A causal language model of transformers, by its name on the model hub or by folder."""
 
     reversible: ClassVar[bool] = False
-    """Whether the model has memory=reversible."""
+    """Whether the model supports memory=reversible."""
     kind: str = "language"
     name: str = option()
-    """A name on the model hub, or a folder."""
+    """Name on the model hub, or a folder."""
     head: str = option("chunked", choices=("chunked", "logits"))
-    """chunked (never holds the logits of all targets) | logits (takes the model's own)."""
+    """chunked computes the loss without storing the logits of all targets; logits uses the logits of the model."""
 
     def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(model in float32, tokenizer with an end and a padding token). Raises ConfigError."""
         return load_pretrained(self.name)
 
     def architecture(self) -> Any:
-        """The architecture alone, as a config of transformers. Raises ConfigError."""
+        """The architecture as a config of transformers, without weights. Raises ConfigError."""
         from transformers import GPT2Config
 
         sizes = GPT2_SIZES.get(self.name.removeprefix("openai-community/"))
         return causal_config(self.name, reachable(self.name)) if sizes is None else GPT2Config(**sizes)
 
     def make_random(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
-        """The model with random weights in float32; `architecture` overrides sizes, by transformers' names."""
+        """The model with random weights in float32. `architecture` overrides attributes of the transformers config."""
         from transformers import AutoModelForCausalLM
 
         found = self.architecture()
@@ -59,11 +59,11 @@ class LanguageModel(ModelConfig):
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """(causal language model in float32, tokenizer) of a name or folder. Raises ConfigError."""
+    """(causal language model in float32, tokenizer), by name or folder. Raises ConfigError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import memsave.models.rev_gpt2  # noqa: F401, which makes itself known to AutoModelForCausalLM
+    import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
     logging.disable_progress_bar()
     folder = reachable(name)
@@ -82,9 +82,9 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
 
 
 def causal_config(name: str, folder: str) -> Any:
-    """The config of a model that predicts each token from those before it; ConfigError where it is of another kind.
+    """The transformers config of a causal model. Raises ConfigError for other models.
 
-    transformers loads an encoder such as BERT as a causal model, too, and has every token see those after it.
+    transformers also loads an encoder such as BERT as a causal model, but every token then attends to later tokens.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
@@ -92,12 +92,12 @@ def causal_config(name: str, folder: str) -> Any:
         found = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_be_loaded(name, error)) from error
-    causal = getattr(found, "is_decoder", False) or found.is_encoder_decoder  # of which the decoder alone is loaded
+    causal = getattr(found, "is_decoder", False) or found.is_encoder_decoder  # transformers loads only its decoder
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING or (type(found) in MODEL_FOR_MASKED_LM_MAPPING and not causal):
         architecture = (found.architectures or [found.model_type])[0]
         raise ConfigError(
-            f"{name} is a {architecture}, which does not predict each token from those before it; give the model.name "
-            f"of a causal language model, such as openai-community/gpt2"
+            f"{name} is a {architecture}, which is not a causal language model; give the model.name of one, such as "
+            f"openai-community/gpt2"
         )
     return found
 
@@ -110,9 +110,9 @@ def _cannot_be_loaded(name: str, error: Exception) -> str:
 
 
 def reachable(name: str) -> str:
-    """The folder of that name, the name if the hub answers to it, else where it was downloaded to before.
+    """The folder of this name, or the name if the hub has it, or the folder of an earlier download.
 
-    The hub is asked once and briefly: transformers would ask for a minute before it gives up.
+    It sends one request with a short timeout: transformers repeats its requests for a minute.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -124,18 +124,18 @@ def reachable(name: str) -> str:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(
-            f"model.name is {name}, which is no folder here and no name that a hub can have; give a folder, or a name "
-            f"such as openai-community/gpt2"
+            f"model.name is {name}, which is neither an existing folder nor a valid name on the hub; give a folder, or "
+            f"a name such as openai-community/gpt2"
         ) from error
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of several HTTP libraries, and of the hub's own
+    except Exception as error:  # several HTTP libraries and the hub have their own classes
         downloaded = try_to_load_from_cache(name, "config.json")
         if isinstance(downloaded, str):
             return str(Path(downloaded).parent)
         raise ConfigError(
-            f"the model {name} is no folder here and could not be had from the hub ({_first_line(error)}); where there "
-            f"is internet, run: hf download {name} --local-dir {folder.name}, and give model.name={folder.name}"
+            f"the model {name} is not a folder and could not be downloaded from the hub ({_first_line(error)}); with "
+            f"internet access, run: hf download {name} --local-dir {folder.name}, then give model.name={folder.name}"
         ) from error
     return name
 

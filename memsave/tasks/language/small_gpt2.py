@@ -1,4 +1,4 @@
-"""`model=small_gpt2` and `model=rev_gpt2`: small models, pretrained once on generated public text."""
+"""`model=small_gpt2` and `model=rev_gpt2`: small models that are pretrained once on generated public text."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,42 +19,50 @@ from memsave.tasks.language.pretrained import LanguageModel, load_pretrained
 from memsave.tasks.language.table_to_text import TableToText
 from memsave.training.loop import make_state, run_steps
 
-VERSION = 1  # raise it with every change of what is pretrained: the cache then trains anew
+VERSION = 1  # increase it when pretraining changes, so that cached models are not used
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 @register("model", "small_gpt2")
 @dataclass
 class SmallGPT2(LanguageModel):
-    """A GPT-2 of our own, pretrained on generated public text and cached."""
+    """A small GPT-2, pretrained once on generated public text and cached."""
 
     kind: str = "small_gpt2"
     name: str = "small_gpt2"
     layers: int = option(3, least=1)
+    """Transformer layers."""
     heads: int = option(4, least=1)
+    """Attention heads per layer."""
     width: int = option(128, least=1)
+    """Size of the hidden states."""
     vocabulary: int = option(2048, least=300)
+    """Largest vocabulary of the tokenizer."""
     positions: int = option(160, least=1)
+    """Maximum number of tokens."""
     records: int = option(20000, least=1)
-    """Generated public tables and sentences."""
+    """Generated public records for pretraining."""
     steps: int = option(650, least=1)
-    """Of pretraining."""
+    """Steps of pretraining."""
     batch_size: int = option(32, least=1)
+    """Batch size of pretraining."""
     lr: float = 4e-3
+    """Learning rate of pretraining."""
     seed: int = 0
+    """Seed of the initial weights and of pretraining."""
     cache: str | None = None
     """Folder of the pretrained model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
 
     def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
-        """(the pretrained model, its tokenizer); pretrains it first where the cache does not have it."""
+        """(the pretrained model, its tokenizer); pretrains it first if the cache does not have it."""
         return load_pretrained(str(pretrained_small_gpt2(self, progress=progress)))
 
     def architecture(self) -> Any:
-        """The architecture, with the largest vocabulary that the tokenizer may have."""
+        """The architecture with the largest possible vocabulary."""
         return self.sizes(vocabulary=self.vocabulary, end=0, pad=1)
 
     def sizes(self, *, vocabulary: int, end: int, pad: int) -> Any:
-        """The architecture as transformers' config, without dropout: noise is enough regularisation."""
+        """The transformers config, without dropout: the noise of private training regularises enough."""
         from transformers import GPT2Config
 
         return GPT2Config(**self._sizes(vocabulary, end, pad), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -75,7 +83,7 @@ class SmallGPT2(LanguageModel):
 @register("model", "rev_gpt2")
 @dataclass
 class RevGPT2(SmallGPT2):
-    """`memsave.models.rev_gpt2.RevGPT2`, pretrained and cached like the small GPT-2."""
+    """The reversible `memsave.models.rev_gpt2.RevGPT2`, pretrained and cached like small_gpt2."""
 
     reversible: ClassVar[bool] = True
     kind: str = "rev_gpt2"
@@ -89,7 +97,7 @@ class RevGPT2(SmallGPT2):
 
 
 def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
-    """The folder of such a model that was trained on generated public text; trained now if it is not in the cache."""
+    """The cached folder of the pretrained model; pretrains it first if the cache does not have it."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name")}
 
     def make(folder: Path) -> None:
@@ -106,7 +114,7 @@ def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
 
 
 def small_gpt2(config: SmallGPT2, tokenizer: Any) -> Any:
-    """The model with random weights, without dropout: the noise of private training is regularisation enough."""
+    """The model with random weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -116,7 +124,7 @@ def small_gpt2(config: SmallGPT2, tokenizer: Any) -> Any:
 
 
 def train_tokenizer(texts: Sequence[str], *, size: int) -> Any:
-    """A byte-level BPE tokenizer; of public text alone, since its vocabulary repeats what it was trained on."""
+    """A byte-level BPE tokenizer. Train it only on public text: its vocabulary contains words of that text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,12 +148,12 @@ def _pretrain(
     trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
     data = VisitsData(max_length=config.positions)
     task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
-    progress.say(f"pretraining model={config.kind} on {len(records)} generated public records, once; it is then cached")
+    progress.say(f"pretraining model={config.kind} on {len(records)} generated public records; it is then cached")
     if task.cuts.cut_examples:
         progress.say(f"  {task.cuts.cut_examples} of them are cut to model.positions={config.positions} tokens")
     state = make_state(model, trainer)
     for group in state.optimizer.param_groups:
-        group["betas"] = (0.9, 0.99)  # few steps: a shorter memory of squares
+        group["betas"] = (0.9, 0.99)  # few steps need a shorter average of the squares
     with progress.bar(config.steps) as bar:
         for done in run_steps(state, task, trainer):
             bar.advance(f"loss {done.loss:.3f}")

@@ -1,4 +1,4 @@
-"""`task=segmentation`: what is known of it before any data are read."""
+"""The definition of `task=segmentation`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -16,15 +16,15 @@ from memsave.tasks.definition import TaskDefinition, Variation
 from memsave.tasks.segmentation.unet import UNetModel
 from memsave.training.task import Batch, Task
 
-VOXELS, CHANNELS = 16, 8
-"""Steps in which a plan varies the sides of a crop and the channels of the finest level."""
+SIDE_STEP, CHANNEL_STEP = 16, 8
+"""Multiples in which a plan varies the sides of a crop and the channels of the finest level."""
 SMALL_CROP = 40
-"""Side of the crop of a calibrating step: kernels differ below it."""
+"""Side of the crop of the calibration step; smaller crops use other kernels."""
 
 
 @register("task", "segmentation")
 class SegmentationDefinition(TaskDefinition):
-    """Lesions in volumes; see `memsave.tasks.segmentation.task`."""
+    """Segmentation of lesions in volumes; see `memsave.tasks.segmentation.task`."""
 
     data_class, model_class = SegmentationData, UNetModel
     pip_extra = "brats"
@@ -55,8 +55,8 @@ class SegmentationDefinition(TaskDefinition):
             )
         if self._is_private and self.data.crops_per_case > 1 and config.privacy.option != "direct":
             raise ConfigError(
-                f"data.crops_per_case is {self.data.crops_per_case}, and a patient's crops are clipped as one, by "
-                f"their own gradient; give privacy.passes=direct trainer.micro_batch_size=1"
+                f"data.crops_per_case is {self.data.crops_per_case}, and all crops of a patient are clipped as one "
+                f"gradient; give privacy.passes=direct trainer.micro_batch_size=1"
             )
 
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, None]:
@@ -64,7 +64,7 @@ class SegmentationDefinition(TaskDefinition):
         return self.model.build(self.data, memory=self.config.memory), None
 
     def make_fake_model(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
-        """The U-Net; its sizes are config, so that there is no other architecture."""
+        """The U-Net with random weights; ignores `architecture`, because all sizes are in the config."""
         return self.model.build(self.data, memory=self.config.memory)
 
     def make_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:
@@ -74,13 +74,13 @@ class SegmentationDefinition(TaskDefinition):
         return Segmentation(self.data, trainer=self.config.trainer, device=device, progress=progress)
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,) losses: one per case, over all of its crops."""
+        """(B,) losses, one per case over all of its crops."""
         from memsave.tasks.segmentation.losses import case_losses
 
         return case_losses(model, batch, scheme=self.data.label_scheme())
 
     def dummy_batch(self, *, count: int, device: torch.device) -> Batch:
-        """Crops of zeros."""
+        """Crops filled with zeros."""
         from memsave.tasks.segmentation.task import dummy_batch
 
         return dummy_batch(self.data, count=count, device=device)
@@ -93,17 +93,17 @@ class SegmentationDefinition(TaskDefinition):
         return {**own, **super().variations()}
 
     def _vary_volume(self) -> Variation:
-        """The longest side of the crop in voxels; the others keep their proportions."""
+        """The longest side of the crop in voxels; the other sides keep their proportions."""
         sides = list(self.data.crop_size)
         longest = max(sides)
 
         def crop(size: int) -> list[int]:
-            return [max(VOXELS, round(size * side / longest / VOXELS) * VOXELS) for side in sides]
+            return [max(SIDE_STEP, round(size * side / longest / SIDE_STEP) * SIDE_STEP) for side in sides]
 
         return Variation(
-            low=VOXELS,
+            low=SIDE_STEP,
             high=None,
-            multiple=VOXELS,
+            multiple=SIDE_STEP,
             start=longest,
             at=lambda size: self.config.changed({"data.crop_size": crop(size)}),
             describe=lambda size: "x".join(map(str, crop(size))),
@@ -111,7 +111,7 @@ class SegmentationDefinition(TaskDefinition):
         )
 
     def _vary_depth(self) -> Variation:
-        """Blocks of every level."""
+        """Blocks per level, the same for all levels."""
         levels = len(self.model.channels)
         return Variation(
             low=1,
@@ -123,16 +123,16 @@ class SegmentationDefinition(TaskDefinition):
         )
 
     def _vary_channels(self) -> Variation:
-        """Channels of the finest level; the others keep their proportions."""
+        """Channels of the finest level; the other levels keep their proportions."""
         own = list(self.model.channels)
 
         def channels(size: int) -> list[int]:
             return [round(size * each / own[0] / 2) * 2 for each in own]
 
         return Variation(
-            low=CHANNELS,
+            low=CHANNEL_STEP,
             high=None,
-            multiple=CHANNELS,
+            multiple=CHANNEL_STEP,
             start=own[0],
             at=lambda size: self.config.changed({"model.channels": channels(size)}),
             describe=lambda size: "-".join(map(str, channels(size))),
@@ -144,7 +144,7 @@ class SegmentationDefinition(TaskDefinition):
         return parts + ([] if self.data.crops_per_case == 1 else [f"{self.data.crops_per_case} crops a case"])
 
     def small_config(self) -> tuple[Config, dict[str, Any]]:
-        """One small crop and one block a level; the channels stay, because kernels depend on them."""
+        """One small crop and one block per level; the channels stay, because kernels depend on them."""
         changes = {
             "trainer.batch_size": 1,
             "trainer.micro_batch_size": None,
@@ -159,7 +159,7 @@ class SegmentationDefinition(TaskDefinition):
         return f"{self.model.kind} {'-'.join(map(str, self.model.channels))}"
 
     def strategies(self) -> list[str]:
-        """The memory modes of `profiler.compare` and the config's own."""
+        """The memory modes of `profiler.compare` and that of the config."""
         return list(dict.fromkeys([*self.config.profiler.compare, self.config.memory.mode]))
 
     def current_strategy(self) -> str:
@@ -167,7 +167,7 @@ class SegmentationDefinition(TaskDefinition):
         return self.config.memory.mode
 
     def with_strategy(self, name: str) -> Config:
-        """The config in a memory mode."""
+        """The config with another memory mode."""
         if name == self.config.memory.mode:
             return self.config
         return self.config.changed({"memory.mode": name, "memory.levels": None})
@@ -175,7 +175,7 @@ class SegmentationDefinition(TaskDefinition):
     # memory=auto: each level is stored or reversible
 
     def memory_choices(self, device: torch.device) -> list[Config]:
-        """A mode for each level, by the FLOPs that recomputing adds to the stored network's."""
+        """Every combination of modes of the levels, sorted by the FLOPs of recomputation."""
         extra = level_flops(self._with_levels(["stored"] * len(self.model.channels)), device)
 
         def added(choice: Sequence[str]) -> int:
@@ -198,13 +198,13 @@ class SegmentationDefinition(TaskDefinition):
         return f"memory.levels=[{','.join(self.config.memory.levels or ())}]"
 
     def less_memory(self) -> list[str]:
-        """Reversible blocks first."""
+        """Reversible blocks, then the remedies of every task."""
         first = [] if self.config.memory.mode in ("auto", "reversible") else ["memory=reversible"]
         return [*first, *super().less_memory()]
 
 
 def level_flops(config: Config, device: torch.device) -> list[int]:
-    """FLOPs of the forward of each level's blocks, on the way down and up: what recomputing them adds to a step."""
+    """FLOPs in the forward of each level's blocks, encoder and decoder: the cost of recomputing them."""
     task = SegmentationDefinition(config)
     totals = [0] * len(task.model.channels)
     with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:

@@ -1,4 +1,4 @@
-"""Segmenting whole volumes with a trained network."""
+"""Segmentation of whole volumes with a trained network."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from memsave.training.loop import evaluating
 
 
 def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: float = 0.5) -> Tensor:
-    """Logits (R, D, H, W) of a whole volume (C, D, H, W), by overlapping windows of the training size."""
+    """Logits (R, D, H, W) of a whole volume (C, D, H, W), from overlapping windows of the size of training crops."""
     from monai.inferers import sliding_window_inference
 
     with evaluating(model):
@@ -20,7 +20,7 @@ def predict(model: nn.Module, image: Tensor, *, window: Sequence[int], overlap: 
 
 
 def without_small(masks: Tensor, names: Sequence[str], *, smallest_et: int) -> Tensor:
-    """Masks (R, X, Y, Z) in which an enhancing region of fewer voxels than that is empty: it is often a false one."""
+    """Masks (R, X, Y, Z) without an enhancing region of fewer than `smallest_et` voxels, often a false positive."""
     masks = masks.clone()
     for name, mask in zip(names, masks, strict=True):
         if name == "et" and int(mask.sum()) < smallest_et:

@@ -10,11 +10,11 @@ from memsave.data.volumes.reader import masks_of
 from memsave.data.volumes.schemes import LabelScheme
 from memsave.training.task import Batch
 
-SMOOTH = 1.0  # voxels: an empty region that is predicted empty has Dice 1, and its gradient is bounded
+SMOOTH = 1.0  # voxels; gives Dice 1 for an empty region that is predicted empty, and bounds the gradient
 
 
 def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tensor:
-    """(B,) losses of image (B, C, D, H, W) and label (B, 1, D, H, W), or of K crops a case, with K in second place."""
+    """(B,) losses of image (B, C, D, H, W) and label (B, 1, D, H, W), or with K crops per case in dimension 1."""
     image, label = batch["image"], batch["label"]
     several = image.dim() == 6
     if several:
@@ -25,7 +25,7 @@ def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tenso
 
 
 def region_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Soft Dice loss plus binary cross-entropy, one per example, in float32: (B, 3, D, H, W) twice to (B,).
+    """Soft Dice loss plus binary cross-entropy, one per example, in float32: two (B, 3, D, H, W) to (B,).
 
     Dice = (2 sum(p t) + s) / (sum(p) + sum(t) + s) for each example and region (Milletari et al., "V-Net", 2016).
     """
@@ -40,7 +40,7 @@ def region_losses(logits: Tensor, target: Tensor) -> Tensor:
 def supervised_losses(levels: Sequence[Tensor], target: Tensor) -> Tensor:
     """`region_losses` of logits at several resolutions, finest first, averaged with weights 1, 1/2, 1/4, ...: (B,).
 
-    A coarser target is the nearest voxel of the finest one (Isensee et al., "nnU-Net", 2021).
+    The target of a coarser level is resampled by nearest neighbour (Isensee et al., "nnU-Net", 2021).
     """
     total = target.new_zeros(len(target), dtype=torch.float32)
     for number, logits in enumerate(levels):

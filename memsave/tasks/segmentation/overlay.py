@@ -1,7 +1,7 @@
-"""A segmentation as a radiologist reads it: truth and prediction as contours on the scan.
+"""A picture of segmentations: truth and prediction as contours on the scan, in radiological orientation.
 
-One row a case: T1ce and FLAIR, each with the truth and with the prediction, in the axial plane through the largest
-extent of the tumour; the patient's right is on the left of the picture.
+One row per case: T1ce and FLAIR, each with the truth and with the prediction, in the axial plane with the largest area
+of tumour. The patient's right is on the left of the picture.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Picture:
 
 
 def draw_overlay(pictures: Sequence[Picture], path: Path) -> None:
-    """Write the PNG."""
+    """Write the pictures as one PNG."""
     from matplotlib.figure import Figure
 
     modalities = pictures[0].modalities
@@ -81,7 +81,7 @@ def _draw_plane(axes: Any, picture: Picture, *, plane: int, modality: str, masks
     for mask, name in zip(volumes, picture.regions, strict=True):
         outline = _upright(mask[:, :, plane]).astype(float)
         if outline.any():
-            # the core is drawn wider, so that it shows beside an enhancing rim on the same voxels
+            # a wider line keeps the core visible under the contour of an enhancing rim on the same voxels
             axes.contour(outline, levels=[0.5], colors=COLOURS[name], linewidths=2.4 if name == "tc" else 1.1)
 
 
@@ -93,11 +93,11 @@ def _scale_bar(axes: Any, *, millimetres: float, voxel: float) -> None:
 
 
 def _widest_plane(mask: Tensor) -> int:
-    """The axial plane (last axis) with most of the tumour; the middle when there is none."""
+    """The index on the last axis of the axial plane with the most tumour; the middle plane without tumour."""
     area = mask.sum((0, 1))
     return int(area.argmax()) if area.any() else mask.shape[-1] // 2
 
 
 def _upright(plane: Tensor) -> np.ndarray:
-    """An (X, Y) plane as an image: in BraTS's orientation x runs to the patient's left and y to the back."""
+    """An (X, Y) plane as an image; in the orientation of BraTS, x points to the patient's left and y to the back."""
     return plane.numpy().T

@@ -1,8 +1,8 @@
-"""Segmentation of lesions in volumes: the task behind `data=phantom` and `data=brats`.
+"""Segmentation of lesions in volumes: the task of `data=phantom` and `data=brats`.
 
-The network gives one logit per region (WT, TC, ET overlap, so each is a yes or no of its own). The loss of an example
-is the mean over its regions of soft Dice loss plus binary cross-entropy, in float32; whole held-out volumes are
-segmented by a sliding window and scored by Dice and HD95 per region, on the grid on which they were read.
+The network returns one logit per region, because the regions WT, TC and ET overlap. The loss of an example is the mean
+over its regions of soft Dice loss plus binary cross-entropy, in float32. Whole held-out volumes are segmented by a
+sliding window and scored by Dice and HD95 per region, on their original grid.
 """
 
 import csv
@@ -34,13 +34,13 @@ from memsave.training.task import Batch
 
 WEIGHTS = "model.safetensors"
 TABLE = "scores.csv"
-PICTURES = 3  # cases on the overlay
+PICTURES = 3  # cases in the overlay
 RESAMPLES = 2000  # of the bootstrap
-PIECE = 4096  # bytes
+CHUNK_BYTES = 4096
 
 
 class Segmentation:
-    """Crops to train on, whole volumes to evaluate on; implements `memsave.training.task.Task`."""
+    """Training crops and held-out volumes; implements `memsave.training.task.Task`."""
 
     def __init__(
         self,
@@ -71,40 +71,39 @@ class Segmentation:
         self.pictures: list[Picture] = []  # of the last evaluation
         self.scores: dict[str, dict[str, float]] = {}  # of the last evaluation, by case
 
-    unit = "one patient: all that is drawn of one case in a step has one loss"
+    unit = "one patient: all crops of one case in a step have one loss"
     goal = "dice"
 
     @property
     def size(self) -> int:
-        """Training cases."""
+        """Number of training cases."""
         return len(self.crops.volumes)
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the training cases' names and files, masks included, and of how crops are drawn.
+        """A digest of the names and files of the training cases, masks included, and of the settings of crops.
 
-        A file counts by its size and by pieces of it, its end among them, where gzip has the checksum of the whole.
+        Of each file it includes the size and some chunks, one of them at the end, where gzip stores its checksum.
         """
-        cases = [(case.id, [_pieces(path) for path in case.files]) for case in self.crops.volumes.cases]
-        data, order = self.data, self.crops.volumes.cases[0].channels or ()  # of modalities that share a file
+        cases = [(case.id, [_file_digest(path) for path in case.files]) for case in self.crops.volumes.cases]
+        data, order = self.data, self.crops.volumes.cases[0].channels or ()  # of modalities in one file
         drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing, *order)
         return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Cases that train, that are scored, and that are used for nothing (`test` of a split file)."""
+        """Numbers of training cases, held-out cases, and unused cases (`test` of a split file)."""
         return {"examples": self.size, "held_out": len(self.held_out), "left_out": self.left_out}
 
     def describe_counts(self) -> str:
-        """The same in one line."""
+        """The counts in one line."""
         left_out = f", left out: {self.left_out} (test of data.split_file)" if self.left_out else ""
         return f"training cases: {self.size}, held-out cases: {len(self.held_out)}{left_out}"
 
     def load(self, indices: Sequence[Index]) -> Batch:
-        """Crops of these cases, on the CPU: image (B, C, D, H, W), label (B, 1, D, H, W), id; runs in worker threads.
+        """Crops of these cases on the CPU: image (B, C, D, H, W), label (B, 1, D, H, W), id. Thread-safe.
 
-        With K crops a case, which are one example, (B, K, C, D, H, W) and (B, K, 1, D, H, W); for no index, images
-        (0, C, 1, 1, 1).
+        With K crops per case: image (B, K, C, D, H, W), label (B, K, 1, D, H, W). No indices: image (0, C, 1, 1, 1).
         """
         if not indices:
             empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1)
@@ -119,11 +118,11 @@ class Segmentation:
         return channels_last(moved)
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,) losses: each of one case, over all of its crops."""
+        """(B,) losses, one per case over all of its crops."""
         return case_losses(model, batch, scheme=self.scheme)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The mean over the held-out cases of Dice and HD95 (mm) of each region, and of Dice over the regions."""
+        """Means over the held-out cases: Dice and HD95 (mm) of each region, and Dice averaged over the regions."""
         self.scores, self.pictures = {}, []
         lines = self.progress.lines(len(self.held_out), unit="held-out case")
         for number in range(len(self.held_out)):
@@ -134,28 +133,28 @@ class Segmentation:
         return {"dice": sum(mean[f"dice_{name}"] for name in self.scheme.names) / len(self.scheme.names), **mean}
 
     def _score(self, model: nn.Module, number: int) -> None:
-        """Segment a held-out case and note its scores."""
+        """Segment a held-out case and store its scores."""
         volume = self.held_out[number]
         with autocast(model, self.precision):
             prediction = self.predict(model, volume)
         truth = regions(self.held_out.truth(number), scheme=self.scheme)
-        known = {"spacing": volume["spacing"], "regions": self.scheme.names}
-        scores = region_scores(prediction, truth, **known)
+        kwargs = {"spacing": volume["spacing"], "regions": self.scheme.names}
+        scores = region_scores(prediction, truth, **kwargs)
         if self.data.lesion_wise:
-            scores |= lesion_region_scores(prediction, truth, **known)
+            scores |= lesion_region_scores(prediction, truth, **kwargs)
         self.scores[volume["id"]] = scores
         if len(self.pictures) < PICTURES:
             self.pictures.append(picture(volume, truth, prediction, scores, self.held_out.modalities))
 
     def predict(self, model: nn.Module, volume: Item) -> Tensor:
-        """Regions (R, X, Y, Z), boolean, of a volume of `Volumes`, on the case's own grid: those of its label file."""
+        """Boolean regions (R, X, Y, Z) of a volume of `Volumes`, on the original grid of the case."""
         logits = predict(model, volume["image"].to(self.device), window=self.data.crop_size)
         found = restore(logits.float().cpu(), volume, threshold=0.0)
         found = without_small(found, self.scheme.names, smallest_et=self.data.smallest_et)
         return regions(labels_of(found, self.scheme), scheme=self.scheme)
 
     def show(self, folder: Path) -> list[Path]:
-        """Draw cases of the last evaluation as `overlay.png`, truth beside prediction, and list all in `scores.csv`."""
+        """Write `overlay.png` with some cases of the last evaluation, and `scores.csv` with all of them."""
         path, table = folder / "overlay.png", folder / TABLE
         draw_overlay(self.pictures, path)
         with table.open("w", newline="") as file:
@@ -165,24 +164,24 @@ class Segmentation:
         return [path, table]
 
     def release(self, model: nn.Module, folder: Path) -> None:
-        """Write the weights as `model.safetensors`, and how they are used as `config.json`."""
+        """Write the weights as `model.safetensors` and the `UNetConfig` as `config.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
         UNetConfig.of(self.data, model=model, precision=self.precision).write(folder / CONFIG)
 
     def summary(self, scores: dict[str, float]) -> str:
-        """Dice of each region, with the 95% interval of the mean where there are several cases."""
+        """Dice of each region in one line, with the 95% interval of the mean for several cases."""
         each, several = [], len(self.scores) > 1
         for name in self.scheme.names:
             low, high = interval([row[f"dice_{name}"] for row in self.scores.values()])
-            spread = f" ({low:.3f} to {high:.3f})" if several else ""
-            each.append(f"{name.upper()} {scores[f'dice_{name}']:.3f}{spread}")
+            bounds = f" ({low:.3f} to {high:.3f})" if several else ""
+            each.append(f"{name.upper()} {scores[f'dice_{name}']:.3f}{bounds}")
         note = "; in parentheses the 95% interval of the mean" if several else ""
         return f"Dice on {len(self.held_out)} held-out cases: {', '.join(each)}{note}"
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """The bootstrap interval of the mean of `values` (Efron, 1979: percentiles of resampled means), always the same."""
+    """The bootstrap interval of the mean (Efron, 1979: percentiles of resampled means), with a fixed seed."""
     drawn = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(drawn.mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -191,7 +190,7 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
 def picture(
     volume: Item, truth: Tensor, prediction: Tensor, scores: dict[str, float], modalities: Sequence[str]
 ) -> Picture:
-    """An item with masks (R, X, Y, Z) of its original grid, to be looked at: voxels as stored, turned, cropped."""
+    """A picture of an item with masks (R, X, Y, Z) on its original grid: stored voxels, reoriented and cropped."""
     orientation = volume["orientation"]
     spacing = orientation.reorder(volume["spacing"])
     step = [mm / new for mm, new in zip(spacing, volume["image_spacing"], strict=True)]
@@ -202,7 +201,7 @@ def picture(
 
 
 def dummy_batch(data: SegmentationData, *, count: int, device: torch.device) -> Batch:
-    """A batch of zeros with the shapes of training."""
+    """A batch of zeros with the shapes of training batches."""
     crops = (count,) if data.crops_per_case == 1 else (count, data.crops_per_case)
     image = torch.zeros(*crops, len(data.input_modalities()), *data.crop_size, device=device)
     label = torch.zeros(*crops, 1, *data.crop_size, dtype=torch.uint8, device=device)
@@ -210,17 +209,17 @@ def dummy_batch(data: SegmentationData, *, count: int, device: torch.device) -> 
 
 
 def channels_last(batch: Batch) -> Batch:
-    """The batch with its images in the memory format of the network, so that a whole volume is never copied there."""
+    """The batch with its images in the memory format of the network, which then need not copy them."""
     if batch["image"].dim() == 5:
         batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last_3d)
     return batch
 
 
-def _pieces(path: Path) -> tuple[int, str]:
-    """The size of a file, and a digest of a piece of its beginning, its middle and its end."""
+def _file_digest(path: Path) -> tuple[int, str]:
+    """(size of the file, digest of chunks at its beginning, middle and end)."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        for place in (0, size // 2, max(0, size - PIECE)):
-            file.seek(place)
-            digest.update(file.read(PIECE))
+        for offset in (0, size // 2, max(0, size - CHUNK_BYTES)):
+            file.seek(offset)
+            digest.update(file.read(CHUNK_BYTES))
     return size, digest.hexdigest()

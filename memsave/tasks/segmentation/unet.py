@@ -1,4 +1,4 @@
-"""`model=rev_unet`: the reversible U-Net as a config."""
+"""`model=rev_unet`: the config of the reversible U-Net."""
 
 from dataclasses import asdict, dataclass
 
@@ -13,22 +13,25 @@ from memsave.models import ReversibleUNet3d
 @register("model", "rev_unet")
 @dataclass
 class UNetModel(ModelConfig):
-    """`memsave.models.ReversibleUNet3d`."""
+    """The reversible 3D U-Net `memsave.models.ReversibleUNet3d`."""
 
     kind: str = "rev_unet"
     channels: list[int] = option([16, 32, 64])
-    """Channels of the levels, finest first; even."""
+    """Channels of each level, finest first; even numbers."""
     blocks: list[int] = option([1, 1, 1])
-    """Reversible blocks of each level, on the way down and again on the way up."""
+    """Reversible blocks of each level, in the encoder and again in the decoder."""
     expansion: int = option(4, least=1)
+    """Ratio of the channels inside an MBConv branch to its input channels."""
     skip: str = option("add", choices=("add", "concat"))
-    """add | concat."""
+    """Skip connections: add to the decoder's features, or concatenate."""
     squeeze_excitation: float = option(0.0, least=0)
+    """Ratio of the hidden channels of squeeze-excitation to those of a branch; 0 for none."""
     dropout: float = option(0.0, least=0, most=0.999)
+    """Dropout probability at the output of the branches."""
     deep_supervision: bool = False
-    """Train the coarser levels of the way up by heads of their own, whose losses count 1/2, 1/4, ... of the finest."""
+    """Add an output head to each coarser decoder level, with loss weights 1/2, 1/4, ... of the finest."""
     grid: float | None = None
-    """Round the stream to multiples of it, such as 0.00006103515625 = 2^-14, so that it is rebuilt to the bit."""
+    """Round the stream to multiples of this number, such as 0.00006103515625 = 2^-14, to recompute it bitwise."""
 
     def build(self, data: SegmentationData, *, memory: MemoryConfig) -> nn.Module:
         """The network with random weights, for the modalities and regions of the data. Raises ConfigError."""

