@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from memsave.config import registry
 from memsave.config.compose import compose, to_objects
-from memsave.config.registry import conf_dir
+from memsave.config.registry import component, conf_dir
 from memsave.run import check_overrides
+from memsave.tasks.definition import options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-TEXTS = {"visits", "e2e"}
 OTHER_PACKAGES = {"extending.md"}  # its experiment belongs to a user's package; see tests/test_extension.py
 
 
@@ -23,17 +24,17 @@ def options(group):
 
 def compatible_runs(experiment):
     """The fewest runs in which every option occurs that is compatible with the experiment."""
-    text = experiment.startswith("gpt2")
-    data = [name for name in options("data") if (name in TEXTS) == text]
-    model = [name for name in options("model") if (name != "rev_unet") == text]
-    varies = experiment.endswith("_budget")
-    memory = [name for name in options("memory") if not (name == "auto" and varies)]
-    privacy = [name for name in options("privacy") if not (name == "direct" and text and varies)]
+    config = to_objects(compose([f"experiment={experiment}", "data.root=/my/data"]))
+    task, schemas = component("task", config.task), registry.options("model")
+    data, model = options_of("data", task.data_class), options_of("model", task.model_class)
+    memory = [name for name in options("memory") if not (name == "auto" and config.vary)]
+    privacy = [name for name in options("privacy") if not (name == "direct" and config.vary == "batch")]
+    reversible = [name for name in model if getattr(schemas[name], "reversible", True)]
     count = max(map(len, (data, model, memory, privacy)))
     for row in islice(zip(*map(cycle, (data, model, memory, privacy))), count):
         found = dict(zip(("data", "model", "memory", "privacy"), row))
-        if text and found["memory"] == "reversible":
-            found["model"] = "rev_gpt2"
+        if found["memory"] == "reversible" and found["model"] not in reversible:
+            found["model"] = reversible[0]
         yield [f"experiment={experiment}", *(f"{group}={name}" for group, name in found.items())]
 
 
