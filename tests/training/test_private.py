@@ -207,7 +207,7 @@ def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, c
         (["privacy.target_delta=0.1"], PrivacyError, r"delta is 0\.1 for 40 examples"),
         (["trainer.batch_size=41"], PrivacyError, "batch size is 41 for 40 examples"),
         (["data.max_length=201"], ConfigError, "data.max_length is 201, but the model has 200 positions"),
-        (["model=gpt2", "model.name=/no/such/folder"], ConfigError, "is no folder here and no name that a hub can"),
+        (["model=gpt2", "model.name=/no/such/folder"], ConfigError, "neither an existing folder nor a valid name"),
     ],
 )
 def test_impossible_configs_are_refused_in_one_sentence(overrides, error, words, tmp_path, cache):
