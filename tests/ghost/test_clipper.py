@@ -18,6 +18,8 @@ from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def small():
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from tests.ghost.test_head import Both, Speaker, chunked
 from tests.ghost.test_head import draw as text
 from tests.ghost.test_layers import draw, losses_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SMALL = [["0.weight", "0.bias"], ["3.weight", "3.bias"]]
 CHECKPOINTED = [[f"{name}.weight", f"{name}.bias"] for name in ("first", "body.0", "body.3", "last")]
 TIED = [["look.weight", "head.bias"], ["mix.weight", "mix.bias"]]

@@ -14,6 +14,8 @@ from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("device")
 CLASS = re.compile(r"^class (\w*(?:RMSNorm|T5LayerNorm))\((?:torch\.)?nn\.Module\):\n(?:[ ].*\n|\n)+", re.MULTILINE)
 IMPORTS = "from __future__ import annotations\nimport torch\nfrom torch import nn\n"  # imports change the bytecode
 OTHERS = {  # of transformers 5.23: a gate, an input that is scaled before the norm, no trainable weight

@@ -10,6 +10,8 @@ from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Block(nn.Module):
     def __init__(self, generator=None):
@@ -40,7 +42,9 @@ def test_dropout_in_checkpoints_that_keep_the_random_state_is_exact():
 
 
 @pytest.mark.parametrize(
-    "options", [{"preserve": False}, {"generator": torch.Generator().manual_seed(0)}], ids=["state", "generator"]
+    "options",
+    [{"preserve": False}, {"generator": torch.Generator(torch.get_default_device()).manual_seed(0)}],
+    ids=["state", "generator"],
 )
 @pytest.mark.parametrize("passes", [2, "auto"])
 def test_other_activations_in_the_second_pass_are_refused(options, passes):

@@ -16,6 +16,8 @@ from tests.models.test_language import gptj, losses_with, of, text
 from tests.support.per_example_reference import by_clipper, by_loop
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("device")
 chunked, whole = losses_with("chunked"), losses_with("logits")
 
 
@@ -178,7 +180,9 @@ def test_a_change_by_length_is_exact_or_refused():
     """It is refused if the length of the trial has another change."""
 
     def texts(length):
-        ids = torch.randint(VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            VOCABULARY, (2, length), generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+        )
         return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
     model = changed(lambda m, x: x * 2.0 if x.shape[1] > 6 else x, logit_scale=2.0)
@@ -258,7 +262,7 @@ def test_a_cap_under_autocast_is_exact():
         changed(KNOWN["a named factor and a named cap"], logit_scale=2.0, final_logit_softcapping=30.0),
         text(),
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         ours, plain = chunked(model.float(), batch), whole(model, batch)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)

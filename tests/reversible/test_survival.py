@@ -22,6 +22,8 @@ from tests.support.reversible_blocks import (
     twin_of,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_a_sequence_used_twice_in_a_graph_is_exact():
     assert_same_as_stored(Twice(sequence(dropout=0.3)), image())
@@ -185,7 +187,7 @@ def test_a_stream_on_a_grid_is_rebuilt_exactly(low):
     blocks = sequence(depth=32, dtype=torch.float32, dropout=0.1).blocks
     net = ReversibleSequence(blocks, grid=2**-14)
     x = image(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16, enabled=low):
         report = verify(net, x)
         assert report.ok, str(report)
         assert report.gradient == 0
