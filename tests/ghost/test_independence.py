@@ -154,7 +154,7 @@ class Random(Whitened):
 
 @pytest.mark.parametrize("layer", [Whitened(), Random()])
 def test_a_generic_layer_that_mixes_examples_or_draws_random_numbers_is_refused(layer):
-    model = nn.Sequential(nn.Linear(3, 3), layer)
+    model = nn.Sequential(nn.Linear(3, 3), layer.to(torch.get_default_device()))
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = model(torch.randn(4, 3)).sum(1)
     with pytest.raises(

@@ -18,11 +18,11 @@ SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=2)
 
 
 class Head(nn.Module):
-    """A layer under test after another layer."""
+    """A layer under test, moved to the default device, after another layer."""
 
     def __init__(self, layer, *, before=None):
         super().__init__()
-        self.before, self.layer = before or nn.Identity(), layer
+        self.before, self.layer = before or nn.Identity(), layer.to(torch.get_default_device())
 
     def forward(self, x):
         return self.layer(self.before(x))

@@ -137,7 +137,7 @@ def test_a_layer_before_and_a_skip_around_the_sequence_are_exact(before):
     class Skip(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.net = before, sequence()
+            self.first, self.net = before.to(torch.get_default_device()), sequence()
 
         def forward(self, x):
             x = self.first(x * 1.5)
