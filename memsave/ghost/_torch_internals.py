@@ -5,6 +5,7 @@ and fails where a version no longer does what the package relies on.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common bas
 from torch.nn.modules.dropout import _DropoutNd as Dropout  # the common base of all dropout modules
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm  # the common base of all instance norms
 from torch.nn.parameter import is_lazy  # no public predicate exists for parameters without a shape
-from torch.utils._python_dispatch import TorchDispatchMode  # sees every operator, also those inside modules
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # sees every operator, also those inside modules
+    _disable_current_modes,
+)
 from torch.utils._pytree import tree_flatten, tree_unflatten  # no public function flattens nested arguments
 from torch.utils.weak import WeakIdKeyDictionary  # tensors compare by value, so a plain weak dictionary fails
 
@@ -46,6 +50,7 @@ __all__ = [
     "storage_id",
     "tree_flatten",
     "tree_unflatten",
+    "unobserved",
     "version",
 ]
 
@@ -62,6 +67,20 @@ def in_backward() -> bool:
 def saved_tensors_are_redirected() -> bool:
     """Whether saved-tensor hooks are active, as inside checkpoints: activations are then recomputed or offloaded."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Context manager: dispatch modes and saved-tensor hooks of the caller do not see the operations inside.
+
+    A checkpoint counts the tensors that are saved inside it, and a selective one also the operators.
+    """
+
+    def unchanged(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged):
+        yield
 
 
 def leaf_of(node: Any) -> Tensor | None:

@@ -48,7 +48,7 @@ def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) ->
 
     def forward(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return StandIn.of(hidden, name) if has_values(hidden) else hidden[:1, :1]
+        return StandIn.of(hidden, name, vocabulary=len(linear.weight)) if has_values(hidden) else hidden[:1, :1]
 
     with _replaced_forward(linear, forward):
         logits = model(**inputs, use_cache=False).logits

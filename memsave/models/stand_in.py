@@ -1,10 +1,15 @@
-"""Find out what a language model does to its logits after the head, with a stand-in tensor that records operations.
+"""Record what a language model does to its logits after the head, with a stand-in tensor in their place.
 
-Casts and copies are allowed, and operations that result in
+An allow-list has the operations and the constants. Casts and copies are allowed, and operations that result in
 
     l' = factor l        or        l' = cap tanh(factor l / cap)
 
-with constants that the model's configuration names. Any other operation raises ValueError.
+with constants that the model's configuration names. Any other operation raises ValueError. The recorded change is then
+verified on the values and on the autograd graph of the stand-in.
+
+Recording is not replaced by a list of configuration keys with a comparison of real logits: a comparison on one text
+accepts a change that acts on one row, on large values, on longer texts or in train mode only, and a learned scale that
+is still one.
 """
 
 import math
@@ -14,12 +19,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memsave.ghost.gradients import upcast
 from memsave.models._torch_internals import DisableTorchFunction
 
-PROBE = (-1024.0, -1.0, 0.0, 0.125, 1.0, 1024.0)
+SAMPLE = (-1024.0, -1.0, 0.0, 0.125, 1.0, 1024.0)
 REMEDY = 'give head="logits"'
 FACTORS = (
     "logit_scale",
@@ -30,7 +35,9 @@ FACTORS = (
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
 CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
 STEPS = {"mul": "mul", "multiply": "mul", "div": "div", "divide": "div", "true_divide": "div", "tanh": "tanh"}
-READS = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "get_device", "__len__")
+SHAPES = ("shape", "size", "ndim", "dim", "numel", "nelement", "stride", "is_contiguous", "__len__")
+PROPERTIES = ("dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse", "is_nested", "itemsize")
+READS = (*PROPERTIES, "is_floating_point", "is_complex", "get_device", "element_size")
 NODES = ("MulBackward0", "DivBackward0", "TanhBackward0", "ToCopyBackward0", "CloneBackward0", "AliasBackward0")
 Step = tuple[str, float]
 
@@ -49,9 +56,13 @@ class Change:
 
 
 class StandIn(Tensor):
-    """A tensor (1, 1, len(PROBE)) in place of the logits, which records the operations on it."""
+    """A tensor (1, 1, len(SAMPLE)) in place of the logits, which records the operations on it.
+
+    Reads of its shape return the shape of the logits, so that a change that depends on the shape is recorded.
+    """
 
     head: str
+    logits_shape: torch.Size
     steps: tuple[Step, ...]
     leaf: Tensor
     with_grad: bool
@@ -59,13 +70,16 @@ class StandIn(Tensor):
     """The largest machine epsilon of its dtypes so far."""
 
     @classmethod
-    def of(cls, hidden: Tensor, head: str) -> "StandIn":
-        """A stand-in for the head's output at these hidden states; requires grad if gradients are enabled."""
-        leaf = torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)[None, None]
+    def of(cls, hidden: Tensor, head: str, *, vocabulary: int) -> "StandIn":
+        """A stand-in for the head's output (B, T, vocabulary) at hidden states (B, T, d).
+
+        It requires grad if gradients are enabled.
+        """
+        leaf = torch.tensor(SAMPLE, dtype=hidden.dtype, device=hidden.device)[None, None]
         leaf.requires_grad_(torch.is_grad_enabled())
         made = leaf.as_subclass(cls)
         made.head, made.steps, made.leaf, made.with_grad = head, (), leaf, leaf.requires_grad
-        made.eps = torch.finfo(hidden.dtype).eps
+        made.eps, made.logits_shape = torch.finfo(hidden.dtype).eps, torch.Size((*hidden.shape[:-1], vocabulary))
         return made
 
     @classmethod
@@ -77,15 +91,18 @@ class StandIn(Tensor):
         with DisableTorchFunction():
             if name in CASTS and args and not isinstance(args[0], StandIn):
                 return func(*args, **kwargs)  # a cast of another tensor to the dtype of the stand-in
-            reads = func.__name__ == "__get__" or name in READS
-            step = None if reads or name in CASTS else mine._step(name, args, kwargs)
+            if name in SHAPES:
+                logits = torch.empty(mine.logits_shape, dtype=mine.dtype, device="meta")
+                return func(*tree_map(lambda each: logits if each is mine else each, args), **kwargs)
+            step = None if name in CASTS or name in READS else mine._step(name, args, kwargs)
             found = func(*args, **kwargs)
-            if not isinstance(found, Tensor) and (reads or name in CASTS):
+            if name in READS or not isinstance(found, Tensor):  # for instance type(), which names the dtype
                 return found
-            if reads or not found.is_floating_point() or mine.with_grad != torch.is_grad_enabled():
+            if not found.is_floating_point() or mine.with_grad != torch.is_grad_enabled():
                 mine._refuse(f"are changed by `{name}` to {found.dtype}, grad enabled: {torch.is_grad_enabled()}")
             made = found.as_subclass(cls)
             made.head, made.leaf, made.with_grad = mine.head, mine.leaf, mine.with_grad
+            made.logits_shape = mine.logits_shape
             made.steps = mine.steps if step is None else (*mine.steps, step)
             made.eps = max(mine.eps, torch.finfo(found.dtype).eps)
         return made

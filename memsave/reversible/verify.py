@@ -137,7 +137,7 @@ def _step(module: nn.Module, x: Tensor, random: RandomSnapshot, **options: Any) 
     module, x = _copy(module, **options), _leaf(x)
     random.restore()
     output = torch.cat([_real(each).flatten() for each in tree_leaves(module(x)) if isinstance(each, Tensor)])
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
     (output * weights).sum().backward()
     named = {"the input": x, **dict(module.named_parameters())}
     return _Step(

@@ -9,6 +9,8 @@ from tests.support.per_example_reference import assert_exact
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def with_lora(model, *, task, **options):
     """LoRA of rank 3 with dropout, trained a little: its B starts at zero, where A has no gradient."""

@@ -13,6 +13,8 @@ from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_loop
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def old_weight_norm(layer):
     with warnings.catch_warnings():
@@ -257,7 +259,7 @@ def test_prompt_tuning_is_refused_and_prefix_tuning_is_exact():
     for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig):
         with pytest.raises(ValueError, match=r"looks its prompt up once for the whole batch.*prefix tuning or LoRA"):
             GhostClipper(adapted(kind), max_grad_norm=1.0)
-    ids = torch.randint(40, (4, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(40, (4, 7), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     assert_exact(
         adapted(peft.PrefixTuningConfig).eval(),
         ids,
@@ -273,7 +275,7 @@ def test_long_t5_is_exact(kind):
     attention = {"local_radius": 3, "global_block_size": 4, "encoder_attention_type": kind}
     config = transformers.LongT5Config(vocab_size=40, dropout_rate=0, decoder_start_token_id=0, **sizes, **attention)
     model = transformers.LongT5ForConditionalGeneration(config).double()
-    ids = torch.randint(1, 40, (4, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 40, (4, 9), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     assert_exact(model, ids, lambda m, b: m(input_ids=b, labels=b).logits.square().mean((1, 2)), rtol=1e-7)
 
 

@@ -18,6 +18,8 @@ from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def small():
     torch.manual_seed(0)
@@ -243,14 +245,15 @@ def one_process(tmp_path):
 
 @pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 def test_models_of_several_processes_are_refused_and_the_module_inside_is_not(one_process):
-    model = nn.parallel.DistributedDataParallel(small())
-    with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*the module inside"):
-        GhostClipper(model, max_grad_norm=1.0)
-    assert_exact(model.module, draw(4, 4), losses_of)
-    sharded = small()
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"0\.weight, .* is sharded over processes"):
-        GhostClipper(sharded, max_grad_norm=1.0)
+    with torch.device("cpu"):  # of gloo
+        model = nn.parallel.DistributedDataParallel(small())
+        with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*the module inside"):
+            GhostClipper(model, max_grad_norm=1.0)
+        assert_exact(model.module, draw(4, 4), losses_of)
+        sharded = small()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"0\.weight, .* is sharded over processes"):
+            GhostClipper(sharded, max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize("passes", [1, 2, "direct"])
@@ -278,7 +281,7 @@ def test_a_clipper_holds_no_activation_that_a_checkpoint_drops(layer):
     class Body(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = layer
+            self.layer = layer.to(torch.get_default_device())
 
         def forward(self, x):
             y = x * 2.0

@@ -15,6 +15,8 @@ from memsave.models.memory import MEMORY_MODES
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

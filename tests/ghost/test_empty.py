@@ -10,6 +10,8 @@ from tests.support.per_example_reference import by_loop
 
 norms_of_gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Gemma(nn.Module):
     """A norm that scales by 1 + weight."""

@@ -10,6 +10,8 @@ from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Own(nn.Module):
     """A layer with a parameter of its own."""
@@ -281,7 +283,7 @@ def test_the_replay_of_a_layer_under_autocast_gives_finite_norms():
     model[1] = nn.Sequential(nn.Conv1d(5, 5, 3, padding=1, padding_mode="reflect"))
     model[2] = nn.Linear(8, 2)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         losses = losses_of(model, torch.randn(4, 5, 8)).float()
     assert clipper.backward(losses).isfinite().all()
 

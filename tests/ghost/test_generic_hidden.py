@@ -11,6 +11,8 @@ from tests.ghost.test_generic import Own
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Rezero(nn.Module):
     """A block behind a gate of zero, so that random numbers inside do not change the output."""

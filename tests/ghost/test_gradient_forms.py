@@ -11,13 +11,15 @@ from memsave.ghost.ledger import Ledger
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCH, ROWS, WIDTH = 3, 5, 4
 KINDS = ["per sample", "factored", "factored transposed", "one-hot", "one-hot transposed"]
 
 
 def form(kind, *, positions=6, seed=0):
     """(the form, the gradient (B, ROWS, WIDTH) that it represents), computed without the code under test."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     transposed = kind.endswith("transposed")
     p, d = (WIDTH, ROWS) if transposed else (ROWS, WIDTH)
     output_grads = torch.randn(BATCH, positions, p, dtype=torch.float64, generator=generator)

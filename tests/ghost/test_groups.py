@@ -14,6 +14,8 @@ from tests.ghost.test_head import Both, Speaker, chunked
 from tests.ghost.test_head import draw as text
 from tests.ghost.test_layers import draw, losses_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SMALL = [["0.weight", "0.bias"], ["3.weight", "3.bias"]]
 CHECKPOINTED = [[f"{name}.weight", f"{name}.bias"] for name in ("first", "body.0", "body.3", "last")]
 TIED = [["look.weight", "head.bias"], ["mix.weight", "mix.bias"]]
@@ -38,20 +40,20 @@ def by_groups(model, batch, losses, groups, *, bound):
 
 
 CASES = {
-    "small": (small, SMALL, draw(4, 4), losses_of),
-    "checkpoints": (Checkpointed, CHECKPOINTED, draw(4, 4), losses_of),
-    "tied head": (lambda: Speaker(bias=True), TIED, text(), chunked),
-    "head": (lambda: Speaker(bias=True, tied=False), UNTIED, text(), chunked),
-    "one example": (lambda: Speaker(bias=True), TIED, text(1), chunked),
-    "a head used twice": (lambda: Both(bias=True), TIED, text(), chunked),
+    "small": (small, SMALL, lambda: draw(4, 4), losses_of),
+    "checkpoints": (Checkpointed, CHECKPOINTED, lambda: draw(4, 4), losses_of),
+    "tied head": (lambda: Speaker(bias=True), TIED, text, chunked),
+    "head": (lambda: Speaker(bias=True, tied=False), UNTIED, text, chunked),
+    "one example": (lambda: Speaker(bias=True), TIED, lambda: text(1), chunked),
+    "a head used twice": (lambda: Both(bias=True), TIED, text, chunked),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_layer_is_clipped_to_its_share(name):
-    make, groups, batch, losses = CASES[name]
+    make, groups, make_batch, losses = CASES[name]
     torch.manual_seed(0)
-    model = make().double()
+    model, batch = make().double(), make_batch()
     free, _ = by_groups(model, batch, losses, groups, bound=1.0)
     for bound in (free.max().item(), free.max().item() / 4):
         norms, sums = by_groups(model, batch, losses, groups, bound=bound)

@@ -16,6 +16,8 @@ from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference of numbers of order 1 to 30
 
@@ -45,7 +47,7 @@ class Speaker(nn.Module):
 
 def draw(batch=3, positions=6, *, vocabulary=17, ignored=0.3, seed=0):
     """Tokens and targets; one of several examples has no target."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     ids, targets = torch.randint(vocabulary, (2, batch, positions), generator=generator)
     targets[torch.rand(targets.shape, generator=generator) < ignored] = -100
     if batch > 1:
@@ -267,10 +269,10 @@ def test_under_autocast_norms_are_those_of_the_summed_gradients():
     model, batch = Speaker(vocabulary=40, width=8), draw(4, 8, vocabulary=40, ignored=0.1)
 
     def losses(m, b):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return chunked(m, b)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert chunked(model, batch).dtype == torch.float32
         torch.testing.assert_close(chunked(model, batch), with_logits(model, batch), rtol=2e-2, atol=2e-2)
     norms, _ = by_loop(model, batch, losses, max_grad_norm=1e9)

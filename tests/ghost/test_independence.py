@@ -10,6 +10,8 @@ from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Around(nn.Module):
     """Another function around a linear layer."""
@@ -152,7 +154,7 @@ class Random(Whitened):
 
 @pytest.mark.parametrize("layer", [Whitened(), Random()])
 def test_a_generic_layer_that_mixes_examples_or_draws_random_numbers_is_refused(layer):
-    model = nn.Sequential(nn.Linear(3, 3), layer)
+    model = nn.Sequential(nn.Linear(3, 3), layer.to(torch.get_default_device()))
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = model(torch.randn(4, 3)).sum(1)
     with pytest.raises(

@@ -9,6 +9,8 @@ from memsave.ghost import GhostClipper
 from memsave.profiler import MemoryRecorder
 from tests.ghost.test_layers import draw, losses_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Counted:
     """Counts the backwards of each step."""

@@ -7,6 +7,8 @@ from torch import nn
 from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Reversible(torch.autograd.Function):
     """y1 = x1 + f(x2), y2 = x2 + g(y1), which recomputes its activations and calls backward in its backward."""

@@ -8,6 +8,8 @@ from memsave.ghost import GhostClipper, direct, ledger
 from tests.ghost.test_layers import draw, losses_of
 from tests.ghost.test_recomputation import Checkpointed
 
+pytestmark = pytest.mark.usefixtures("device")
+
 OPTIONS = [
     {"passes": 1},
     {"passes": 2},

@@ -8,6 +8,8 @@ from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Inner(nn.Module):
     """A layer with a parameter and a child, which keeps an auxiliary loss."""

@@ -7,6 +7,8 @@ from torch import nn
 from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Keeps(nn.Module):
     """Writes information about the examples into one of its tensors."""

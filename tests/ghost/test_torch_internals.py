@@ -94,6 +94,24 @@ def test_saved_tensors_are_redirected_only_inside_checkpoints():
     assert seen == [False, True, False]
 
 
+def test_modes_and_saved_tensor_hooks_do_not_see_what_is_unobserved():
+    seen = []
+
+    class Mode(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, requires_grad=True)
+    with Mode(), torch.autograd.graph.saved_tensors_hooks(seen.append, seen.append):
+        with internals.unobserved():
+            (grad,) = torch.autograd.grad(x.sin().sum(), x)
+        assert not seen
+        x.sin()
+    assert len(seen) == 2
+    assert torch.equal(grad, x.cos())
+
+
 def test_attributes_of_a_functions_context_are_found_on_its_node_with_its_input_first():
     x, z = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     y = Record.apply(x.sin(), z, lambda: None, "tag")  # its node is valid while it is alive

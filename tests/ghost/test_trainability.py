@@ -10,6 +10,8 @@ from memsave.ghost import GhostClipper
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import by_loop
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BOUND = 0.3
 
 

@@ -9,6 +9,8 @@ from tests.support.per_example_reference import assert_exact
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("device")
+
 VOCABULARY, PAD = 31, 0
 TINY = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {**TINY, "intermediate_size": 24, "max_position_embeddings": 32}
@@ -16,7 +18,7 @@ WIDE = {**TINY, "intermediate_size": 24, "max_position_embeddings": 32}
 
 def tokens(*, batch=4, positions=7, dtype=torch.float64):
     """Ragged, right-padded, with repeated tokens; the last row is padding alone."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     ids = torch.randint(1, 6, (batch, positions), generator=generator)
     lengths = torch.tensor([positions, 3, 5, 0] * batch)[:batch]
     mask = torch.arange(positions)[None] < lengths[:, None]

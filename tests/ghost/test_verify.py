@@ -11,6 +11,8 @@ from memsave.ghost.rules import linear
 from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw, losses_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_an_exact_model_is_reported_as_exact_and_not_changed():
     model = small()

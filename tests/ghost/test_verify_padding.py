@@ -11,6 +11,8 @@ from memsave.models.padding import numbered
 from tests.ghost.test_transformers import gpt2
 from tests.models.test_padding import losses_with, padded
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def by_plain_loss(model, batch):
     """Without position ids; no target is predicted from padding."""

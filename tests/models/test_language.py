@@ -12,6 +12,8 @@ from tests.support.per_example_reference import by_clipper, by_loop
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def of(kind, **options):
     config = getattr(transformers, f"{kind}Config")(**{**WIDE, "pad_token_id": PAD, **options})

@@ -9,12 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper
 from memsave.models.language import causal_lm_losses
+from memsave.models.own_head import TRIAL_LENGTH
 from memsave.models.stand_in import Change, StandIn
 from tests.ghost.test_transformers import VOCABULARY, gpt2
 from tests.models.test_language import gptj, losses_with, of, text
 from tests.support.per_example_reference import by_clipper, by_loop
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("device")
 chunked, whole = losses_with("chunked"), losses_with("logits")
 
 
@@ -83,7 +86,7 @@ def hooked(model, x):
 ON_A_TEXT = "for real tokens the model's logits are not those of"
 REFUSED = {  # name: (change, words)
     "a padded vocabulary, dropped": (lambda m, x: x[..., :20], "changed by `__getitem__`"),
-    "dropped where it is long": (lambda m, x: x[..., :20] if x.shape[-1] > 20 else x, r"\(1, 7, 31\).*\(1, 7, 20\)"),
+    "dropped where it is long": (lambda m, x: x[..., :20] if x.shape[-1] > 20 else x, "changed by `__getitem__`"),
     "dropped by narrow": (lambda m, x: x.narrow(-1, 0, 3), "changed by `narrow`"),
     "a padded vocabulary, at minus infinity": (in_place, "changed by `__setitem__`"),
     "padded with minus infinity": (lambda m, x: F.pad(x, (0, 3), value=-torch.inf), "changed by `pad`"),
@@ -111,14 +114,11 @@ REFUSED = {  # name: (change, words)
     "a hook": (hooked, "changed by `register_hook`"),
     "rounded to integers": (lambda m, x: x.to(torch.long), "changed by `to`"),
     "another tensor": (lambda m, x: torch.zeros(1, 1, VOCABULARY), "logits of Changed are not those of"),
-    "changed by length": (
-        lambda m, x: x * 2.0 if x.shape[1] > 1 else x,
-        ON_A_TEXT,
-    ),
-    "changed by length and named": (
-        lambda m, x: x * 30.0 if x.shape[1] > 1 else x,
-        ON_A_TEXT,
-    ),
+    "one row alone": (lambda m, x: torch.cat([x[:1] * 2.0, x[1:]]) if len(x) > 1 else x, "changed by `__getitem__`"),
+    "a limit of large values": (lambda m, x: x.clamp(max=1e3), "changed by `clamp`"),
+    "a factor of no name by length": (lambda m, x: x * 30.0 if x.size(1) > 1 else x, "`mul` with 30, which is none"),
+    "another number of examples": (lambda m, x: x * 2.0 if x.shape[0] > 1 else x, ON_A_TEXT),
+    "the graph": (lambda m, x: x if x.grad_fn is not None else x * 1, "changed by `grad_fn`"),
 }
 
 
@@ -160,6 +160,37 @@ def test_known_changes_of_the_logits_are_exact(name):
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             torch.testing.assert_close(chunked(model, batch), plain, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m, x: x * 2.0 if m.training else x, ON_A_TEXT),
+        (lambda m, x: F.dropout(x, 0.1, m.training), "changed by `dropout`"),
+    ],
+    ids=["factor", "dropout"],
+)
+def test_a_change_in_train_mode_only_is_refused(change, words):
+    model = changed(change, logit_scale=2.0).train()
+    with pytest.raises(ValueError, match=words):
+        chunked(model, text())
+
+
+def test_a_change_by_length_is_exact_or_refused():
+    """It is refused if the length of the trial has another change."""
+
+    def texts(length):
+        ids = torch.randint(
+            VOCABULARY, (2, length), generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+        )
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    model = changed(lambda m, x: x * 2.0 if x.shape[1] > 6 else x, logit_scale=2.0)
+    for length in (7, 6):
+        torch.testing.assert_close(chunked(model, texts(length)), whole(model, texts(length)), rtol=1e-10, atol=0)
+    model = changed(lambda m, x: x * 2.0 if x.shape[1] > TRIAL_LENGTH else x, logit_scale=2.0)
+    with pytest.raises(ValueError, match=ON_A_TEXT):
+        chunked(model, texts(TRIAL_LENGTH + 1))
 
 
 def test_logits_are_checked_in_evaluation_mode():
@@ -231,7 +262,7 @@ def test_a_cap_under_autocast_is_exact():
         changed(KNOWN["a named factor and a named cap"], logit_scale=2.0, final_logit_softcapping=30.0),
         text(),
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         ours, plain = chunked(model.float(), batch), whole(model, batch)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
@@ -267,7 +298,7 @@ def test_fake_tensors_run_no_trial():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_change_within_rounding_of_the_dtype_is_accepted(dtype):
-    steps = StandIn.of(torch.zeros(1, 2, 3, dtype=dtype), "the head")
+    steps = StandIn.of(torch.zeros(1, 2, 3, dtype=dtype), "the head", vocabulary=5)
     config = transformers.GPT2Config(final_logit_softcapping=30.0, logit_scale=0.7)
     capped = (steps * 0.7 / 30.0).tanh() * 30.0
     assert capped.change(config) == Change(0.7, 30.0)

@@ -14,6 +14,8 @@ from tests.support.per_example_reference import by_clipper
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("device")
+
 MODELS = {
     "gpt2": gpt2,
     "gpt2 untied": lambda: gpt2(tie_word_embeddings=False),
@@ -30,7 +32,7 @@ LENGTHS = (5, 9, 2, 12)
 
 def padded(side, lengths=LENGTHS):
     """A batch of different lengths, whose padding consists of valid tokens."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     column, length = torch.arange(max(lengths))[None], torch.tensor(lengths)[:, None]
     kept = column < length if side == "right" else column >= max(lengths) - length

@@ -10,6 +10,8 @@ from memsave.reversible import AdditiveCoupling, AffineCoupling, Coupling, Rever
 from tests.reversible.test_sequence import image
 from tests.support.reversible_blocks import assert_same_as_stored, conv_branch, sequence
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Widening(nn.Module):
     """Doubles the channels, as an affine coupling requires."""
@@ -154,14 +156,14 @@ def test_a_block_with_its_own_inverse_refuses_low_precision():
 def test_values_of_bfloat16_branches_are_upcast_before_separate(kind):
     """Rounded to bfloat16, exp(s) and exp(-s) are not inverse."""
     net, x = net_of([kind] * 8).float(), image(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert verify(net, x).gradient < 0.01
 
 
 def test_a_block_that_returns_a_narrower_dtype_is_refused():
     net = ReversibleSequence([Mixing(4)])
     with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16),
         pytest.raises(ValueError, match=r"blocks\.0 \(Mixing\) returned.*autocast"),
     ):
         net(image(dtype=torch.float32))

@@ -18,6 +18,8 @@ from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.test_sequence import distance
 from tests.support.reversible_blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZES = st.integers(1, 4)
 
 
@@ -33,7 +35,9 @@ def sequence(depth=3, channels=4, *, dtype=torch.float64, engine="fused", anchor
 
 def volume(*size, batch=2, channels=4, dtype=torch.float64):
     size = size or (4, 3, 5)
-    return torch.randn(batch, channels, *size, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    return torch.randn(
+        batch, channels, *size, dtype=dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(3)
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -253,7 +257,7 @@ def test_the_random_state_after_a_step_is_that_with_stored_activations():
 @pytest.mark.parametrize("low", [False, True])
 def test_a_stream_on_a_grid_is_rebuilt_exactly(low):
     net = sequence(16, 8, dtype=torch.float32, grid=2**-14)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16, enabled=low):
         report = verify(net, volume(channels=8, dtype=torch.float32))
     assert set(report.drift[""]) == {0.0}
     assert report.ok or low, str(report)  # with stored activations bfloat16 rounding happens elsewhere
@@ -262,7 +266,7 @@ def test_a_stream_on_a_grid_is_rebuilt_exactly(low):
 def test_under_autocast_the_stream_is_float32_and_gradients_agree_within_bfloat16():
     net, x = sequence(4, 8, dtype=torch.float32), volume(6, 6, 6, channels=8, dtype=torch.float32)
     exact = gradients(twin_of(net), x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         ours, stored = gradients(net, x), gradients(twin_of(net), x)
         assert net(x).dtype == torch.float32
     assert 0 < distance(ours, exact) < 1.5 * distance(stored, exact)

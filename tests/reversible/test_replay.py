@@ -11,6 +11,8 @@ from torch import nn
 from tests.reversible.test_sequence import image
 from tests.support.reversible_blocks import assert_same, assert_same_as_stored, conv_branch, sequence, twin_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Scaled(nn.Module):
     """sin(x) times a parameter and two buffers."""
@@ -113,7 +115,7 @@ class OwnGenerator(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 1)
-        self.generator = torch.Generator().manual_seed(5)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(5)
 
     def forward(self, x):
         return self.conv(x).sin() * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
@@ -140,7 +142,7 @@ class OwnNumbers(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 1)
         self.new, self.old = np.random.default_rng(1), np.random.RandomState(2)
-        self.others = [random.Random(3), {"torch": torch.Generator().manual_seed(4)}]
+        self.others = [random.Random(3), {"torch": torch.Generator(torch.get_default_device()).manual_seed(4)}]
 
     def forward(self, x):
         python, kept = self.others

@@ -8,6 +8,8 @@ from memsave.reversible import from_residual, verify
 from tests.reversible.test_sequence import image
 from tests.support.reversible_blocks import assert_same_as_stored, conv_branch
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Residual(nn.Module):
     def __init__(self, channels, *, scale=1.0, activation=False, **options):

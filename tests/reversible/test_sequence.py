@@ -19,9 +19,13 @@ from tests.support.reversible_blocks import (
     twin_of,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def image(batch=2, channels=4, size=6, dtype=torch.float64):
-    return torch.randn(batch, channels, size, size, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    return torch.randn(
+        batch, channels, size, size, dtype=dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(3)
+    )
 
 
 def distance(ours, stored):
@@ -133,7 +137,7 @@ def test_a_layer_before_and_a_skip_around_the_sequence_are_exact(before):
     class Skip(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.net = before, sequence()
+            self.first, self.net = before.to(torch.get_default_device()), sequence()
 
         def forward(self, x):
             x = self.first(x * 1.5)
@@ -194,7 +198,7 @@ def test_bfloat16_autocast_keeps_the_stream_in_float32():
         return y.square().mean()
 
     def step(model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             torch.manual_seed(0)
             value = loss(model(x.clone().requires_grad_()))
         model.zero_grad()

@@ -12,6 +12,8 @@ from tests.reversible.test_couplings import Mixing
 from tests.reversible.test_sequence import image
 from tests.support.reversible_blocks import conv_branch, sequence
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def unnormalised(channels, gain=4.0):
     conv = nn.Conv2d(channels, channels, 3, padding=1)
