@@ -252,7 +252,7 @@ def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress)
 def _kept_on_fault(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
     """The steps. On DataError, which comes between two steps, save a checkpoint of those that were taken, and re-raise.
 
-    A private run has then drawn a batch that it did not use. Continued, it draws another one, independent of that.
+    A private run has then drawn a batch that it did not use. The continued run draws the same batch.
     """
     began = state.step
     try:
