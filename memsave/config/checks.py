@@ -10,7 +10,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first fault.
 
     In this order: the constraint of each field; whether data and model go with the task; the `validate()` of each
-    section's class; combinations of groups; `validate()` of the task.
+    section's class; combinations of groups; `validate()` of the task; what `vary` needs.
     """
     Constraint(choices=names("task")).check("task", config.task)
     task = component("task", config.task)(config)
@@ -19,9 +19,9 @@ def check(config: Config) -> None:
     for _, section in sections(config):
         getattr(section, "validate", lambda: None)()
     _check_privacy(config)
-    _check_variation(config)
     _check_memory(config)
     task.validate()
+    _check_variation(config)
 
 
 def _check_privacy(config: Config) -> None:

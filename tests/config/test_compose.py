@@ -151,3 +151,8 @@ def test_what_no_run_left_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"is no config of a run \(.*\); name a run's folder"):
         load(tmp_path / "config.yaml")
+
+
+def test_an_unknown_variation_is_named_before_the_budget_that_it_would_need():
+    with pytest.raises(ConfigError, match=r"^vary=volum is not of task=segmentation; .*did you mean volume\?"):
+        compose(["experiment=brats_rev", "vary=volum"])
