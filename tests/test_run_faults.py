@@ -279,9 +279,14 @@ def test_a_folder_is_not_used_twice(tmp_path):
 def test_a_job_of_a_sweep_whose_choices_exclude_each_other_leaves_its_result_and_the_sweep_goes_on(tmp_path):
     from tests.support.commands import run_command
 
-    choices = ["memory.engine=fused,auto", "model.squeeze_excitation=0,0.5", "profiler.compare=[]", "trainer.steps=1"]
+    choices = [
+        "memory.engine=auto,fused,hooks",
+        "model.squeeze_excitation=0,0.5",
+        "profiler.compare=[]",
+        "trainer.steps=1",
+    ]
     done = run_command(tmp_path, "-m", *TINY_UNET, *choices, "hydra.sweep.dir=sweep")
     assert done.returncode == 1, done.stderr
-    results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "0123"]
-    assert [each["status"] for each in results] == ["ok", "failed", "ok", "ok"]
-    assert "memory.engine=fused cannot recompute squeeze-excitation" in results[1]["error"]
+    results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "012345"]
+    assert [each["status"] for each in results] == ["ok", "ok", "ok", "failed", "ok", "ok"]
+    assert "memory.engine=fused cannot recompute squeeze-excitation" in results[3]["error"]
