@@ -220,7 +220,7 @@ def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress)
 def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
     """The steps. On DataError, which occurs between two steps, save a checkpoint of the completed steps, then re-raise.
 
-    A private run has then drawn a batch without using it. When continued, it draws an independent batch.
+    A private run has then drawn a batch without using it. When continued, it draws the same batch.
     """
     start = state.step
     try:

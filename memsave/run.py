@@ -68,9 +68,9 @@ def main() -> None:
         )
         sys.exit(0)
     interrupt_at_signals()
-    load_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the handlers below print one sentence
     try:
+        load_schemas()
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except KeyboardInterrupt as stop:
         if REPORTED not in stop.args:
@@ -156,6 +156,8 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
     from memsave.training.result import read_request, read_result
 
     before = read_request(folder)
+    if before not in (None, request) and _has_config(folder, config):
+        before = request  # the digest is another one after an update that adds or moves keys
     if before not in (None, request):
         raise ConfigError(
             f"{folder} holds another job; repeat the command that created it, or give another hydra.sweep.dir"
@@ -167,11 +169,25 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
     return False
 
 
+def _has_config(folder: Path, config: DictConfig) -> bool:
+    """Whether `config.yaml` in the folder is this config, whatever checkpoint it was continued from."""
+    from memsave.config.compose import load
+
+    try:
+        stored, asked = load(folder / "config.yaml"), to_objects(config)
+    except ConfigError:
+        return False
+    return stored.changed({"trainer.resume": None}) == asked.changed({"trainer.resume": None})
+
+
 def _swept_strategy(config: DictConfig, overrides: Sequence[str]) -> list[str] | None:
     """The strategy of a job if the sweep varies it; None to plan all strategies."""
     from memsave.tasks.definition import definition_of
 
-    task = definition_of(to_objects(config))
+    try:
+        task = definition_of(to_objects(config))
+    except ConfigError:  # the job ends with it, and the sweep goes on
+        return None
     key = task.strategy_group
     chosen = any(override.partition("=")[0] in (key, f"{key}.mode") for override in overrides)
     return [task.current_strategy()] if chosen else None
@@ -291,13 +307,14 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
 
-    saved, task = (folder / "checkpoint").exists(), definition_of(to_objects(config))
+    saved = (folder / "checkpoint").exists()
     if isinstance(error, DataError) and saved:
         return "failed", 2, f"{error} Then continue with {_resume(folder)}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
         return "failed", 2, str(error)
     if isinstance(error, TrainingError):
         return "failed", 1, str(error)
+    task = definition_of(to_objects(config))  # not earlier: the error may be that the config is not valid
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(package, task.pip_extra)

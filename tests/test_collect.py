@@ -114,6 +114,15 @@ def test_the_folder_of_another_job_is_refused(tmp_path):
         is_done(tmp_path / "0", other, request=request_digest(other))
 
 
+def test_a_job_is_known_by_its_config_if_an_update_changed_its_digest(tmp_path):
+    config = write_job(tmp_path / "0", result={"status": "ok"})
+    assert is_done(tmp_path / "0", config, request="another digest")
+    broken = write_job(tmp_path / "1", result=None)
+    (tmp_path / "1" / "checkpoint").mkdir()
+    assert not is_done(tmp_path / "1", broken, request="another digest")
+    assert broken.trainer.resume == str(tmp_path / "1" / "checkpoint")
+
+
 def test_a_sweep_over_budgets_is_collected_and_not_repeated(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["-m", *TINY_UNET, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]

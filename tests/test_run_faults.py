@@ -274,3 +274,19 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     done = run_command(tmp_path, "trainer.resume=there", "trainer.steps=2")
     assert done.returncode == 0, done.stderr
     assert "trainer.steps=2 (was 1)" in done.stderr
+
+
+def test_a_job_of_a_sweep_whose_choices_exclude_each_other_leaves_its_result_and_the_sweep_goes_on(tmp_path):
+    from tests.support.commands import run_command
+
+    choices = [
+        "memory.engine=auto,fused,hooks",
+        "model.squeeze_excitation=0,0.5",
+        "profiler.compare=[]",
+        "trainer.steps=1",
+    ]
+    done = run_command(tmp_path, "-m", *TINY_UNET, *choices, "hydra.sweep.dir=sweep")
+    assert done.returncode == 1, done.stderr
+    results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "012345"]
+    assert [each["status"] for each in results] == ["ok", "ok", "ok", "failed", "ok", "ok"]
+    assert "memory.engine=fused cannot recompute squeeze-excitation" in results[3]["error"]

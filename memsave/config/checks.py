@@ -10,7 +10,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first fault.
 
     The order is: the task's data and model classes, the constraint of each field, the `validate()` of each section,
-    combinations of groups, and `validate()` of the task.
+    combinations of groups, `validate()` of the task, and what `vary` needs.
     """
     Constraint(choices=names("task")).check("task", config.task)
     task = component("task", config.task)(config)
@@ -19,9 +19,9 @@ def check(config: Config) -> None:
     for _, section in sections(config):
         getattr(section, "validate", lambda: None)()
     _check_privacy(config)
-    _check_variation(config)
     _check_memory(config)
     task.validate()
+    _check_variation(config)
 
 
 def _check_privacy(config: Config) -> None:

@@ -32,7 +32,7 @@ from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
 from memsave.config.known_keys import listed, options_with, unknown_key
 from memsave.config.overrides import parse, several
-from memsave.config.registry import GROUPS, component, conf_dir, load_components
+from memsave.config.registry import GROUPS, component, conf_dir, load_components, names
 from memsave.config.schema import Config
 
 VERSION, VERSION_KEY = 2, "schema_version"
@@ -91,7 +91,10 @@ def load(path: Path) -> Config:
             raise ValueError(f"it has {VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}")
         config = OmegaConf.structured(Config)
         for group in GROUPS[1:]:
-            schema = component(group, found[group].get("kind", group))
+            kind = found[group].get("kind", group)
+            if kind not in names(group):
+                raise ValueError(f"{group}={kind} is not registered: install the package that adds it")
+            schema = component(group, kind)
             config[group] = OmegaConf.merge(OmegaConf.structured(schema), found[group])
         rest = {key: value for key, value in found.items() if key not in (*GROUPS, VERSION_KEY)}
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]

@@ -47,9 +47,10 @@ class Constraint:
             count = COUNTS.get(self.length, str(self.length))
             raise ConfigError(f"{key} is {list(value)}; give {count} numbers{self._example(key)}")
         for each in value if several else (value,):
-            self._check_one(key, each)
+            self.check_one(key, each)
 
-    def _check_one(self, key: str, value: Any) -> None:
+    def check_one(self, key: str, value: Any) -> None:
+        """`check` of a value that is neither None nor a list if it is valid."""
         if self.size:
             if value in (self.choices or ()):
                 return
@@ -61,8 +62,7 @@ class Constraint:
             names = [str(each) for each in self.choices]
             raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(names)}{closest(str(value), names)}")
         elif isinstance(value, (int, float)) and not self.least <= value <= self.most:
-            limit = "" if self.most == math.inf else f" and at most {self.most:g}"
-            raise ConfigError(f"{key} is {value}; it must be at least {self.least:g}{limit}")
+            raise ConfigError(f"{key} is {value}; it must be {' and '.join(self._limits()) or 'a number'}")
 
     def _example(self, key: str) -> str:
         given = self.example or (1,) * (self.length or 0)
@@ -74,9 +74,11 @@ class Constraint:
             return " | ".join(["a size such as 16GiB", *map(str, self.choices or ())])
         if self.choices is not None:
             return " | ".join(map(str, self.choices))
-        low = "" if self.least == -math.inf else f"at least {self.least:g}"
-        high = "" if self.most == math.inf else f"at most {self.most:g}"
-        return ", ".join(part for part in (low, high) if part)
+        return ", ".join(self._limits())
+
+    def _limits(self) -> list[str]:
+        low = [] if self.least == -math.inf else [f"at least {self.least:g}"]
+        return low + ([] if self.most == math.inf else [f"at most {self.most:g}"])
 
 
 def option(
@@ -120,8 +122,10 @@ def check_fields(config: Any) -> None:
             constraint = constraint_of(found)
             if found.name == "kind":  # set by the option of the group, as in data=brats
                 constraint = Constraint(choices=(type(section).kind,))
-            if not is_dataclass(value):
-                constraint.check(prefix + found.name, value)
+            if is_dataclass(value):
+                continue
+            check = constraint.check_one if found.type is Any else constraint.check  # OmegaConf checks other types
+            check(prefix + found.name, value)
 
 
 def closest(word: str, names: Iterable[str]) -> str:

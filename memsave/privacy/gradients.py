@@ -122,6 +122,9 @@ class PrivateGradients:
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
         self._before_draws: deque[Tensor] = deque()
         """States of `_sampling` before each batch that was drawn and has no `finish` yet."""
+        self._stream: object = None  # the iterator of `batches` that drew last
+        self._several_streams = False  # whether the batches that wait for `finish` are of several iterators
+        self._loads = 0  # calls of load_state_dict that discarded drawn batches
         noise = _generator(self._device, None if seed is None else 2 * seed + 1)
         self._noise = GaussianNoise(parameters, generator=noise, secure=secure_noise)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
@@ -147,14 +150,26 @@ class PrivateGradients:
 
         Batches may be requested ahead of their steps, by a loader that prefetches. `state_dict` holds the state before
         the first batch without `finish`, so that a continued run draws the batches that were requested and not used.
+        While batches of several iterators wait, it holds the current state, because a batch that is drawn again might
+        have been used. Raises PrivacyError if `load_state_dict` discarded batches that this iterator drew.
         """
         draws = poisson_batches(
             size=self.mechanism.size, sample_rate=self.mechanism.sample_rate, generator=self._sampling
         )
+        stream, loads = object(), self._loads
         while True:
+            if self._loads != loads:
+                raise PrivacyError(
+                    "load_state_dict() discarded the batches drawn so far, and a loader may still hold some of them: "
+                    "iterate over a new PrivateGradients.batches()"
+                )
             before = self._sampling.get_state()
             indices = next(draws)
             if self.guard.draw(len(indices)):
+                self._several_streams = bool(self._before_draws) and (
+                    self._several_streams or self._stream is not stream
+                )
+                self._stream = stream
                 self._before_draws.append(before)
             yield indices
 
@@ -244,7 +259,7 @@ class PrivateGradients:
             "seeded": self.seeded,
             "clipping": self.clipper.clipping,
             "secure_noise": self._noise.secure,
-            "sampling": self._before_draws[0] if self._before_draws else self._sampling.get_state(),
+            "sampling": self._sampling_state(),
             "noise": self._noise.generator.get_state(),
         }
 
@@ -265,8 +280,15 @@ class PrivateGradients:
         if self.guard.unnoised:  # a partial batch, which the state does not contain
             self._drop_gradients()
         self.guard.reset()
+        self._loads += bool(self._before_draws)
         self._before_draws.clear()
         self._restore(state)
+
+    def _sampling_state(self) -> Tensor:
+        """The generator's state before the first batch that has not been used."""
+        if self._before_draws and not self._several_streams:
+            return self._before_draws[0]
+        return self._sampling.get_state()
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.seeded |= state["seeded"]

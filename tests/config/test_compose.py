@@ -167,3 +167,8 @@ def test_a_file_that_is_not_a_config_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"is not the config of a run \(.*\); give the folder of a run"):
         load(tmp_path / "config.yaml")
+
+
+def test_an_unknown_variation_is_named_before_the_budget_that_it_would_need():
+    with pytest.raises(ConfigError, match=r"^vary=volum is not of task=segmentation; .*did you mean volume\?"):
+        compose(["experiment=brats_rev", "vary=volum"])

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,9 @@ class Outer(Section):
     colour: str = option("red", choices=("red", "green"))
     sizes: list[int] = option([1, 2, 3], least=1, length=3)
     budget: str | None = option(None, size=True, choices=("auto",))
+    passes: Any = option("auto", choices=("auto", 1, 2))
+    lowest: float = option(0.0, most=5)
+    free: float = 0.0
     inner: Inner = field(default_factory=Inner)
 
 
@@ -36,6 +40,12 @@ class Outer(Section):
         ({"budget": "much"}, r"^budget: 'much' is no size"),
         ({"inner.rate": 1.5}, r"^inner\.rate is 1\.5; it must be at least 0 and at most 1$"),
         ({"inner.rate": float("nan")}, r"^inner\.rate is nan"),
+        ({"passes": None}, r"^passes is None; choose one of auto, 1, 2$"),
+        ({"passes": []}, r"^passes is \[\]; choose one of auto, 1, 2$"),
+        ({"passes": [1]}, r"^passes is \[1\]; choose one of auto, 1, 2"),
+        ({"passes": "1"}, r"^passes is '1'; choose one of auto, 1, 2"),
+        ({"lowest": 6.0}, r"^lowest is 6\.0; it must be at most 5$"),
+        ({"free": float("nan")}, r"^free is nan; it must be a number$"),
     ],
 )
 def test_an_error_names_the_key_of_an_invalid_value(changes, words):

@@ -42,3 +42,10 @@ def test_a_file_of_a_later_version_is_refused(written, version):
         ConfigError, match=rf"{VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}"
     ):
         load(path)
+
+
+def test_a_data_set_that_no_package_registers_is_named(written):
+    path, _ = written
+    path.write_text(path.read_text().replace("kind: phantom", "kind: sst2"))
+    with pytest.raises(ConfigError, match=r"data=sst2 is not registered: install the package that adds it"):
+        load(path)

@@ -244,3 +244,51 @@ def test_batches_drawn_ahead_are_drawn_again_by_a_continued_run(ahead):
     steps(continued, other, count=4, drawn=[], used=rest)
     assert len(drawn) == 2 + ahead
     assert used + rest == whole
+
+
+def _linear_run(seed):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    return PrivateGradients(model, Mechanism(12, 3, 1.0, 1.0, delta=1e-3), seed=seed), model
+
+
+def _take_step(private, model, indices):
+    if indices:
+        private.backward(model(torch.ones(len(indices), 3, dtype=torch.float64)).square().sum(1))
+    private.finish()
+    model.zero_grad()
+
+
+def test_a_continued_run_does_not_reuse_a_batch_that_a_second_iterator_drew():
+    private, model = _linear_run(seed=1)
+    first, second = private.batches(), private.batches()
+    used, _, _ = (next(first) for _ in range(3))
+    _take_step(private, model, used)
+    later = [next(second) for _ in range(3)]
+    _take_step(private, model, later[0])  # of the size of the batch that was drawn second
+    assert len(later[0]) > 0
+    state = private.state_dict()
+    continued, _ = _linear_run(seed=1)
+    continued.load_state_dict(state)
+    drawn = [next(continued.batches()) for _ in range(4)]
+    assert later[0] not in drawn
+
+
+def test_an_iterator_refuses_to_go_on_after_its_batches_were_discarded():
+    private, model = _linear_run(seed=0)
+    state, batches = private.state_dict(), private.batches()
+    next(batches), next(batches)
+    private.load_state_dict(state)
+    with pytest.raises(PrivacyError, match="iterate over a new"):
+        next(batches)
+    _take_step(private, model, next(private.batches()))
+
+
+def test_an_iterator_goes_on_after_a_load_that_discards_nothing():
+    private, model = _linear_run(seed=0)
+    batches = private.batches()
+    first = next(batches)
+    state = private.state_dict()
+    _take_step(private, model, first)
+    private.load_state_dict(state)
+    assert next(batches) == first
