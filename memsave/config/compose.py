@@ -91,8 +91,9 @@ def load(path: Path) -> Config:
             raise ValueError(f"it has {VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}")
         config = OmegaConf.structured(Config)
         for group in GROUPS[1:]:
-            schema = component(group, found[group].get("kind", group))
-            config[group] = OmegaConf.merge(OmegaConf.structured(schema), found[group])
+            own = found.get(group, {"kind": "none"})  # the first release had no adapters
+            schema = component(group, own.get("kind", group))
+            config[group] = OmegaConf.merge(OmegaConf.structured(schema), own)
         rest = {key: value for key, value in found.items() if key not in (*GROUPS, VERSION_KEY)}
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
