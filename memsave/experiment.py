@@ -148,7 +148,8 @@ def choose_device(name: str, *, key: str = "trainer.device") -> torch.device:
 
 def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.Module, Any]:
     """(the model in its memory mode, on the CPU; its tokenizer or None)."""
-    return definition_of(config).make_model(progress=progress or Progress())
+    model, tokenizer = definition_of(config).make_model(progress=progress or Progress())
+    return config.adapter.apply(model), tokenizer
 
 
 def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, progress: Progress | None = None) -> Task:

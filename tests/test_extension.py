@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -94,3 +95,16 @@ def test_an_extension_that_cannot_be_imported_is_named(tmp_path):
     done = memsave(tmp_path, "experiment=brats_rev", cwd=tmp_path)
     assert done.returncode == 2
     assert "the package broken extends memsave by nowhere_to_be_found, which cannot be imported" in done.stderr
+
+
+def test_an_adapter_from_outside_decides_which_parameters_train(installed, tmp_path):
+    first = memsave(installed, "experiment=points", "trainer.steps=1", "hydra.run.dir=first", cwd=tmp_path)
+    arguments = ["experiment=points", "adapter=only_bias", "privacy=ghost", "trainer.steps=5", "hydra.run.dir=biases"]
+    done = memsave(installed, *arguments, cwd=tmp_path)
+    assert first.returncode == done.returncode == 0, done.stderr
+    start, adapted = (torch.load(tmp_path / name / "model" / "model.pt") for name in ("first", "biases"))
+    again = memsave(installed, "trainer.resume=biases", "trainer.steps=6", "privacy.noise_multiplier=9", cwd=tmp_path)
+    assert not torch.equal(adapted["weight"], start["weight"])  # training without the adapter changes the weight
+    torch.manual_seed(0)
+    assert torch.equal(adapted["weight"], torch.nn.Linear(8, 1).weight)  # with it, the weight stays at its start
+    assert adapted["bias"] != torch.zeros(1) and again.returncode == 2  # another noise is another mechanism

@@ -10,9 +10,10 @@ checks      invalid combinations of keys
 from memsave.config.errors import ConfigError
 from memsave.config.fields import option
 from memsave.config.registry import register, register_experiment
-from memsave.config.schema import Config, DataConfig, ModelConfig
+from memsave.config.schema import AdapterConfig, Config, DataConfig, ModelConfig
 
 __all__ = [
+    "AdapterConfig",
     "Config",
     "ConfigError",
     "DataConfig",

@@ -13,7 +13,7 @@ from dataclasses import Field, fields, is_dataclass
 from omegaconf import MISSING
 
 from memsave.config.fields import constraint_of
-from memsave.config.registry import GROUPS, conf_dir, options
+from memsave.config.registry import GROUPS, experiments, options
 from memsave.config.registry import names as component_names
 from memsave.config.schema import Config
 
@@ -34,8 +34,7 @@ def main() -> None:
 def lines() -> Iterator[str]:
     """The lines of the page below HEAD."""
     yield from ["## The whole run", "", *_table(Config, prefix="", skip=set(GROUPS)), ""]
-    experiments = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-    yield from ["## experiment", "", ", ".join(f"`experiment={name}`" for name in experiments), ""]
+    yield from ["## experiment", "", ", ".join(f"`experiment={name}`" for name in experiments()), ""]
     for group in GROUPS[1:]:
         by_schema: dict[type, list[str]] = {}
         for name, schema in options(group).items():

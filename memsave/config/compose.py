@@ -32,7 +32,7 @@ from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
 from memsave.config.known_keys import listed, options_with, unknown_key
 from memsave.config.overrides import parse, several
-from memsave.config.registry import GROUPS, component, conf_dir, load_components, names
+from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names
 from memsave.config.schema import Config
 
 VERSION, VERSION_KEY = 2, "schema_version"
@@ -91,11 +91,11 @@ def load(path: Path) -> Config:
             raise ValueError(f"it has {VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}")
         config = OmegaConf.structured(Config)
         for group in GROUPS[1:]:
-            kind = found[group].get("kind", group)
+            own = found[group] if group != "adapter" else found.get(group, {"kind": "none"})  # new in version 2
+            kind = own.get("kind", group)
             if kind not in names(group):
                 raise ValueError(f"{group}={kind} is not registered: install the package that adds it")
-            schema = component(group, kind)
-            config[group] = OmegaConf.merge(OmegaConf.structured(schema), found[group])
+            config[group] = OmegaConf.merge(OmegaConf.structured(component(group, kind)), own)
         rest = {key: value for key, value in found.items() if key not in (*GROUPS, VERSION_KEY)}
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
@@ -151,8 +151,7 @@ def _bad_override(error: ConfigCompositionException, *, choices: Callable[[], di
         key = message.split("'")[1].split("@")[0]
         return f"{key} is not known; the groups are {', '.join(GROUPS)}{closest(key, GROUPS)}"
     if "You must specify 'experiment'" in message:
-        names = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-        return f"no experiment is chosen; give experiment=NAME with one of {', '.join(names)}"
+        return f"no experiment is chosen; give experiment=NAME with one of {', '.join(experiments())}"
     return message
 
 

@@ -24,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 
 from memsave.config.errors import ConfigError
 
-GROUPS = ("experiment", "data", "model", "memory", "privacy", "trainer", "profiler")
+GROUPS = ("experiment", "data", "model", "adapter", "memory", "privacy", "trainer", "profiler")
 """The config groups of a run, as on the command line."""
 ENTRY_POINTS = "memsave.components"
 PACKAGES = ("config", "data", "models", "tasks")
@@ -33,6 +33,7 @@ REGISTERED = re.compile(r"^@register\(", re.MULTILINE)
 
 Class = TypeVar("Class", bound=type)
 _components: dict[tuple[str, str], type] = {}
+_experiments: set[str] = set()
 
 
 def register(group: str, name: str) -> Callable[[Class], Class]:
@@ -73,6 +74,13 @@ def register_experiment(name: str, *, defaults: Mapping[str, str], **settings: A
     chosen = [{f"override /{group}": option} for group, option in defaults.items()]
     node = {"defaults": [*chosen, "_self_"], **settings}
     ConfigStore.instance().store(group="experiment", name=name, node=node, package="_global_")
+    _experiments.add(name)
+
+
+def experiments() -> list[str]:
+    """The names of all experiments, sorted: YAML files of `conf/`, and those of `register_experiment`."""
+    load_components()
+    return sorted({path.stem for path in (conf_dir() / "experiment").glob("*.yaml")} | _experiments)
 
 
 def component(group: str, name: str) -> type:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from omegaconf import MISSING
+from torch import nn
 
 from memsave.config.errors import ConfigError
 from memsave.config.fields import check_fields, option, sections
@@ -79,6 +80,21 @@ class ModelConfig(Section):
     """The base of every model's config."""
 
     kind: str = MISSING
+
+
+@register("adapter", "none")
+@dataclass
+class AdapterConfig(Section):
+    """All parameters of the model train. The base of every adapter's config."""
+
+    kind: str = "none"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The model that trains, for example with frozen parameters, or with modules replaced or added.
+
+        Called once, before the optimizer and the clipper are made. Must also run under FakeTensorMode.
+        """
+        return model
 
 
 @register("memory", "memory")
@@ -248,6 +264,7 @@ class Config(Section):
     """plan predicts on fake tensors what fits into the budget, and trains nothing."""
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
+    adapter: AdapterConfig = MISSING
     memory: MemoryConfig = MISSING
     privacy: PrivacyConfig = MISSING
     trainer: TrainerConfig = MISSING

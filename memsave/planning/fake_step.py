@@ -50,7 +50,7 @@ def fake_step(
         architecture: overrides sizes of the model, see `memsave.tasks.definition.Variation`.
     """
     with device:  # fake parameters cannot be moved to it later
-        model = definition_of(config).make_fake_model(architecture=architecture)
+        model = config.adapter.apply(definition_of(config).make_fake_model(architecture=architecture))
     task = dummy_task(config, device=device)
     private: Any = PerSampleGradBaseline(model) if per_sample_gradients else _private(config, model)
     state = make_state(model, config.trainer)

@@ -90,5 +90,5 @@ def _from_run(folder: Path) -> tuple[Path, Any, Any]:
     weights = next((each / WEIGHTS for each in folders if (each / WEIGHTS).is_file()), None)
     if weights is None:
         raise ConfigError(f"{run} holds no {WEIGHTS} in model/ or checkpoint/; give the folder of a run that saved one")
-    network, _ = definition_of(config).make_model(progress=Progress())
+    network = config.adapter.apply(definition_of(config).make_model(progress=Progress())[0])
     return weights, network, UNetConfig.of(config.data, model=network, precision=config.trainer.precision)
