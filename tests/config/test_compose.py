@@ -170,5 +170,5 @@ def test_a_file_that_is_not_a_config_is_refused(tmp_path, text):
 
 
 def test_an_unknown_variation_is_named_before_the_budget_that_it_would_need():
-    with pytest.raises(ConfigError, match=r"^vary=volum is not of task=segmentation; .*did you mean volume\?"):
+    with pytest.raises(ConfigError, match=r"^vary=volum is not valid for task=segmentation; .*did you mean volume\?"):
         compose(["experiment=brats_rev", "vary=volum"])
