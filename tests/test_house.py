@@ -97,6 +97,12 @@ def test_there_is_no_import_cycle():
     assert next(cycles(graph), None) is None
 
 
+def test_nothing_imports_the_integrations():
+    for name, path in modules():
+        if not name.startswith("memsave.integrations"):
+            assert not [each for each, _ in imports(path) if each.startswith("memsave.integrations")], name
+
+
 def test_a_cycle_is_found():
     assert next(cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c", "b"]
 

@@ -10,11 +10,11 @@ class Lines:
     """Linear regression; the loss of an example is its squared error."""
 
     def __init__(self, *, batch_size=6, batches=8, dtype=torch.float64):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         self.data = [
             {
-                "x": torch.randn(batch_size, 3, dtype=dtype, generator=generator),
-                "y": torch.randn(batch_size, dtype=dtype, generator=generator),
+                "x": torch.randn(batch_size, 3, dtype=dtype, generator=generator, device="cpu"),
+                "y": torch.randn(batch_size, dtype=dtype, generator=generator, device="cpu"),
             }
             for _ in range(batches)
         ]
@@ -26,7 +26,7 @@ class Lines:
         return {key: torch.stack([batch[key][row] for batch, row in rows]) for key in ("x", "y")}
 
     def place(self, batch):
-        return batch
+        return {key: value.to(torch.get_default_device()) for key, value in batch.items()}
 
     def per_example_losses(self, model, batch):
         return (model(batch["x"]).squeeze(1) - batch["y"]).square()

@@ -11,6 +11,8 @@ from memsave.training import checkpoint
 from memsave.training.loop import make_state, run_steps
 from tests.support.linear_task import Lines, line_model, trainer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, name):

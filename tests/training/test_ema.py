@@ -8,6 +8,8 @@ from memsave.training.ema import Ema
 from memsave.training.loop import averaged, make_state, run_steps
 from tests.support.linear_task import Lines, line_model, trainer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_the_average_follows_its_equation():
     config = trainer(ema=0.5)

@@ -9,6 +9,8 @@ from memsave.training.loop import TrainingError, accumulate, make_optimizer, mak
 from memsave.training.task import examples, split
 from tests.support.linear_task import Lines, line_model, trainer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_split_keeps_every_example_in_order():
     batch = {"x": torch.arange(7), "id": list("abcdefg")}
