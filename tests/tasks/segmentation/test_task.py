@@ -22,6 +22,7 @@ from tests.support.tiny_configs import TINY_UNET
 from tests.support.volume_files import SHAPE, decathlon
 
 
+@pytest.mark.usefixtures("device")
 def test_the_loss_equals_one_computed_by_hand():
     target = torch.zeros(2, 3, 2, 2, 2)
     target[0, 0] = 1
@@ -32,6 +33,7 @@ def test_the_loss_equals_one_computed_by_hand():
     assert region_losses(logits, target).tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_loss_depends_only_on_its_own_example():
     torch.manual_seed(0)
     logits = torch.randn(3, 3, 4, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -99,6 +101,7 @@ def test_prediction_covers_the_whole_volume(tiny):
     assert model.training
 
 
+@pytest.mark.usefixtures("device")
 def test_the_loss_weight_halves_with_each_coarser_level():
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(2, 3, size, size, size, generator=generator) for size in (8, 4, 2)]
@@ -156,6 +159,7 @@ def test_lesion_wise_scores_are_an_option(tiny):
     assert {"lesion_dice_wt", "lesion_hd95_et"} <= set(task.evaluate(model))
 
 
+@pytest.mark.usefixtures("device")
 def test_a_small_enhancing_region_is_removed():
     masks = torch.zeros(3, 4, 4, 4, dtype=torch.bool)
     masks[:, 0, 0, :3] = True
