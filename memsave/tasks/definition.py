@@ -49,8 +49,6 @@ class Variation:
     """The changes of the model's architecture, for `make_fake_model`."""
     limit: str = ""
     """The reason for the limit `high`."""
-    trainable: bool = True
-    """False if the varied model cannot use the pretrained weights, so that it can only be planned."""
 
 
 class TaskDefinition:

@@ -1,12 +1,11 @@
 """`data=brats`: cases of a challenge, or your own, in one of the layouts of `memsave.data.volumes.layouts`."""
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError
+from memsave.data.errors import raise_first
 from memsave.data.volumes.config import SegmentationData
 from memsave.data.volumes.layouts import LAYOUTS, Case, find_cases
 from memsave.data.volumes.schemes import SCHEMES, LabelScheme
@@ -44,13 +43,7 @@ class BratsData(SegmentationData):
         from memsave.data.volumes.check import check_cases
 
         faults = check_cases(found, images=self.check == "all", workers=max(1, self.workers))
-        if len(faults) > 1:
-            options = [f"{key}={_as_argument(value)}" for key, value in kwargs.items() if value is not None]
-            arguments = [f"root={self.root}", f"layout={self.layout}", *options]
-            command = shlex.join(["python", "-m", "memsave.data.check", *arguments])
-            raise DataError(f"{faults[0].removesuffix('.')}; {len(faults) - 1} more faults are listed by {command}.")
-        if faults:
-            raise DataError(faults[0])
+        raise_first(faults, root=self.root, layout=self.layout, **kwargs)
         return found
 
     def input_modalities(self) -> tuple[str, ...]:
@@ -67,7 +60,3 @@ class BratsData(SegmentationData):
     def file_names(self) -> tuple[str, str | None]:
         """(layout, end of the mask's name)."""
         return self.layout, self.mask
-
-
-def _as_argument(value: object) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, raise_first
 from memsave.data.volumes.schemes import BINARY, BRATS_2021, MSD, SCHEMES, LabelScheme
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -102,19 +102,8 @@ def find_cases(
     MASKS). Raises DataError with the first fault, such as an incomplete case.
     """
     found = scan(root, layout, scheme=scheme, modalities=modalities, mask=mask, labelled=labelled)
-    faults = found.faults + duplicates(found.cases)
-    if len(faults) > 1:
-        rest = "1 more fault is" if len(faults) == 2 else f"{len(faults) - 1} more faults are"
-        options = {
-            "modalities": f"[{','.join(modalities or ())}]" if modalities else None,
-            "mask": mask,
-            "labelled": None if labelled else "false",
-        }
-        more = [f"{key}={value}" for key, value in options.items() if value is not None]
-        command = shlex.join(["python", "-m", "memsave.data.check", f"root={root}", f"layout={layout}", *more])
-        raise DataError(f"{faults[0].removesuffix('.')}; {rest} listed by {command}.")
-    if faults:
-        raise DataError(faults[0])
+    options = {"modalities": modalities, "mask": mask, "labelled": None if labelled else "false"}
+    raise_first(found.faults + duplicates(found.cases), root=root, layout=layout, **options)
     return found.cases
 
 
