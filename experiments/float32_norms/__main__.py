@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from experiments.record import insert, keep, machine
-from memsave.ghost.gradients import PerSampleGrad, inner_products
+from memsave.ghost.gradient_products import inner_products
+from memsave.ghost.gradients import PerSampleGrad
 
 HERE = Path(__file__).parent
 SIZES = {"768": 768, "768 x 3072": 768 * 3072, "50257 x 768": 50257 * 768}

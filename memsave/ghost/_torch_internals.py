@@ -7,51 +7,47 @@ and fails where a version no longer does what the package relies on.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of all batch normalisations
-from torch.nn.modules.dropout import _DropoutNd as Dropout  # the common base of all dropout modules
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm  # the common base of all instance norms
 from torch.nn.parameter import is_lazy  # no public predicate exists for parameters without a shape
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,  # sees every operator, also those inside modules
-    _disable_current_modes,
-)
+from torch.overrides import TorchFunctionMode  # sees every operator, also those inside modules
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten  # no public function flattens nested arguments
 from torch.utils.weak import WeakIdKeyDictionary  # tensors compare by value, so a plain weak dictionary fails
 
 __all__ = [
     "BatchNorm",
-    "Dropout",
     "InstanceNorm",
-    "TorchDispatchMode",
+    "TorchFunctionMode",
     "WeakIdKeyDictionary",
     "convolution_weight_grad",
     "current_backward",
     "forward_pre_hooks",
     "gradient_hooks",
     "in_backward",
+    "is_batched",
     "is_compiled",
     "is_fake",
     "is_lazy",
     "is_reentrant_checkpoint_error",
-    "is_vmap_randomness_error",
-    "leaf_of",
+    "leaves_of",
     "non_persistent_buffers",
-    "operator_arguments",
     "own_buffers",
     "own_children",
     "own_parameters",
-    "same_padding",
     "saved_tensors_are_redirected",
     "storage_id",
     "tree_flatten",
     "tree_unflatten",
     "unobserved",
     "version",
+    "without_overrides",
 ]
 
 
@@ -83,9 +79,20 @@ def unobserved() -> Iterator[None]:
         yield
 
 
-def leaf_of(node: Any) -> Tensor | None:
-    """The leaf tensor of an AccumulateGrad node, else None: finds which parameters a graph reaches."""
-    return getattr(node, "variable", None)
+def leaves_of(tensor: Tensor) -> Iterator[Tensor | None]:
+    """The leaves that the graph of a tensor reaches; None for a custom function's node that ends it."""
+    waiting: list[Any] = [tensor.grad_fn]
+    found = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            yield node.variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                waiting.append(following)
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -134,16 +141,6 @@ non_persistent_buffers: Callable[[nn.Module], set[str]] = attrgetter("_non_persi
 """The names of the module's buffers that `state_dict` leaves out: these are not released."""
 
 
-def operator_arguments(operator: Any) -> list[Any]:
-    """The arguments in an operator's schema, with name and default: finds a dropout's probability."""
-    return operator._schema.arguments
-
-
-def same_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
-    """The padding of a convolution with padding="same", in the order of `F.pad`: it may be uneven."""
-    return layer._reversed_padding_repeated_twice
-
-
 def convolution_weight_grad(
     grad: Tensor, x: Tensor, weight: Tensor, *, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
@@ -157,6 +154,18 @@ def is_reentrant_checkpoint_error(error: RuntimeError) -> bool:
     return "use_reentrant=True" in str(error)
 
 
-def is_vmap_randomness_error(error: Exception) -> bool:
-    """Whether `torch.func.vmap` refused random numbers: only the text tells."""
-    return "randomness" in str(error)
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to `torch.func.vmap`, so that its shape lacks a dimension."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function of `torch.nn.functional` that hands no call to a TorchFunctionMode as a whole.
+
+    The mode then sees the operators inside it.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    code, defaults = function.__code__, function.__defaults__
+    inside = FunctionType(code, names, function.__name__, defaults)
+    inside.__kwdefaults__ = function.__kwdefaults__
+    return inside

@@ -1,22 +1,17 @@
-"""Which modules of a model get a norm hook, and the state of an attached model."""
+"""Which layers of a model get a norm hook by a rule, and the state of an attached model."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from memsave.ghost import _torch_internals as internals
 from memsave.ghost import refusals
 from memsave.ghost.groups import Groups, groups_by_layer
-from memsave.ghost.layer_patch import LayerPatch, RelativeBiasPatch
-from memsave.ghost.owners import clear_owner, set_owner
+from memsave.ghost.layer_patch import LayerPatch
+from memsave.ghost.owners import clear_owner, clipper_of, set_owner
 from memsave.ghost.refusals import Refusal, raise_refusals
-
-FOLDING = ("OPTDecoderLayer",)  # the layers inside see (B T, d), with the positions of an example next to each other
-PROMPTS = ("PromptEmbedding", "PromptEncoder")  # PEFT's prompt tuning and p-tuning
-CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # they have no forward
-MAX_GENERIC_ELEMENTS = 2**20  # a module with parameters and children is one layer up to this size, refused above
+from memsave.ghost.rule import registered_rule
 
 
 class Attachment:
@@ -34,23 +29,23 @@ class Attachment:
         self.groups: Groups | None = None
         self._clipper, self._direct, self._per_layer = clipper, direct, per_layer
         self._parameters: set[Tensor] = set()
-        self._patches: list[LayerPatch | RelativeBiasPatch] = []
+        self._patches: list[LayerPatch] = []
 
     def attach(self, model: nn.Module) -> None:
         """Patch the layers with trainable parameters; raises one ValueError for all that cannot be clipped."""
-        refused = list(find_refusals(model))
+        refused = [*find_refusals(model), *self._other_clippers(model)]
+        raise_refusals(refused)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._parameters = set(self.trainable.values())
         self.groups = groups_by_layer(model) if self._per_layer else None
         if not self._direct:
-            self._patches, more = patch_layers(self._clipper, model)
-            refused += more
+            self._patches = patch_layers(self._clipper, model)
             set_owner(self._clipper, self.trainable.values())
-        try:
-            raise_refusals(refused)
-        except ValueError:
-            self.detach()
-            raise
+
+    def _other_clippers(self, model: nn.Module) -> Iterator[Refusal]:
+        for name, parameter in model.named_parameters():
+            if clipper_of(parameter) not in (None, self._clipper):
+                yield Refusal(name, "", "has another GhostClipper attached", "close() that one first")
 
     def detach(self) -> None:
         """Restore the layers."""
@@ -85,78 +80,20 @@ def find_refusals(model: nn.Module) -> Iterator[Refusal]:
                 "has another tensor in its place (torch.func.functional_call puts it there)",
                 "call the model with its own parameters",
             )
-    for name, module in model.named_modules():
-        if type(module).__qualname__ in PROMPTS and any(p.requires_grad for p in module.parameters()):
-            yield Refusal.of(
-                name,
-                module,
-                "looks its prompt up once for the whole batch, which sums the gradients of the examples",
-                "use prefix tuning or LoRA",
-            )
 
 
-def patch_layers(clipper: Any, model: nn.Module) -> tuple[list[LayerPatch | RelativeBiasPatch], list[Refusal]]:
-    """Patch every module that owns trainable parameters; returns the patches, and refusals for the other modules.
+def patch_layers(clipper: Any, model: nn.Module) -> list[LayerPatch]:
+    """Patch every layer that has a rule and whose own trainable parameters are a weight and a bias.
 
-    A module that owns parameters besides children with parameters, or whose weights are parametrised, is one layer.
-    Its children are part of it while it runs, and layers of their own when they are called from outside.
+    All other uses of parameters are found by the operators that use them (see `operator_trace.py`).
     """
-    patches: list[LayerPatch | RelativeBiasPatch] = []
-    refused: list[Refusal] = []
-    folding = [name for name, module in model.named_modules() if type(module).__qualname__ in FOLDING]
-    biases = {module.relative_attention_bias for module in model.modules() if RelativeBiasPatch.applies(module)}
+    patches = []
     for name, module in model.named_modules():
-        if RelativeBiasPatch.applies(module):
-            patches.append(RelativeBiasPatch(clipper, module, name=name or "the model"))
+        own = {key: p for key, p in internals.own_parameters(module).items() if p is not None}
+        if not any(p.requires_grad for p in own.values()) or set(own) - {"weight", "bias"}:
             continue
-        own = [key for key, p in _own_parameters(module) if p.requires_grad]
-        parametrized = is_parametrized(module)
-        if (not own and not parametrized) or module in biases or isinstance(module, CONTAINERS):
+        rule = registered_rule(module)
+        if rule is None or "forward" in vars(module) or any(p.is_complex() for p in own.values()):
             continue
-        names = tuple(key for key, p in module.named_parameters() if own or p.requires_grad)
-        refusal = _refusal(name, module, own, parametrized)
-        if refusal is not None:
-            if not any(isinstance(each, LayerPatch) and module in set(each.module.modules()) for each in patches):
-                refused.append(refusal)
-            continue  # inside another layer, it is differentiated as a part of that layer
-        patch = LayerPatch(clipper, module, name=name or "the model", parameter_names=names)
-        patch.folded = any(parent and name.startswith(f"{parent}.") for parent in folding)
-        patches.append(patch)
-    return patches, refused
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters, including those in its lists and dictionaries of parameters."""
-    for key, parameter in internals.own_parameters(module).items():
-        if parameter is not None:
-            yield key, parameter
-    for key, child in internals.own_children(module):
-        if isinstance(child, CONTAINERS):
-            yield from ((f"{key}.{name}", parameter) for name, parameter in _own_parameters(child))
-
-
-def _refusal(name: str, module: nn.Module, own: list[str], parametrized: bool) -> Refusal | None:
-    replaced = vars(module).get("forward")
-    owner = getattr(replaced, "__self__", None)
-    if isinstance(owner, LayerPatch) and not owner.detached:
-        return Refusal(name or "the model", "", "has another GhostClipper attached", "close() that one first")
-    trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
-    elements = sum(p.numel() for p in trainable.values() if not internals.is_lazy(p))
-    if replaced is not None and elements > MAX_GENERIC_ELEMENTS:
-        return Refusal.of(
-            name,
-            module,
-            f"runs another forward than its class's ({refusals.source_of(replaced)}), for which no rule is exact",
-            "attach the GhostClipper before the forward is replaced, or undo the replacement",
-        )
-    if len(trainable) <= len(own) and not parametrized:
-        return None
-    if isinstance(module, nn.MultiheadAttention) or elements > MAX_GENERIC_ELEMENTS:
-        reason = f"owns {own[0]}" if own else "has parametrised weights"
-        return Refusal.of(
-            name,
-            module,
-            f"{reason} and has children with parameters, for which no rule is exact",
-            f"freeze {own[0] if own else 'it'}, or move it into a separate module",
-        )
-    return None
+        patches.append(LayerPatch(clipper, module, rule=rule, name=name or "the model", parameter_names=tuple(own)))
+    return patches

@@ -14,6 +14,7 @@ forward, never to a module.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from memsave.ghost.gradients import Gradient, has_values
 from memsave.ghost.groups import Groups
 from memsave.ghost.independence import IndependenceCheck
 from memsave.ghost.ledger import Ledger
-from memsave.ghost.proxies import ParameterProxies
 from memsave.ghost.refusals import Refusal, raise_refusals
+from memsave.ghost.rows import RowSplit
 
 
 class Phase(Enum):
@@ -65,8 +66,8 @@ class BackwardContext:
         """The names of the layers that ran with gradients."""
         self.refusals: list[Refusal] = []
         """What the forward found that cannot be clipped."""
-        self.proxies: list[ParameterProxies] = []
-        """One for each use of a layer that is differentiated by its own forward."""
+        self.trace: Any = None
+        """The OperatorTrace that follows the forward, or None."""
         self.recomputes = False
         """Whether some activations are recomputed in the backward."""
         self._layers_without_grad: set[str] = set()
@@ -86,11 +87,6 @@ class BackwardContext:
         for parameter in parameters:
             self.ledger.count_use(parameter)
         self.recomputes |= internals.saved_tensors_are_redirected()
-
-    def record_proxies(self, proxies: ParameterProxies) -> None:
-        """Record the proxies of a use, unless the forward is a recomputation."""
-        if not internals.in_backward():
-            self.proxies.append(proxies)
 
     def record_run_without_grad(self, layer: str) -> None:
         """Record that a trainable layer ran without gradients."""
@@ -120,24 +116,23 @@ class BackwardContext:
 
     def measure_norms(
         self, losses: Tensor, parameters: list[nn.Parameter], *, keep_gradients: bool
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """Squared norms (B,), then the gradients that autograd itself formed: of the parameters and of all proxies.
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Squared norms (B,), and the gradients of the parameters that autograd itself formed, past any norm hook.
 
         The squared norms are None if no layer has a gradient. `keep_gradients`: keep what the clipped sums are formed
         from; otherwise the graph is kept, and a second backward forms the sums.
         """
         self.phase, self.ledger.keep_all = Phase.MEASURE_NORMS, keep_gradients
-        proxies = [each for of_layer in self.proxies for each in of_layer.tensors.values()]
         with self._backward_of(losses):
             gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
                 losses,
-                [self.probe, *parameters, *proxies],
+                [self.probe, *parameters],
                 grad_outputs=torch.ones_like(losses),
                 retain_graph=not keep_gradients,
                 allow_unused=True,
             )
         squared, *found = gradients
-        return squared, found[: len(parameters)], found[len(parameters) :]
+        return squared, found
 
     def add_clipped_sums(self, factors: Tensor) -> None:
         """Add sum_b factors[b] g_b to `.grad`, from the gradients that `measure_norms` kept."""
@@ -170,7 +165,6 @@ class BackwardContext:
         """Free what the backwards kept; no other backward may follow."""
         self.phase, self._kept, self._check = Phase.NO_BACKWARD, None, IndependenceCheck()
         self.ledger.free()
-        self.proxies.clear()
 
     @contextmanager
     def _backward_of(self, losses: Tensor) -> Iterator[None]:
@@ -207,9 +201,9 @@ class BackwardContext:
         """Whether the clipped sums are formed in a second backward."""
         return not self.ledger.keep_all
 
-    def record_output_grad(self, layer: str, grad: Tensor) -> None:
-        """CHECK_INDEPENDENCE: record which rows of a layer's output gradient (B, ...) are not zero."""
-        self._check.record(layer, grad)
+    def record_output_grad(self, layer: str, grad: Tensor, split: RowSplit) -> None:
+        """CHECK_INDEPENDENCE: record which rows of a layer's output gradient are not zero."""
+        self._check.record(layer, grad, split)
 
     def squared_norms(self, parameter: nn.Parameter, gradient: Gradient, name: str) -> Tensor:
         """MEASURE_NORMS: what a use of a parameter adds to the squared norms, (B,)."""

@@ -24,11 +24,11 @@ from memsave.ghost._torch_internals import in_backward
 from memsave.ghost.attach import Attachment
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.direct import add_clipped_gradient
+from memsave.ghost.following import Following
 from memsave.ghost.gradients import has_values, safe_sqrt
 from memsave.ghost.groups import clip_factors
-from memsave.ghost.independence import IndependenceSchedule
+from memsave.ghost.independence import IndependenceSchedule, layers_reached
 from memsave.ghost.layer_patch import tensors_in
-from memsave.ghost.proxies import layers_reached, layers_with_side_outputs, refuse_mismatches
 from memsave.ghost.refusals import raise_refusals
 from memsave.ghost.snapshot import StateSnapshot
 
@@ -95,6 +95,7 @@ class GhostClipper:
         self._nonfinite: int | Tensor = 0
         self._unfinished = False
         self._independence = IndependenceSchedule()
+        self._following = Following(model)
         self._context: BackwardContext | None = None  # of the model's last forward
         self._snapshot: StateSnapshot | None = None
         self._forward_is_running = self._is_copy = False
@@ -170,6 +171,7 @@ class GhostClipper:
         finally:
             self._unfinished |= not done and (adding or bool(context.ledger.clipped_groups))
             context.finish()
+            self._following.finish()
             self._context, self._snapshot, self.plan = None, None, context.ledger.plan
         return norms
 
@@ -180,12 +182,8 @@ class GhostClipper:
         )  # groups add their sums in this backward
         with refusals.checkpoint_errors_explained(), refusals.written_gradients_refused(unwritten):
             self._check_independence(context, losses)
-            squared, of_parameters, of_proxies = context.measure_norms(
-                losses, parameters, keep_gradients=self.chosen_passes == 1
-            )
+            squared, of_parameters = context.measure_norms(losses, parameters, keep_gradients=self.chosen_passes == 1)
         refusals.refuse_used_elsewhere(self.model, parameters, of_parameters)
-        if context.proxies and has_values(context.probe):
-            refuse_mismatches(context.proxies, of_proxies, squared=squared)
         if squared is None and parameters:
             raise ValueError("the losses depend on no trainable layer of the model's last forward; give its own losses")
         return squared
@@ -242,8 +240,7 @@ class GhostClipper:
             seen = "no forward" if context is None else f"a batch of {context.batch_size}"
             raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
         frozen = refusals.frozen_after_forward(self._attachment.trainable, context.ledger.uses)
-        side_outputs = refusals.side_outputs(layers_with_side_outputs(losses) if context.proxies else ())
-        raise_refusals([*context.refusals, *frozen, *side_outputs])
+        raise_refusals([*context.refusals, *frozen])
         return context
 
     def passes_for(self, context: BackwardContext) -> str | int:
@@ -272,6 +269,7 @@ class GhostClipper:
         """Patch the model's layers, as the constructor does; for a clipper that was closed."""
         refusals.refuse_several_processes()
         self._independence.reset()
+        self._following.reset()
         self._attachment.attach(self.model)
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._after_forward, always_call=True))
@@ -281,6 +279,7 @@ class GhostClipper:
         for handle in self._handles:
             handle.remove()
         self._attachment.detach()
+        self._following.reset()
         self._handles, self._context, self._forward_is_running = [], None, False
 
     def holds(self, parameter: Tensor) -> bool:
@@ -294,6 +293,7 @@ class GhostClipper:
         self._drop_frozen_sums()
         self._attachment.detach()
         self._independence.reset()
+        self._following.reset()
         self._attachment.attach(model)
 
     def _drop_frozen_sums(self) -> None:
@@ -325,8 +325,11 @@ class GhostClipper:
             clip_factors_of=self._clip_factors,
         )
         self._forward_is_running = True
-        self._independence.begin_forward(module for _, module in modules)
+        if self._independence.begin_forward(module for _, module in modules):
+            self._following.reset()
         self._snapshot = StateSnapshot(modules)
+        if self.passes != "direct":
+            self._following.begin(self._context, self._attachment.trainable, tensors_in([*args, *kwargs.values()]))
 
     def _new_probe(self, first: Tensor | None) -> Tensor:
         """The probe (B,) of a forward, with the batch size of its first tensor argument."""
@@ -352,6 +355,7 @@ class GhostClipper:
         if self._is_copy or in_backward() or not self._forward_is_running:
             return
         self._forward_is_running = False
+        self._following.end(tensors_in([output]))
         if self._context is not None and output is not None:
             changes = self._snapshot.changes() if self._snapshot is not None else ()
             found = [*self._context.refusals, *changes]

@@ -18,6 +18,7 @@ from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_v
 from memsave.ghost.logits import LogitGradients, TargetPositions, scan
 from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
 from memsave.ghost.owners import clipper_of
+from memsave.ghost.rows import RowSplit
 
 NAME = "linear_cross_entropy"
 
@@ -84,7 +85,7 @@ def _with_norm_hook(
     saved, unpack = _pack(logit_grads)
     names, positions = tuple(trainable), logit_grads.positions
 
-    def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+    def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor, _: RowSplit) -> dict[str, Gradient]:
         return _per_example_grads(unpack(saved), grad, trainable=names)
 
     spec = HookSpec(NAME, names, per_example_grads)

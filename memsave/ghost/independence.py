@@ -11,11 +11,13 @@ may mix examples later (in another mode, or in batches of another order), quick 
 
 import random
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memsave.ghost.refusals import refuse_dependent_examples
+from memsave.ghost.rows import RowSplit
 
 MAX_COMPLETE_CHECKS = 8  # in a row without a newly checked layer; after that, quick checks
 MAX_INTERVAL = 256  # the largest number of backwards between two quick checks
@@ -32,10 +34,11 @@ class IndependenceCheck:
         self.reached: dict[str, Tensor] = {}
         """By layer, (B,): the examples whose row had a gradient from their own loss."""
 
-    def record(self, layer: str, grad: Tensor) -> None:
-        """Record the gradient of a layer's output, (B, ...)."""
-        rows = grad.reshape(len(grad), -1)
-        rows = ((rows != 0) & ~rows.isnan()).any(1)  # 0 x inf is NaN, which does not show a dependence
+    def record(self, layer: str, grad: Tensor, split: RowSplit) -> None:
+        """Record the gradient of a layer's output."""
+        rows = split.rows_first(grad).flatten(1) if grad.numel() else grad.new_zeros(0, 1)
+        found = ((rows != 0) & ~rows.isnan()).any(1)  # 0 x inf is NaN, which does not show a dependence
+        rows = found if split.trivial else split.summed(found.double()) > 0
         mixed, reached = (rows & ~self.subset).any(), rows & self.subset
         self.mixed[layer] = self.mixed.get(layer, mixed) | mixed
         self.reached[layer] = self.reached.get(layer, reached) | reached
@@ -55,12 +58,17 @@ class IndependenceSchedule:
         self._complete_checks = 0
         self._interval, self._steps_left = 1, 1
 
-    def begin_forward(self, modules: Iterable[nn.Module]) -> None:
-        """Start again if a module changed between train and eval mode: a check holds for one mode only."""
+    def begin_forward(self, modules: Iterable[nn.Module]) -> bool:
+        """Start again if a module changed between train and eval mode: a check holds for one mode only.
+
+        Returns whether that was the case.
+        """
         modes = tuple(module.training for module in modules)
-        if modes != self._modes:
+        changed = modes != self._modes
+        if changed:
             self.reset()
             self._modes = modes
+        return changed
 
     def next_check(self, *, unchecked: bool) -> str:
         """The check before this backward, "complete", "quick" or ""; `unchecked`: whether some layer is not checked."""
@@ -98,3 +106,19 @@ class IndependenceSchedule:
         if checked - self.checked:
             self._complete_checks = 0
         self.checked |= checked
+
+
+def layers_reached(losses: Tensor) -> set[str]:
+    """The names of the norm hooks that a backward of the losses passes."""
+    waiting: list[Any] = [losses.grad_fn]
+    found, names = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        spec = getattr(node, "hook_spec", None)
+        if spec is not None:
+            names.add(spec.name)
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                waiting.append(following)
+    return names

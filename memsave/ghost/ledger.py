@@ -13,18 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import (
-    ActivationGramCache,
-    FactoredGrad,
-    Gradient,
-    PerSampleGrad,
-    cheapest_form,
-    has_values,
-    held_bytes,
-    inner_products,
-    magnitude,
-    safe_sqrt,
-)
+from memsave.ghost.gradient_products import ActivationGramCache, cheapest_form, held_bytes, inner_products, magnitude
+from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_values, safe_sqrt
 from memsave.ghost.groups import Groups
 
 ROUNDING = 4  # rounding error of Gram entries, each a product of two sums, in units of the last digit

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memsave.ghost.gradients import TRIANGLE, LazyOutputGrads, upcast
+from memsave.ghost.gradient_products import TRIANGLE
+from memsave.ghost.gradients import LazyOutputGrads, upcast
 
 BLOCK = 2**22  # logits at a time: 16 MiB in float32
 MIN_COLUMNS = 512  # of a block, which exceeds BLOCK for very many tokens, but is smaller than their hidden states

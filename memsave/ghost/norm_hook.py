@@ -20,29 +20,30 @@ import torch
 from torch import Tensor
 
 from memsave.ghost.backward_context import BackwardContext, Phase
-from memsave.ghost.gradients import Gradient, PerSampleGrad, upcast
-from memsave.ghost.proxies import ParameterProxies
+from memsave.ghost.gradients import Gradient, upcast
+from memsave.ghost.rows import Rows, RowSplit
 
-PerExampleGrads = Callable[[tuple[Tensor, ...], Tensor], dict[str, Gradient]]
-"""(the layer's saved tensors, the output's gradient) to the per-example gradients by parameter name."""
+PerExampleGrads = Callable[[tuple[Tensor, ...], Tensor, RowSplit], dict[str, Gradient]]
+"""(saved tensors, the output's gradient, its split by example) to the per-example gradients by parameter name."""
 
+STANDARD = Rows(0)
 COMPARED = 2**12  # about how many elements of each example's activations are compared between two passes
 REPEAT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of sums of elements, relative to the norm
 
 
 @dataclass(frozen=True)
 class HookSpec:
-    """What a norm hook needs to know about one use of a layer."""
+    """What a norm hook needs to know about one use of a parameter, by a layer or an operator."""
 
     name: str
     parameter_names: tuple[str, ...]
     per_example_grads: PerExampleGrads
-    proxies: ParameterProxies | None = None
-    """Given if the layer is differentiated by its own forward; the saved tensors then contain its tensor arguments."""
+    rows: Rows = STANDARD
+    """Where the examples are in the output."""
 
 
 class NormHook(torch.autograd.Function):
-    """The identity on a layer's output (B, ...); the gradient of the probe is the layer's squared norms."""
+    """The identity on an output; the gradient of the probe is the squared norms of the use's parameters."""
 
     @staticmethod
     def forward(
@@ -69,16 +70,14 @@ class NormHook(torch.autograd.Function):
         context.refuse_other_backward(spec.name)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # Gram matrices must not be bfloat16
             if context.phase is Phase.CHECK_INDEPENDENCE:
-                _ = ctx.saved_tensors  # a checkpoint keeps recomputed tensors until they are unpacked
-                context.record_output_grad(spec.name, grad)
+                *_, examples = ctx.saved_tensors  # a checkpoint keeps recomputed tensors until they are unpacked
+                context.record_output_grad(spec.name, grad, _split(ctx, examples))
                 return grad, None, *nothing
             gradients = _per_example_grads(ctx, grad)
             named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, spec.parameter_names)]
             if context.phase is Phase.MEASURE_NORMS:
                 squared = torch.zeros_like(context.probe)
                 for parameter, name, gradient in named:
-                    if spec.proxies is not None and isinstance(gradient, PerSampleGrad):
-                        spec.proxies.record_grads(name, gradient.values)
                     squared += context.squared_norms(parameter, gradient, f"{spec.name}.{name}")
                 return grad, squared, *nothing
             for parameter, _, gradient in named:
@@ -86,22 +85,31 @@ class NormHook(torch.autograd.Function):
             return grad, None, *nothing
 
 
+def _split(ctx: Any, examples: Tensor) -> RowSplit:
+    rows = ctx.hook_spec.rows
+    return RowSplit(rows, examples if isinstance(rows.examples, Tensor) else None, ctx.context.batch_size)
+
+
 def _per_example_grads(ctx: Any, grad: Tensor) -> dict[str, Gradient]:
-    saved = tuple(each.detach() for each in ctx.saved_tensors)  # else what is kept would keep the graph alive
-    gradients = ctx.hook_spec.per_example_grads(saved, grad)
+    *saved, examples = (each.detach() for each in ctx.saved_tensors)  # else what is kept would keep the graph alive
+    split = _split(ctx, examples)
+    gradients = ctx.hook_spec.per_example_grads(tuple(saved), grad, split)
     if ctx.context.runs_two_passes:
-        formed = () if ctx.hook_spec.proxies is None else tuple(each.values for each in gradients.values())
-        _compare_passes(ctx, (grad, *saved, *formed))
+        _compare_passes(ctx, (grad, *saved), split)
     return gradients
 
 
-def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
-    """Compare the tensors of the second pass with those of the first by a sum of a sample of each example's elements.
+def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...], split: RowSplit) -> None:
+    """Compare the tensors of the second pass with those of the first by a sum of a sample of each row's elements.
 
     If they differ, the summed gradients are not those whose norms were measured.
     """
-    batch = len(tensors[0])
-    rows = [each.reshape(batch if each.dim() and len(each) == batch else 1, -1) for each in tensors]
+    tensors = tuple(each for each in tensors if each.numel())
+    if not tensors:
+        ctx.measured = []
+        return
+    count = len(split.rows_first(tensors[0]))
+    rows = [each.reshape(count if each.dim() and len(each) == count else 1, -1) for each in tensors]
     rows = [each[:, :: max(1, each.shape[1] // COMPARED) | 1] for each in rows]
     rows = [upcast(each) if each.is_floating_point() or each.is_complex() else each.double() for each in rows]
     sums = [each.sum(1) for each in rows]
@@ -117,5 +125,7 @@ def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...]) -> None:
 def apply_norm_hook(
     output: Tensor, spec: HookSpec, context: BackwardContext, saved: tuple[Tensor, ...], parameters: list[Any]
 ) -> Tensor:
-    """The output (B, ...) with a norm hook; `parameters` in the order of `spec.parameter_names`."""
+    """The output with a norm hook; `parameters` in the order of `spec.parameter_names`."""
+    examples = spec.rows.examples
+    saved = (*saved, examples if isinstance(examples, Tensor) else context.probe.detach())
     return NormHook.apply(output, context.probe, spec, context, len(saved), *saved, *parameters)

@@ -11,8 +11,9 @@ with, the tensors to save, and a function from these and the output's gradient t
 
         return RuleOutput(inputs.args, inputs.kwargs, (inputs.input,), per_example_grads)
 
-A rule matches a class exactly, or by its qualified name if the class belongs to another library. A subclass may compute
-something else, and takes the generic rule, which differentiates the layer's own forward.
+A rule matches a class exactly, or by its qualified name if the class belongs to another library, because a subclass may
+compute something else. A rule that returns None leaves this call to `operator_trace.py`, which follows the operators of
+the layer's own forward, as for any layer without a rule.
 """
 
 from collections.abc import Callable
@@ -36,10 +37,6 @@ class LayerInputs:
     """The names of the layer's trainable parameters."""
     name: str
     """The layer's name in the model."""
-    class_name: str
-    """Its class, and the source of its forward if that was replaced."""
-    forward: Callable[..., Any]
-    """The layer's own forward."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """What a rule has found out about the layer, kept between forwards."""
 
@@ -61,14 +58,12 @@ class RuleOutput:
 
     The function lives as long as the graph. It must not hold tensors: they belong in `saved`, which checkpoints drop.
     """
-    replay_tolerance: float | None = None
-    """Given if the layer is differentiated by its own forward (see `proxies.py`): the smallest tolerance of the checks.
-    `saved` then begins with all tensor arguments."""
-    fingerprint: Callable[[Tensor], tuple[Tensor, ...]] = lambda output: ()
-    """Tensors computed from the output, which are saved after the others."""
+    stacks: bool = False
+    """Whether the function also takes several rows of each example, (B, S, ...) in place of (B, ...), for the gradient
+    and all saved tensors. Otherwise it is called with (n, ...), and the n rows are summed by example."""
 
 
-Rule = Callable[[nn.Module, LayerInputs], RuleOutput]
+Rule = Callable[[nn.Module, LayerInputs], RuleOutput | None]
 
 _BY_CLASS: dict[type[nn.Module], Rule] = {}
 _BY_NAME: dict[str, Rule] = {}

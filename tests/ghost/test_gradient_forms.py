@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper, gradients
-from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, cheapest_form, inner_products
+from memsave.ghost import GhostClipper, gradient_products
+from memsave.ghost.gradient_products import cheapest_form, inner_products
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.ledger import Ledger
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper
@@ -41,7 +42,7 @@ def form(kind, *, positions=6, seed=0):
 
 @pytest.fixture(params=[2**24, 1, 40], ids=["one tile", "a position a tile", "several tiles"])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(gradients, "TILE", request.param)
+    monkeypatch.setattr(gradient_products, "TILE", request.param)
 
 
 @pytest.mark.parametrize("positions", [1, 6, 40])
@@ -74,9 +75,9 @@ def test_the_cheapest_form_is_chosen_by_shape(batch, positions, p, d, summed, fo
 
 
 def test_layers_with_the_same_input_form_its_products_once(monkeypatch):
-    monkeypatch.setattr(gradients, "TRIANGLE", 3)
-    formed, gram_tiles = [], gradients._gram_tiles
-    monkeypatch.setattr(gradients, "_gram_tiles", lambda a: (formed.append(a), gram_tiles(a))[1])
+    monkeypatch.setattr(gradient_products, "TRIANGLE", 3)
+    formed, gram_tiles = [], gradient_products._gram_tiles
+    monkeypatch.setattr(gradient_products, "_gram_tiles", lambda a: (formed.append(a), gram_tiles(a))[1])
 
     class Attention(nn.Module):
         def __init__(self):
@@ -98,7 +99,7 @@ def test_layers_with_the_same_input_form_its_products_once(monkeypatch):
 
 def test_the_gram_cache_notices_changed_activations():
     output_grads, activations = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
-    cache = gradients.ActivationGramCache()
+    cache = gradient_products.ActivationGramCache()
     for change in (0.0, 1.0):
         activations += change
         gradient = FactoredGrad(output_grads, activations)

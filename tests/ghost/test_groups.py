@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, gradients, verify
-from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, cheapest_form
+from memsave.ghost.gradient_products import cheapest_form
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.groups import groups_by_layer
 from memsave.profiler import MemoryRecorder
 from tests.ghost.test_clipper import Checkpointed, small

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memsave.ghost import GhostClipper, rules
-from memsave.ghost.rules.generic import generic
+from memsave.ghost.rule import registered_rule
 from tests.support.per_example_reference import assert_exact, by_clipper
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -291,7 +291,6 @@ def test_rmsnorms_of_hugging_face_take_their_own_rule_and_are_exact(kind, monkey
     module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     layer = getattr(module, f"{name}LayerNorm" if name == "T5" else f"{name}RMSNorm")(6)
     assert rules.rule_for(layer) is rules.norm.hugging_face
-    monkeypatch.setattr(rules.norm, "generic", None)
     nn.init.normal_(layer.weight, 1, 0.3)
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 
@@ -305,4 +304,4 @@ def test_an_rmsnorm_is_exact_even_if_its_first_example_is_zero():
 
 def test_a_gated_rmsnorm_takes_the_generic_rule():
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
-    assert rules.rule_for(modeling.MambaRMSNormGated(6, 3)) is generic
+    assert registered_rule(modeling.MambaRMSNormGated(6, 3)) is None

@@ -67,7 +67,6 @@ def test_rmsnorms_of_transformers_are_in_the_allow_list_with_the_right_weight_or
 def test_further_forwards_of_the_allow_list_are_exact(name, monkeypatch):
     package, prefix = name.split(".")
     modeling = pytest.importorskip(f"transformers.models.{package}.modeling_{package}")
-    monkeypatch.setattr(rules.norm, "generic", None)
     layer = normed(getattr(modeling, f"{prefix}RMSNorm"))
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 
@@ -130,7 +129,6 @@ def test_an_allowed_forward_with_another_gradient_takes_the_generic_rule():
 def test_inputs_wider_than_the_weight_are_exact(of_input, of_weight, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    monkeypatch.setattr(rules.norm, "generic", None)
     layer, x = normed(LlamaRMSNorm).to(getattr(torch, of_weight)), draw(3, 5, 6).to(getattr(torch, of_input))
     norms, _ = by_loop(layer, x, losses_of, max_grad_norm=1.0)
     ours, _ = by_clipper(layer, x, losses_of, max_grad_norm=1.0)

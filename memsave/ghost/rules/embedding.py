@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from memsave.ghost.gradients import FactoredGrad, Gradient, flatten_positions
+from memsave.ghost.gradients import FactoredGrad, Gradient
 from memsave.ghost.refusals import LayerRefused
 from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
 
@@ -27,7 +27,9 @@ def embedding(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
         one_hot = saved[0].reshape(len(grad), -1)  # (B, T)
         if layer.padding_idx is not None:
             one_hot = one_hot.masked_fill(one_hot == layer.padding_idx, -1)
-        weight = FactoredGrad(flatten_positions(grad), one_hot, transposed=True, num_embeddings=layer.num_embeddings)
+        weight = FactoredGrad(
+            grad.reshape(len(grad), -1, grad.shape[-1]), one_hot, transposed=True, num_embeddings=layer.num_embeddings
+        )
         return {"weight": weight}
 
-    return RuleOutput((index,), {}, (index,), per_example_grads)
+    return RuleOutput((index,), {}, (index,), per_example_grads, stacks=True)

@@ -26,7 +26,7 @@ def _rule(inputs: LayerInputs, *, transposed: bool) -> RuleOutput:
         return found
 
     saved = (inputs.input,) if "weight" in trainable else ()
-    return RuleOutput(inputs.args, inputs.kwargs, saved, per_example_grads)
+    return RuleOutput(inputs.args, inputs.kwargs, saved, per_example_grads, stacks=True)
 
 
 @register_rule(nn.Linear)

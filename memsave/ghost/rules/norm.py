@@ -15,7 +15,6 @@ from memsave.ghost._torch_internals import unobserved
 from memsave.ghost.gradients import Gradient, PerSampleGrad, has_values, upcast
 from memsave.ghost.parameter_swap import swapped_parameters
 from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
-from memsave.ghost.rules.generic import generic
 from memsave.ghost.rules.norm_forwards import known_neutral_weight
 
 COMPARED = 8  # positions of the first example, in each dimension
@@ -34,26 +33,26 @@ def group_norm(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
 
 
 @register_rule("transformers.models.*RMSNorm", "transformers.models.*T5LayerNorm")
-def hugging_face(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
+def hugging_face(layer: nn.Module, inputs: LayerInputs) -> RuleOutput | None:
     """RMSNorms of transformers, scaled by w (Llama, T5) or by 1 + w (Gemma).
 
-    A layer whose forward is not in the allow-list takes the generic rule, and so does a layer whose gradient differs
-    from that of autograd at its first use.
+    There is no rule for a layer whose forward is not in the allow-list, or whose gradient differs from that of autograd
+    at its first use.
     """
     x, cache = inputs.input, inputs.cache
     if "neutral_weight" not in cache:
         cache["neutral_weight"] = known_neutral_weight(layer)
     neutral = cache["neutral_weight"]
     if neutral is None or len(inputs.args) + len(inputs.kwargs) != 1:
-        return generic(layer, inputs)
+        return None
     if x.dim() < 2 or x.shape[-1:] != layer.get_parameter("weight").shape:
-        return generic(layer, inputs)
+        return None
     rule_output = _rule(layer, inputs, neutral_weight=neutral)
     if not cache.get("verified") and has_values(x):
         ours, expected = _first_gradients(layer, x, rule_output)
         if not torch.allclose(ours, expected, rtol=0, atol=1e-4 * float(expected.norm()), equal_nan=True):
             cache["neutral_weight"] = None
-            return generic(layer, inputs)
+            return None
         cache["verified"] = bool(expected.isfinite().all() & (expected != 0).any())  # zeros and NaN verify nothing
     return rule_output
 
@@ -92,7 +91,7 @@ def _rule(layer: nn.Module, inputs: LayerInputs, *, neutral_weight: float, chann
         return found
 
     saved = (inputs.input,) if "weight" in trainable else ()
-    return RuleOutput(inputs.args, inputs.kwargs, saved, per_example_grads)
+    return RuleOutput(inputs.args, inputs.kwargs, saved, per_example_grads, stacks=channels is None)
 
 
 def _run(layer: nn.Module, x: Tensor, weight: float) -> Tensor:

@@ -1,0 +1,284 @@
+"""Follows every operator of a forward: which tensors hold examples, and which operators get a trainable parameter.
+
+A layer whose class has a rule ends in a norm hook of its own. Every other use of a parameter is an operator that gets
+the parameter, or something computed from it, together with a tensor that depends on the examples: a product, an
+addition, a look-up, a concatenation. `OperatorTrace` is a TorchFunctionMode, which sees all operators. It hands such a
+use to the operator's rule in `operators/`, which puts a norm hook at it. Which module owns the parameter does not
+matter, nor where the examples are in its inputs.
+
+What runs outside of PyTorch's own functions (a `torch.autograd.Function`, a scripted function) is not seen: a parameter
+that it uses gets an ordinary gradient, and the backward refuses it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsave.ghost import _torch_internals as internals
+from memsave.ghost.backward_context import BackwardContext
+from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad
+from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
+from memsave.ghost.operators.rule import Operator, rule_of
+from memsave.ghost.parameter_source import Lookup, Source
+from memsave.ghost.refusals import LayerRefused, Refusal
+from memsave.ghost.row_follower import RowFollower
+from memsave.ghost.rows import WHOLE, Lost, Provenance, Rows, RowSplit
+
+KNOWN = "_memsave_known"  # the attribute of a tensor that holds what is known of it: (the trace, the knowledge)
+UNFOLLOWED = "code that is not followed"
+MOVING_GETTERS = frozenset(("T", "mT", "H", "mH", "real", "imag", "data"))
+EXPANDING = frozenset(("expand", "expand_as", "broadcast_to", "repeat", "tile"))
+
+
+class Constant:
+    """Marks a tensor that depends on no example and on no trainable parameter."""
+
+
+CONSTANT = Constant()
+Known = Rows | Lost | Source | Constant
+
+
+class OperatorTrace(internals.TorchFunctionMode):
+    """Follows the operators of one forward, and of its recomputations in the backward.
+
+    Args:
+        context: of the forward.
+        parameters: the trainable parameters by name.
+        followers: by batch size, what earlier forwards found out about operators that depend on shapes alone.
+    """
+
+    def __init__(
+        self, context: BackwardContext, parameters: Mapping[str, nn.Parameter], followers: dict[int, RowFollower]
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.needed = False
+        """Whether some use of a parameter was followed, so that later forwards must be followed, too."""
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._parameters = parameters
+        self._follower = followers.setdefault(context.batch_size, RowFollower(context.batch_size))
+        self._token = object()
+
+    # What is known of a tensor.
+
+    def mark_examples(self, tensors: Iterator[Tensor]) -> None:
+        """Mark the arguments of the model: those with B entries in dimension 0 hold the examples."""
+        for tensor in tensors:
+            has_batch = tensor.dim() and len(tensor) == self.context.batch_size
+            self.set(tensor, Rows(0) if has_batch else CONSTANT)
+
+    def set(self, tensor: Tensor, known: Known) -> None:
+        """Record what is known of a tensor."""
+        setattr(tensor, KNOWN, (self._token, known))
+
+    def known(self, tensor: Tensor) -> Known | None:
+        """What is known of a tensor, or None."""
+        token, known = getattr(tensor, KNOWN, (None, None))
+        return known if token is self._token else None
+
+    def source(self, tensor: Tensor) -> Source | None:
+        """The source, if the tensor depends on trainable parameters and on no example."""
+        known = self.known(tensor)
+        if isinstance(known, Source):
+            return known
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return Source.of_parameter(name, self._parameters[name])
+        if known is None and tensor.grad_fn is not None:
+            self.set(tensor, self._by_graph(tensor))
+            return self.source(tensor)
+        return None
+
+    def _by_graph(self, tensor: Tensor) -> Known:
+        """What is known of the output of code that is not followed: a source, if its graph reaches parameters alone."""
+        leaves = list(internals.leaves_of(tensor))
+        names = [self._names.get(id(leaf)) for leaf in leaves]
+        if leaves and all(name is not None for name in names):
+            return Source(tensor, {name: self._parameters[name] for name in names if name is not None})
+        has_batch = tensor.dim() and len(tensor) == self.context.batch_size
+        return Rows(0) if has_batch else Lost(UNFOLLOWED)
+
+    def provenance(self, tensor: Tensor) -> Provenance | None:
+        """The Rows of a tensor that depends on examples; None for a constant."""
+        known = self.known(tensor)
+        if isinstance(known, (Rows, Lost)):
+            return known
+        if known is None and tensor.requires_grad and self.source(tensor) is None:
+            found = self.known(tensor)
+            if found is None:  # a leaf that is no parameter of the model
+                has_batch = tensor.dim() and len(tensor) == self.context.batch_size
+                return Rows(0) if has_batch else Lost(UNFOLLOWED)
+            return found if isinstance(found, (Rows, Lost)) else None
+        return None
+
+    def rows(self, tensor: Tensor) -> Rows:
+        """The Rows of a tensor that depends on examples; raises LayerRefused if they are not known."""
+        if self.context.batch_size == 1:
+            return WHOLE
+        found = self.provenance(tensor)
+        if isinstance(found, Rows):
+            return found
+        operator = "an operator" if found is None else found.operator
+        raise LayerRefused(
+            f"is used together with a tensor {tuple(tensor.shape)} whose rows could not be followed to their examples "
+            f"(after {operator})",
+            "keep the examples apart in one dimension of it, or freeze the parameter",
+        )
+
+    # The operators.
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, with norm hooks if it uses a trainable parameter; record what is known of its outputs."""
+        kwargs = {} if kwargs is None else kwargs
+        name = func.__name__ if hasattr(func, "__name__") else type(func).__name__
+        if name == "__get__":
+            name = func.__self__.__name__  # type: ignore[attr-defined]
+            if name not in MOVING_GETTERS:
+                return func(*args, **kwargs)
+        elif name in ("__set__", "requires_grad_", "size", "dim", "detach_"):
+            return func(*args, **kwargs)
+        operands = list(tensors_among(args, kwargs))
+        sources = [each for each in operands if self.source(each) is not None]
+        given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
+        if sources and given and torch.is_grad_enabled() and name not in ("data", "detach"):
+            output = self._combine(Operator(name, func, args, kwargs))
+        else:
+            output = func(*args, **kwargs)
+        self._record(name, func, args, kwargs, output, sources, given)
+        return output
+
+    def _combine(self, operator: Operator) -> Any:
+        """An operator that gets a parameter and examples."""
+        rule = rule_of(operator.name)
+        try:
+            return rule(self, operator)
+        except LayerRefused as refused:
+            names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
+            self.context.refuse(Refusal(names[0], "", f"{refused.reason}, in {operator.name}", refused.remedy))
+            return operator.function(*operator.args, **operator.kwargs)
+
+    def _record(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        sources: list[Tensor],
+        given: list[tuple[Tensor, Provenance]],
+    ) -> None:
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        outputs = [args[0]] if in_place else list(tensors_among((output,), {}))
+        if not outputs or internals.is_batched(outputs[0]):
+            return
+        if given:
+            for each, found in zip(outputs, self._follow(name, func, args, kwargs, outputs, given), strict=True):
+                if id(each) not in self._names:
+                    self.set(each, found)
+            return
+        for each in outputs:
+            if id(each) in self._names or isinstance(self.known(each), (Rows, Lost)):
+                continue
+            if sources and each.requires_grad:
+                self.set(each, self._derived(name, each, args, sources))
+            else:
+                self.set(each, CONSTANT)
+
+    def _follow(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: list[Tensor],
+        given: list[tuple[Tensor, Provenance]],
+    ) -> list[Provenance]:
+        try:
+            return self._follower.after(name, func, args, kwargs, outputs, given)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError):
+            return [Lost(name)] * len(outputs)  # only a use of a parameter with it is then refused
+
+    def _derived(self, name: str, output: Tensor, args: tuple[Any, ...], tensors: list[Tensor]) -> Source:
+        sources = [found for each in tensors if (found := self.source(each)) is not None]
+        parameters = {key: p for each in sources for key, p in each.parameters.items()}
+        lookups = tuple(lookup for each in sources for lookup in each.lookups)
+        if name == "embedding" and len(sources) == 1 and sources[0].tensor in sources[0].parameters.values():
+            index = next(each for each in args[:2] if isinstance(each, Tensor) and not each.is_floating_point())
+            ((table, parameter),) = parameters.items()
+            lookups = (Lookup(output, table, index, len(parameter)),)
+        base = None
+        if name in EXPANDING and len(sources) == 1:
+            old, new = sources[0].tensor.shape, output.shape
+            kept = zip(reversed(old), reversed(new), strict=False)
+            base = sources[0] if all(a in (1, b) for a, b in kept) else None
+        return Source(output, parameters, lookups, base)
+
+    # The operators' rules put norm hooks with these.
+
+    def hook(
+        self,
+        output: Tensor,
+        source: Source,
+        rows: Rows,
+        saved: tuple[Tensor, ...],
+        gradient: Callable[[tuple[Tensor, ...], Tensor, RowSplit], PerSampleGrad | FactoredGrad],
+        *,
+        optional: bool = False,
+    ) -> Tensor:
+        """The output of an operator that uses a source, with a norm hook.
+
+        Args:
+            output: computed with the detached source.
+            source: what the parameters are computed into.
+            rows: of the output.
+            saved: tensors for `gradient`.
+            gradient: (saved, the output's gradient, its split by example) to the source's gradients, (B, *shape).
+            optional: whether a layer's rule could do the same, so that following is not needed.
+        """
+        name = next(iter(source.parameters))
+        self.needed |= not optional
+        self.context.record_use(name, source.parameters.values())
+
+        def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> dict[str, Gradient]:
+            return source.gradients(gradient(saved, grad, split))
+
+        spec = HookSpec(name, tuple(source.parameters), per_example_grads, rows)
+        hooked = apply_norm_hook(output, spec, self.context, saved, list(source.parameters.values()))
+        self.set(hooked, rows)
+        return hooked
+
+    def copies(self, source: Source, shape: torch.Size | tuple[int, ...], rows: Rows) -> Tensor:
+        """The source, broadcast to `shape` with these rows, whose gradient is separated by example."""
+        source = source.unexpanded()
+        own = tuple(source.tensor.shape)
+        is_lookup = len(source.lookups) == 1 and source.lookups[0].output is source.tensor
+        optional = is_lookup and len(own) == len(shape) > 1 and own[0] == 1 and rows.standard
+
+        def gradient(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> PerSampleGrad:
+            return PerSampleGrad(split.reduced(grad, own))
+
+        return self.hook(source.tensor.detach().expand(shape), source, rows, (), gradient, optional=optional)
+
+
+def tensors_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operator, also inside tuples and lists."""
+    for each in args:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (tuple, list)):
+            yield from tensors_among(tuple(each), {})
+    for each in kwargs.values():
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (tuple, list)):
+            yield from tensors_among(tuple(each), {})
+
+
+def forget(tensors: Iterator[Tensor]) -> None:
+    """Remove what was recorded of tensors that leave the model."""
+    for tensor in tensors:
+        tensor.__dict__.pop(KNOWN, None)

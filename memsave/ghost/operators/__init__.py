@@ -1,0 +1,18 @@
+"""Rules for operators that get a trainable parameter together with a tensor of the examples."""
+
+from memsave.ghost.operators import broadcasting, convolutions, lookups, products, recurrent, rewritten
+from memsave.ghost.operators.general import example_by_example
+from memsave.ghost.operators.rule import Operator, operator_rule, rule_of
+
+__all__ = [
+    "Operator",
+    "broadcasting",
+    "convolutions",
+    "example_by_example",
+    "lookups",
+    "operator_rule",
+    "products",
+    "recurrent",
+    "rewritten",
+    "rule_of",
+]

@@ -1,0 +1,157 @@
+"""Tensors that are computed from trainable parameters alone, and the way back from their gradients to the parameters.
+
+An operator may get a parameter itself, a part of it (one expert's slice), or what was computed from it: a transposed
+weight, a product of two factors, rows of a table at constant positions. Autograd has recorded that computation, so that
+a batch of gradients of the result gives the gradients of the parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from memsave.ghost import _torch_internals as internals
+from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, ViewGrad, upcast
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Rows of a table at positions that are the same for all examples."""
+
+    output: Tensor
+    table: str
+    """The name of the parameter."""
+    index: Tensor
+    num_embeddings: int
+
+    def gradient(self, of_output: Tensor) -> FactoredGrad:
+        """The table's gradients, from those of the output, (B, *shape of the output)."""
+        batch, width = len(of_output), of_output.shape[-1]
+        one_hot = self.index.reshape(1, -1).expand(batch, -1)
+        return FactoredGrad(
+            of_output.reshape(batch, -1, width), one_hot, transposed=True, num_embeddings=self.num_embeddings
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor that depends on trainable parameters and on no example."""
+
+    tensor: Tensor
+    parameters: Mapping[str, nn.Parameter]
+    """The parameters by name."""
+    lookups: tuple[Lookup, ...] = ()
+    base: "Source | None" = None
+    """What the tensor was before it was expanded or repeated along dimensions of size 1."""
+
+    @classmethod
+    def of_parameter(cls, name: str, parameter: nn.Parameter) -> "Source":
+        """The source that is a parameter itself."""
+        return cls(parameter, {name: parameter})
+
+    def unexpanded(self) -> "Source":
+        """The source before it was expanded."""
+        return self if self.base is None else self.base.unexpanded()
+
+    def gradients(self, of_tensor: PerSampleGrad | FactoredGrad) -> dict[str, Gradient]:
+        """The gradients of the parameters, from those of the tensor, (B, *shape)."""
+        if len(self.parameters) == 1 and not self.lookups:
+            ((name, parameter),) = self.parameters.items()
+            if parameter is self.tensor:
+                return {name: _real(of_tensor)}
+            found = _of_view(self.tensor, parameter, of_tensor)
+            if found is not None:
+                return {name: found}
+        values = of_tensor.values if isinstance(of_tensor, PerSampleGrad) else of_tensor.per_sample().values
+        return self._by_autograd(values.to(self.tensor.dtype))
+
+    def _by_autograd(self, values: Tensor) -> dict[str, Gradient]:
+        tables = {each.table for each in self.lookups}
+        lookups = {id(each.output): each for each in self.lookups}.values()
+        direct = {name: p for name, p in self.parameters.items() if name not in tables}
+        targets = [*(each.output for each in lookups), *direct.values()]
+        found = [each if each is None else each.detach() for each in _batched_grad(self.tensor, targets, values)]
+        result: dict[str, Gradient] = {}
+        for lookup, grad in zip(lookups, found, strict=False):
+            if grad is not None:
+                one = lookup.gradient(grad)
+                before = result.get(lookup.table)
+                result[lookup.table] = one if before is None else _added(before, one)
+        for name, grad in zip(direct, found[len(lookups) :], strict=True):
+            if grad is not None:
+                result[name] = _real(PerSampleGrad(grad))
+        batch = len(values)
+        return {
+            name: result[name] if name in result else PerSampleGrad(_zeros(parameter, batch))
+            for name, parameter in self.parameters.items()
+        }
+
+
+def _zeros(parameter: Tensor, batch: int) -> Tensor:
+    like = upcast(torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach())
+    return like.new_zeros(1).expand(batch, *like.shape)
+
+
+def _added(one: Gradient, other: Gradient) -> PerSampleGrad:
+    ones = one if isinstance(one, PerSampleGrad) else one.per_sample()
+    others = other if isinstance(other, PerSampleGrad) else other.per_sample()
+    return PerSampleGrad(ones.values + others.values)
+
+
+def _real(gradient: PerSampleGrad | FactoredGrad) -> PerSampleGrad | FactoredGrad:
+    """The gradient of a complex parameter is that of its real view."""
+    if isinstance(gradient, FactoredGrad):
+        factor = gradient.output_grads
+        if isinstance(factor, Tensor) and factor.is_complex():
+            inputs = gradient.activations.conj()
+            values = factor.transpose(1, 2) @ inputs
+            return PerSampleGrad(torch.view_as_real(values.transpose(1, 2) if gradient.transposed else values))
+        return gradient
+    return PerSampleGrad(torch.view_as_real(gradient.values)) if gradient.values.is_complex() else gradient
+
+
+def _batched_grad(output: Tensor, inputs: list[Tensor], grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs, (B, ...), for a batch of gradients of the output."""
+    if not inputs:
+        return ()
+    options = {"retain_graph": True, "allow_unused": True}
+    try:
+        return torch.autograd.grad(output, inputs, grads, is_grads_batched=True, **options)
+    except RuntimeError:  # some backward is not supported by vmap
+        each = [torch.autograd.grad(output, inputs, grad, **options) for grad in grads]
+        return tuple(None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True))
+
+
+def _of_view(view: Tensor, parameter: Tensor, gradient: PerSampleGrad | FactoredGrad) -> Gradient | None:
+    """The gradient of a contiguous parameter, from that of a view of it; None if it is no simple view."""
+    if not _shares_memory(view, parameter) or not _is_injective(view) or not parameter.is_contiguous():
+        return None
+    size, stride, offset = tuple(view.shape), view.stride(), int(view.storage_offset() - parameter.storage_offset())
+    if isinstance(gradient, FactoredGrad):
+        if len(size) != 2:
+            return None
+        if stride[0] < stride[1]:
+            gradient, size, stride = replace(gradient, transposed=not gradient.transposed), size[::-1], stride[::-1]
+        if size == tuple(parameter.shape):
+            return gradient
+    elif view.is_contiguous() and view.numel() == parameter.numel():
+        return PerSampleGrad(gradient.values.reshape(len(gradient.values), *parameter.shape))
+    return ViewGrad(gradient, tuple(parameter.shape), size, tuple(stride), offset)
+
+
+def _shares_memory(view: Tensor, parameter: Tensor) -> bool:
+    if view.dtype != parameter.dtype or view.is_complex() or view.is_conj() or view.is_neg():
+        return False
+    return internals.storage_id(view) == internals.storage_id(parameter)
+
+
+def _is_injective(view: Tensor) -> bool:
+    """Whether no two elements share memory."""
+    reach = 0
+    for step, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return False
+            reach += (size - 1) * step
+    return True
