@@ -306,11 +306,9 @@ class Bias(nn.Module):
     def __init__(self, shape):
         super().__init__()
         torch.manual_seed(5)
-        self.first, self.bias, self.scale = (
-            nn.Linear(3, 3),
-            nn.Parameter(torch.randn(shape)),
-            nn.Parameter(torch.randn(shape)),
-        )
+        self.first, self.bias, self.scale = nn.Linear(3, 3), parameter(*shape), parameter(*shape)
+        for each in (self.bias, self.scale):
+            nn.init.normal_(each)
 
     def forward(self, x):
         return self.first(x) * self.scale + self.bias
