@@ -95,7 +95,7 @@ def with_order(settings, batch_first):
     return {**settings, "options": {**settings.get("options", {}), "batch_first": batch_first}}
 
 
-@pytest.mark.parametrize("batch", [1, 4, 3])  # 4: as many examples as positions
+@pytest.mark.parametrize("batch", [1, 4])  # 4: as many examples as positions
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("settings", ATTENTIONS.values(), ids=ATTENTIONS.keys())
 def test_multihead_attention_is_exact(settings, batch_first, batch):

@@ -17,7 +17,7 @@ from tests.support.per_example_reference import by_loop
 
 pytestmark = pytest.mark.usefixtures("device")
 
-WIDTH, INNER, EXPERTS, TOP = 4, 3, 4, 2
+WIDTH, INNER, EXPERTS, TOP = 4, 4, 5, 2
 
 
 class ParameterRouter(nn.Module):

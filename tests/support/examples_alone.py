@@ -1,8 +1,10 @@
 """A second reference for a clipper: every example in a batch of its own."""
 
+import math
+
 import torch
 
-from tests.support.per_example_reference import assert_exact, by_loop
+from tests.support.per_example_reference import by_clipper, by_loop
 
 
 def plain_losses(model, batch):
@@ -32,31 +34,61 @@ def examples(batch):
     return list(batch.split(1))
 
 
-def assert_independent(model, batch, per_example_losses, *, rtol=1e-9):
-    """The norms and the clipped sums in the batch are those of the examples alone."""
-    norms, sums = by_loop(model, batch, per_example_losses, max_grad_norm=1.0)
-    alone = [by_loop(model, each, per_example_losses, max_grad_norm=1.0) for each in examples(batch)]
-    torch.testing.assert_close(norms, torch.cat([norm for norm, _ in alone]), rtol=rtol, atol=rtol / 100)
-    for name, total in sums.items():
-        torch.testing.assert_close(total, sum(each[name] for _, each in alone), rtol=rtol, atol=rtol / 100)
+def alone(model, batch, per_example_losses):
+    """(bound, norms (B,), clipped sum by parameter name) from the examples alone; the bound is the median norm."""
+    each = [by_loop(model, example, per_example_losses, max_grad_norm=math.inf) for example in examples(batch)]
+    norms = torch.cat([norm for norm, _ in each])
+    bound = norms.median().item() or 1.0
+    factors = (bound / norms).clamp(max=1.0)
+    names = each[0][1].keys()
+    return (
+        bound,
+        norms,
+        {name: sum(factor * sums[name] for factor, (_, sums) in zip(factors, each, strict=True)) for name in names},
+    )
 
 
-def assert_exact_alone(model, batch, per_example_losses=plain_losses, *, rtol=1e-9, **options):
-    """The clipper's norms and sums are those of one backward per example, in the batch and alone."""
-    assert_independent(model, batch, per_example_losses, rtol=rtol)
-    assert_exact(model, batch, per_example_losses, rtol=rtol, **options)
+def assert_same(results, reference, *, rtol):
+    """(norms, sums) are those of (bound, norms, sums), within `rtol` and 1e-12 of the bound."""
+    (norms, sums), (bound, expected_norms, expected_sums) = results, reference
+    torch.testing.assert_close(norms, expected_norms, rtol=rtol, atol=1e-12 * bound)
+    assert sums.keys() == expected_sums.keys()
+    for name, expected in expected_sums.items():
+        difference = (sums[name] - expected).norm()
+        assert difference <= rtol * expected.norm() + 1e-12 * bound, (name, difference, expected.norm())
 
 
-def assert_exact_or_refused(model, batch, per_example_losses=plain_losses, *, passes=(1, 2), **options):
-    """With each number of passes, the clipper is exact, or memsave raises a ValueError; returns whether all are."""
-    by_loop(model, batch, per_example_losses, max_grad_norm=1.0)  # errors of the model itself
+def assert_independent(model, batch, per_example_losses=plain_losses, *, rtol=1e-9):
+    """Each loss differentiated in the batch gives what the examples alone give; returns (bound, norms, sums)."""
+    reference = alone(model, batch, per_example_losses)
+    assert_same(by_loop(model, batch, per_example_losses, max_grad_norm=reference[0]), reference, rtol=rtol)
+    return reference
+
+
+def assert_exact_alone(model, batch, per_example_losses=plain_losses, *, rtol=1e-9):
+    """With each number of passes, the clipper's norms and sums are those of the examples alone and in the batch."""
+    reference = assert_independent(model, batch, per_example_losses, rtol=rtol)
+    for passes in (1, 2):
+        results = by_clipper(model, batch, per_example_losses, max_grad_norm=reference[0], passes=passes)
+        assert_same(results, reference, rtol=rtol)
+
+
+def assert_exact_or_refused(model, batch, per_example_losses=plain_losses, *, rtol=1e-9):
+    """With each number of passes, the clipper is exact, or memsave raises a ValueError; returns whether all are exact.
+
+    The reference has the same batch and random numbers.
+    """
+    bound = by_loop(model, batch, per_example_losses, max_grad_norm=1.0)[0].median().item() or 1.0
+    reference = bound, *by_loop(model, batch, per_example_losses, max_grad_norm=bound)
     exact = True
-    for number in passes:
+    for passes in (1, 2):
         try:
-            assert_exact(model, batch, per_example_losses, passes=(number,), **options)
+            results = by_clipper(model, batch, per_example_losses, max_grad_norm=bound, passes=passes)
         except ValueError as refusal:
             assert raised_by_memsave(refusal), refusal
             exact = False
+        else:
+            assert_same(results, reference, rtol=rtol)
     return exact
 
 
