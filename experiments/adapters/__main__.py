@@ -9,6 +9,7 @@ import argparse
 import fnmatch
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def main() -> None:
     print(dict(Counter(row.verdict for row in rows)), f"{seconds:.0f} s")
     if options.only is None:
         insert(DOCUMENT, name="adapters", text=table(rows))
-        results = {"seconds": round(seconds), "adapters": [row.as_dict() for row in rows]}
+        packages = {name: version(name) for name in ("peft", "transformers")}
+        results = {"packages": packages, "seconds": round(seconds), "adapters": [row.as_dict() for row in rows]}
         keep(HERE / "results.json", command="python -m experiments.adapters", results=results)
 
 

@@ -18,12 +18,14 @@ from experiments.models.check import (
     build,
     draws,
     in_float64,
+    is_refusal,
     judge,
     run_plainly,
     together,
     told,
 )
 from experiments.models.tasks import TASKS, Batch, next_tokens
+from memsave.ghost import GhostClipper
 
 SEED = 1
 
@@ -94,8 +96,20 @@ def check(setup: Setup) -> Row:
         except Exception as error:
             row.message = told(error)
             return row
-        judge(row, plain, model, batch, losses_of)
+        if attaches(row, plain, model):
+            judge(row, plain, model, batch, losses_of)
     return row
+
+
+def attaches(row: Row, plain: Plain, model: nn.Module) -> bool:
+    """Attach a clipper to the model itself: the copies that `judge` makes lose their gradient hooks."""
+    try:
+        GhostClipper(model, max_grad_norm=1.0).close()
+    except Exception as error:
+        row.apart, row.tolerance = plain.apart, plain.tolerance
+        row.verdict, row.message = ("refused" if is_refusal(error) else "traceback"), told(error)
+        return False
+    return True
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -100,6 +100,12 @@ def tie(model: nn.Module) -> None:
     model.tie_weights()
 
 
+def unhooked(model: nn.Module) -> None:
+    """Remove the gradient hooks of all parameters, as the clipper asks."""
+    for parameter in model.parameters():
+        parameter._backward_hooks = None
+
+
 def of_tasks(batch: Batch) -> Batch:
     """Each example has the number of its task."""
     return {**batch, "task_ids": torch.tensor([0, 1, 1, 0])}
@@ -186,6 +192,7 @@ OTHERS = [
     Setup("VeRA", "llama", "Vera", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
     Setup("PVeRA", "llama", "Pvera", {"r": 4, "target_modules": ["q_proj", "o_proj"]}, random=True),
     Setup("LoHa", "llama", "LoHa", on(r=4)),
+    Setup("LoHa, rank dropout 0.5", "llama", "LoHa", on(r=4, rank_dropout=0.5), random=True),
     Setup("LoHa, convolution", "vit", "LoHa", {"r": 4, "target_modules": PATCHES}),
     Setup("LoKr", "llama", "LoKr", on(r=2)),
     Setup("LoKr, both decomposed", "bert", "LoKr", KRONECKER),
@@ -193,6 +200,7 @@ OTHERS = [
     Setup("OFT", "llama", "OFT", on(oft_block_size=4, r=0)),
     Setup("OFT, convolution", "vit", "OFT", {"oft_block_size": 4, "r": 0, "target_modules": PATCHES}),
     Setup("BOFT", "llama", "BOFT", on(boft_block_size=4)),
+    Setup("BOFT, dropout 0.5", "llama", "BOFT", on(boft_block_size=4, boft_dropout=0.5), random=True),
     Setup("HRA", "llama", "HRA", on(r=4)),
     Setup("HRA, convolution", "vit", "HRA", {"r": 4, "target_modules": PATCHES}),
     Setup("FourierFT", "llama", "FourierFT", on(n_frequency=10, random_loc_seed=0), single=True),
@@ -221,6 +229,7 @@ OTHERS = [
     Setup("LN tuning", "llama", "LNTuning", {}),
     Setup("Super-tuning", "llama", "Supertuning", on()),
     Setup("OSF", "llama", "OSF", on(effective_rank=4)),
+    Setup("OSF, gradient hooks removed", "llama", "OSF", on(effective_rank=4), after=unhooked),
     Setup("Shadow", "llama", "Shadow", {"r": 4, "shadow_dropout": 0.0}),
     Setup("BOFT, convolution", "vit", "BOFT", {"boft_block_size": 4, "target_modules": PATCHES}),
     Setup("Poly", "llama", "Poly", on(r=2, n_tasks=2, n_skills=2, n_splits=1), change=of_tasks, random=True),
@@ -230,6 +239,7 @@ OTHERS = [
 ]
 PROMPTS = [
     Setup("CPT", "llama", "CPT", {"cpt_token_ids": [5, 6, 7]}),
+    Setup("CPT, gradient hook removed", "llama", "CPT", {"cpt_token_ids": [5, 6, 7]}, after=unhooked),
     Setup("Prompt tuning", "gemma3_text", "PromptTuning", {"num_virtual_tokens": 3}),
     Setup("Prompt tuning", "gpt2", "PromptTuning", {"num_virtual_tokens": 3}),
     Setup("Prompt tuning", "bert", "PromptTuning", {"num_virtual_tokens": 3}),
