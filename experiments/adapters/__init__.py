@@ -1,0 +1,1 @@
+"""GhostClipper with the adapters of PEFT over tiny models of transformers."""
