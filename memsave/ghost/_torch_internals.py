@@ -45,6 +45,7 @@ __all__ = [
     "storage_id",
     "tree_flatten",
     "tree_unflatten",
+    "unfollowed",
     "unobserved",
     "version",
     "without_overrides",
@@ -79,13 +80,16 @@ def unobserved() -> Iterator[None]:
         yield
 
 
-def leaves_of(tensor: Tensor) -> Iterator[Tensor | None]:
-    """The leaves that the graph of a tensor reaches; None for a custom function's node that ends it."""
+def leaves_of(tensor: Tensor, *, stop: type[torch.autograd.Function]) -> Iterator[Tensor | None]:
+    """The leaves that the graph of a tensor reaches; None in place of a node of the function `stop`."""
     waiting: list[Any] = [tensor.grad_fn]
     found = set(waiting)
     while waiting:
         node = waiting.pop()
         if node is None:
+            continue
+        if isinstance(node, stop._backward_cls):
+            yield None
             continue
         if hasattr(node, "variable"):
             yield node.variable
@@ -154,17 +158,25 @@ def is_reentrant_checkpoint_error(error: RuntimeError) -> bool:
     return "use_reentrant=True" in str(error)
 
 
+unfollowed: Callable[[], Any] = torch._C.DisableTorchFunction
+"""Context manager: no TorchFunctionMode sees the operators inside."""
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor belongs to `torch.func.vmap`, so that its shape lacks a dimension."""
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
 def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a function of `torch.nn.functional` that hands no call to a TorchFunctionMode as a whole.
+    """A copy of a Python function of PyTorch that hands no call to a TorchFunctionMode as a whole.
 
-    The mode then sees the operators inside it.
+    The mode then sees the operators inside it; without this, they run outside of the mode.
     """
-    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    names = {
+        **function.__globals__,
+        "has_torch_function": lambda *_: False,
+        "has_torch_function_unary": lambda *_: False,
+    }
     code, defaults = function.__code__, function.__defaults__
     inside = FunctionType(code, names, function.__name__, defaults)
     inside.__kwdefaults__ = function.__kwdefaults__

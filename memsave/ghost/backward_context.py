@@ -12,7 +12,7 @@ forward, never to a module.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from typing import Any
 
@@ -26,6 +26,10 @@ from memsave.ghost.independence import IndependenceCheck
 from memsave.ghost.ledger import Ledger
 from memsave.ghost.refusals import Refusal, raise_refusals
 from memsave.ghost.rows import RowSplit
+
+# under a trace, PyTorch's own functions would run the whole backward, with all recomputations, outside of it
+autograd_grad = internals.without_overrides(torch.autograd.grad)
+autograd_backward = internals.without_overrides(torch.autograd.backward)
 
 
 class Phase(Enum):
@@ -111,7 +115,7 @@ class BackwardContext:
             self._check.subset = subset
             weights = subset.to(losses.dtype)
             with self._backward_of(losses):
-                torch.autograd.grad(losses, self.probe, grad_outputs=weights, retain_graph=True, allow_unused=True)
+                autograd_grad(losses, self.probe, grad_outputs=weights, retain_graph=True, allow_unused=True)
         return self._check
 
     def measure_norms(
@@ -124,7 +128,7 @@ class BackwardContext:
         """
         self.phase, self.ledger.keep_all = Phase.MEASURE_NORMS, keep_gradients
         with self._backward_of(losses):
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            gradients: tuple[Tensor | None, ...] = autograd_grad(
                 losses,
                 [self.probe, *parameters],
                 grad_outputs=torch.ones_like(losses),
@@ -152,7 +156,7 @@ class BackwardContext:
         self.ledger.free()
         used = [p for p in parameters if p in self.ledger.uses]
         with self._backward_of(losses):
-            torch.autograd.backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
+            autograd_backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
         for layer, same in self._repeats.items():
             if has_values(same) and not same:
                 raise ValueError(
@@ -175,8 +179,10 @@ class BackwardContext:
             self._backward = internals.current_backward()
 
         handle = losses.register_hook(record)
+        following = self.trace if self.trace is not None and self.recomputes else nullcontext()
         try:
-            yield
+            with following:
+                yield
         finally:
             handle.remove()
 

@@ -95,7 +95,7 @@ class GhostClipper:
         self._nonfinite: int | Tensor = 0
         self._unfinished = False
         self._independence = IndependenceSchedule()
-        self._following = Following(model)
+        self._following = Following()
         self._context: BackwardContext | None = None  # of the model's last forward
         self._snapshot: StateSnapshot | None = None
         self._forward_is_running = self._is_copy = False

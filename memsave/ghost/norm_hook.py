@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext, Phase
 from memsave.ghost.gradients import Gradient, upcast
 from memsave.ghost.rows import Rows, RowSplit
@@ -68,12 +69,14 @@ class NormHook(torch.autograd.Function):
         spec, context = ctx.hook_spec, ctx.context
         nothing = [None] * (3 + ctx.saved_count + len(ctx.parameters))
         context.refuse_other_backward(spec.name)
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):  # Gram matrices must not be bfloat16
+        saved = tuple(each.detach() for each in ctx.saved_tensors)  # recomputed here, where a trace may follow it
+        # Gram matrices must not be bfloat16, and operators of the backward need not be followed
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), internals.unfollowed():
             if context.phase is Phase.CHECK_INDEPENDENCE:
-                *_, examples = ctx.saved_tensors  # a checkpoint keeps recomputed tensors until they are unpacked
-                context.record_output_grad(spec.name, grad, _split(ctx, examples))
+                context.record_output_grad(spec.name, grad, _split(ctx, saved[-1]))
                 return grad, None, *nothing
-            gradients = _per_example_grads(ctx, grad)
+            gradients = _per_example_grads(ctx, saved, grad)
+            del saved
             named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, spec.parameter_names)]
             if context.phase is Phase.MEASURE_NORMS:
                 squared = torch.zeros_like(context.probe)
@@ -90,12 +93,11 @@ def _split(ctx: Any, examples: Tensor) -> RowSplit:
     return RowSplit(rows, examples if isinstance(rows.examples, Tensor) else None, ctx.context.batch_size)
 
 
-def _per_example_grads(ctx: Any, grad: Tensor) -> dict[str, Gradient]:
-    *saved, examples = (each.detach() for each in ctx.saved_tensors)  # else what is kept would keep the graph alive
-    split = _split(ctx, examples)
-    gradients = ctx.hook_spec.per_example_grads(tuple(saved), grad, split)
+def _per_example_grads(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
+    split = _split(ctx, saved[-1])
+    gradients = ctx.hook_spec.per_example_grads(saved[:-1], grad, split)
     if ctx.context.runs_two_passes:
-        _compare_passes(ctx, (grad, *saved), split)
+        _compare_passes(ctx, (grad, *saved[:-1]), split)
     return gradients
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad
-from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
+from memsave.ghost.norm_hook import HookSpec, NormHook, apply_norm_hook
 from memsave.ghost.operators.rule import Operator, rule_of
 from memsave.ghost.parameter_source import Lookup, Source
 from memsave.ghost.refusals import LayerRefused, Refusal
@@ -29,6 +29,7 @@ from memsave.ghost.rows import WHOLE, Lost, Provenance, Rows, RowSplit
 KNOWN = "_memsave_known"  # the attribute of a tensor that holds what is known of it: (the trace, the knowledge)
 UNFOLLOWED = "code that is not followed"
 MOVING_GETTERS = frozenset(("T", "mT", "H", "mH", "real", "imag", "data"))
+FACTORIES = frozenset(("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "empty_like"))
 EXPANDING = frozenset(("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 
 
@@ -93,10 +94,15 @@ class OperatorTrace(internals.TorchFunctionMode):
 
     def _by_graph(self, tensor: Tensor) -> Known:
         """What is known of the output of code that is not followed: a source, if its graph reaches parameters alone."""
-        leaves = list(internals.leaves_of(tensor))
-        names = [self._names.get(id(leaf)) for leaf in leaves]
-        if leaves and all(name is not None for name in names):
-            return Source(tensor, {name: self._parameters[name] for name in names if name is not None})
+        names: set[str] = set()
+        for leaf in internals.leaves_of(tensor, stop=NormHook):
+            name = self._names.get(id(leaf))
+            if name is None:
+                names.clear()
+                break
+            names.add(name)
+        if names:
+            return Source(tensor, {name: self._parameters[name] for name in sorted(names)})
         has_batch = tensor.dim() and len(tensor) == self.context.batch_size
         return Rows(0) if has_batch else Lost(UNFOLLOWED)
 
@@ -144,22 +150,36 @@ class OperatorTrace(internals.TorchFunctionMode):
         operands = list(tensors_among(args, kwargs))
         sources = [each for each in operands if self.source(each) is not None]
         given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
+        if name in FACTORIES:
+            given = []
         if sources and given and torch.is_grad_enabled() and name not in ("data", "detach"):
-            output = self._combine(Operator(name, func, args, kwargs))
+            combined = self._combine(Operator(name, func, args, kwargs), given)
+            output, given = combined if combined is not None else (func(*args, **kwargs), [])
         else:
             output = func(*args, **kwargs)
         self._record(name, func, args, kwargs, output, sources, given)
         return output
 
-    def _combine(self, operator: Operator) -> Any:
-        """An operator that gets a parameter and examples."""
+    def _combine(
+        self, operator: Operator, given: list[tuple[Tensor, Provenance]]
+    ) -> tuple[Any, list[tuple[Tensor, Provenance]]] | None:
+        """The output of an operator that gets a parameter and examples, and the examples.
+
+        None if no gradient flows to the examples and they cannot be separated: they are constants to the derivative, so
+        that the output depends on parameters alone.
+        """
+        without_gradient = not any(each.requires_grad for each, _ in given)
+        if without_gradient and operator.name == "__getitem__" and all(each.dim() == 0 for each, _ in given):
+            return None  # the number of a slice
         rule = rule_of(operator.name)
         try:
-            return rule(self, operator)
+            return rule(self, operator), given
         except LayerRefused as refused:
+            if without_gradient:
+                return None
             names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
             self.context.refuse(Refusal(names[0], "", f"{refused.reason}, in {operator.name}", refused.remedy))
-            return operator.function(*operator.args, **operator.kwargs)
+            return operator.function(*operator.args, **operator.kwargs), given
 
     def _record(
         self,

@@ -75,7 +75,8 @@ class RowFollower:
         if found is None:
             return [Lost(given[0][1].operator if isinstance(given[0][1], Lost) else name)] * len(outputs)
         x, rows = found
-        if name in MOVING and args and args[0] is x:
+        takes_patches = name == "unfold" and getattr(function, "__module__", "") == "torch.nn.functional"
+        if name in MOVING and args and args[0] is x and not takes_patches:
             return [each or Lost(name) for each in self._moved(name, function, args, kwargs, x, rows, len(outputs))]
         one: Rows | None = None
         if name in JOINING:
@@ -94,6 +95,8 @@ class RowFollower:
             one = _after_packing(function, args, kwargs, x, rows)
         elif name == "_pad_packed_sequence":
             one = _after_unpacking(function, args, x, rows)
+        elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            return [rows, *_states_after(args, rows, len(outputs) - 1)]
         else:
             return [_kept(each, given) or Lost(name) for each in outputs]
         return [one or Lost(name)] * len(outputs)
@@ -299,6 +302,12 @@ def _after_unpacking(function: Callable[..., Any], args: tuple[Any, ...], x: Ten
         return None if uniform is None else Rows(uniform[0], tuple(uniform[1]))
 
 
+def _states_after(args: tuple[Any, ...], rows: Rows, count: int) -> list[Rows]:
+    """The final states of a recurrent layer, (layers, B, ...); of a packed sequence, in its own order."""
+    packed = isinstance(args[1], Tensor) and args[1].dim() == 1
+    return [rows.at(list(range(int(args[1][0]))), dim=1) if packed else rows.moved_to(1)] * count
+
+
 def _kept(output: Tensor, given: Given) -> Rows | None:
     """The Rows of an operator that moves no rows: of the same shape, or aligned at the last dimension."""
     for same_dim in (True, False):
@@ -310,4 +319,7 @@ def _kept(output: Tensor, given: Given) -> Rows | None:
             dim = rows.dim if same_dim and output.dim() == x.dim() else aligned
             if 0 <= dim < output.dim() and output.shape[dim] == count and (output.dim() == x.dim()) == same_dim:
                 return rows.moved_to(dim)
+    for x, rows in given:
+        if isinstance(rows, Rows) and rows.dim == 0 and output.dim() and len(output) == len(x):
+            return rows
     return None

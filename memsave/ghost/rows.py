@@ -122,7 +122,7 @@ class RowSplit:
         table = self._static_slots
         if table is not None:
             index = torch.tensor(table, device=device, dtype=torch.long).view(self.batch_size, -1)
-            return index.clamp(min=0), None if min(map(min, table), default=0) >= 0 else index >= 0
+            return index.clamp(min=0), index >= 0 if any(-1 in slots for slots in table) else None
         examples = self.examples(device)
         counts = torch.bincount(examples, minlength=self.batch_size)
         starts, order = counts.cumsum(0) - counts, examples.argsort(stable=True)
@@ -147,9 +147,11 @@ def uniform_rows(numbers: Tensor, *, first: int) -> tuple[int, list[int]] | None
 
     Negative numbers are padding and match any number. `first`: the dimension that is tried first.
     """
+    if not numbers.numel():
+        return first, [0] * numbers.shape[first] if first < numbers.dim() else []
     for dim in sorted(range(numbers.dim()), key=lambda each: (each != first, each)):
         slices = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
-        if not slices.numel() or not has_values(slices):
+        if not has_values(slices):
             continue
         rows = slices.amax(1)
         if bool((rows >= 0).all()) and bool(((slices == rows[:, None]) | (slices < 0)).all()):

@@ -75,7 +75,7 @@ def with_rows(trace: OperatorTrace, tensor: Tensor, rows: Rows, count: int) -> T
     return trace.copies(source, (*shape[: rows.dim], count, *shape[rows.dim + 1 :]), rows)
 
 
-@operator_rule("cat concat concatenate stack scaled_dot_product_attention gather take_along_dim bmm baddbmm index_copy")
+@operator_rule("cat concat concatenate stack scaled_dot_product_attention gather take_along_dim index_copy")
 def beside(trace: OperatorTrace, operator: Operator) -> Any:
     """An operator that takes parameters, expanded to the batch, beside the examples."""
     given = next(each for each in operator.tensors() if trace.provenance(each) is not None)

@@ -18,6 +18,8 @@ from memsave.ghost.rows import RowSplit
 if TYPE_CHECKING:
     from memsave.ghost.operator_trace import OperatorTrace
 
+MIXING_OPTIONS = "is used with max_norm, scale_grad_by_freq or sparse, which mix examples or have no rule"
+
 
 @operator_rule("embedding")
 def embedding(trace: OperatorTrace, operator: Operator) -> Tensor:
@@ -28,10 +30,7 @@ def embedding(trace: OperatorTrace, operator: Operator) -> Tensor:
     names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     options = {**dict(zip(names, operator.args[2:], strict=False)), **options}
     if options.get("max_norm") is not None or options.get("scale_grad_by_freq") or options.get("sparse"):
-        raise LayerRefused(
-            "is used with max_norm, scale_grad_by_freq or sparse, which mix examples or have no rule",
-            "call the embedding without these",
-        )
+        raise LayerRefused(MIXING_OPTIONS, "construct it without these")
     source = trace.source(weight)
     assert source is not None
     padding = options.get("padding_idx")
@@ -105,3 +104,13 @@ def index_select(trace: OperatorTrace, operator: Operator) -> Any:
         return example_by_example(trace, operator)
     with trace:
         return table.movedim(dim, 0)[index].movedim(0, dim)
+
+
+@operator_rule("embedding_bag")
+def embedding_bag(trace: OperatorTrace, operator: Operator) -> Any:
+    """`F.embedding_bag`, for each example alone."""
+    names = ("offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
+    options = {**dict(zip(names, operator.args[2:], strict=False)), **operator.kwargs}
+    if options.get("max_norm") is not None or options.get("scale_grad_by_freq") or options.get("sparse"):
+        raise LayerRefused(MIXING_OPTIONS, "construct it without these")
+    return example_by_example(trace, operator)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, flatten_positions, upcast
-from memsave.ghost.operators.broadcasting import beside, elementwise, with_rows
+from memsave.ghost.operators.broadcasting import with_rows
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.parameter_source import Source
 from memsave.ghost.refusals import LayerRefused
@@ -62,7 +62,7 @@ def _sum_of_positions(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) 
     return PerSampleGrad(upcast(flatten_positions(split.stacked(grad))).sum(1))
 
 
-@operator_rule("matmul __matmul__ __rmatmul__ mm mv dot inner")
+@operator_rule("matmul __matmul__ __rmatmul__ mm bmm mv dot inner")
 def matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
     """x @ W and W @ x, of any dimensions."""
     one, other = operator.args[:2] if len(operator.args) > 1 else (operator.args[0], *operator.kwargs.values())
@@ -83,10 +83,28 @@ def matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
     batch = torch.broadcast_shapes(one.shape[:-2], other.shape[:-2])
     if rows is not WHOLE:
         rows = rows.moved_to(rows.dim + len(batch) + 2 - x.dim())
+        if rows.dim == len(batch) and source is right:
+            return trace.hook(one @ other.detach(), source, rows, (one,), _formed(tuple(other.shape)))
+        if rows.dim == len(batch) + 1 and source is left:
+            with trace:
+                return (other.transpose(-1, -2) @ one.transpose(-1, -2)).transpose(-1, -2)
         if rows.dim >= len(batch):
-            raise LayerRefused("is multiplied where the examples are no dimension of the batch", "move them there")
+            raise LayerRefused("is multiplied over the dimension of the examples", "keep them apart, or freeze it")
     copies = trace.copies(source, (*batch, *source.tensor.shape[-2:]), rows)
     return copies @ other if source is left else one @ copies
+
+
+def _formed(shape: tuple[int, ...]) -> Any:
+    """The gradient of W (..., d, p) in y = x W, with x (..., n, d) and the examples among the n rows."""
+
+    def gradient(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> PerSampleGrad:
+        x, g = upcast(split.stacked(saved[0])), upcast(split.stacked(grad))  # (B, S, ..., d) and (B, S, ..., p)
+        values = x.movedim(1, -1) @ g.movedim(1, -2)  # (B, ..., d, p)
+        return PerSampleGrad(
+            values.sum_to_size(len(values), *[1] * (values.dim() - 1 - len(shape)), *shape).reshape(-1, *shape)
+        )
+
+    return gradient
 
 
 def _keeps_rows_before(trace: OperatorTrace, x: Tensor) -> bool:
@@ -117,12 +135,6 @@ def added_product(trace: OperatorTrace, operator: Operator) -> Tensor:
         product = one @ other
         product = product.sum(0) if operator.name == "addbmm" else product
         return operator.kwargs.get("beta", 1) * start + operator.kwargs.get("alpha", 1) * product
-
-
-@operator_rule("bmm")
-def batched_matmul(trace: OperatorTrace, operator: Operator) -> Any:
-    """`torch.bmm`, where the rows of the examples are the batch."""
-    return beside(trace, operator)
 
 
 @operator_rule("einsum")
@@ -183,6 +195,3 @@ def _einsum_as_linear(
         y = y if new else y.squeeze(-1)
         order = kept + new
         return y.permute([order.index(each) for each in result])
-
-
-__all__ = ["added_product", "batched_matmul", "einsum", "elementwise", "linear", "matmul"]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memsave.ghost.operators.broadcasting import with_rows
 from memsave.ghost.operators.rule import Operator, operator_rule
+from memsave.ghost.refusals import LayerRefused
 from memsave.ghost.rows import WHOLE, Rows
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ def layers(trace: OperatorTrace, operator: Operator) -> Any:
     states, weights = (operator.args[2], operator.args[3]) if packed else (second, operator.args[2])
     states = tuple(states) if isinstance(states, (tuple, list)) else (states,)
     options = operator.args[4:] if packed else operator.args[3:]
+    _, count, dropout, training = options[:4]
+    if dropout and training and count > 1:
+        raise LayerRefused(
+            "belongs to recurrent layers with dropout between them, which would draw other masks for each example",
+            "set that dropout to 0, and put nn.Dropout between single layers",
+        )
     batch = trace.context.batch_size
     along_batch = WHOLE if batch == 1 else Rows(0)
     copies = [
@@ -34,6 +42,8 @@ def layers(trace: OperatorTrace, operator: Operator) -> Any:
     ]
     followed = [trace.source(each) is not None for each in weights]
     is_tuple = operator.name == "lstm"
+    size = int(second[0]) if packed else x.shape[0 if options[-1] else 1] if x.dim() == 3 else 1
+    states = tuple(with_rows(trace, each, WHOLE if batch == 1 else Rows(1), size) for each in states)
     if packed:
         return _packed(trace, operator, x, second, states, copies, followed, options, is_tuple)
     *_, batch_first = options
@@ -55,10 +65,12 @@ def _examples(trace: OperatorTrace, x: Tensor, dim: int) -> list[int]:
     rows = trace.rows(x)
     if rows is WHOLE:
         return [0] * x.shape[dim]
-    rows = rows if rows.dim == dim else rows.moved_to(dim)
-    if rows.examples is None:
-        return list(range(x.shape[dim]))
-    return [int(each) for each in torch.as_tensor(rows.examples).tolist()]
+    examples = list(range(x.shape[rows.dim])) if rows.examples is None else torch.as_tensor(rows.examples).tolist()
+    if rows.dim == dim:
+        return [int(each) for each in examples]
+    if len(set(examples)) == 1:  # all of it belongs to one example
+        return [int(examples[0])] * x.shape[dim]
+    raise LayerRefused("belongs to a recurrent layer over the dimension of the examples", "keep them in its batch")
 
 
 def _packed(

@@ -20,14 +20,8 @@ if TYPE_CHECKING:
 @operator_rule("layer_norm rms_norm group_norm instance_norm batch_norm")
 def normalisation(trace: OperatorTrace, operator: Operator) -> Any:
     """x_hat w + b, with x_hat from the operator without its weight and bias."""
-    names = {
-        "layer_norm": (2, 3),
-        "rms_norm": (2, None),
-        "group_norm": (2, 3),
-        "instance_norm": (3, 4),
-        "batch_norm": (3, 4),
-    }
-    at_weight, at_bias = names[operator.name]
+    places = {"instance_norm": (3, 4), "batch_norm": (3, 4), "rms_norm": (2, None)}
+    at_weight, at_bias = places.get(operator.name, (2, 3))
     x = operator.args[0]
     if trace.provenance(x) is None:
         return example_by_example(trace, operator)
@@ -62,7 +56,7 @@ def prelu(trace: OperatorTrace, operator: Operator) -> Tensor:
 
 @operator_rule("grouped_mm _grouped_mm grouped_mm_fallback")
 def grouped_matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
-    """x (S, d), sorted by expert, times the weights (E, d, p) of the experts; `offs` (E,) are the ends of the groups."""
+    """x (S, d), sorted by expert, times the weights (E, d, p) of the experts; `offs` (E,) has the ends of the groups."""
     x, weight = operator.args[:2]
     ends, bias = operator.argument(2, "offs"), operator.kwargs.get("bias")
     if x.dim() != 2 or weight.dim() != 3 or ends is None:
