@@ -43,6 +43,7 @@ __all__ = [
     "own_parameters",
     "saved_tensors_are_redirected",
     "storage_id",
+    "tensor_hooks",
     "tree_flatten",
     "tree_unflatten",
     "unfollowed",
@@ -121,6 +122,11 @@ def is_compiled(module: nn.Module) -> bool:
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The module's forward pre-hooks: the older utilities of `torch.nn.utils` compute weights in one."""
     return list(module._forward_pre_hooks.values())
+
+
+def tensor_hooks(tensor: Tensor) -> Any:
+    """The tensor's own gradient hooks, which may change its gradient."""
+    return tensor._backward_hooks
 
 
 def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:

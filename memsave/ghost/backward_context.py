@@ -28,8 +28,8 @@ from memsave.ghost.refusals import Refusal, raise_refusals
 from memsave.ghost.rows import RowSplit
 
 # under a trace, PyTorch's own functions would run the whole backward, with all recomputations, outside of it
-autograd_grad = internals.without_overrides(torch.autograd.grad)
-autograd_backward = internals.without_overrides(torch.autograd.backward)
+GRAD_INSIDE_A_TRACE = internals.without_overrides(torch.autograd.grad)
+BACKWARD_INSIDE_A_TRACE = internals.without_overrides(torch.autograd.backward)
 
 
 class Phase(Enum):
@@ -115,7 +115,8 @@ class BackwardContext:
             self._check.subset = subset
             weights = subset.to(losses.dtype)
             with self._backward_of(losses):
-                autograd_grad(losses, self.probe, grad_outputs=weights, retain_graph=True, allow_unused=True)
+                grad = GRAD_INSIDE_A_TRACE if self._follows_backward else torch.autograd.grad
+                grad(losses, self.probe, grad_outputs=weights, retain_graph=True, allow_unused=True)
         return self._check
 
     def measure_norms(
@@ -128,7 +129,8 @@ class BackwardContext:
         """
         self.phase, self.ledger.keep_all = Phase.MEASURE_NORMS, keep_gradients
         with self._backward_of(losses):
-            gradients: tuple[Tensor | None, ...] = autograd_grad(
+            grad = GRAD_INSIDE_A_TRACE if self._follows_backward else torch.autograd.grad
+            gradients: tuple[Tensor | None, ...] = grad(
                 losses,
                 [self.probe, *parameters],
                 grad_outputs=torch.ones_like(losses),
@@ -156,7 +158,8 @@ class BackwardContext:
         self.ledger.free()
         used = [p for p in parameters if p in self.ledger.uses]
         with self._backward_of(losses):
-            autograd_backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
+            backward = BACKWARD_INSIDE_A_TRACE if self._follows_backward else torch.autograd.backward
+            backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
         for layer, same in self._repeats.items():
             if has_values(same) and not same:
                 raise ValueError(
@@ -170,6 +173,11 @@ class BackwardContext:
         self.phase, self._kept, self._check = Phase.NO_BACKWARD, None, IndependenceCheck()
         self.ledger.free()
 
+    @property
+    def _follows_backward(self) -> bool:
+        """Whether recomputations in the backward must be followed, as the forward was."""
+        return self.trace is not None and self.recomputes
+
     @contextmanager
     def _backward_of(self, losses: Tensor) -> Iterator[None]:
         """Inside, one backward of the losses runs; its number lets the hooks recognise an inner backward."""
@@ -179,7 +187,7 @@ class BackwardContext:
             self._backward = internals.current_backward()
 
         handle = losses.register_hook(record)
-        following = self.trace if self.trace is not None and self.recomputes else nullcontext()
+        following = self.trace if self._follows_backward else nullcontext()
         try:
             with following:
                 yield

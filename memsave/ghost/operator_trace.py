@@ -20,16 +20,18 @@ from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad
 from memsave.ghost.norm_hook import HookSpec, NormHook, apply_norm_hook
+from memsave.ghost.operators.lookups import embedding_arguments
 from memsave.ghost.operators.rule import Operator, rule_of
 from memsave.ghost.parameter_source import Lookup, Source
 from memsave.ghost.refusals import LayerRefused, Refusal
-from memsave.ghost.row_follower import RowFollower
+from memsave.ghost.row_follower import MOVING, RowFollower
 from memsave.ghost.rows import WHOLE, Lost, Provenance, Rows, RowSplit
 
 KNOWN = "_memsave_known"  # the attribute of a tensor that holds what is known of it: (the trace, the knowledge)
 UNFOLLOWED = "code that is not followed"
 MOVING_GETTERS = frozenset(("T", "mT", "H", "mH", "real", "imag", "data"))
 FACTORIES = frozenset(("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "empty_like"))
+SHAPED_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to"))  # only the shape or type is read
 EXPANDING = frozenset(("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 
 
@@ -102,7 +104,8 @@ class OperatorTrace(internals.TorchFunctionMode):
                 break
             names.add(name)
         if names:
-            return Source(tensor, {name: self._parameters[name] for name in sorted(names)})
+            parameters = {name: self._parameters[name] for name in sorted(names)}
+            return Source(tensor, parameters, version=internals.version(tensor))
         has_batch = tensor.dim() and len(tensor) == self.context.batch_size
         return Rows(0) if has_batch else Lost(UNFOLLOWED)
 
@@ -150,7 +153,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         operands = list(tensors_among(args, kwargs))
         sources = [each for each in operands if self.source(each) is not None]
         given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
-        if name in FACTORIES:
+        if name in FACTORIES or (name in SHAPED_LIKE and sources and args and args[0] is sources[0]):
             given = []
         if sources and given and torch.is_grad_enabled() and name not in ("data", "detach"):
             combined = self._combine(Operator(name, func, args, kwargs), given)
@@ -191,7 +194,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         sources: list[Tensor],
         given: list[tuple[Tensor, Provenance]],
     ) -> None:
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        in_place = bool(args) and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__")))
         outputs = [args[0]] if in_place else list(tensors_among((output,), {}))
         if not outputs or internals.is_batched(outputs[0]):
             return
@@ -203,8 +206,10 @@ class OperatorTrace(internals.TorchFunctionMode):
         for each in outputs:
             if id(each) in self._names or isinstance(self.known(each), (Rows, Lost)):
                 continue
+            if not in_place and any(each is one for one in sources):  # such as a conversion to the same type
+                continue
             if sources and each.requires_grad:
-                self.set(each, self._derived(name, each, args, sources))
+                self.set(each, self._derived(name, each, args, kwargs, sources))
             else:
                 self.set(each, CONSTANT)
 
@@ -222,20 +227,25 @@ class OperatorTrace(internals.TorchFunctionMode):
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError):
             return [Lost(name)] * len(outputs)  # only a use of a parameter with it is then refused
 
-    def _derived(self, name: str, output: Tensor, args: tuple[Any, ...], tensors: list[Tensor]) -> Source:
+    def _derived(
+        self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Source:
         sources = [found for each in tensors if (found := self.source(each)) is not None]
         parameters = {key: p for each in sources for key, p in each.parameters.items()}
         lookups = tuple(lookup for each in sources for lookup in each.lookups)
-        if name == "embedding" and len(sources) == 1 and sources[0].tensor in sources[0].parameters.values():
-            index = next(each for each in args[:2] if isinstance(each, Tensor) and not each.is_floating_point())
+        if name == "embedding" and len(sources) == 1 and sources[0].is_parameter:
+            index, padding, plain = embedding_arguments(args, kwargs)
             ((table, parameter),) = parameters.items()
-            lookups = (Lookup(output, table, index, len(parameter)),)
+            if plain:
+                index = index if padding is None else index.masked_fill(index == padding, -1)
+                lookups = (Lookup(output, table, index, len(parameter)),)
         base = None
         if name in EXPANDING and len(sources) == 1:
             old, new = sources[0].tensor.shape, output.shape
             kept = zip(reversed(old), reversed(new), strict=False)
             base = sources[0] if all(a in (1, b) for a, b in kept) else None
-        return Source(output, parameters, lookups, base)
+        is_view = name in MOVING and len(sources) == 1 and sources[0].is_view
+        return Source(output, parameters, lookups, base, is_view, internals.version(output))
 
     # The operators' rules put norm hooks with these.
 

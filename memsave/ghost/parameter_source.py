@@ -23,6 +23,7 @@ class Lookup:
     table: str
     """The name of the parameter."""
     index: Tensor
+    """Negative where nothing is looked up."""
     num_embeddings: int
 
     def gradient(self, of_output: Tensor) -> FactoredGrad:
@@ -44,25 +45,43 @@ class Source:
     lookups: tuple[Lookup, ...] = ()
     base: "Source | None" = None
     """What the tensor was before it was expanded or repeated along dimensions of size 1."""
+    is_view: bool = False
+    """Whether operators that only move elements have made it of one parameter."""
+    version: int = 0
+    """The tensor's in-place counter."""
 
     @classmethod
     def of_parameter(cls, name: str, parameter: nn.Parameter) -> "Source":
         """The source that is a parameter itself."""
-        return cls(parameter, {name: parameter})
+        return cls(parameter, {name: parameter}, is_view=True)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the tensor is a parameter itself."""
+        return any(self.tensor is each for each in self.parameters.values())
 
     def unexpanded(self) -> "Source":
         """The source before it was expanded."""
         return self if self.base is None else self.base.unexpanded()
 
     def gradients(self, of_tensor: PerSampleGrad | FactoredGrad) -> dict[str, Gradient]:
-        """The gradients of the parameters, from those of the tensor, (B, *shape)."""
-        if len(self.parameters) == 1 and not self.lookups:
+        """The gradients of the parameters, from those of the tensor, (B, *shape).
+
+        Raises ValueError if the tensor was changed in place after its use.
+        """
+        of_tensor = _formed_if_complex(of_tensor)
+        if self.is_view and len(self.parameters) == 1:
             ((name, parameter),) = self.parameters.items()
             if parameter is self.tensor:
                 return {name: _real(of_tensor)}
             found = _of_view(self.tensor, parameter, of_tensor)
             if found is not None:
                 return {name: found}
+        elif internals.version(self.tensor) != self.version:
+            raise ValueError(
+                f"what was computed from {', '.join(self.parameters)} was changed in place after its use, so that its "
+                f"gradient cannot be traced back; use operators that return a new tensor"
+            )
         values = of_tensor.values if isinstance(of_tensor, PerSampleGrad) else of_tensor.per_sample().values
         return self._by_autograd(values.to(self.tensor.dtype))
 
@@ -71,7 +90,7 @@ class Source:
         lookups = {id(each.output): each for each in self.lookups}.values()
         direct = {name: p for name, p in self.parameters.items() if name not in tables}
         targets = [*(each.output for each in lookups), *direct.values()]
-        found = [each if each is None else each.detach() for each in _batched_grad(self.tensor, targets, values)]
+        found = [each if each is None else _dense(each) for each in _batched_grad(self.tensor, targets, values)]
         result: dict[str, Gradient] = {}
         for lookup, grad in zip(lookups, found, strict=False):
             if grad is not None:
@@ -88,6 +107,10 @@ class Source:
         }
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+
+
 def _zeros(parameter: Tensor, batch: int) -> Tensor:
     like = upcast(torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach())
     return like.new_zeros(1).expand(batch, *like.shape)
@@ -99,16 +122,21 @@ def _added(one: Gradient, other: Gradient) -> PerSampleGrad:
     return PerSampleGrad(ones.values + others.values)
 
 
+def _formed_if_complex(gradient: PerSampleGrad | FactoredGrad) -> PerSampleGrad | FactoredGrad:
+    """The gradient, formed if its factors are complex: the activations are then conjugated."""
+    if isinstance(gradient, PerSampleGrad) or not isinstance(gradient.output_grads, Tensor):
+        return gradient
+    if not gradient.output_grads.is_complex():
+        return gradient
+    values = gradient.output_grads.transpose(1, 2) @ gradient.activations.conj()
+    return PerSampleGrad(values.transpose(1, 2) if gradient.transposed else values)
+
+
 def _real(gradient: PerSampleGrad | FactoredGrad) -> PerSampleGrad | FactoredGrad:
     """The gradient of a complex parameter is that of its real view."""
-    if isinstance(gradient, FactoredGrad):
-        factor = gradient.output_grads
-        if isinstance(factor, Tensor) and factor.is_complex():
-            inputs = gradient.activations.conj()
-            values = factor.transpose(1, 2) @ inputs
-            return PerSampleGrad(torch.view_as_real(values.transpose(1, 2) if gradient.transposed else values))
+    if isinstance(gradient, FactoredGrad) or not gradient.values.is_complex():
         return gradient
-    return PerSampleGrad(torch.view_as_real(gradient.values)) if gradient.values.is_complex() else gradient
+    return PerSampleGrad(torch.view_as_real(gradient.values))
 
 
 def _batched_grad(output: Tensor, inputs: list[Tensor], grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,6 +170,8 @@ def _of_view(view: Tensor, parameter: Tensor, gradient: PerSampleGrad | Factored
 
 def _shares_memory(view: Tensor, parameter: Tensor) -> bool:
     if view.dtype != parameter.dtype or view.is_complex() or view.is_conj() or view.is_neg():
+        return False
+    if internals.tensor_hooks(view):
         return False
     return internals.storage_id(view) == internals.storage_id(parameter)
 

@@ -5,6 +5,7 @@ a dimension of the result whose slices contain one number each is the dimension 
 keeps the dimension. Where neither is known, the result is `Lost`, and the use of a parameter with it is refused.
 """
 
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,14 +177,14 @@ class RowFollower:
             return None
         dim = rows.dim if setting else args[1] % target.dim()
         with internals.unobserved(), torch.no_grad():
-            numbers = torch.full(tuple(target.shape), -1)
+            numbers = torch.full(tuple(target.shape), -1, device="cpu")
             if isinstance(known, Filling):
                 numbers.copy_(example_numbers(target.shape, known.rows))
             values = example_numbers(source.shape, rows)
             if setting:
-                numbers[_on_the_cpu(index)] = values
+                numbers[_on_the_cpu(index)] = values.long()
             else:
-                numbers.index_copy_(dim, index.cpu(), values)
+                numbers.index_copy_(dim, index.cpu(), values.long())
             complete = self._rows_from(numbers, first=dim)
             if complete is not None:
                 return complete
@@ -192,11 +193,14 @@ class RowFollower:
 
 
 def example_numbers(shape: Sequence[int], rows: Rows) -> Tensor:
-    """A tensor of this shape that contains, in each element, the number of its example."""
+    """A tensor of this shape on the CPU that contains, in each element, the number of its example."""
     view = [1] * len(shape)
     view[rows.dim] = shape[rows.dim]
-    numbers = torch.arange(shape[rows.dim]) if rows.examples is None else torch.as_tensor(rows.examples).cpu()
-    return numbers.view(view).expand(tuple(shape))
+    numbers = (
+        torch.arange(shape[rows.dim], device="cpu") if rows.examples is None else torch.as_tensor(rows.examples).cpu()
+    )
+    small = numbers.short() if numbers.numel() < 2**15 else numbers  # fewer bytes, where an operator copies them
+    return small.view(view).expand(tuple(shape))
 
 
 def _on_the_cpu(values: Any) -> Any:
@@ -254,12 +258,26 @@ def _after_gathering(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows, 
     return rows
 
 
+def without_ellipsis(equation: str, operands: Sequence[Tensor]) -> str:
+    """The equation of an einsum with letters in place of `...`; only if these stand for equal dimensions."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    if "." not in equation or not result:
+        return equation.replace(" ", "")
+    free = [each for each in string.ascii_letters if each not in equation]
+    pairs = zip(operands, terms.split(","), strict=True)
+    counts = {x.dim() - len(term) + 3 for x, term in pairs if "..." in term}
+    letters = "".join(free[: max(counts)])
+    if len(counts) != 1:
+        return equation.replace(" ", "")
+    return f"{terms.replace('...', letters)}->{result.replace('...', letters)}"
+
+
 def _after_einsum(args: tuple[Any, ...], given: Given) -> Rows | None:
     if not isinstance(args[0], str):
         return None
     operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
-    terms, _, result = args[0].replace(" ", "").partition("->")
-    if "." in terms or not result:
+    terms, _, result = without_ellipsis(args[0], operands).partition("->")
+    if not result:
         return None
     of = {id(t): r for t, r in given}
     for operand, letters in zip(operands, terms.split(","), strict=True):

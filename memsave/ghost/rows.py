@@ -149,10 +149,15 @@ def uniform_rows(numbers: Tensor, *, first: int) -> tuple[int, list[int]] | None
     """
     if not numbers.numel():
         return first, [0] * numbers.shape[first] if first < numbers.dim() else []
+    compact = numbers
+    for dim, (size, stride) in enumerate(zip(numbers.shape, numbers.stride(), strict=True)):
+        compact = compact.narrow(dim, 0, 1) if size > 1 and stride == 0 else compact
     for dim in sorted(range(numbers.dim()), key=lambda each: (each != first, each)):
-        slices = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
+        slices = compact.movedim(dim, 0).flatten(1) if compact.dim() > 1 else compact.unsqueeze(-1)
         if not has_values(slices):
             continue
+        if len(slices) != numbers.shape[dim]:
+            slices = slices.expand(numbers.shape[dim], -1)
         rows = slices.amax(1)
         if bool((rows >= 0).all()) and bool(((slices == rows[:, None]) | (slices < 0)).all()):
             return dim, rows.tolist()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def convolution(trace: OperatorTrace, operator: Operator) -> Tensor:
     """`F.conv1d`, `F.conv2d` and `F.conv3d`: x (N, C, ...), weight (O, C / groups, ...), bias (O,)."""
     x, weight, bias = operator.argument(0, "input"), operator.argument(1, "weight"), operator.argument(2, "bias")
-    if trace.provenance(x) is None or trace.provenance(weight) is not None or x.dim() != weight.dim():
+    if trace.provenance(x) is None or trace.provenance(weight) is not None or x.dim() != weight.dim() or x.is_complex():
         return example_by_example(trace, operator)
     rows = trace.rows(x)
     if rows is not WHOLE and rows.dim != 0:

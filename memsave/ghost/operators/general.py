@@ -21,6 +21,8 @@ def example_by_example(trace: OperatorTrace, operator: Operator) -> Any:
 
     The rows of an example must be next to each other in every argument.
     """
+    if operator.name.endswith("_") and not operator.name.endswith("__"):
+        raise LayerRefused("is used by an operator that writes in place", "use the one that returns a new tensor")
     batch = trace.context.batch_size
     arguments = {id(each): each for each in operator.tensors()}.values()
     along_batch = WHOLE if batch == 1 else Rows(0)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from memsave.ghost.gradients import FactoredGrad
 from memsave.ghost.operators.general import example_by_example
@@ -24,17 +23,26 @@ MIXING_OPTIONS = "is used with max_norm, scale_grad_by_freq or sparse, which mix
 @operator_rule("embedding")
 def embedding(trace: OperatorTrace, operator: Operator) -> Tensor:
     """`F.embedding(index, weight)` and `torch.embedding(weight, index)`."""
-    first, second = operator.args[0], operator.argument(1, "weight", "indices")
-    index, weight = (second, first) if first.is_floating_point() else (first, second)
-    options = operator.kwargs if operator.function is F.embedding else {}
-    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    options = {**dict(zip(names, operator.args[2:], strict=False)), **options}
-    if options.get("max_norm") is not None or options.get("scale_grad_by_freq") or options.get("sparse"):
+    index, padding, plain = embedding_arguments(operator.args, operator.kwargs)
+    if not plain:
         raise LayerRefused(MIXING_OPTIONS, "construct it without these")
+    weight = next(each for each in operator.tensors() if each.is_floating_point() and trace.source(each) is not None)
     source = trace.source(weight)
     assert source is not None
+    return looked_up(trace, source, index, padding=padding)
+
+
+def embedding_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int | None, bool]:
+    """(the index, padding_idx, whether no other option is set) of `F.embedding` or `torch.embedding`."""
+    tensors = [each for each in (*args[:2], *kwargs.values()) if isinstance(each, Tensor)]
+    index = next(each for each in tensors if not each.is_floating_point())
+    is_torch_embedding = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+    others = () if is_torch_embedding else ("max_norm", "norm_type")
+    names = ("padding_idx", *others, "scale_grad_by_freq", "sparse")
+    options = {**dict(zip(names, args[2:], strict=False)), **kwargs}
     padding = options.get("padding_idx")
-    return looked_up(trace, source, index, padding=None if padding is None or padding < 0 else padding)
+    plain = options.get("max_norm") is None and not options.get("scale_grad_by_freq") and not options.get("sparse")
+    return index, None if padding is None or padding < 0 else padding, plain
 
 
 def looked_up(trace: OperatorTrace, source: Source, index: Tensor, *, padding: int | None = None) -> Tensor:

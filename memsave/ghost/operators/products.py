@@ -13,6 +13,7 @@ from memsave.ghost.operators.broadcasting import with_rows
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.parameter_source import Source
 from memsave.ghost.refusals import LayerRefused
+from memsave.ghost.row_follower import without_ellipsis
 from memsave.ghost.rows import WHOLE, Rows, RowSplit
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _formed(shape: tuple[int, ...]) -> Any:
 
     def gradient(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> PerSampleGrad:
         x, g = upcast(split.stacked(saved[0])), upcast(split.stacked(grad))  # (B, S, ..., d) and (B, S, ..., p)
-        values = x.movedim(1, -1) @ g.movedim(1, -2)  # (B, ..., d, p)
+        values = x.conj().movedim(1, -1) @ g.movedim(1, -2)  # (B, ..., d, p)
         return PerSampleGrad(
             values.sum_to_size(len(values), *[1] * (values.dim() - 1 - len(shape)), *shape).reshape(-1, *shape)
         )
@@ -145,7 +146,8 @@ def einsum(trace: OperatorTrace, operator: Operator) -> Tensor:
     equation, *operands = operator.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    terms, _, result = equation.replace(" ", "").partition("->")
+    equation = without_ellipsis(equation, operands)
+    terms, _, result = equation.partition("->")
     letters = terms.split(",")
     sources = [trace.source(each) for each in operands]
     if "." not in equation and result and len(operands) == 2 and sum(each is not None for each in sources) == 1:

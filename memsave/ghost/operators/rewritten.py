@@ -56,7 +56,7 @@ def prelu(trace: OperatorTrace, operator: Operator) -> Tensor:
 
 @operator_rule("grouped_mm _grouped_mm grouped_mm_fallback")
 def grouped_matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
-    """x (S, d), sorted by expert, times the weights (E, d, p) of the experts; `offs` (E,) has the ends of the groups."""
+    """x (S, d), sorted by expert, times the weights (E, d, p) of the experts; `offs` (E,) ends the groups."""
     x, weight = operator.args[:2]
     ends, bias = operator.argument(2, "offs"), operator.kwargs.get("bias")
     if x.dim() != 2 or weight.dim() != 3 or ends is None:
