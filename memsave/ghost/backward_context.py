@@ -68,6 +68,8 @@ class BackwardContext:
         self.ledger = Ledger(probe, bytes_left=memory_budget, groups=groups, clip_factors_of=clip_factors_of)
         self.layers: set[str] = set()
         """The names of the layers that ran with gradients."""
+        self.used_by: dict[nn.Parameter, set[str]] = {}
+        """The classes of layers with a rule, and the names of operators, that used each parameter."""
         self.refusals: list[Refusal] = []
         """What the forward found that cannot be clipped."""
         self.trace: Any = None
@@ -83,13 +85,14 @@ class BackwardContext:
 
     # The forward: layers record what they do.
 
-    def record_use(self, layer: str, parameters: Iterable[nn.Parameter]) -> None:
-        """Count a use of each parameter, unless the forward recomputes one that was counted."""
+    def record_use(self, layer: str, parameters: Iterable[nn.Parameter], *, by: str) -> None:
+        """Count a use of each parameter by a layer's rule or an operator, unless it is a recomputation."""
         if internals.in_backward():
             return
         self.layers.add(layer)
         for parameter in parameters:
             self.ledger.count_use(parameter)
+            self.used_by.setdefault(parameter, set()).add(by)
         self.recomputes |= internals.saved_tensors_are_redirected()
 
     def record_run_without_grad(self, layer: str) -> None:

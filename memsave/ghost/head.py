@@ -66,7 +66,7 @@ def linear_cross_entropy(
             f"{NAME} got targets for {len(targets)} examples, but the model saw a batch of {context.batch_size}; keep "
             f"the batch in dimension 0"
         )
-    context.record_use(NAME, [p for p in trainable.values() if isinstance(p, nn.Parameter)])
+    context.record_use(NAME, [p for p in trainable.values() if isinstance(p, nn.Parameter)], by=NAME)
     with_gram = "weight" in trainable and not (context.batch_size == 1 and clipper.passes_for(context) == 1)
     bytes_per_column = max(1, positions.count * upcast(tokens.detach()[:0]).element_size())
     store = min(len(weight), context.ledger.bytes_left // bytes_per_column)

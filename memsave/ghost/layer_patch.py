@@ -88,7 +88,7 @@ class LayerPatch:
             if trace is None:
                 self._refuse(context, "has no rule for this call, unlike in the first forward", ATTACH_AGAIN)
             return self.original(*args, **kwargs)
-        context.record_use(self.name, list(trainable.values()))
+        context.record_use(self.name, trainable.values(), by=type(self.module).__name__)
         with swapped_parameters(self.module, {name: p.detach() for name, p in trainable.items()}):
             output = self.original(*rule_output.args, **rule_output.kwargs)
         return self._with_norm_hook(context, rule_output, output, trainable)

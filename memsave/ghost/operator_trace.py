@@ -63,6 +63,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         self._parameters = parameters
         self._follower = followers.setdefault(context.batch_size, RowFollower(context.batch_size))
         self._token = object()
+        self._operator = ""
 
     # What is known of a tensor.
 
@@ -174,7 +175,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         without_gradient = not any(each.requires_grad for each, _ in given)
         if without_gradient and operator.name == "__getitem__" and all(each.dim() == 0 for each, _ in given):
             return None  # the number of a slice
-        rule = rule_of(operator.name)
+        rule, self._operator = rule_of(operator.name), operator.name
         try:
             return rule(self, operator), given
         except LayerRefused as refused:
@@ -271,7 +272,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         """
         name = next(iter(source.parameters))
         self.needed |= not optional
-        self.context.record_use(name, source.parameters.values())
+        self.context.record_use(name, source.parameters.values(), by=self._operator)
 
         def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> dict[str, Gradient]:
             return source.gradients(gradient(saved, grad, split))
