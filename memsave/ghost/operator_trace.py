@@ -80,7 +80,9 @@ class OperatorTrace(internals.TorchFunctionMode):
     def known(self, tensor: Tensor) -> Known | None:
         """What is known of a tensor, or None."""
         token, known = getattr(tensor, KNOWN, (None, None))
-        return known if token is self._token else None
+        if token is not self._token or (known is CONSTANT and tensor.requires_grad):
+            return None  # in the second case, an autograd.Function has made it without gradients, and returned it
+        return known
 
     def source(self, tensor: Tensor) -> Source | None:
         """The source, if the tensor depends on trainable parameters and on no example."""
@@ -184,6 +186,12 @@ class OperatorTrace(internals.TorchFunctionMode):
             names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
             self.context.refuse(Refusal(names[0], "", f"{refused.reason}, in {operator.name}", refused.remedy))
             return operator.function(*operator.args, **operator.kwargs), given
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AssertionError) as error:
+            output = operator.function(*operator.args, **operator.kwargs)  # raises if the model itself is at fault
+            names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
+            reason = f"is used by {operator.name} in a way that has no rule ({type(error).__name__}: {error})"
+            self.context.refuse(Refusal(names[0], "", reason, "freeze the parameter, or use another operator"))
+            return output, given
 
     def _record(
         self,
