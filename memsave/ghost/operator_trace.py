@@ -182,7 +182,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         try:
             return rule(self, operator), given
         except LayerRefused as refused:
-            if without_gradient:
+            if without_gradient and not refused.final:
                 return None
             names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
             self.context.refuse(Refusal(names[0], "", f"{refused.reason}, in {operator.name}", refused.remedy))

@@ -148,7 +148,13 @@ def _batched_grad(output: GradientEdge, inputs: list[GradientEdge], grads: Tenso
     try:
         return torch.autograd.grad(output, inputs, grads, is_grads_batched=True, **options)
     except RuntimeError:  # some backward is not supported by vmap
-        each = [torch.autograd.grad(output, inputs, grad, **options) for grad in grads]
+        try:
+            each = [torch.autograd.grad(output, inputs, grad, **options) for grad in grads]
+        except RuntimeError as error:
+            raise ValueError(
+                f"the gradient of a tensor that was computed from parameters alone cannot be traced back to them "
+                f"({error}); compute it anew in each forward, by operators that do not write in place"
+            ) from error
         return tuple(None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True))
 
 
