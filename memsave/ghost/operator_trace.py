@@ -92,6 +92,8 @@ class OperatorTrace(internals.TorchFunctionMode):
             return known
         name = self._names.get(id(tensor))
         if name is not None:
+            if not tensor.requires_grad:  # frozen in the middle of the forward
+                return None
             return Source.of_parameter(name, self._parameters[name])
         if known is None and tensor.grad_fn is not None:
             self.set(tensor, self._by_graph(tensor))
@@ -218,7 +220,7 @@ class OperatorTrace(internals.TorchFunctionMode):
                 continue
             if not in_place and any(each is one for one in sources):  # such as a conversion to the same type
                 continue
-            if sources and each.requires_grad:
+            if sources and each.grad_fn is not None and torch.is_grad_enabled():
                 self.set(each, self._derived(name, each, args, kwargs, sources))
             else:
                 self.set(each, CONSTANT)
