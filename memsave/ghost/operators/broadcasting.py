@@ -24,7 +24,7 @@ NOT_IN_PLACE = "use the operator that returns a new tensor, or freeze the parame
     mul mul_ multiply __mul__ __rmul__ __imul__
     div div_ divide true_divide __truediv__ __rtruediv__ __itruediv__ __rdiv__
     pow pow_ __pow__ __rpow__ float_power where maximum minimum fmax fmin fmod remainder atan2 hypot copysign
-    logaddexp logaddexp2 lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_ clamp clamp_ clip
+    logaddexp logaddexp2 lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ masked_fill_ clamp clamp_ clip
     xlogy copy_ threshold mse_loss l1_loss smooth_l1_loss huber_loss
     eq ne gt ge lt le __eq__ __ne__ __gt__ __ge__ __lt__ __le__ isclose
     """
@@ -44,10 +44,19 @@ def elementwise(trace: OperatorTrace, operator: Operator) -> Any:
     return operator.run(replace)
 
 
+@operator_rule("masked_fill")
+def masked_fill(trace: OperatorTrace, operator: Operator) -> Tensor:
+    """`masked_fill` with a parameter as the value, or as the tensor that is filled."""
+    x, mask = operator.argument(0, "input", "self"), operator.argument(1, "mask")
+    value = operator.argument(2, "value")
+    with trace:
+        return torch.where(mask, value, x)
+
+
 def _written(trace: OperatorTrace, operator: Operator) -> Tensor:
     """An operator that writes examples into what was computed from parameters, by the one that returns a tensor."""
     target, *others = operator.args
-    function = getattr(Tensor, operator.name.removeprefix("__i").strip("_"), None)
+    function = getattr(Tensor, operator.name.removeprefix("__i").removeprefix("true").strip("_"), None)
     if function is None or target.is_leaf:
         raise LayerRefused(WRITTEN, NOT_IN_PLACE)
     with trace:
@@ -92,7 +101,7 @@ def with_rows(trace: OperatorTrace, tensor: Tensor, rows: Rows, count: int) -> T
     return trace.copies(source, (*shape[: rows.dim], count, *shape[rows.dim + 1 :]), rows)
 
 
-@operator_rule("cat concat concatenate stack scaled_dot_product_attention gather take_along_dim index_copy")
+@operator_rule("cat concat concatenate stack gather take_along_dim index_copy")
 def beside(trace: OperatorTrace, operator: Operator) -> Any:
     """An operator that takes parameters, expanded to the batch, beside the examples."""
     given = next(each for each in operator.tensors() if trace.provenance(each) is not None)
@@ -101,20 +110,31 @@ def beside(trace: OperatorTrace, operator: Operator) -> Any:
     joins = operator.name in ("cat", "concat", "concatenate") and rows is not WHOLE
     if joins and operator.argument(1, "dim", "axis", default=0) % given.dim() == rows.dim:
         raise LayerRefused("is joined to the rows of the examples, as rows of no example", "freeze the parameter")
-    mask = operator.argument(3, "attn_mask") if operator.name == "scaled_dot_product_attention" else None
+
+    return operator.run(lambda each: with_rows(trace, each, rows, count))
+
+
+@operator_rule("scaled_dot_product_attention")
+def attention(trace: OperatorTrace, operator: Operator) -> Tensor:
+    """`F.scaled_dot_product_attention`, whose arguments broadcast in all but the last two dimensions."""
+    query, key = operator.argument(0, "query"), operator.argument(1, "key")
+    value, mask = operator.argument(2, "value"), operator.argument(3, "attn_mask")
+    given = next(each for each in operator.tensors() if trace.provenance(each) is not None)
+    rows = trace.rows(given)
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    if rows is not WHOLE:
+        rows = rows.moved_to(rows.dim + len(batch) + 2 - given.dim())
+        if rows.dim >= len(batch):
+            raise LayerRefused("is attended to over the dimension of the examples", "keep them apart, or freeze it")
 
     def replace(tensor: Tensor) -> Tensor:
-        if tensor is mask and trace.source(tensor) is not None:
-            query, key = operator.argument(0, "query"), operator.argument(1, "key")
-            shape = torch.broadcast_shapes(tensor.shape, (*query.shape[:-1], key.shape[-2]))
-            return trace.copies(_source(trace, tensor), shape, rows)
-        return with_rows(trace, tensor, rows, count)
+        source = trace.source(tensor)
+        if source is None:
+            return tensor
+        last = (query.shape[-2], key.shape[-2]) if tensor is mask else tensor.shape[-2:]
+        return trace.copies(source, (*batch, *last), rows)
 
     return operator.run(replace)
-
-
-def _source(trace: OperatorTrace, tensor: Tensor) -> Any:
-    return trace.source(tensor)
 
 
 @operator_rule("__setitem__")

@@ -87,10 +87,10 @@ def get_item(trace: OperatorTrace, operator: Operator) -> Any:
         return looked_up(trace, source, position)
     with trace:
         flat, sizes = table.flatten(0, len(items) - 1), table.shape[: len(items)]
-        position = items[0]
-        for each, size in zip(items[1:], sizes[1:], strict=True):
-            position = position * size + each
-        return flat[position]
+        joined: Any = 0
+        for each, size in zip(items, sizes, strict=True):
+            joined = joined * size + torch.where(each < 0, each + size, each).long()
+        return flat[joined]
 
 
 def _general_index(trace: OperatorTrace, table: Tensor, items: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from memsave.ghost.operators.broadcasting import with_rows
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.parameter_source import Source
 from memsave.ghost.refusals import LayerRefused
-from memsave.ghost.row_follower import without_ellipsis
+from memsave.ghost.row_changes import without_ellipsis
 from memsave.ghost.rows import WHOLE, Rows, RowSplit
 
 if TYPE_CHECKING:
@@ -63,10 +63,24 @@ def _sum_of_positions(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) 
     return PerSampleGrad(upcast(flatten_positions(split.stacked(grad))).sum(1))
 
 
-@operator_rule("matmul __matmul__ __rmatmul__ mm bmm mv dot inner")
+@operator_rule("inner")
+def inner(trace: OperatorTrace, operator: Operator) -> Tensor:
+    """The sums over the last dimensions of both."""
+    one, other = operator.argument(0, "input"), operator.argument(1, "other")
+    with trace:
+        if one.dim() < 2 or other.dim() < 2:
+            return (one * other).sum(-1)
+        if trace.source(other) is not None:
+            return (one @ other.flatten(0, -2).T).unflatten(-1, tuple(other.shape[:-1]))
+        y = (other @ one.flatten(0, -2).T).unflatten(-1, tuple(one.shape[:-1]))
+        kept = other.dim() - 1
+        return y.permute(*range(kept, y.dim()), *range(kept))
+
+
+@operator_rule("matmul __matmul__ __rmatmul__ mm bmm mv dot")
 def matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
     """x @ W and W @ x, of any dimensions."""
-    one, other = operator.args[:2] if len(operator.args) > 1 else (operator.args[0], *operator.kwargs.values())
+    one, other = operator.argument(0, "input"), operator.argument(1, "other", "mat2", "vec", "tensor")
     if operator.name == "__rmatmul__":
         one, other = other, one
     left, right = trace.source(one), trace.source(other)
@@ -85,7 +99,8 @@ def matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
     if rows is not WHOLE:
         rows = rows.moved_to(rows.dim + len(batch) + 2 - x.dim())
         if rows.dim == len(batch) and source is right:
-            return trace.hook(one @ other.detach(), source, rows, (one,), _formed(tuple(other.shape)))
+            x = one.expand(*batch, *one.shape[-2:])  # with the dimensions of the output
+            return trace.hook(one @ other.detach(), source, rows, (x,), _formed(tuple(other.shape)))
         if rows.dim == len(batch) + 1 and source is left:
             with trace:
                 return (other.transpose(-1, -2) @ one.transpose(-1, -2)).transpose(-1, -2)
@@ -100,6 +115,8 @@ def _formed(shape: tuple[int, ...]) -> Any:
 
     def gradient(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> PerSampleGrad:
         x, g = upcast(split.stacked(saved[0])), upcast(split.stacked(grad))  # (B, S, ..., d) and (B, S, ..., p)
+        if split.trivial:  # one row of each example
+            x, g = x.unsqueeze(1), g.unsqueeze(1)
         values = x.conj().movedim(1, -1) @ g.movedim(1, -2)  # (B, ..., d, p)
         return PerSampleGrad(
             values.sum_to_size(len(values), *[1] * (values.dim() - 1 - len(shape)), *shape).reshape(-1, *shape)
@@ -131,7 +148,8 @@ def _with_vector(trace: OperatorTrace, one: Tensor, other: Tensor) -> Tensor:
 @operator_rule("addmm addbmm baddbmm")
 def added_product(trace: OperatorTrace, operator: Operator) -> Tensor:
     """beta input + alpha (a @ b)."""
-    start, one, other = operator.args[:3]
+    start = operator.argument(0, "input")
+    one, other = operator.argument(1, "mat1", "batch1"), operator.argument(2, "mat2", "batch2")
     with trace:
         product = one @ other
         product = product.sum(0) if operator.name == "addbmm" else product

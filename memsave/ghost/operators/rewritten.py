@@ -22,7 +22,9 @@ def normalisation(trace: OperatorTrace, operator: Operator) -> Any:
     """x_hat w + b, with x_hat from the operator without its weight and bias."""
     places = {"instance_norm": (3, 4), "batch_norm": (3, 4), "rms_norm": (2, None)}
     at_weight, at_bias = places.get(operator.name, (2, 3))
-    x = operator.args[0]
+    if operator.name in ("instance_norm", "batch_norm") and len(operator.args) > 8:  # those of torch, not of functional
+        return _with_weight_first(trace, operator)
+    x = operator.argument(0, "input")
     if trace.provenance(x) is None:
         return example_by_example(trace, operator)
     if operator.name == "batch_norm" and operator.argument(5, "training", default=False):
@@ -41,6 +43,15 @@ def normalisation(trace: OperatorTrace, operator: Operator) -> Any:
         return y
 
 
+def _with_weight_first(trace: OperatorTrace, operator: Operator) -> Any:
+    """`torch.batch_norm` and `torch.instance_norm`, whose weight and bias come before the statistics."""
+    x, weight, bias, mean, variance, of_batch, momentum, epsilon, *_ = operator.args
+    with trace:
+        if operator.name == "batch_norm":
+            return F.batch_norm(x, mean, variance, weight, bias, of_batch, momentum, epsilon)
+        return F.instance_norm(x, mean, variance, weight, bias, of_batch, momentum, epsilon)
+
+
 def _along_channels(values: Tensor, y: Tensor) -> Tensor:
     return values.view(-1, *[1] * (y.dim() - 2))
 
@@ -57,7 +68,7 @@ def prelu(trace: OperatorTrace, operator: Operator) -> Tensor:
 @operator_rule("grouped_mm _grouped_mm grouped_mm_fallback")
 def grouped_matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
     """x (S, d), sorted by expert, times the weights (E, d, p) of the experts; `offs` (E,) ends the groups."""
-    x, weight = operator.args[:2]
+    x, weight = operator.argument(0, "input", "self"), operator.argument(1, "weight", "mat2")
     ends, bias = operator.argument(2, "offs"), operator.kwargs.get("bias")
     if x.dim() != 2 or weight.dim() != 3 or ends is None:
         raise LayerRefused("is used by a grouped product that is not of (S, d) and (E, d, p)", "use another product")
@@ -84,7 +95,8 @@ def multi_head_attention(trace: OperatorTrace, operator: Operator) -> Any:
 @operator_rule("bilinear")
 def bilinear(trace: OperatorTrace, operator: Operator) -> Tensor:
     """`F.bilinear(x1, x2, weight, bias)`: y_o = x1' W_o x2 + b_o."""
-    one, other, weight = operator.args[:3]
+    one, other = operator.argument(0, "input1"), operator.argument(1, "input2")
+    weight = operator.argument(2, "weight")
     bias = operator.argument(3, "bias")
     with trace:
         table = weight.permute(0, 2, 1).flatten(0, 1)  # (O d2, d1)
