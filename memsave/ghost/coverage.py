@@ -11,6 +11,7 @@ such as a loss that mixes examples, is not in the report (see `verify`).
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,12 +61,12 @@ def coverage(
     refusals: list[Refusal] = []
     ran = batch is not None or forward is not None
     try:
-        clipper = _Observer(observed, model, batch_size=batch_size)
+        clipper = GhostClipper(model, max_grad_norm=1.0, passes=1, batch_size=batch_size)
     except Refused as refused:
         return _report(model, observed, list(refused.refusals), ran=False)
     try:
         if ran:
-            with _unchanged(model), torch.enable_grad():
+            with _unchanged(model), observed.forwards_of(model, clipper), torch.enable_grad():
                 output = (forward or _call)(model, batch)
             observed.outputs += tensors_in([output])
     except Refused as refused:
@@ -90,36 +91,45 @@ class _Observed:
         self.uses: dict[nn.Parameter, list[Use]] = {}
 
     def used_by(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The classes of layers with a rule, and the operators, that used a parameter."""
         return tuple(sorted({by for context in self.contexts for by in context.used_by.get(parameter, ())}))
 
-    def observer_of(self, batch_size: int) -> Callable[..., None]:
-        """What is called at each norm hook of a forward."""
+    @contextmanager
+    def forwards_of(self, model: nn.Module, clipper: GhostClipper) -> Iterator[None]:
+        """Inside, the forwards of the model are observed."""
 
-        def observe(output: Tensor, spec: HookSpec, saved: tuple[Tensor, ...], parameters: list[nn.Parameter]) -> None:
-            uses = _uses(output, spec, saved, batch_size)
-            for name, parameter in zip(spec.parameter_names, parameters, strict=True):
-                use = uses.get(name) or Use.formed(parameter.shape, parameter.dtype)
-                self.uses.setdefault(parameter, []).append(use)
+        def before(_: nn.Module, __: Any) -> None:
+            context = clipper.context_for("the model") if torch.is_grad_enabled() else None
+            if context is not None and not internals.in_backward():
+                context.observer = partial(self._observe, context.batch_size)
+                self.contexts.append(context)
 
-        return observe
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            self.outputs += tensors_in([output])
 
+        handles = [
+            model.register_forward_pre_hook(before),
+            model.register_forward_hook(after, prepend=True),  # before the clipper raises what it refuses
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-class _Observer(GhostClipper):
-    """A clipper that runs no backward."""
-
-    def __init__(self, observed: _Observed, model: nn.Module, *, batch_size: int | None):
-        self._observed = observed
-        super().__init__(model, max_grad_norm=1.0, passes=1, batch_size=batch_size)
-
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._before_forward(model, args, kwargs)
-        if self._context is not None and self._context.observer is None:
-            self._context.observer = self._observed.observer_of(self._context.batch_size)
-            self._observed.contexts.append(self._context)
-
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._observed.outputs += tensors_in([output])  # before the refusals of the forward are raised
-        super()._after_forward(model, args, output)
+    def _observe(
+        self,
+        batch_size: int,
+        output: Tensor,
+        spec: HookSpec,
+        saved: tuple[Tensor, ...],
+        parameters: list[nn.Parameter],
+    ) -> None:
+        """Record the uses at a norm hook."""
+        uses = _uses(output, spec, saved, batch_size)
+        for name, parameter in zip(spec.parameter_names, parameters, strict=True):
+            use = uses.get(name) or Use.formed(parameter.shape, parameter.dtype)
+            self.uses.setdefault(parameter, []).append(use)
 
 
 def _uses(output: Tensor, spec: HookSpec, saved: tuple[Tensor, ...], batch_size: int) -> dict[str, Use]:
