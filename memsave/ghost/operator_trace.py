@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext
@@ -80,7 +81,9 @@ class OperatorTrace(internals.TorchFunctionMode):
     def known(self, tensor: Tensor) -> Known | None:
         """What is known of a tensor, or None."""
         token, known = getattr(tensor, KNOWN, (None, None))
-        return known if token is self._token else None
+        if token is not self._token or (known is CONSTANT and tensor.requires_grad):
+            return None  # in the second case, an autograd.Function has made it without gradients, and returned it
+        return known
 
     def source(self, tensor: Tensor) -> Source | None:
         """The source, if the tensor depends on trainable parameters and on no example."""
@@ -106,7 +109,7 @@ class OperatorTrace(internals.TorchFunctionMode):
             names.add(name)
         if names:
             parameters = {name: self._parameters[name] for name in sorted(names)}
-            return Source(tensor, parameters, version=internals.version(tensor))
+            return Source.of_tensor(tensor, parameters)
         has_batch = tensor.dim() and len(tensor) == self.context.batch_size
         return Rows(0) if has_batch else Lost(UNFOLLOWED)
 
@@ -179,11 +182,17 @@ class OperatorTrace(internals.TorchFunctionMode):
         try:
             return rule(self, operator), given
         except LayerRefused as refused:
-            if without_gradient:
+            if without_gradient and not refused.final:
                 return None
             names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
             self.context.refuse(Refusal(names[0], "", f"{refused.reason}, in {operator.name}", refused.remedy))
             return operator.function(*operator.args, **operator.kwargs), given
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AssertionError) as error:
+            output = operator.function(*operator.args, **operator.kwargs)  # raises if the model itself is at fault
+            names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
+            reason = f"is used by {operator.name} in a way that has no rule ({type(error).__name__}: {error})"
+            self.context.refuse(Refusal(names[0], "", reason, "freeze the parameter, or use another operator"))
+            return output, given
 
     def _record(
         self,
@@ -239,14 +248,14 @@ class OperatorTrace(internals.TorchFunctionMode):
             ((table, parameter),) = parameters.items()
             if plain:
                 index = index if padding is None else index.masked_fill(index == padding, -1)
-                lookups = (Lookup(output, table, index, len(parameter)),)
+                lookups = (Lookup(get_gradient_edge(output), table, index, len(parameter)),)
         base = None
         if name in EXPANDING and len(sources) == 1:
             old, new = sources[0].tensor.shape, output.shape
             kept = zip(reversed(old), reversed(new), strict=False)
             base = sources[0] if all(a in (1, b) for a, b in kept) else None
         is_view = name in MOVING and len(sources) == 1 and sources[0].is_view
-        return Source(output, parameters, lookups, base, is_view, internals.version(output))
+        return Source.of_tensor(output, parameters, lookups=lookups, base=base, is_view=is_view)
 
     # The operators' rules put norm hooks with these.
 
@@ -286,7 +295,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         """The source, broadcast to `shape` with these rows, whose gradient is separated by example."""
         source = source.unexpanded()
         own = tuple(source.tensor.shape)
-        is_lookup = len(source.lookups) == 1 and source.lookups[0].output is source.tensor
+        is_lookup = len(source.lookups) == 1 and source.lookups[0].edge == source.edge
         optional = is_lookup and len(own) == len(shape) > 1 and own[0] == 1 and rows.standard
 
         def gradient(saved: tuple[Tensor, ...], grad: Tensor, split: RowSplit) -> PerSampleGrad:

@@ -7,9 +7,11 @@ a batch of gradients of the result gives the gradients of the parameters.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from memsave.ghost import _torch_internals as internals
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, ViewGrad, upcast
@@ -19,7 +21,8 @@ from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, ViewG
 class Lookup:
     """Rows of a table at positions that are the same for all examples."""
 
-    output: Tensor
+    edge: GradientEdge
+    """Where the gradient of the rows enters the graph."""
     table: str
     """The name of the parameter."""
     index: Tensor
@@ -47,13 +50,18 @@ class Source:
     """What the tensor was before it was expanded or repeated along dimensions of size 1."""
     is_view: bool = False
     """Whether operators that only move elements have made it of one parameter."""
-    version: int = 0
-    """The tensor's in-place counter."""
+    edge: GradientEdge | None = None
+    """Where the tensor's gradient enters the graph: of its present values, also if it is written in place later."""
 
     @classmethod
     def of_parameter(cls, name: str, parameter: nn.Parameter) -> "Source":
         """The source that is a parameter itself."""
-        return cls(parameter, {name: parameter}, is_view=True)
+        return cls(parameter, {name: parameter}, is_view=True, edge=get_gradient_edge(parameter))
+
+    @classmethod
+    def of_tensor(cls, tensor: Tensor, parameters: Mapping[str, nn.Parameter], **options: Any) -> "Source":
+        """The source that was computed from parameters."""
+        return cls(tensor, parameters, edge=get_gradient_edge(tensor), **options)
 
     @property
     def is_parameter(self) -> bool:
@@ -65,10 +73,7 @@ class Source:
         return self if self.base is None else self.base.unexpanded()
 
     def gradients(self, of_tensor: PerSampleGrad | FactoredGrad) -> dict[str, Gradient]:
-        """The gradients of the parameters, from those of the tensor, (B, *shape).
-
-        Raises ValueError if the tensor was changed in place after its use.
-        """
+        """The gradients of the parameters, from those of the tensor, (B, *shape)."""
         of_tensor = _formed_if_complex(of_tensor)
         if self.is_view and len(self.parameters) == 1:
             ((name, parameter),) = self.parameters.items()
@@ -77,20 +82,16 @@ class Source:
             found = _of_view(self.tensor, parameter, of_tensor)
             if found is not None:
                 return {name: found}
-        elif internals.version(self.tensor) != self.version:
-            raise ValueError(
-                f"what was computed from {', '.join(self.parameters)} was changed in place after its use, so that its "
-                f"gradient cannot be traced back; use operators that return a new tensor"
-            )
         values = of_tensor.values if isinstance(of_tensor, PerSampleGrad) else of_tensor.per_sample().values
         return self._by_autograd(values.to(self.tensor.dtype))
 
     def _by_autograd(self, values: Tensor) -> dict[str, Gradient]:
         tables = {each.table for each in self.lookups}
-        lookups = {id(each.output): each for each in self.lookups}.values()
+        lookups = {each.edge: each for each in self.lookups}.values()
         direct = {name: p for name, p in self.parameters.items() if name not in tables}
-        targets = [*(each.output for each in lookups), *direct.values()]
-        found = [each if each is None else _dense(each) for each in _batched_grad(self.tensor, targets, values)]
+        targets = [*(each.edge for each in lookups), *map(get_gradient_edge, direct.values())]
+        assert self.edge is not None
+        found = [each if each is None else _dense(each) for each in _batched_grad(self.edge, targets, values)]
         result: dict[str, Gradient] = {}
         for lookup, grad in zip(lookups, found, strict=False):
             if grad is not None:
@@ -139,7 +140,7 @@ def _real(gradient: PerSampleGrad | FactoredGrad) -> PerSampleGrad | FactoredGra
     return PerSampleGrad(torch.view_as_real(gradient.values))
 
 
-def _batched_grad(output: Tensor, inputs: list[Tensor], grads: Tensor) -> tuple[Tensor | None, ...]:
+def _batched_grad(output: GradientEdge, inputs: list[GradientEdge], grads: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs, (B, ...), for a batch of gradients of the output."""
     if not inputs:
         return ()
@@ -147,7 +148,13 @@ def _batched_grad(output: Tensor, inputs: list[Tensor], grads: Tensor) -> tuple[
     try:
         return torch.autograd.grad(output, inputs, grads, is_grads_batched=True, **options)
     except RuntimeError:  # some backward is not supported by vmap
-        each = [torch.autograd.grad(output, inputs, grad, **options) for grad in grads]
+        try:
+            each = [torch.autograd.grad(output, inputs, grad, **options) for grad in grads]
+        except RuntimeError as error:
+            raise ValueError(
+                f"the gradient of a tensor that was computed from parameters alone cannot be traced back to them "
+                f"({error}); compute it anew in each forward, by operators that do not write in place"
+            ) from error
         return tuple(None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True))
 
 

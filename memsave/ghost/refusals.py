@@ -50,11 +50,14 @@ class Refusal:
 
 
 class LayerRefused(Exception):
-    """Raised by a layer rule: this layer cannot be clipped exactly."""
+    """Raised by the rule of a layer or an operator: this use of a parameter cannot be clipped exactly.
 
-    def __init__(self, reason: str, remedy: str):
+    `final`: whether that also holds where no gradient flows to the examples.
+    """
+
+    def __init__(self, reason: str, remedy: str, *, final: bool = False):
         super().__init__(f"{reason}; {remedy}")
-        self.reason, self.remedy = reason, remedy
+        self.reason, self.remedy, self.final = reason, remedy, final
 
 
 class Refused(ValueError):
@@ -209,8 +212,10 @@ def refuse_used_elsewhere(
         Refusal(
             names[parameter],
             "",
-            "is used outside the forward of the module that owns it, so its gradient passes no norm hook",
-            "freeze it, or use it through its module",
+            "has a gradient that passed no norm hook: it was used outside of the model's forward, in an earlier forward "
+            "(a cached weight), or in code that is not followed (a torch.autograd.Function, a scripted function)",
+            "use it inside the forward in operators of PyTorch, register a rule for its layer (register_rule), or freeze "
+            "it",
         )
         for parameter, gradient in zip(parameters, gradients, strict=True)
         if gradient is not None

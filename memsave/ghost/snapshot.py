@@ -27,7 +27,8 @@ class _Entry:
     registry: dict[str, Any]
     key: str
     tensor: Tensor
-    version: int
+    version: int | None
+    """Its in-place counter; None if that may change."""
     storage: int
     sample: Tensor
     """A view of the compared elements."""
@@ -40,7 +41,8 @@ class StateSnapshot:
         self._entries: list[_Entry] = []
         self._buffers: list[tuple[str, nn.Module, set[str]]] = []
         """By module, the names of the buffers in its state_dict."""
-        seen = set()
+        modules = list(modules)
+        seen, rewritten = set(), _rewritten(module for _, module in modules)
         for path, module in modules:
             self._buffers.append((path, module, _persistent(module)))
             for kind, registry in (
@@ -52,7 +54,8 @@ class StateSnapshot:
                         continue
                     seen.add(id(tensor))
                     name, size = f"{path}.{key}" if path else key, WHOLE if kind == "buffer" else SAMPLE
-                    version, sample = internals.version(tensor), _sample(tensor, size)
+                    version = None if id(tensor) in rewritten else internals.version(tensor)
+                    sample = _sample(tensor, size)
                     self._entries.append(_Entry(kind, name, registry, key, tensor, version, _storage(tensor), sample))
         self._values = _concatenated([each.sample for each in self._entries])
 
@@ -61,7 +64,8 @@ class StateSnapshot:
         changed = [
             each
             for each in self._entries
-            if each.registry.get(each.key) is not each.tensor or internals.version(each.tensor) != each.version
+            if each.registry.get(each.key) is not each.tensor
+            or each.version not in (None, internals.version(each.tensor))
         ]
         samples = []
         for each in self._entries:
@@ -95,6 +99,16 @@ class StateSnapshot:
             )
             for kind, name in found
         ]
+
+
+def _rewritten(modules: Iterable[Any]) -> set[int]:
+    """The parameters that PEFT's LoRA on parameters writes with their own values, where it parametrises them."""
+    found = set()
+    for module in modules:
+        if type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name"):
+            base: Any = module.get_base_layer()
+            found.add(id(getattr(base, module.parameter_name, None)))
+    return found
 
 
 def _persistent(module: nn.Module) -> set[str]:

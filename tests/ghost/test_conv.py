@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memsave.ghost import GhostClipper
-from memsave.ghost.rules import conv, rule_for
 from memsave.ghost.rule import registered_rule
+from memsave.ghost.rules import conv, rule_for
 from memsave.models import ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
 from memsave.models.memory import MEMORY_MODES

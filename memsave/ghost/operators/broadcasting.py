@@ -14,6 +14,9 @@ from memsave.ghost.rows import WHOLE, Rows
 if TYPE_CHECKING:
     from memsave.ghost.operator_trace import OperatorTrace
 
+WRITTEN = "gets values of the examples in place"
+NOT_IN_PLACE = "use the operator that returns a new tensor, or freeze the parameter"
+
 
 @operator_rule(
     """
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 )
 def elementwise(trace: OperatorTrace, operator: Operator) -> Any:
     """An operator whose element of the output depends on the same element of its broadcast arguments."""
-    if operator.args and operator.name.endswith("_") and not operator.name.startswith("__"):
-        refuse_written_parameter(trace, operator)
+    in_place = operator.name.startswith("__i") or (operator.name.endswith("_") and not operator.name.startswith("__"))
+    if in_place and trace.source(operator.args[0]) is not None:
+        return _written(trace, operator)
     shape = torch.broadcast_shapes(*(each.shape for each in operator.tensors()))
     rows = rows_in_broadcast(trace, operator, len(shape))
 
@@ -38,6 +42,19 @@ def elementwise(trace: OperatorTrace, operator: Operator) -> Any:
         return tensor if source is None else trace.copies(source, shape, rows)
 
     return operator.run(replace)
+
+
+def _written(trace: OperatorTrace, operator: Operator) -> Tensor:
+    """An operator that writes examples into what was computed from parameters, by the one that returns a tensor."""
+    target, *others = operator.args
+    function = getattr(Tensor, operator.name.removeprefix("__i").strip("_"), None)
+    if function is None or target.is_leaf:
+        raise LayerRefused(WRITTEN, NOT_IN_PLACE)
+    with trace:
+        result = function(target.clone(), *others, **operator.kwargs)
+    target.detach_().copy_(result)
+    trace.set(target, trace.rows(result))
+    return target
 
 
 def refuse_written_parameter(trace: OperatorTrace, operator: Operator) -> None:

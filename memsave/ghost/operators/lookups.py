@@ -25,7 +25,7 @@ def embedding(trace: OperatorTrace, operator: Operator) -> Tensor:
     """`F.embedding(index, weight)` and `torch.embedding(weight, index)`."""
     index, padding, plain = embedding_arguments(operator.args, operator.kwargs)
     if not plain:
-        raise LayerRefused(MIXING_OPTIONS, "construct it without these")
+        raise LayerRefused(MIXING_OPTIONS, "construct it without these", final=True)
     weight = next(each for each in operator.tensors() if each.is_floating_point() and trace.source(each) is not None)
     source = trace.source(weight)
     assert source is not None
@@ -120,5 +120,5 @@ def embedding_bag(trace: OperatorTrace, operator: Operator) -> Any:
     names = ("offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
     options = {**dict(zip(names, operator.args[2:], strict=False)), **operator.kwargs}
     if options.get("max_norm") is not None or options.get("scale_grad_by_freq") or options.get("sparse"):
-        raise LayerRefused(MIXING_OPTIONS, "construct it without these")
+        raise LayerRefused(MIXING_OPTIONS, "construct it without these", final=True)
     return example_by_example(trace, operator)
