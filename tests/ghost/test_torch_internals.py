@@ -37,6 +37,18 @@ def test_every_name_has_a_test():
         assert re.search(rf"internals\.{name}\b", source), name
 
 
+class FirstOfTwo(torch.autograd.Function):
+    """Returns its first argument."""
+
+    @staticmethod
+    def forward(ctx, one, other):
+        return one.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 class Record(torch.autograd.Function):
     """Calls `seen` in its backward; an attribute of the context is an attribute of the graph's node."""
 
@@ -276,3 +288,11 @@ def test_errors_of_random_numbers_under_vmap_are_recognised_by_their_text():
     with pytest.raises(RuntimeError) as error:
         torch.func.vmap(lambda x: x * torch.rand_like(x))(torch.ones(3, 2))
     assert internals.is_vmap_randomness_error(error.value)
+
+
+def test_the_leaves_past_a_function_are_reached_through_its_first_input():
+    first, second, other = (torch.ones(2, requires_grad=True) for _ in range(3))
+    y = FirstOfTwo.apply(first * 2, second * 2) + other
+    assert set(internals.leaves_past([y], FirstOfTwo)) == {first, other}
+    assert set(internals.leaves_past([y], Record)) == {first, second, other}
+    assert list(internals.leaves_past([torch.ones(2)], Record)) == []
