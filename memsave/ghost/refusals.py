@@ -212,10 +212,10 @@ def refuse_used_elsewhere(
         Refusal(
             names[parameter],
             "",
-            "has a gradient that passed no norm hook: it was used outside of the model's forward, in an earlier forward "
-            "(a cached weight), or in code that is not followed (a torch.autograd.Function, a scripted function)",
-            "use it inside the forward in operators of PyTorch, register a rule for its layer (register_rule), or freeze "
-            "it",
+            "has a gradient that passed no norm hook: it was used outside of the model's forward, in an earlier "
+            "forward (a cached weight), or in code that is not followed (an autograd.Function, a scripted function)",
+            "use it in operators of PyTorch inside the forward, register a rule for its layer (register_rule), or "
+            "freeze it",
         )
         for parameter, gradient in zip(parameters, gradients, strict=True)
         if gradient is not None
