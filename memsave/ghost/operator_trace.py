@@ -21,8 +21,9 @@ from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad
 from memsave.ghost.norm_hook import HookSpec, NormHook, apply_norm_hook
+from memsave.ghost.operators import rule_of
 from memsave.ghost.operators.lookups import embedding_arguments
-from memsave.ghost.operators.rule import Operator, rule_of
+from memsave.ghost.operators.rule import Operator
 from memsave.ghost.parameter_source import Lookup, Source
 from memsave.ghost.refusals import LayerRefused, Refusal
 from memsave.ghost.row_follower import MOVING, RowFollower
@@ -159,6 +160,9 @@ class OperatorTrace(internals.TorchFunctionMode):
         operands = list(tensors_among(args, kwargs))
         sources = [each for each in operands if self.source(each) is not None]
         given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
+        if name == "multi_head_attention_forward":
+            with self:  # its operators are followed one by one
+                return internals.without_overrides(func)(*args, **kwargs)
         if name in FACTORIES or (name in SHAPED_LIKE and sources and args and args[0] is sources[0]):
             given = []
         if sources and given and torch.is_grad_enabled() and name not in ("data", "detach"):

@@ -117,7 +117,7 @@ def test_a_forward_reports_all_refusals_in_one_error_at_its_end():
     with pytest.raises(ValueError) as refusal:
         model(torch.zeros(3, 5, dtype=torch.long))
     message = str(refusal.value)
-    assert "3 reasons" in message  # the forward also changes the weight that it renormalises
+    assert "4 reasons" in message  # the forward also changes the weight that it renormalises
     assert "look (Embedding) has max_norm" in message
     assert "one.weight_ih_l0, two.weight_ih_l0: each belongs to recurrent layers with dropout between them" in message
     with pytest.raises(ValueError, match="no forward"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from memsave.ghost import GhostClipper
 from memsave.ghost.rule import registered_rule
-from memsave.ghost.rules import conv, rule_for
+from memsave.ghost.rules import conv
 from memsave.models import ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
 from memsave.models.memory import MEMORY_MODES
@@ -103,7 +103,7 @@ def test_subclasses_take_the_generic_rule_unless_registered_by_name():
         pass
 
     assert registered_rule(Own(2, 2, 1)) is None
-    assert rule_for(DepthwiseConv3d(2)) is conv.conv
+    assert registered_rule(DepthwiseConv3d(2)) is conv.conv
 
 
 def test_inputs_without_a_batch_are_refused():

@@ -290,7 +290,7 @@ def test_rmsnorms_of_hugging_face_take_their_own_rule_and_are_exact(kind, monkey
     model, name = kind.split(".")
     module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     layer = getattr(module, f"{name}LayerNorm" if name == "T5" else f"{name}RMSNorm")(6)
-    assert rules.rule_for(layer) is rules.norm.hugging_face
+    assert registered_rule(layer) is rules.norm.hugging_face
     nn.init.normal_(layer.weight, 1, 0.3)
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, rules
+from memsave.ghost.rule import registered_rule
 from memsave.ghost.rules.norm_forwards import known_neutral_weight
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
@@ -77,7 +78,7 @@ def own_kind(forward, **others):
 
     names = {"__module__": "transformers.models.own.modeling_own", "forward": forward, **others}
     kind = type("OwnRMSNorm", (GemmaRMSNorm,), names)
-    assert rules.rule_for(kind(6)) is rules.norm.hugging_face
+    assert registered_rule(kind(6)) is rules.norm.hugging_face
     return kind
 
 

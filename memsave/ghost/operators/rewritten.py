@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memsave.ghost import _torch_internals as internals
 from memsave.ghost.operators.general import example_by_example
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.refusals import LayerRefused
@@ -82,14 +81,6 @@ def grouped_matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
         if start < len(x):  # rows of no expert
             parts.append(x.new_zeros(len(x) - start, weight.shape[-1]) * x[start:, :1])
         return torch.cat(parts)
-
-
-@operator_rule("multi_head_attention_forward")
-def multi_head_attention(trace: OperatorTrace, operator: Operator) -> Any:
-    """`F.multi_head_attention_forward`: its own code, with each operator inside followed."""
-    inside = internals.without_overrides(operator.function)
-    with trace:
-        return inside(*operator.args, **operator.kwargs)
 
 
 @operator_rule("bilinear")
