@@ -119,7 +119,7 @@ def test_a_forward_reports_all_refusals_in_one_error_at_its_end():
     message = str(refusal.value)
     assert "4 reasons" in message  # the forward also changes the weight that it renormalises
     assert "look (Embedding) has max_norm" in message
-    assert "one.weight_ih_l0, two.weight_ih_l0: each belongs to recurrent layers with dropout between them" in message
+    assert "one.bias_hh_l0, two.bias_hh_l0: each belongs to recurrent layers with dropout between them" in message
     with pytest.raises(ValueError, match="no forward"):
         clipper.backward(torch.zeros(3, requires_grad=True))
     with torch.no_grad():

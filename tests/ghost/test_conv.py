@@ -98,7 +98,7 @@ def test_a_convolution_used_twice_is_exact():
     assert_exact(nn.Sequential(layer, nn.Tanh(), layer).double(), draw(4, 3, 6), losses_of)
 
 
-def test_subclasses_take_the_generic_rule_unless_registered_by_name():
+def test_subclasses_have_no_rule_unless_registered_by_name():
     class Own(nn.Conv1d):
         pass
 

@@ -162,7 +162,7 @@ def test_norm_layers_with_any_epsilon_are_exact(layer):
     assert_exact(Head(layer, before=nn.PReLU()).double(), draw(3, 4, 4), losses_of)
 
 
-def test_generic_layers_with_an_argument_without_a_batch_are_exact():
+def test_layers_without_a_rule_and_with_an_argument_without_a_batch_are_exact():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper, verify
+from memsave.ghost import GhostClipper, gradient_products, verify
 from memsave.ghost.gradient_products import cheapest_form
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.groups import groups_by_layer

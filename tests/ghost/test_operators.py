@@ -61,7 +61,7 @@ def first_cases():
     """One case for each rule, by the rule."""
     of_rule = defaultdict(list)
     for each in CASES:
-        of_rule[rule.rule_of(each[0])].append(each)
+        of_rule[operators.rule_of(each[0])].append(each)
     return {found.__name__: each[0] for found, each in of_rule.items()}
 
 
@@ -106,7 +106,7 @@ def broken(monkeypatch):
 @pytest.mark.parametrize("name", first_cases())
 def test_a_broken_rule_is_found(name, broken):
     operator, _, call, shapes = first_cases()[name]
-    broken(rule.rule_of(operator))
+    broken(operators.rule_of(operator))
     with pytest.raises(AssertionError):
         assert_exact(Use(call, *shapes), batch(), plain_losses)
 
