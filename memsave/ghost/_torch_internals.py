@@ -194,11 +194,8 @@ def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The mode then sees the operators inside it; without this, they run outside of the mode.
     """
-    names = {
-        **function.__globals__,
-        "has_torch_function": lambda *_: False,
-        "has_torch_function_unary": lambda *_: False,
-    }
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = {**function.__globals__, **{name: lambda *_: False for name in checks}}
     code, defaults = function.__code__, function.__defaults__
     inside = FunctionType(code, names, function.__name__, defaults)
     inside.__kwdefaults__ = function.__kwdefaults__

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memsave.ghost import operator_trace
+from memsave.ghost import operator_trace, operators
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.operator_trace import OperatorTrace
 from memsave.ghost.operators import example_by_example, rule
@@ -17,10 +17,6 @@ from tests.support.per_example_reference import assert_exact
 NOT_ALONE = {
     "dot": "a product of two vectors has no dimension of the examples",
     "addbmm": "it sums over the batch",
-    "normalize": "its arguments are one tensor",
-    "softmax": "its arguments are one tensor",
-    "dropout": "its arguments are one tensor",
-    "cross_entropy": "its class weights have no gradient",
 }
 """Names with a rule that no batch of two examples reaches."""
 

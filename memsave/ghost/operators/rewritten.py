@@ -93,9 +93,3 @@ def bilinear(trace: OperatorTrace, operator: Operator) -> Tensor:
         table = weight.permute(0, 2, 1).flatten(0, 1)  # (O d2, d1)
         y = (F.linear(one, table).unflatten(-1, (weight.shape[0], weight.shape[2])) * other.unsqueeze(-2)).sum(-1)
         return y if bias is None else y + bias
-
-
-@operator_rule("normalize cosine_similarity softmax dropout cross_entropy")
-def one_by_one(trace: OperatorTrace, operator: Operator) -> Any:
-    """Functions of one tensor, or of a parameter and examples that broadcast."""
-    return example_by_example(trace, operator)
