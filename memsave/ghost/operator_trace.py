@@ -218,7 +218,7 @@ class OperatorTrace(internals.TorchFunctionMode):
                 continue
             if not in_place and any(each is one for one in sources):  # such as a conversion to the same type
                 continue
-            if sources and each.requires_grad:
+            if sources and each.grad_fn is not None:  # a view inside an autograd.Function has none yet
                 self.set(each, self._derived(name, each, args, kwargs, sources))
             else:
                 self.set(each, CONSTANT)
