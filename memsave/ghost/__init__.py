@@ -1,6 +1,8 @@
 """Per-example gradient clipping without per-example gradients."""
 
 from memsave.ghost.clipper import GhostClipper
+from memsave.ghost.coverage import coverage
+from memsave.ghost.coverage_report import Coverage, ParameterCoverage
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.head import linear_cross_entropy
 from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
@@ -8,11 +10,14 @@ from memsave.ghost.verify import ClippingReport, verify
 
 __all__ = [
     "ClippingReport",
+    "Coverage",
     "FactoredGrad",
     "GhostClipper",
     "LayerInputs",
+    "ParameterCoverage",
     "PerSampleGrad",
     "RuleOutput",
+    "coverage",
     "linear_cross_entropy",
     "register_rule",
     "verify",

@@ -4,7 +4,7 @@ A new version of PyTorch may change any of it. `tests/ghost/test_torch_internals
 and fails where a version no longer does what the package relies on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from types import FunctionType
@@ -37,6 +37,7 @@ __all__ = [
     "is_lazy",
     "is_reentrant_checkpoint_error",
     "leaves_of",
+    "leaves_past",
     "non_persistent_buffers",
     "own_buffers",
     "own_children",
@@ -95,6 +96,21 @@ def leaves_of(tensor: Tensor, *, stop: type[torch.autograd.Function]) -> Iterato
         if hasattr(node, "variable"):
             yield node.variable
         for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                waiting.append(following)
+
+
+def leaves_past(tensors: Iterable[Tensor], hook: type[torch.autograd.Function]) -> Iterator[Tensor]:
+    """The leaves that the graph of the tensors reaches; past a node of the function `hook`, through its first input."""
+    waiting: list[Any] = [each.grad_fn for each in tensors if each.grad_fn is not None]
+    found = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        inputs = node.next_functions
+        for following, _ in inputs[:1] if isinstance(node, hook._backward_cls) else inputs:
             if following is not None and following not in found:
                 found.add(following)
                 waiting.append(following)
@@ -178,11 +194,8 @@ def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The mode then sees the operators inside it; without this, they run outside of the mode.
     """
-    names = {
-        **function.__globals__,
-        "has_torch_function": lambda *_: False,
-        "has_torch_function_unary": lambda *_: False,
-    }
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = {**function.__globals__, **{name: lambda *_: False for name in checks}}
     code, defaults = function.__code__, function.__defaults__
     inside = FunctionType(code, names, function.__name__, defaults)
     inside.__kwdefaults__ = function.__kwdefaults__

@@ -6,12 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from memsave.ghost import _torch_internals as internals
-from memsave.ghost import refusals
+from memsave.ghost import refusals, rules  # noqa: F401 (importing the rules registers them)
 from memsave.ghost.groups import Groups, groups_by_layer
 from memsave.ghost.layer_patch import LayerPatch
 from memsave.ghost.owners import clear_owner, clipper_of, set_owner
 from memsave.ghost.refusals import Refusal, raise_refusals
-from memsave.ghost.rule import registered_rule
+from memsave.ghost.rule import Rule, registered_rule
 
 
 class Attachment:
@@ -90,10 +90,16 @@ def patch_layers(clipper: Any, model: nn.Module) -> list[LayerPatch]:
     patches = []
     for name, module in model.named_modules():
         own = {key: p for key, p in internals.own_parameters(module).items() if p is not None}
-        if not any(p.requires_grad for p in own.values()) or set(own) - {"weight", "bias"}:
-            continue
-        rule = registered_rule(module)
-        if rule is None or "forward" in vars(module) or any(p.is_complex() for p in own.values()):
-            continue
-        patches.append(LayerPatch(clipper, module, rule=rule, name=name or "the model", parameter_names=tuple(own)))
+        rule = rule_of_layer(module) if any(p.requires_grad for p in own.values()) else None
+        if rule is not None:
+            names = tuple(own)
+            patches.append(LayerPatch(clipper, module, rule=rule, name=name or "the model", parameter_names=names))
     return patches
+
+
+def rule_of_layer(module: nn.Module) -> Rule | None:
+    """The rule by which a layer is patched; None if the operators that use its parameters are followed instead."""
+    own = {key: p for key, p in internals.own_parameters(module).items() if p is not None}
+    if set(own) - {"weight", "bias"} or "forward" in vars(module) or any(p.is_complex() for p in own.values()):
+        return None
+    return registered_rule(module)

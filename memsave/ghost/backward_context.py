@@ -72,6 +72,8 @@ class BackwardContext:
         """The classes of layers with a rule, and the names of operators, that used each parameter."""
         self.refusals: list[Refusal] = []
         """What the forward found that cannot be clipped."""
+        self.observer: Callable[..., None] | None = None
+        """Called with the arguments of each norm hook: output, spec, saved tensors, parameters."""
         self.trace: Any = None
         """The OperatorTrace that follows the forward, or None."""
         self.recomputes = False

@@ -194,10 +194,11 @@ class ViewGrad:
 
     def overlaps(self, other: "ViewGrad") -> bool:
         """Whether the two views may share elements."""
-        return self.offset <= other._last and other.offset <= self._last
+        return self.offset <= other.last and other.offset <= self.last
 
     @property
-    def _last(self) -> int:
+    def last(self) -> int:
+        """The position of the last element in the parameter's memory."""
         return self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
 
     def per_sample(self) -> PerSampleGrad:

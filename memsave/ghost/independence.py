@@ -37,7 +37,7 @@ class IndependenceCheck:
     def record(self, layer: str, grad: Tensor, split: RowSplit) -> None:
         """Record the gradient of a layer's output."""
         rows = split.rows_first(grad)
-        rows = rows.reshape(len(rows), -1) if grad.numel() else grad.new_zeros(0, 1)
+        rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
         found = ((rows != 0) & ~rows.isnan()).any(1)  # 0 x inf is NaN, which does not show a dependence
         rows = found if split.trivial else split.summed(found.double()) > 0
         mixed, reached = (rows & ~self.subset).any(), rows & self.subset

@@ -128,6 +128,8 @@ def apply_norm_hook(
     output: Tensor, spec: HookSpec, context: BackwardContext, saved: tuple[Tensor, ...], parameters: list[Any]
 ) -> Tensor:
     """The output with a norm hook; `parameters` in the order of `spec.parameter_names`."""
+    if context.observer is not None:
+        context.observer(output, spec, saved, parameters)
     examples = spec.rows.examples
     saved = (*saved, examples if isinstance(examples, Tensor) else context.probe.detach())
     return NormHook.apply(output, context.probe, spec, context, len(saved), *saved, *parameters)

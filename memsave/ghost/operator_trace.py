@@ -21,8 +21,9 @@ from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad
 from memsave.ghost.norm_hook import HookSpec, NormHook, apply_norm_hook
+from memsave.ghost.operators import rule_of
 from memsave.ghost.operators.lookups import embedding_arguments
-from memsave.ghost.operators.rule import Operator, rule_of
+from memsave.ghost.operators.rule import Operator
 from memsave.ghost.parameter_source import Lookup, Source
 from memsave.ghost.refusals import LayerRefused, Refusal
 from memsave.ghost.row_follower import MOVING, RowFollower
@@ -92,6 +93,8 @@ class OperatorTrace(internals.TorchFunctionMode):
             return known
         name = self._names.get(id(tensor))
         if name is not None:
+            if not tensor.requires_grad:  # frozen in the middle of the forward
+                return None
             return Source.of_parameter(name, self._parameters[name])
         if known is None and tensor.grad_fn is not None:
             self.set(tensor, self._by_graph(tensor))
@@ -157,6 +160,9 @@ class OperatorTrace(internals.TorchFunctionMode):
         operands = list(tensors_among(args, kwargs))
         sources = [each for each in operands if self.source(each) is not None]
         given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
+        if name == "multi_head_attention_forward":
+            with self:  # its operators are followed one by one
+                return internals.without_overrides(func)(*args, **kwargs)
         if name in FACTORIES or (name in SHAPED_LIKE and sources and args and args[0] is sources[0]):
             given = []
         if sources and given and torch.is_grad_enabled() and name not in ("data", "detach"):
@@ -218,7 +224,7 @@ class OperatorTrace(internals.TorchFunctionMode):
                 continue
             if not in_place and any(each is one for one in sources):  # such as a conversion to the same type
                 continue
-            if sources and each.grad_fn is not None:  # a view inside an autograd.Function has none yet
+            if sources and each.grad_fn is not None and torch.is_grad_enabled():
                 self.set(each, self._derived(name, each, args, kwargs, sources))
             else:
                 self.set(each, CONSTANT)

@@ -51,12 +51,13 @@ class Source:
     is_view: bool = False
     """Whether operators that only move elements have made it of one parameter."""
     edge: GradientEdge | None = None
-    """Where the tensor's gradient enters the graph: of its present values, also if it is written in place later."""
+    """Where the tensor's gradient enters the graph: of its present values, also if it is written in place later. None
+    for a parameter itself."""
 
     @classmethod
     def of_parameter(cls, name: str, parameter: nn.Parameter) -> "Source":
         """The source that is a parameter itself."""
-        return cls(parameter, {name: parameter}, is_view=True, edge=get_gradient_edge(parameter))
+        return cls(parameter, {name: parameter}, is_view=True)
 
     @classmethod
     def of_tensor(cls, tensor: Tensor, parameters: Mapping[str, nn.Parameter], **options: Any) -> "Source":

@@ -60,8 +60,26 @@ class LayerRefused(Exception):
         self.reason, self.remedy, self.final = reason, remedy, final
 
 
+class Refused(ValueError):
+    """What cannot be clipped exactly; the message has one sentence for each class, reason and remedy."""
+
+    def __init__(self, refusals: Sequence[Refusal]):
+        sentences = sentences_of(refusals)
+        if len(sentences) > 1:
+            sentences = [f"the model cannot be clipped exactly, for {len(sentences)} reasons:", *sentences]
+        super().__init__("\n- ".join(sentences))
+        self.refusals = tuple(refusals)
+
+
 def raise_refusals(refusals: Iterable[Refusal]) -> None:
-    """Raise one ValueError for all refusals, with one sentence for each class, reason and remedy."""
+    """Raise one Refused for all refusals, if there are any."""
+    found = list(refusals)
+    if found:
+        raise Refused(found)
+
+
+def sentences_of(refusals: Iterable[Refusal]) -> list[str]:
+    """One sentence for each class, reason and remedy."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for each in refusals:
         names = groups.setdefault((each.kind, each.reason, each.remedy), [])
@@ -74,12 +92,7 @@ def raise_refusals(refusals: Iterable[Refusal]) -> None:
             ", ".join(names[:MAX_NAMES]) + more + (f" ({kind})" if kind else "") + (": each" if len(names) > 1 else "")
         )
         sentences.append(f"{subject} {reason}; {remedy}")
-    if len(sentences) == 1:
-        raise ValueError(sentences[0])
-    if sentences:
-        raise ValueError(
-            "\n- ".join([f"the model cannot be clipped exactly, for {len(sentences)} reasons:", *sentences])
-        )
+    return sentences
 
 
 def wrapped(model: nn.Module) -> Iterator[Refusal]:
@@ -199,10 +212,10 @@ def refuse_used_elsewhere(
         Refusal(
             names[parameter],
             "",
-            "has a gradient that passed no norm hook: it was used outside of the model's forward, in an earlier forward "
-            "(a cached weight), or in code that is not followed (a torch.autograd.Function, a scripted function)",
-            "use it inside the forward in operators of PyTorch, register a rule for its layer (register_rule), or freeze "
-            "it",
+            "has a gradient that passed no norm hook: it was used outside of the model's forward, in an earlier "
+            "forward (a cached weight), or in code that is not followed (an autograd.Function, a scripted function)",
+            "use it in operators of PyTorch inside the forward, register a rule for its layer (register_rule), or "
+            "freeze it",
         )
         for parameter, gradient in zip(parameters, gradients, strict=True)
         if gradient is not None

@@ -85,8 +85,6 @@ def register_rule(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
 
 def registered_rule(layer: nn.Module) -> Rule | None:
     """The rule registered for the layer's class, or None."""
-    from memsave.ghost import rules  # noqa: F401 -- importing the package registers the rules
-
     kind = type(layer)
     name = f"{kind.__module__}.{kind.__qualname__}"
     matching = (rule for pattern, rule in _BY_NAME.items() if fnmatchcase(name, pattern))

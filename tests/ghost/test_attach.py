@@ -87,7 +87,7 @@ class Several(nn.Module):
     def __init__(self):
         super().__init__()
         self.norms = nn.ModuleList([nn.BatchNorm1d(4) for _ in range(5)])
-        self.attention, self.tracks = nn.MultiheadAttention(4, 2), nn.InstanceNorm1d(4, track_running_stats=True)
+        self.tracks = nn.InstanceNorm1d(4, track_running_stats=True)
 
     def forward(self, x):
         return x
@@ -97,10 +97,9 @@ def test_attach_reports_all_refusals_in_one_error():
     with pytest.raises(ValueError) as refusal:
         GhostClipper(Several(), max_grad_norm=1.0)
     lines = str(refusal.value).splitlines()
-    assert lines[0] == "the model cannot be clipped exactly, for 3 reasons:"
+    assert lines[0] == "the model cannot be clipped exactly, for 2 reasons:"
     assert lines[1].startswith("- norms.0, norms.1, norms.2 and 2 more (BatchNorm1d): each makes every example's")
     assert lines[2].startswith("- tracks (InstanceNorm1d) tracks running statistics")
-    assert lines[3].startswith("- attention (MultiheadAttention) owns in_proj_weight")
 
 
 def test_a_forward_reports_all_refusals_in_one_error_at_its_end():
@@ -108,10 +107,10 @@ def test_a_forward_reports_all_refusals_in_one_error_at_its_end():
         def __init__(self):
             super().__init__()
             self.look = nn.Embedding(9, 4, max_norm=1.0)
-            self.one, self.two, self.gru = nn.LSTM(4, 4), nn.LSTM(4, 4), nn.GRU(4, 4)
+            self.one, self.two = (nn.LSTM(4, 4, num_layers=2, dropout=0.5, batch_first=True) for _ in range(2))
 
         def forward(self, ids):
-            return self.gru(self.two(self.one(self.look(ids))[0])[0])[0]
+            return self.two(self.one(self.look(ids))[0])[0]
 
     model = Recurrent()
     clipper = GhostClipper(model, max_grad_norm=1.0)
@@ -120,15 +119,14 @@ def test_a_forward_reports_all_refusals_in_one_error_at_its_end():
     message = str(refusal.value)
     assert "4 reasons" in message  # the forward also changes the weight that it renormalises
     assert "look (Embedding) has max_norm" in message
-    assert "one, two (LSTM): each returned a tuple for a batch of 3" in message
-    assert "gru (GRU) returned a tuple" in message
+    assert "one.bias_hh_l0, two.bias_hh_l0: each belongs to recurrent layers with dropout between them" in message
     with pytest.raises(ValueError, match="no forward"):
         clipper.backward(torch.zeros(3, requires_grad=True))
     with torch.no_grad():
         model(torch.zeros(3, 5, dtype=torch.long))  # without gradients there is nothing to refuse
 
 
-def test_all_parameters_used_outside_their_module_are_refused_in_one_error():
+def test_parameters_used_outside_their_module_are_exact():
     class Escapes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,10 +135,7 @@ def test_all_parameters_used_outside_their_module_are_refused_in_one_error():
         def forward(self, x):
             return x @ self.one.weight.T @ self.two.weight.T
 
-    model = Escapes()
-    clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"one\.weight, two\.weight: each is used outside the forward"):
-        clipper.backward(model(torch.randn(2, 3)).sum(1))
+    assert_exact(Escapes().double(), draw(2, 3), losses_of)
 
 
 @pytest.mark.parametrize("compiled", [lambda m: torch.compile(m, backend="eager"), nn.Module.compile])
@@ -180,15 +175,6 @@ def test_a_layer_with_a_replaced_forward_is_exact():
     torch.testing.assert_close(model[0].weight.grad, sums["0.weight"], rtol=1e-9, atol=1e-14)
 
 
-def test_a_large_layer_with_a_replaced_forward_is_refused_with_the_source_of_the_forward():
-    layer = nn.Linear(1024, 1025)
-    original = layer.forward
-    layer.forward = lambda x: original(x)
-    words = rf"the model \(Linear\) runs another forward than its class's \({__name__}\..*<lambda>\)"
-    with pytest.raises(ValueError, match=words):
-        GhostClipper(layer, max_grad_norm=1.0)
-
-
 def test_a_forward_that_is_replaced_after_attaching_stays_when_the_clipper_is_closed():
     model = nn.Linear(3, 2).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
@@ -203,7 +189,10 @@ def test_a_forward_that_is_replaced_after_attaching_stays_when_the_clipper_is_cl
 def test_a_second_clipper_is_refused_until_the_first_is_closed():
     model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3))
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"0, 1: each has another GhostClipper attached; close\(\) that one first"):
+    with pytest.raises(
+        ValueError,
+        match=r"0\.weight, 0\.bias, 1\.weight: each has another GhostClipper attached; close\(\) that one first",
+    ):
         GhostClipper(model, max_grad_norm=1.0)
     clipper.close()
     GhostClipper(model, max_grad_norm=1.0).close()
@@ -246,7 +235,7 @@ def test_a_layer_that_has_no_shape_yet_is_refused():
         GhostClipper(model, max_grad_norm=1.0)
 
 
-def test_prompt_tuning_is_refused_and_prefix_tuning_is_exact():
+def test_prompt_tuning_p_tuning_and_prefix_tuning_are_exact():
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
 
@@ -256,15 +245,13 @@ def test_prompt_tuning_is_refused_and_prefix_tuning_is_exact():
         model = transformers.GPT2LMHeadModel(config).eval()
         return peft.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
 
-    for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig):
-        with pytest.raises(ValueError, match=r"looks its prompt up once for the whole batch.*prefix tuning or LoRA"):
-            GhostClipper(adapted(kind), max_grad_norm=1.0)
     ids = torch.randint(40, (4, 7), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
-    assert_exact(
-        adapted(peft.PrefixTuningConfig).eval(),
-        ids,
-        lambda m, b: m(input_ids=b, attention_mask=torch.ones_like(b)).logits[:, -7:].square().mean((1, 2)),
-    )
+    for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig):
+        assert_exact(
+            adapted(kind).eval(),
+            ids,
+            lambda m, b: m(input_ids=b, attention_mask=torch.ones_like(b)).logits[:, -7:].square().mean((1, 2)),
+        )
 
 
 @pytest.mark.parametrize("kind", ["local", "transient-global"])

@@ -58,12 +58,11 @@ def test_dropout_checkpoints_and_reversible_sequences_are_exact(make):
 
 
 @pytest.mark.parametrize(("make", "passes"), [(small, 1), (Checkpointed, 2), (Reversible, 2)])
-def test_auto_takes_two_passes_where_activations_are_not_stored(make, passes, monkeypatch):
-    backwards = []
-    original = torch.autograd.backward
-    monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: backwards.append(1) or original(*a, **k))
-    by_clipper(make().double(), draw(4, 4), losses_of, max_grad_norm=1.0)
-    assert len(backwards) == passes - 1
+def test_auto_takes_two_passes_where_activations_are_not_stored(make, passes):
+    model = make().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 4)))
+    assert clipper.chosen_passes == passes
 
 
 def test_the_norm_pass_forms_no_weight_gradient(monkeypatch):
@@ -170,35 +169,27 @@ def test_errors_name_the_value_and_the_remedy():
     ("model", "words"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"1 \(BatchNorm1d\) makes .*GroupNorm"),
-        (nn.MultiheadAttention(4, 2), r"owns in_proj_weight and has children"),
         (nn.DataParallel(nn.Linear(4, 4)), "the model is wrapped in DataParallel.*the module inside"),
         (nn.Sequential(nn.DataParallel(nn.Linear(4, 4))), "0 is wrapped in DataParallel"),
     ],
-    ids=["BatchNorm", "parameters above children", "wrapped", "wrapped inside"],
+    ids=["BatchNorm", "wrapped", "wrapped inside"],
 )
 def test_models_that_cannot_be_clipped_exactly_are_refused_by_name(model, words):
     with pytest.raises(ValueError, match=words):
         GhostClipper(model, max_grad_norm=1.0)
 
 
-def test_a_parameter_used_outside_its_module_is_refused_by_name():
-    class Escape(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.first(x) + x @ self.first.weight
-
-    model = Escape().double()
+def test_a_parameter_used_outside_the_forward_is_refused_by_name():
+    model = small().double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"first\.weight is used outside the forward"):
-        clipper.backward(losses_of(model, draw(2, 4)))
+    losses = losses_of(model, draw(2, 4)) + model[0].weight.sum()
+    with pytest.raises(ValueError, match=r"0\.weight has a gradient that passed no norm hook.*outside of the model's"):
+        clipper.backward(losses)
 
 
 def test_a_refused_model_is_left_as_it_was():
-    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
-    with pytest.raises(ValueError, match="owns in_proj_weight"):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="BatchNorm1d"):
         GhostClipper(model, max_grad_norm=1.0)
     model[0](torch.randn(2, 4)).sum().backward()
 
@@ -218,8 +209,9 @@ def test_the_batch_size_is_read_from_mappings_or_given_as_an_argument():
     assert_exact(OfParts().double(), {"x": draw(3, 4)}, lambda m, b: losses_of(lambda x: m(2.0, x), b))
     model, temperatures = OfParts().double(), draw(5)
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"layer \(Linear\) returned \(3, 2\) for a batch of 5"):
-        model(temperatures, {"x": draw(3, 4)})
+    losses = losses_of(lambda x: model(temperatures, x), {"x": draw(3, 4)})
+    with pytest.raises(ValueError, match=r"there are 3 losses, but the model saw a batch of 5"):
+        clipper.backward(losses)
     clipper.close()
     clipper = GhostClipper(model, max_grad_norm=1.0, batch_size=3)
     assert clipper.backward(losses_of(lambda x: model(temperatures, x), {"x": draw(3, 4)})).shape == (3,)

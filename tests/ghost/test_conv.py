@@ -8,7 +8,7 @@ from torch import nn
 
 from memsave.ghost import GhostClipper
 from memsave.ghost.rule import registered_rule
-from memsave.ghost.rules import conv, rule_for
+from memsave.ghost.rules import conv
 from memsave.models import ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
 from memsave.models.memory import MEMORY_MODES
@@ -98,12 +98,12 @@ def test_a_convolution_used_twice_is_exact():
     assert_exact(nn.Sequential(layer, nn.Tanh(), layer).double(), draw(4, 3, 6), losses_of)
 
 
-def test_subclasses_take_the_generic_rule_unless_registered_by_name():
+def test_subclasses_have_no_rule_unless_registered_by_name():
     class Own(nn.Conv1d):
         pass
 
     assert registered_rule(Own(2, 2, 1)) is None
-    assert rule_for(DepthwiseConv3d(2)) is conv.conv
+    assert registered_rule(DepthwiseConv3d(2)) is conv.conv
 
 
 def test_inputs_without_a_batch_are_refused():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from memsave.ghost import GhostClipper
-from memsave.ghost.rules import rule_for
+from memsave.ghost.rule import registered_rule
 from tests.ghost.test_clipper import small
 from tests.ghost.test_layers import draw
 from tests.support.per_example_reference import assert_exact, by_loop
@@ -76,7 +76,7 @@ def test_the_rule_on_the_page_is_exact():
     names = {"__name__": "page"}
     exec(compile(block, PAGE.name, "exec"), names)
     layer = names["Scale"](4)
-    assert rule_for(layer) is names["scale"]
+    assert registered_rule(layer) is names["scale"]
     assert_exact(nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 2)).double(), draw(3, 5, 4), losses_of)
 
 

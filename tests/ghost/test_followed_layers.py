@@ -47,12 +47,17 @@ class Branches(Own):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("layer", [FirstIsSpecial, Branches, FunctionalDropout, WritesItsInput])
+@pytest.mark.parametrize("layer", [Branches, FunctionalDropout, WritesItsInput])
 def test_layers_whose_output_depends_on_the_batch_or_on_chance_are_exact(layer, batch):
-    if layer is FirstIsSpecial and batch == 1:
-        pytest.skip("an example alone has no second row")
     model = nn.Sequential(nn.Linear(3, 3), layer()).double()
     assert_exact(model, draw(batch, 20, 3), losses_of)
+
+
+def test_rows_of_two_examples_that_are_added_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3), FirstIsSpecial()).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"1\.scale .* rows could not be followed to their examples"):
+        clipper.backward(losses_of(model, draw(4, 20, 3)))
 
 
 class Gated(Own):

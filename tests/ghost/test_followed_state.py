@@ -76,7 +76,7 @@ def test_a_weight_from_an_earlier_forward_is_exact_until_the_parameter_changes(p
     with torch.no_grad():
         model[1].scale.add_(1.0)
     losses = losses_of(model, draw(4, 3))
-    with pytest.raises(ValueError, match="cannot be traced back.*compute it anew in each forward"):
+    with pytest.raises(ValueError, match=r"cannot be traced back.*compute it anew in each forward"):
         clipper.backward(losses)
 
 

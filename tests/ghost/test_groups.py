@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper, gradients, verify
+from memsave.ghost import GhostClipper, gradient_products, verify
 from memsave.ghost.gradient_products import cheapest_form
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.groups import groups_by_layer
@@ -197,7 +197,7 @@ def test_a_memory_budget_allows_formed_gradients_where_they_are_faster():
 
 
 def test_the_plan_reports_kept_bytes_within_the_memory_budget(monkeypatch):
-    monkeypatch.setattr(gradients, "WRITE", 0)
+    monkeypatch.setattr(gradient_products, "WRITE", 0)
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
     factors, formed = 64 * 15 * (32 + 32) * 4, 64 * 32 * 32 * 4
     more = formed - formed // 64 - factors  # one of the kept gradients becomes the sum

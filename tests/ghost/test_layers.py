@@ -108,7 +108,7 @@ def test_norms_over_the_last_dimensions_are_exact(batch, middle, width, kind):
     ],
     ids=str,
 )
-def test_layers_with_channels_and_generic_layers_are_exact(layer, shape):
+def test_layers_with_channels_and_layers_without_a_rule_are_exact(layer, shape):
     assert_exact(Head(layer, before=nn.Conv1d(4, 4, 1) if len(shape) == 3 else None).double(), draw(*shape), losses_of)
 
 
@@ -272,7 +272,7 @@ def test_bfloat16_parameters_have_float32_norms_and_bfloat16_sums():
     assert {each.dtype for each in sums.values()} == {torch.bfloat16}
 
 
-def test_generic_layers_under_autocast_are_exact():
+def test_layers_without_a_rule_under_autocast_are_exact():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.PReLU(4), nn.GroupNorm(2, 4))
 
@@ -286,11 +286,11 @@ def test_generic_layers_under_autocast_are_exact():
 @pytest.mark.parametrize(
     "kind", ["llama.Llama", "t5.T5", "gemma.Gemma", "gpt_oss.GptOss", "mistral.Mistral", "qwen3.Qwen3"]
 )
-def test_rmsnorms_of_hugging_face_take_their_own_rule_and_are_exact(kind, monkeypatch):
+def test_rmsnorms_of_hugging_face_take_their_own_rule_and_are_exact(kind):
     model, name = kind.split(".")
     module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     layer = getattr(module, f"{name}LayerNorm" if name == "T5" else f"{name}RMSNorm")(6)
-    assert rules.rule_for(layer) is rules.norm.hugging_face
+    assert registered_rule(layer) is rules.norm.hugging_face
     nn.init.normal_(layer.weight, 1, 0.3)
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 
@@ -302,6 +302,6 @@ def test_an_rmsnorm_is_exact_even_if_its_first_example_is_zero():
     assert_exact(Head(gemma).double(), x, lambda m, b: m(b).sin().sum((1, 2)), rtol=1e-6)
 
 
-def test_a_gated_rmsnorm_takes_the_generic_rule():
+def test_a_gated_rmsnorm_has_no_rule():
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     assert registered_rule(modeling.MambaRMSNormGated(6, 3)) is None

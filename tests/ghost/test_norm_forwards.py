@@ -1,4 +1,4 @@
-"""The RMSNorms of transformers take their own rule if their forward is in the allow-list, and the generic rule else."""
+"""The RMSNorms of transformers take their own rule if their forward is in the allow-list, and none otherwise."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, rules
+from memsave.ghost.rule import registered_rule
 from memsave.ghost.rules.norm_forwards import known_neutral_weight
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
@@ -64,7 +65,7 @@ def test_rmsnorms_of_transformers_are_in_the_allow_list_with_the_right_weight_or
 @pytest.mark.parametrize(
     "name", ["helium.Helium", "gemma3n.Gemma3n", "moshi.Moshi", "llama4.Llama4Text", "qwen4_exp.Qwen4ExpText"]
 )
-def test_further_forwards_of_the_allow_list_are_exact(name, monkeypatch):
+def test_further_forwards_of_the_allow_list_are_exact(name):
     package, prefix = name.split(".")
     modeling = pytest.importorskip(f"transformers.models.{package}.modeling_{package}")
     layer = normed(getattr(modeling, f"{prefix}RMSNorm"))
@@ -77,7 +78,7 @@ def own_kind(forward, **others):
 
     names = {"__module__": "transformers.models.own.modeling_own", "forward": forward, **others}
     kind = type("OwnRMSNorm", (GemmaRMSNorm,), names)
-    assert rules.rule_for(kind(6)) is rules.norm.hugging_face
+    assert registered_rule(kind(6)) is rules.norm.hugging_face
     return kind
 
 
@@ -98,13 +99,13 @@ def norm_with_weight(self, x):
 
 
 @pytest.mark.parametrize("forward", [squared, clipped_at_large_values])
-def test_a_forward_that_is_not_in_the_allow_list_takes_the_generic_rule(forward):
+def test_a_forward_that_is_not_in_the_allow_list_has_no_rule(forward):
     layer = normed(own_kind(forward))
     assert known_neutral_weight(layer) is None
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
 
 
-def test_a_replaced_part_of_an_allowed_forward_takes_the_generic_rule():
+def test_a_replaced_part_of_an_allowed_forward_has_no_rule():
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
     kind = own_kind(GemmaRMSNorm.forward, _norm=norm_with_weight)
@@ -116,7 +117,7 @@ def test_a_replaced_part_of_an_allowed_forward_takes_the_generic_rule():
     assert known_neutral_weight(layer) is None
 
 
-def test_an_allowed_forward_with_another_gradient_takes_the_generic_rule():
+def test_an_allowed_forward_with_another_gradient_has_no_rule():
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
     eps = property(lambda self: self.weight.square().sum(), lambda self, value: None)
@@ -126,7 +127,7 @@ def test_an_allowed_forward_with_another_gradient_takes_the_generic_rule():
 
 
 @pytest.mark.parametrize(("of_input", "of_weight"), [("float64", "float32"), ("float32", "bfloat16")])
-def test_inputs_wider_than_the_weight_are_exact(of_input, of_weight, monkeypatch):
+def test_inputs_wider_than_the_weight_are_exact(of_input, of_weight):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     layer, x = normed(LlamaRMSNorm).to(getattr(torch, of_weight)), draw(3, 5, 6).to(getattr(torch, of_input))

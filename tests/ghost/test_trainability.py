@@ -118,7 +118,7 @@ def test_a_layer_frozen_for_one_of_two_uses_in_a_forward_is_exact(passes):
     assert_as_if_frozen_before(lambda: Toggling().double(), model, clipper, batch)
 
 
-def test_a_generic_layer_may_be_frozen_too():
+def test_a_layer_without_a_rule_may_be_frozen_too():
     def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)).double()

@@ -232,20 +232,3 @@ case(
     _routed,
     (2, WIDTH, 3),
 )
-
-
-def _attention(f, h, w, b, out, out_b):
-    x = h.transpose(0, 1)
-    y, _ = f(x, x, x, WIDTH, 1, w, b, None, None, False, 0.0, out, out_b)
-    return y.transpose(0, 1)
-
-
-case(
-    {"multi_head_attention_forward": F.multi_head_attention_forward},
-    _attention,
-    (3 * WIDTH, WIDTH),
-    (3 * WIDTH,),
-    (WIDTH, WIDTH),
-    (WIDTH,),
-)
-case({"cosine_similarity": F.cosine_similarity}, lambda f, h, w: f(h, w, dim=-1), (WIDTH,))

@@ -2,7 +2,7 @@
 
 from memsave.ghost.operators import broadcasting, convolutions, lookups, products, recurrent, rewritten
 from memsave.ghost.operators.general import example_by_example
-from memsave.ghost.operators.rule import Operator, operator_rule, rule_of
+from memsave.ghost.operators.rule import Operator, OperatorRule, operator_rule, registered_operator
 
 __all__ = [
     "Operator",
@@ -16,3 +16,8 @@ __all__ = [
     "rewritten",
     "rule_of",
 ]
+
+
+def rule_of(name: str) -> OperatorRule:
+    """The operator's rule; example by example if it has none."""
+    return registered_operator(name) or example_by_example

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memsave.ghost import _torch_internals as internals
 from memsave.ghost.operators.general import example_by_example
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.refusals import LayerRefused
@@ -84,14 +83,6 @@ def grouped_matmul(trace: OperatorTrace, operator: Operator) -> Tensor:
         return torch.cat(parts)
 
 
-@operator_rule("multi_head_attention_forward")
-def multi_head_attention(trace: OperatorTrace, operator: Operator) -> Any:
-    """`F.multi_head_attention_forward`: its own code, with each operator inside followed."""
-    inside = internals.without_overrides(operator.function)
-    with trace:
-        return inside(*operator.args, **operator.kwargs)
-
-
 @operator_rule("bilinear")
 def bilinear(trace: OperatorTrace, operator: Operator) -> Tensor:
     """`F.bilinear(x1, x2, weight, bias)`: y_o = x1' W_o x2 + b_o."""
@@ -102,9 +93,3 @@ def bilinear(trace: OperatorTrace, operator: Operator) -> Tensor:
         table = weight.permute(0, 2, 1).flatten(0, 1)  # (O d2, d1)
         y = (F.linear(one, table).unflatten(-1, (weight.shape[0], weight.shape[2])) * other.unsqueeze(-2)).sum(-1)
         return y if bias is None else y + bias
-
-
-@operator_rule("normalize cosine_similarity softmax dropout cross_entropy")
-def one_by_one(trace: OperatorTrace, operator: Operator) -> Any:
-    """Functions of one tensor, or of a parameter and examples that broadcast."""
-    return example_by_example(trace, operator)

@@ -59,11 +59,9 @@ def operator_rule(names: str) -> Callable[[OperatorRule], OperatorRule]:
     return register
 
 
-def rule_of(name: str) -> OperatorRule:
-    """The operator's rule; example by example if it has none."""
-    from memsave.ghost.operators import example_by_example  # importing the package registers the rules
-
-    return _RULES.get(name, example_by_example)
+def registered_operator(name: str) -> OperatorRule | None:
+    """The rule registered for an operator, or None."""
+    return _RULES.get(name)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
