@@ -70,8 +70,8 @@ class Source:
         return any(self.tensor is each for each in self.parameters.values())
 
     def unexpanded(self) -> "Source":
-        """The source before it was expanded."""
-        return self if self.base is None else self.base.unexpanded()
+        """The source before it was expanded, unless a hook changes the gradient of the expanded tensor."""
+        return self if self.base is None or internals.tensor_hooks(self.tensor) else self.base.unexpanded()
 
     def gradients(self, of_tensor: PerSampleGrad | FactoredGrad) -> dict[str, Gradient]:
         """The gradients of the parameters, from those of the tensor, (B, *shape)."""
@@ -87,8 +87,9 @@ class Source:
         return self._by_autograd(values.to(self.tensor.dtype))
 
     def _by_autograd(self, values: Tensor) -> dict[str, Gradient]:
-        tables = {each.table for each in self.lookups}
-        lookups = {each.edge: each for each in self.lookups}.values()
+        used_directly = self._used_past_lookups()
+        lookups = {each.edge: each for each in self.lookups if each.table not in used_directly}.values()
+        tables = {each.table for each in lookups}
         direct = {name: p for name, p in self.parameters.items() if name not in tables}
         targets = [*(each.edge for each in lookups), *map(get_gradient_edge, direct.values())]
         assert self.edge is not None
@@ -107,6 +108,22 @@ class Source:
             name: result[name] if name in result else PerSampleGrad(_zeros(parameter, batch))
             for name, parameter in self.parameters.items()
         }
+
+    def _used_past_lookups(self) -> set[str]:
+        """The tables on which the tensor also depends in another way: their whole gradient is found by autograd."""
+        if not self.lookups or self.edge is None:
+            return set()
+        waiting, found = [self.edge.node], {each.edge.node for each in self.lookups}
+        variables = []
+        while waiting:
+            node = waiting.pop()
+            if node in found:
+                continue
+            found.add(node)
+            variables.append(getattr(node, "variable", None))
+            waiting += [following for following, _ in node.next_functions if following is not None]
+        tables = {each.table: self.parameters[each.table] for each in self.lookups}
+        return {name for name, table in tables.items() if any(each is table for each in variables)}
 
 
 def _dense(gradient: Tensor) -> Tensor:

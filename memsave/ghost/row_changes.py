@@ -242,7 +242,7 @@ def after_recurrence(args: tuple[Any, ...], rows: Rows, count: int) -> list[Rows
 def after_any_other(name: str, output: Tensor, given: Given) -> Rows | None:
     """The Rows of an operator that moves no rows: of the same shape, or aligned at the first or the last dimension.
 
-    None if it could be either, because two dimensions have the same size.
+    An operand for which it could be either, because two dimensions have the same size, leaves that to the others.
     """
     found = []
     for x, rows in given:
@@ -255,6 +255,6 @@ def after_any_other(name: str, output: Tensor, given: Given) -> Rows | None:
         fitting = [dim for dim in dims if 0 <= dim < output.dim() and output.shape[dim] == count]
         reduced = output.dim() < x.dim() and rows.dim > 0
         if len(fitting) > 1 or (reduced and list(x.shape).count(count) > 1):
-            return None
+            continue
         found += [rows.moved_to(dim) for dim in fitting]
     return agreed(found)

@@ -144,6 +144,8 @@ class RowFollower:
             one = after_packing(function, args, kwargs, x, rows)
         elif name == "_pad_packed_sequence":
             one = after_unpacking(function, args, x, rows)
+        elif name == "multi_head_attention_forward":  # (T, B, d), and weights (B, T, S)
+            return [rows, *[rows.moved_to(0)] * (len(outputs) - 1)]
         elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             return [rows, *after_recurrence(args, rows, len(outputs) - 1)]
         else:
