@@ -36,6 +36,7 @@ __all__ = [
     "is_fake",
     "is_lazy",
     "is_reentrant_checkpoint_error",
+    "is_view",
     "leaves_of",
     "leaves_past",
     "non_persistent_buffers",
@@ -182,6 +183,11 @@ def is_reentrant_checkpoint_error(error: RuntimeError) -> bool:
 
 unfollowed: Callable[[], Any] = torch._C.DisableTorchFunction
 """Context manager: no TorchFunctionMode sees the operators inside."""
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view, which can't be detached in place."""
+    return tensor._is_view()
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -53,7 +53,7 @@ class Following:
         context = self._trace.context
         if self._trace.needed:
             self.needed = True
-        elif context.batch_size > 1 and self.needed is None and context.layers:
+        elif context.batch_size > 1 and self.needed is None and context.layers and not context.refusals:
             self.needed = False
 
     def finish(self) -> None:

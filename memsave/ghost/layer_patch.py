@@ -75,7 +75,11 @@ class LayerPatch:
             return self.original(*args, **kwargs)
         trace = context.trace
         if trace is not None and _is_followed(trace, args, kwargs):
-            return self.original(*args, **kwargs)
+            of_memsave = self.rule.__module__.startswith("memsave.ghost.rules")  # these draw no random numbers
+            if not (of_memsave and _has_equal_rows(trace, args, kwargs)):
+                return self.original(*args, **kwargs)
+            one = self.original(args[0][:1])  # expanded, its gradient is known to be a sum over the rows
+            return one.expand(len(args[0]), *one.shape[1:])
         try:
             rule_output = self.rule(
                 self.module,
@@ -144,10 +148,15 @@ def _is_followed(trace: OperatorTrace, args: tuple[Any, ...], kwargs: dict[str, 
     x = tensors[0]
     if trace.provenance(x) is not None:
         return False
-    if not x.dim() or len(x) != trace.context.batch_size:
-        return True
-    # a constant as long as the batch: one row for each example, if the rows are equal; a table, if they differ
-    return trace.known(x) is CONSTANT and (x.dim() < 2 or (has_values(x) and not bool((x == x[:1]).all())))
+    return not x.dim() or len(x) != trace.context.batch_size or trace.known(x) is CONSTANT
+
+
+def _has_equal_rows(trace: OperatorTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the only argument is a constant with equal rows, such as positions that are expanded to the batch."""
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or trace.known(args[0]) is not CONSTANT:
+        return False
+    x = args[0]
+    return x.dim() > 1 and len(x) > 1 and has_values(x) and bool((x == x[:1]).all())
 
 
 def _by_rows(rule_output: RuleOutput, rows: Rows) -> Any:

@@ -77,13 +77,17 @@ class OperatorTrace(internals.TorchFunctionMode):
 
     def set(self, tensor: Tensor, known: Known) -> None:
         """Record what is known of a tensor."""
-        setattr(tensor, KNOWN, (self._token, known))
+        setattr(tensor, KNOWN, (self._token, known, internals.version(tensor)))
 
     def known(self, tensor: Tensor) -> Known | None:
         """What is known of a tensor, or None."""
-        token, known = getattr(tensor, KNOWN, (None, None))
-        if token is not self._token or (known is CONSTANT and tensor.requires_grad):
-            return None  # in the second case, an autograd.Function has made it without gradients, and returned it
+        token, known, version = getattr(tensor, KNOWN, (None, None, 0))
+        if token is not self._token:
+            return None
+        if known is CONSTANT and tensor.requires_grad:  # an autograd.Function made it without gradients
+            return None
+        if isinstance(known, Source) and internals.version(tensor) != version:  # a view, whose base was written
+            return None
         return known
 
     def source(self, tensor: Tensor) -> Source | None:
@@ -165,12 +169,15 @@ class OperatorTrace(internals.TorchFunctionMode):
                 return internals.without_overrides(func)(*args, **kwargs)
         if name in FACTORIES or (name in SHAPED_LIKE and sources and args and args[0] is sources[0]):
             given = []
-        if sources and given and torch.is_grad_enabled() and name not in ("data", "detach"):
+        has_rule = bool(sources and given) and torch.is_grad_enabled() and name not in ("data", "detach")
+        if has_rule:
             combined = self._combine(Operator(name, func, args, kwargs), given)
             output, given = combined if combined is not None else (func(*args, **kwargs), [])
         else:
             output = func(*args, **kwargs)
-        self._record(name, func, args, kwargs, output, sources, given)
+        is_recorded = has_rule and isinstance(output, Tensor) and isinstance(self.known(output), Rows)
+        if not is_recorded:
+            self._record(name, func, args, kwargs, output, sources, given)
         return output
 
     def _combine(
@@ -261,6 +268,7 @@ class OperatorTrace(internals.TorchFunctionMode):
             kept = zip(reversed(old), reversed(new), strict=False)
             base = sources[0] if all(a in (1, b) for a, b in kept) else None
         is_view = name in MOVING and len(sources) == 1 and sources[0].is_view
+        is_view &= not internals.tensor_hooks(sources[0].tensor) or sources[0].is_parameter
         return Source.of_tensor(output, parameters, lookups=lookups, base=base, is_view=is_view)
 
     # The operators' rules put norm hooks with these.

@@ -114,7 +114,6 @@ def test_a_use_is_exact_or_refused(name):
     assert_exact_or_refused(Use(call, *shapes), draw(BATCH, LENGTH, WIDTH), rtol=tolerance)
 
 
-@pytest.mark.xfail(strict=True, reason="what is known of a view is kept when its base is written")
 def test_a_view_of_what_is_written_later():
     assert_exact_or_refused(Use(written_under_a_view, ROW), draw(BATCH, LENGTH, WIDTH))
 
@@ -176,7 +175,6 @@ def test_batches_of_several_sizes(name, sizes):
     assert_each_exact_or_refused(Use(CHANGING[name], SQUARE if name == "by time" else ROW), sizes)
 
 
-@pytest.mark.xfail(strict=True, reason="equal rows of a constant as long as the batch are taken for the examples")
 def test_equal_rows_of_a_constant_as_long_as_a_later_batch():
     class Ones(nn.Module):
         def __init__(self):

@@ -148,7 +148,6 @@ def test_a_chain_is_exact(name):
     assert_exact(Use(call, *shapes), draw(BATCH, LENGTH, WIDTH), plain_losses)
 
 
-@pytest.mark.xfail(strict=True, reason="hooks on a view that another view is taken of are passed by")
 def test_a_hook_on_a_view_of_which_a_view_is_taken():
     model = Use(lambda h, w: h @ hooked(w[1]).t(), (2, *SQUARE))
     assert_exact_or_refused(model, draw(BATCH, LENGTH, WIDTH))

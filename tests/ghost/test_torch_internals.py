@@ -323,3 +323,9 @@ def test_gradient_hooks_of_a_tensor_are_recognised():
     y = x.sin()
     y.register_hook(lambda grad: grad)
     assert internals.tensor_hooks(y)
+
+
+def test_views_are_recognised():
+    x = torch.ones(2, 2)
+    assert internals.is_view(x[0])
+    assert not internals.is_view(x * 2)

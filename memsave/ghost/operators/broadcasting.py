@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memsave.ghost import _torch_internals as internals
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.refusals import LayerRefused
 from memsave.ghost.rows import WHOLE, Rows
@@ -57,7 +58,7 @@ def _written(trace: OperatorTrace, operator: Operator) -> Tensor:
     """An operator that writes examples into what was computed from parameters, by the one that returns a tensor."""
     target, *others = operator.args
     function = getattr(Tensor, operator.name.removeprefix("__i").removeprefix("true").strip("_"), None)
-    if function is None or target.is_leaf:
+    if function is None or target.is_leaf or internals.is_view(target):
         raise LayerRefused(WRITTEN, NOT_IN_PLACE)
     with trace:
         result = function(target.clone(), *others, **operator.kwargs)
