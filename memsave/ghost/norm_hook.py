@@ -81,7 +81,8 @@ class NormHook(torch.autograd.Function):
             if context.phase is Phase.MEASURE_NORMS:
                 squared = torch.zeros_like(context.probe)
                 for parameter, name, gradient in named:
-                    squared += context.squared_norms(parameter, gradient, f"{spec.name}.{name}")
+                    label = name if spec.name in spec.parameter_names else f"{spec.name}.{name}"
+                    squared += context.squared_norms(parameter, gradient, label)
                 return grad, squared, *nothing
             for parameter, _, gradient in named:
                 context.add_clipped_sum(parameter, gradient)

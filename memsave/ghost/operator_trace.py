@@ -11,6 +11,7 @@ that it uses gets an ordinary gradient, and the backward refuses it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -162,8 +163,10 @@ class OperatorTrace(internals.TorchFunctionMode):
         elif name in ("__set__", "requires_grad_", "size", "dim", "detach_"):
             return func(*args, **kwargs)
         operands = list(tensors_among(args, kwargs))
-        sources = [each for each in operands if self.source(each) is not None]
-        given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
+        own_types = internals.unfollowed if types else nullcontext  # a subclass of Tensor would see what is read of it
+        with own_types():
+            sources = [each for each in operands if self.source(each) is not None]
+            given = [(each, found) for each in operands if (found := self.provenance(each)) is not None]
         if name == "multi_head_attention_forward":
             with self:  # its operators are followed one by one
                 return internals.without_overrides(func)(*args, **kwargs)
@@ -175,9 +178,10 @@ class OperatorTrace(internals.TorchFunctionMode):
             output, given = combined if combined is not None else (func(*args, **kwargs), [])
         else:
             output = func(*args, **kwargs)
-        is_recorded = has_rule and isinstance(output, Tensor) and isinstance(self.known(output), Rows)
-        if not is_recorded:
-            self._record(name, func, args, kwargs, output, sources, given)
+        with own_types():
+            is_recorded = has_rule and isinstance(output, Tensor) and isinstance(self.known(output), Rows)
+            if not is_recorded:
+                self._record(name, func, args, kwargs, output, sources, given)
         return output
 
     def _combine(
