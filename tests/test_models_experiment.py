@@ -13,6 +13,18 @@ SAMPLE = [
     ("bert", "BertForTokenClassification", "token classification"),
     ("t5", "T5ForConditionalGeneration", "text to text"),
     ("vit", "ViTForImageClassification", "image classification"),
+    ("mixtral", "MixtralForCausalLM", "causal language model"),
+    ("gpt_oss", "GptOssForCausalLM", "causal language model"),
+    ("mamba2", "Mamba2ForCausalLM", "causal language model"),
+    ("lfm2", "Lfm2ForCausalLM", "causal language model"),
+    ("rwkv", "RwkvForCausalLM", "causal language model"),
+    ("xlnet", "XLNetLMHeadModel", "causal language model"),
+    ("deberta-v2", "DebertaV2ForMaskedLM", "masked language model"),
+    ("longformer", "LongformerForSequenceClassification", "text classification"),
+    ("bart", "BartForConditionalGeneration", "text to text"),
+    ("clip", "CLIPForImageClassification", "image classification"),
+    ("swin", "SwinForImageClassification", "image classification"),
+    ("wav2vec2", "Wav2Vec2ForSequenceClassification", "audio classification"),
 ]
 
 
