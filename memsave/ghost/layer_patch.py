@@ -79,7 +79,7 @@ class LayerPatch:
             if not (of_memsave and _has_equal_rows(trace, args, kwargs)):
                 return self.original(*args, **kwargs)
             one = self.original(args[0][:1])  # expanded, its gradient is known to be a sum over the rows
-            return one.expand(len(args[0]), *one.shape[1:])
+            return one.expand(len(args[0]), *one.shape[1:]).contiguous()  # as it would be, for writes in place
         try:
             rule_output = self.rule(
                 self.module,

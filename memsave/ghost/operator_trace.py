@@ -78,15 +78,15 @@ class OperatorTrace(internals.TorchFunctionMode):
 
     def set(self, tensor: Tensor, known: Known) -> None:
         """Record what is known of a tensor."""
-        setattr(tensor, KNOWN, (self._token, known, internals.version(tensor)))
+        setattr(tensor, KNOWN, (self._token, known, internals.version(tensor), tensor.requires_grad))
 
     def known(self, tensor: Tensor) -> Known | None:
         """What is known of a tensor, or None."""
-        token, known, version = getattr(tensor, KNOWN, (None, None, 0))
+        token, known, version, had_grad = getattr(tensor, KNOWN, (None, None, 0, False))
         if token is not self._token:
             return None
-        if known is CONSTANT and tensor.requires_grad:  # an autograd.Function made it without gradients
-            return None
+        if tensor.requires_grad and (known is CONSTANT or (isinstance(known, Lost) and not had_grad)):
+            return None  # an autograd.Function has made it without gradients, and returned it
         if isinstance(known, Source) and internals.version(tensor) != version:  # a view, whose base was written
             return None
         return known
@@ -271,6 +271,8 @@ class OperatorTrace(internals.TorchFunctionMode):
             old, new = sources[0].tensor.shape, output.shape
             kept = zip(reversed(old), reversed(new), strict=False)
             base = sources[0] if all(a in (1, b) for a, b in kept) else None
+        if name in ("contiguous", "clone") and len(sources) == 1:
+            base = sources[0].base
         is_view = name in MOVING and len(sources) == 1 and sources[0].is_view
         is_view &= not internals.tensor_hooks(sources[0].tensor) or sources[0].is_parameter
         return Source.of_tensor(output, parameters, lookups=lookups, base=base, is_view=is_view)
