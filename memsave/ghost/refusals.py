@@ -171,18 +171,6 @@ def frozen_after_forward(trainable: Mapping[str, nn.Parameter], used: Iterable[n
             yield Refusal(name, "", "was frozen between its forward and this backward", "freeze it before the forward")
 
 
-def side_outputs(layers: Iterable[str]) -> Iterator[Refusal]:
-    """Layers on which the losses depend past the layer's output."""
-    for name in sorted(layers):
-        yield Refusal(
-            name,
-            "",
-            "passes something besides its output to the losses (a tensor kept as an attribute, or a hook on a module "
-            "inside it), whose gradient would be lost",
-            "return it as a part of the output, detach it, or freeze the layer",
-        )
-
-
 def source_of(function: Callable[..., Any]) -> str:
     """The module and qualified name under which a function was written, also of a partial or a bound method."""
     inner: Any = getattr(function, "func", function)
@@ -255,8 +243,8 @@ def checkpoint_errors_explained() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, CheckpointError):
             raise ValueError(
-                f"a checkpoint recomputed something else than in the forward ({str(error).splitlines()[0]}); move "
-                f"checkpoints out of layers that own parameters besides children with parameters"
+                f"a checkpoint recomputed something else than in the forward ({str(error).splitlines()[0]}); let "
+                f"it run the same operators on tensors whose first dimension is the batch, or do without it there"
             ) from error
         if not internals.is_reentrant_checkpoint_error(error):
             raise
