@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper
+from memsave.ghost import GhostClipper, PerSampleGrad, RuleOutput, register_rule
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
@@ -140,14 +140,28 @@ class CustomFunction(Own):
 
 
 def test_an_autograd_function_of_examples_and_a_parameter_is_refused_unless_its_layer_has_a_rule():
-    class WithRule(CustomFunction):
-        pass
+    class WithRule(Own):
+        def __init__(self):
+            super().__init__()
+            self.weight = self.scale  # the names that rules expect
+            del self.scale
+
+        def forward(self, x):
+            return Custom.apply(x, self.weight)
+
+    @register_rule(WithRule)
+    def rule(layer, inputs):
+        def per_example_grads(saved, grad):
+            return {"weight": PerSampleGrad((saved[0] * grad).reshape(len(grad), -1, grad.shape[-1]).sum(1))}
+
+        return RuleOutput(inputs.args, inputs.kwargs, (inputs.input,), per_example_grads)
 
     model = nn.Sequential(nn.Linear(3, 3), CustomFunction()).double()
     clipper = GhostClipper(model, max_grad_norm=1.0)
     losses = losses_of(model, draw(4, 7, 3))
     with pytest.raises(ValueError, match=r"1\.scale has a gradient that passed no norm hook.*register_rule"):
         clipper.backward(losses)
+    assert_exact(nn.Sequential(nn.Linear(3, 3), WithRule()).double(), draw(4, 7, 3), losses_of)
 
 
 class Spectral(nn.Module):
