@@ -54,6 +54,12 @@ class Attachment:
         clear_owner(self._clipper)
         self._patches, self.trainable = [], {}
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether every trainable parameter belongs to a layer that is patched."""
+        patched = {p for patch in self._patches for p in patch.module.parameters(recurse=False)}
+        return patched >= set(self.trainable.values())
+
     def is_current(self, model: nn.Module) -> bool:
         """Whether the same parameters are trainable as when the layers were patched."""
         now = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -329,7 +329,9 @@ class GhostClipper:
             self._following.reset()
         self._snapshot = StateSnapshot(modules)
         if self.passes != "direct":
-            self._following.begin(self._context, self._attachment.trainable, tensors_in([*args, *kwargs.values()]))
+            inputs = tensors_in([*args, *kwargs.values()])
+            trainable, has_rules = self._attachment.trainable, self._attachment.has_rules
+            self._following.begin(self._context, trainable, inputs, has_rules=has_rules)
 
     def _new_probe(self, first: Tensor | None) -> Tensor:
         """The probe (B,) of a forward, with the batch size of its first tensor argument."""

@@ -1,8 +1,8 @@
 """Which forwards of a clipped model are followed operator by operator.
 
-The first forward is followed. If all parameters turn out to be used by layers with a rule that keep the examples in
-dimension 0, in their order, later forwards are not followed, which saves time. The recomputations of a followed forward
-are followed, too, because `BackwardContext` runs its backwards inside the trace.
+The first forward is followed. If all parameters belong to layers with a rule and turn out to be used by them alone,
+with the examples in dimension 0, in their order, later forwards are not followed, which saves time. Recomputations of a
+followed forward are followed, too, because `BackwardContext` runs its backwards inside the trace.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,12 +31,23 @@ class Following:
         self.end(iter(()))
         self.needed, self._trace = None, None
 
-    def begin(self, context: BackwardContext, parameters: Mapping[str, nn.Parameter], inputs: Iterator[Tensor]) -> None:
-        """Follow a forward, if that is needed or not known."""
+    def begin(
+        self,
+        context: BackwardContext,
+        parameters: Mapping[str, nn.Parameter],
+        inputs: Iterator[Tensor],
+        *,
+        has_rules: bool,
+    ) -> None:
+        """Follow a forward, if that is needed or not known.
+
+        `has_rules`: whether every parameter belongs to a layer with a rule; a forward may skip others by chance.
+        """
         self.end(iter(()))
         self._trace = None
         if self.needed is False or not context.batch_size or torch.compiler.is_compiling():
             return
+        self.needed = self.needed or (None if has_rules else True)
         self._trace = context.trace = OperatorTrace(context, parameters, self._followers)
         self._inputs = list(inputs)
         self._trace.mark_examples(iter(self._inputs))

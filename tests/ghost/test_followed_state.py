@@ -1,5 +1,7 @@
 """Layers without a rule that draw random numbers, keep weights, or get examples in arguments that are no tensors."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -218,3 +220,24 @@ def test_a_layer_with_a_cache_argument_is_exact():
             return self.layer(self.first(x), past=GrowingCache())
 
     assert_exact(Model().double(), draw(4, 3), losses_of)
+
+
+def test_a_layer_that_the_first_forward_skips_is_exact():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.own, self.skips = nn.Linear(3, 3), Own(), True
+
+        def forward(self, x):
+            y = self.first(x)
+            return y if self.skips else self.own_scaled(y)
+
+        def own_scaled(self, y):
+            return y * self.own.scale
+
+    model = Skipping().double()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of(model, draw(4, 3)))
+    model.skips = False
+    norms, _ = by_loop(copy.deepcopy(model), draw(4, 3), losses_of, max_grad_norm=1.0)
+    torch.testing.assert_close(clipper.backward(losses_of(model, draw(4, 3))), norms, rtol=1e-9, atol=0)
