@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.models.check import Row, check
-from experiments.models.table import sentence, summary, tables
+from experiments.models.table import summary, tables
 from experiments.models.tasks import TASKS
 from experiments.record import insert, keep, machine
 
 HERE = Path(__file__).parent
-README = HERE.parent.parent / "README.md"
 DOCUMENT = HERE.parent.parent / "docs" / "models.md"
 SECONDS = 60  # time limit of a class
 
@@ -90,7 +89,6 @@ def main() -> None:
         insert(DOCUMENT, name="machine", text=machine())
         insert(DOCUMENT, name="summary", text=summary(rows))
         insert(DOCUMENT, name="models", text=tables(rows))
-        insert(README, name="models", text=sentence(rows))
         results = {"seconds": round(time.perf_counter() - begin), "models": [row.as_dict() for row in rows]}
         keep(HERE / "results.json", command="python -m experiments.models", results=results)
 

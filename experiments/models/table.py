@@ -21,15 +21,6 @@ def summary(rows: list[Row]) -> str:
     return "\n".join([*lines, "| all | " + " | ".join(str(total[each]) for each in VERDICTS) + " |"])
 
 
-def sentence(rows: list[Row]) -> str:
-    """The result in one sentence."""
-    tried = [row for row in rows if row.verdict != "not tried"]
-    exact = sum(row.verdict == "exact" for row in tried)
-    return (
-        f"of {len(tried)} model classes of transformers, {exact} are exact, and the others are refused with a remedy."
-    )
-
-
 def tables(rows: list[Row]) -> str:
     """By task, a row for each class."""
     parts = []
