@@ -20,7 +20,6 @@ SAMPLE = [
     ("rwkv", "RwkvForCausalLM", "causal language model"),
     ("xlnet", "XLNetLMHeadModel", "causal language model"),
     ("deberta-v2", "DebertaV2ForMaskedLM", "masked language model"),
-    ("longformer", "LongformerForSequenceClassification", "text classification"),
     ("bart", "BartForConditionalGeneration", "text to text"),
     ("clip", "CLIPForImageClassification", "image classification"),
     ("swin", "SwinForImageClassification", "image classification"),

@@ -89,7 +89,7 @@ def slices_into_zeros(x, random):
 
 
 def einsum(x, random):
-    letters = "abcdef"[: x.dim()]
+    letters = "abcdefghijkl"[: x.dim()]
     result = list(letters)
     random.shuffle(result)
     if len(result) > 1 and random.random() < 0.5:
