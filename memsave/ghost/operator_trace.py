@@ -172,16 +172,17 @@ class OperatorTrace(internals.TorchFunctionMode):
                 return internals.without_overrides(func)(*args, **kwargs)
         if name in FACTORIES or (name in SHAPED_LIKE and sources and args and args[0] is sources[0]):
             given = []
+        operator = Operator(name, func, args, kwargs)
         has_rule = bool(sources and given) and torch.is_grad_enabled() and name not in ("data", "detach")
         if has_rule:
-            combined = self._combine(Operator(name, func, args, kwargs), given)
+            combined = self._combine(operator, given)
             output, given = combined if combined is not None else (func(*args, **kwargs), [])
         else:
             output = func(*args, **kwargs)
         with own_types():
             is_recorded = has_rule and isinstance(output, Tensor) and isinstance(self.known(output), Rows)
             if not is_recorded:
-                self._record(name, func, args, kwargs, output, sources, given)
+                self._record(operator, output, sources, given)
         return output
 
     def _combine(
@@ -201,32 +202,29 @@ class OperatorTrace(internals.TorchFunctionMode):
         except LayerRefused as refused:
             if without_gradient and not refused.final:
                 return None
-            names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
-            self.context.refuse(Refusal(names[0], "", f"{refused.reason}, in {operator.name}", refused.remedy))
+            self._refuse(operator, f"{refused.reason}, in {operator.name}", refused.remedy)
             return operator.function(*operator.args, **operator.kwargs), given
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AssertionError) as error:
             output = operator.function(*operator.args, **operator.kwargs)  # raises if the model itself is at fault
-            names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
             reason = f"is used by {operator.name} in a way that has no rule ({type(error).__name__}: {error})"
-            self.context.refuse(Refusal(names[0], "", reason, "freeze the parameter, or use another operator"))
+            self._refuse(operator, reason, "freeze the parameter, or use another operator")
             return output, given
 
+    def _refuse(self, operator: Operator, reason: str, remedy: str) -> None:
+        """Record a refusal in the name of the first parameter that the operator uses."""
+        names = sorted({name for each in operator.tensors() if (s := self.source(each)) for name in s.parameters})
+        self.context.refuse(Refusal(names[0], "", reason, remedy))
+
     def _record(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        sources: list[Tensor],
-        given: list[tuple[Tensor, Provenance]],
+        self, operator: Operator, output: Any, sources: list[Tensor], given: list[tuple[Tensor, Provenance]]
     ) -> None:
+        name, args = operator.name, operator.args
         in_place = bool(args) and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__")))
         outputs = [args[0]] if in_place else list(tensors_among((output,), {}))
         if not outputs or internals.is_batched(outputs[0]):
             return
         if given:
-            for each, found in zip(outputs, self._follow(name, func, args, kwargs, outputs, given), strict=True):
+            for each, found in zip(outputs, self._follow(operator, outputs, given), strict=True):
                 if id(each) not in self._names:
                     self.set(each, found)
             return
@@ -236,32 +234,26 @@ class OperatorTrace(internals.TorchFunctionMode):
             if not in_place and any(each is one for one in sources):  # such as a conversion to the same type
                 continue
             if sources and each.grad_fn is not None and torch.is_grad_enabled():
-                self.set(each, self._derived(name, each, args, kwargs, sources))
+                self.set(each, self._derived(operator, each, sources))
             else:
                 self.set(each, CONSTANT)
 
     def _follow(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outputs: list[Tensor],
-        given: list[tuple[Tensor, Provenance]],
+        self, operator: Operator, outputs: list[Tensor], given: list[tuple[Tensor, Provenance]]
     ) -> list[Provenance]:
+        name, args, kwargs = operator.name, operator.args, operator.kwargs
         try:
-            return self._follower.after(name, func, args, kwargs, outputs, given)
+            return self._follower.after(name, operator.function, args, kwargs, outputs, given)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError):
             return [Lost(name)] * len(outputs)  # only a use of a parameter with it is then refused
 
-    def _derived(
-        self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-    ) -> Source:
+    def _derived(self, operator: Operator, output: Tensor, tensors: list[Tensor]) -> Source:
+        name = operator.name
         sources = [found for each in tensors if (found := self.source(each)) is not None]
         parameters = {key: p for each in sources for key, p in each.parameters.items()}
         lookups = tuple(lookup for each in sources for lookup in each.lookups)
         if name == "embedding" and len(sources) == 1 and sources[0].is_parameter:
-            index, padding, plain = embedding_arguments(args, kwargs)
+            index, padding, plain = embedding_arguments(operator.args, operator.kwargs)
             ((table, parameter),) = parameters.items()
             if plain:
                 index = index if padding is None else index.masked_fill(index == padding, -1)

@@ -92,9 +92,7 @@ class RowFollower:
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         if self.batch_size == 1:
-            return [
-                Rows(0, None if len(each) == 1 else (0,) * len(each)) if each.dim() else Lost(name) for each in outputs
-            ]
+            return [_of_one_example(each) if each.dim() else Lost(name) for each in outputs]
         found = self._after(name, function, args, kwargs, outputs, given)
         return [each if self._fits(each, output) else Lost(name) for each, output in zip(found, outputs, strict=True)]
 
@@ -132,12 +130,8 @@ class RowFollower:
         elif name == "einsum":
             one = after_einsum(args, given)
         elif name in ALONG:
-            one = (
-                rows
-                if argument(args, kwargs, 2 if name in ("topk", "renorm") else 1, "dim", default=-1) % x.dim()
-                != rows.dim
-                else None
-            )
+            dim = argument(args, kwargs, 2 if name in ("topk", "renorm") else 1, "dim", default=-1)
+            one = None if dim % x.dim() == rows.dim else rows
         elif name in PRODUCTS:
             one = after_product(name, args, kwargs, outputs[0], given)
         elif name == "_pack_padded_sequence":
@@ -151,9 +145,6 @@ class RowFollower:
         else:
             return [after_any_other(name, each, given) or Lost(name) for each in outputs]
         return [one or Lost(name)] * len(outputs)
-
-    def _only_example(self, output: Tensor) -> Rows:
-        return Rows(0, None if len(output) == 1 else (0,) * len(output))
 
     def _fits(self, found: Provenance, output: Tensor) -> bool:
         """Whether there is one example for each slice of the output."""
@@ -257,3 +248,8 @@ class RowFollower:
             if uniform and bool((partial < 0).any()):
                 return Filling(name, Rows(dim, tuple(partial.tolist())))
             return self._rows_from(numbers, first=dim)
+
+
+def _of_one_example(output: Tensor) -> Rows:
+    """The Rows of a tensor of a batch of one example."""
+    return Rows(0, None if len(output) == 1 else (0,) * len(output))

@@ -67,15 +67,6 @@ def _written(trace: OperatorTrace, operator: Operator) -> Tensor:
     return target
 
 
-def refuse_written_parameter(trace: OperatorTrace, operator: Operator) -> None:
-    """Refuse an operator that writes examples into what was computed from parameters."""
-    if isinstance(operator.args[0], Tensor) and trace.source(operator.args[0]) is not None:
-        raise LayerRefused(
-            "gets values of the examples in place",
-            "use the operator that returns a new tensor, or freeze the parameter",
-        )
-
-
 def rows_in_broadcast(trace: OperatorTrace, operator: Operator, dims: int) -> Rows:
     """The Rows of the broadcast of all arguments."""
     given = [each for each in operator.tensors() if trace.provenance(each) is not None]
@@ -141,8 +132,9 @@ def attention(trace: OperatorTrace, operator: Operator) -> Tensor:
 @operator_rule("__setitem__")
 def set_item(trace: OperatorTrace, operator: Operator) -> Any:
     """x[index] = parameter, where x or the index depends on the examples."""
-    refuse_written_parameter(trace, operator)
     target, index, value = operator.args
+    if trace.source(target) is not None:
+        raise LayerRefused(WRITTEN, NOT_IN_PLACE)
     source = trace.source(value) if isinstance(value, Tensor) else None
     if source is None:
         return operator.function(*operator.args)

@@ -11,7 +11,7 @@ from memsave.ghost.gradients import PerSampleGrad, upcast
 from memsave.ghost.operators.general import example_by_example
 from memsave.ghost.operators.rule import Operator, operator_rule
 from memsave.ghost.refusals import LayerRefused
-from memsave.ghost.rows import WHOLE, Rows, RowSplit
+from memsave.ghost.rows import WHOLE, RowSplit
 
 if TYPE_CHECKING:
     from memsave.ghost.operator_trace import OperatorTrace
@@ -49,6 +49,3 @@ def convolution(trace: OperatorTrace, operator: Operator) -> Tensor:
 
 def _sum(values: Tensor, split: RowSplit) -> Tensor:
     return values.sum(0, keepdim=True) if split.rows is WHOLE else split.summed(values)
-
-
-__all__ = ["Rows", "convolution"]
