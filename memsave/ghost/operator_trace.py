@@ -24,7 +24,7 @@ from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad
 from memsave.ghost.norm_hook import HookSpec, NormHook, apply_norm_hook
 from memsave.ghost.operators import rule_of
 from memsave.ghost.operators.lookups import embedding_arguments
-from memsave.ghost.operators.rule import Operator
+from memsave.ghost.operators.rule import Operator, tensors_among
 from memsave.ghost.parameter_source import Lookup, Source
 from memsave.ghost.refusals import LayerRefused, Refusal
 from memsave.ghost.row_follower import MOVING, RowFollower
@@ -162,7 +162,7 @@ class OperatorTrace(internals.TorchFunctionMode):
                 return func(*args, **kwargs)
         elif name in ("__set__", "requires_grad_", "size", "dim", "detach_"):
             return func(*args, **kwargs)
-        operands = list(tensors_among(args, kwargs))
+        operands = list(tensors_among((*args, *kwargs.values())))
         own_types = internals.unfollowed if types else nullcontext  # a subclass of Tensor would see what is read of it
         with own_types():
             sources = [each for each in operands if self.source(each) is not None]
@@ -220,7 +220,7 @@ class OperatorTrace(internals.TorchFunctionMode):
     ) -> None:
         name, args = operator.name, operator.args
         in_place = bool(args) and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__")))
-        outputs = [args[0]] if in_place else list(tensors_among((output,), {}))
+        outputs = [args[0]] if in_place else list(tensors_among((output,)))
         if not outputs or internals.is_batched(outputs[0]):
             return
         if given:
@@ -314,20 +314,6 @@ class OperatorTrace(internals.TorchFunctionMode):
             return PerSampleGrad(split.reduced(grad, own))
 
         return self.hook(source.tensor.detach().expand(shape), source, rows, (), gradient, optional=optional)
-
-
-def tensors_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operator, also inside tuples and lists."""
-    for each in args:
-        if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, (tuple, list)):
-            yield from tensors_among(tuple(each), {})
-    for each in kwargs.values():
-        if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, (tuple, list)):
-            yield from tensors_among(tuple(each), {})
 
 
 def forget(tensors: Iterator[Tensor]) -> None:

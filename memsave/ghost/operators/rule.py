@@ -30,7 +30,7 @@ class Operator:
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors among the arguments."""
-        return _tensors((*self.args, *self.kwargs.values()))
+        return tensors_among((*self.args, *self.kwargs.values()))
 
     def argument(self, position: int, *names: str, default: Any = None) -> Any:
         """An argument by position or by one of its names."""
@@ -64,12 +64,13 @@ def registered_operator(name: str) -> OperatorRule | None:
     return _RULES.get(name)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_among(values: Any) -> Iterator[Tensor]:
+    """The tensors among the values, also inside tuples and lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+            yield from tensors_among(value)
 
 
 def _replaced(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
