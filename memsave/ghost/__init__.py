@@ -3,6 +3,7 @@
 from memsave.ghost.clipper import GhostClipper
 from memsave.ghost.coverage import coverage
 from memsave.ghost.coverage_report import Coverage, ParameterCoverage
+from memsave.ghost.example_rows import example_rows
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.head import linear_cross_entropy
 from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
@@ -18,6 +19,7 @@ __all__ = [
     "PerSampleGrad",
     "RuleOutput",
     "coverage",
+    "example_rows",
     "linear_cross_entropy",
     "register_rule",
     "verify",

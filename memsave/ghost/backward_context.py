@@ -25,7 +25,7 @@ from memsave.ghost.groups import Groups
 from memsave.ghost.independence import IndependenceCheck
 from memsave.ghost.ledger import Ledger
 from memsave.ghost.refusals import Refusal, raise_refusals
-from memsave.ghost.rows import RowSplit
+from memsave.ghost.rows import STANDARD, Rows, RowSplit
 
 # under a trace, PyTorch's own functions would run the whole backward, with all recomputations, outside of it
 GRAD_INSIDE_A_TRACE = internals.without_overrides(torch.autograd.grad)
@@ -50,6 +50,7 @@ class BackwardContext:
 
     Args:
         probe: (B,), requires grad; its gradient collects the squared norms (see `norm_hook.py`).
+        rows: which row of the model's inputs belongs to which example.
         memory_budget: bytes that may be kept to save time.
         groups: groups to clip one by one; None to clip whole gradients.
         clip_factors_of: clip factors (B,) from the norms (B,) of a group.
@@ -59,11 +60,14 @@ class BackwardContext:
         self,
         probe: Tensor,
         *,
+        rows: Rows = STANDARD,
         memory_budget: int = 0,
         groups: Groups | None = None,
         clip_factors_of: Callable[[Tensor], Tensor] = torch.ones_like,
     ) -> None:
         self.probe, self.batch_size = probe, len(probe)
+        self.rows = rows
+        self.row_count = len(probe) if rows.examples is None else len(rows.examples)
         self.phase = Phase.NO_BACKWARD
         self.ledger = Ledger(probe, bytes_left=memory_budget, groups=groups, clip_factors_of=clip_factors_of)
         self.layers: set[str] = set()
@@ -84,6 +88,16 @@ class BackwardContext:
         self._repeats: dict[str, Tensor] = {}  # by layer, whether both passes had the same activations and gradients
         self._factors: Tensor = probe  # in ADD_SUMS: the clip factors (B,)
         self._kept: Tensor | None = None  # in ADD_SUMS: the examples (B,) with a factor above zero; None for all
+
+    def has_rows(self, tensor: Tensor) -> bool:
+        """Whether the tensor has one entry per row of the model's inputs in dimension 0."""
+        return tensor.dim() > 0 and len(tensor) == self.row_count
+
+    @property
+    def example_of_row(self) -> list[int]:
+        """The example of each row of the model's inputs."""
+        examples = self.rows.examples
+        return list(range(self.batch_size)) if examples is None else torch.as_tensor(examples).tolist()
 
     # The forward: layers record what they do.
 

@@ -24,12 +24,14 @@ from memsave.ghost._torch_internals import in_backward
 from memsave.ghost.attach import Attachment
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.direct import add_clipped_gradient
+from memsave.ghost.example_rows import ExampleRows, current_example_rows
 from memsave.ghost.following import Following
 from memsave.ghost.gradients import has_values, safe_sqrt
 from memsave.ghost.groups import clip_factors
 from memsave.ghost.independence import IndependenceSchedule, layers_reached
 from memsave.ghost.layer_patch import tensors_in
 from memsave.ghost.refusals import raise_refusals
+from memsave.ghost.rows import STANDARD
 from memsave.ghost.snapshot import StateSnapshot
 
 log = logging.getLogger("memsave.ghost")
@@ -318,8 +320,10 @@ class GhostClipper:
         raise_refusals(
             [*refusals.batch_statistics(modules), *refusals.gradient_hooks(self._attachment.trainable.items())]
         )
+        first, grouped = next(tensors_in([*args, *kwargs.values()]), None), current_example_rows()
         self._context = BackwardContext(
-            self._new_probe(next(tensors_in([*args, *kwargs.values()]), None)),
+            self._new_probe(first, grouped),
+            rows=STANDARD if grouped is None else grouped.rows,
             memory_budget=self.memory_budget,
             groups=self._attachment.groups,
             clip_factors_of=self._clip_factors,
@@ -333,15 +337,21 @@ class GhostClipper:
             trainable, has_rules = self._attachment.trainable, self._attachment.has_rules
             self._following.begin(self._context, trainable, inputs, has_rules=has_rules)
 
-    def _new_probe(self, first: Tensor | None) -> Tensor:
-        """The probe (B,) of a forward, with the batch size of its first tensor argument."""
+    def _new_probe(self, first: Tensor | None, grouped: ExampleRows | None) -> Tensor:
+        """The probe (B,) of a forward, with the batch size of its first tensor argument, or of `example_rows`."""
         has_batch = first is not None and first.dim() > 0
+        if grouped is not None and first is not None and has_batch and len(first) != len(grouped.of_row):
+            raise ValueError(
+                f"the model got {len(first)} rows, but example_rows names the examples of {len(grouped.of_row)}; give "
+                f"one number for each row"
+            )
         if self.batch_size is None and self.passes != "direct" and not has_batch:
             raise ValueError(
                 "the model got no tensor whose dimension 0 could be the batch; pass the inputs as tensors, or give the "
                 "GhostClipper a batch_size"
             )
         size = len(first) if self.batch_size is None and first is not None and has_batch else self.batch_size
+        size = size if grouped is None else grouped.examples
         parameters = list(self._attachment.trainable.values())
         is_double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         like = parameters[0] if parameters else first

@@ -45,7 +45,8 @@ class Following:
         """
         self.end(iter(()))
         self._trace = None
-        if self.needed is False or not context.batch_size or torch.compiler.is_compiling():
+        is_known = self.needed is False and context.rows.standard
+        if is_known or not context.batch_size or torch.compiler.is_compiling():
             return
         self.needed = self.needed or (None if has_rules else True)
         self._trace = context.trace = OperatorTrace(context, parameters, self._followers)

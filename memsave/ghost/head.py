@@ -50,22 +50,23 @@ def linear_cross_entropy(
     backward. The logits do not exist: to scale them, scale `hidden`; for any other change, compute them yourself.
     """
     _check(hidden, weight, targets, bias, ignore_index, soft_cap)
-    positions, labels = _target_positions(targets, ignore_index)
+    clipper, context = _clipper_of(weight, bias)
+    if context is not None and not context.has_rows(targets):
+        raise ValueError(
+            f"{NAME} got targets for {len(targets)} rows, but the model saw a batch of {context.row_count}; keep the "
+            f"batch in dimension 0"
+        )
+    of_row = list(range(len(targets))) if context is None else context.example_of_row
+    batch = len(targets) if context is None else context.batch_size
+    positions, labels = _target_positions(targets, ignore_index, of_row=of_row, batch=batch)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     tokens = positions.select(hidden)  # (N, d)
     trainable = {key: p for key, p in (("weight", weight), ("bias", bias)) if p is not None and p.requires_grad}
-    clipper = next((found for found in map(clipper_of, trainable.values()) if found is not None), None)
-    context = None if clipper is None else clipper.context_for(NAME, after_forward=True)
     if clipper is None or context is None:
         losses, *_ = _Head.apply(tokens, weight, bias, labels, positions, soft_cap, False, 0)
         return positions.scatter(losses)
-    if len(targets) != context.batch_size:
-        raise ValueError(
-            f"{NAME} got targets for {len(targets)} examples, but the model saw a batch of {context.batch_size}; keep "
-            f"the batch in dimension 0"
-        )
     context.record_use(NAME, [p for p in trainable.values() if isinstance(p, nn.Parameter)], by=NAME)
     with_gram = "weight" in trainable and not (context.batch_size == 1 and clipper.passes_for(context) == 1)
     bytes_per_column = max(1, positions.count * upcast(tokens.detach()[:0]).element_size())
@@ -88,7 +89,7 @@ def _with_norm_hook(
     def per_example_grads(saved: tuple[Tensor, ...], grad: Tensor, _: RowSplit) -> dict[str, Gradient]:
         return _per_example_grads(unpack(saved), grad, trainable=names)
 
-    spec = HookSpec(NAME, names, per_example_grads)
+    spec = HookSpec(NAME, names, per_example_grads, context.rows)
     return apply_norm_hook(positions.scatter(losses), spec, context, saved, list(trainable.values()))
 
 
@@ -197,22 +198,38 @@ def _pack(logit_grads: LogitGradients) -> tuple[tuple[Tensor, ...], Any]:
     return tuple(values[name] for name in names), unpack
 
 
-def _target_positions(targets: Tensor, ignore_index: int) -> tuple[TargetPositions, Tensor]:
-    """The positions with a target, and their targets (N,); of fake tensors, which have no values, all positions."""
-    batch, length = targets.shape
+def _clipper_of(*parameters: Tensor | None) -> tuple[Any, BackwardContext | None]:
+    """(the clipper of the trainable parameters, the context of its model's last forward), or (None, None)."""
+    clippers = (clipper_of(p) for p in parameters if p is not None and p.requires_grad)
+    clipper = next((found for found in clippers if found is not None), None)
+    return clipper, None if clipper is None else clipper.context_for(NAME, after_forward=True)
+
+
+def _target_positions(
+    targets: Tensor, ignore_index: int, *, of_row: list[int], batch: int
+) -> tuple[TargetPositions, Tensor]:
+    """The positions with a target, and their targets (N,); of fake tensors, which have no values, all positions.
+
+    `of_row`: the example of each row of the targets (R, T), of `batch` examples.
+    """
+    rows, length = targets.shape
     has_target = targets != ignore_index
-    everywhere = TargetPositions(batch, length, length, None, None)
-    if not has_values(targets):
-        return everywhere, targets.masked_fill(~has_target, -1).flatten()
-    counts = has_target.sum(1).tolist()
+    known = has_values(targets)
+    counts = has_target.sum(1).tolist() if known else [length] * rows
+    before, total = [], [0] * batch  # targets of the example in earlier rows, and in all rows
+    for example, count in zip(of_row, counts, strict=True):
+        before.append(total[example])
+        total[example] += count
+    width = max(total, default=0)
+    first = torch.tensor([e * width + k for e, k in zip(of_row, before, strict=True)], device=targets.device)[:, None]
+    in_order = of_row == sorted(of_row) and sum(total) == batch * width
     if min(counts, default=0) == length:
-        return everywhere, targets.flatten()
-    width = max(counts, default=0)
+        slots = None if in_order else (first + torch.arange(length, device=targets.device)).flatten()
+        labels = targets if known else targets.masked_fill(~has_target, -1)
+        return TargetPositions(rows, length, batch, width, None, slots), labels.flatten()
     index = has_target.flatten().nonzero()[:, 0]
-    first = torch.arange(batch, device=targets.device)[:, None] * width
-    slots = (first + has_target.cumsum(1) - 1).flatten()[index]
-    all_full = len(index) == batch * width
-    return TargetPositions(batch, length, width, index, None if all_full else slots), targets.flatten()[index]
+    slots = None if in_order else (first + has_target.cumsum(1) - 1).flatten()[index]
+    return TargetPositions(rows, length, batch, width, index, slots), targets.flatten()[index]
 
 
 def _check(

@@ -14,7 +14,7 @@ from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
 from memsave.ghost.operator_trace import CONSTANT, OperatorTrace
 from memsave.ghost.parameter_swap import parameters_are_swapped, swapped_parameters
 from memsave.ghost.refusals import LayerRefused, Refusal
-from memsave.ghost.rows import Lost, Rows, RowSplit
+from memsave.ghost.rows import STANDARD, Lost, Rows, RowSplit
 from memsave.ghost.rule import LayerInputs, Rule, RuleOutput
 
 KEEP_THE_BATCH = (
@@ -83,7 +83,7 @@ class LayerPatch:
         try:
             rule_output = self.rule(
                 self.module,
-                LayerInputs(args, kwargs, context.batch_size, tuple(trainable), self.name, self.cache),
+                LayerInputs(args, kwargs, context.row_count, tuple(trainable), self.name, self.cache),
             )
         except LayerRefused as refused:
             self._refuse(context, refused.reason, refused.remedy)
@@ -119,19 +119,19 @@ class LayerPatch:
         """Where the examples are in the output; None, with a refusal, if that is not known."""
         trace, batch_size = context.trace, context.batch_size
         found = None if trace is None else trace.provenance(output)
-        if batch_size == 1 and len(output) != 1:
-            return Rows(0, (0,) * len(output))
+        if batch_size == 1:
+            return STANDARD if len(output) == 1 else Rows(0, (0,) * len(output))
         if isinstance(found, Rows):
             return found
         if isinstance(found, Lost):
             reason = f"returned {tuple(output.shape)} for a batch of {batch_size}, and the rows could not be followed"
             self._refuse(context, f"{reason} to their examples (after {found.operator})", KEEP_THE_BATCH)
             return None
-        if len(output) != batch_size:
+        if not context.has_rows(output):
             remedy = KEEP_THE_BATCH if trace is not None else ATTACH_AGAIN
             self._refuse(context, f"returned {tuple(output.shape)} for a batch of {batch_size}", remedy)
             return None
-        return Rows(0)
+        return context.rows
 
     def _refuse(self, context: BackwardContext, reason: str, remedy: str) -> None:
         """Record the refusal; the clipper raises all refusals of a forward at its end."""
@@ -148,7 +148,7 @@ def _is_followed(trace: OperatorTrace, args: tuple[Any, ...], kwargs: dict[str, 
     x = tensors[0]
     if trace.provenance(x) is not None:
         return False
-    return not x.dim() or len(x) != trace.context.batch_size or trace.known(x) is CONSTANT
+    return not trace.context.has_rows(x) or trace.known(x) is CONSTANT
 
 
 def _has_equal_rows(trace: OperatorTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -27,33 +27,36 @@ MIN_COLUMNS = 512  # of a block, which exceeds BLOCK for very many tokens, but i
 
 @dataclass(frozen=True)
 class TargetPositions:
-    """Which N of the (B, T) positions have a target, and their slots in (B, width) after the others are dropped."""
+    """Which N of the (R, T) positions have a target, and their slots in (B, width) after the others are dropped."""
 
-    batch: int
+    rows: int
+    """R; B unless an example has several rows."""
     length: int
     """T."""
+    batch: int
+    """B."""
     width: int
     """The largest number of targets of an example."""
     index: Tensor | None
-    """(N,) of B T; None if all positions have a target."""
+    """(N,) of R T; None if all positions have a target."""
     slots: Tensor | None
-    """(N,) of B width; None if N = B width."""
+    """(N,) of B width; None if N = B width, in this order."""
 
     @property
     def count(self) -> int:
         """N."""
-        return self.batch * self.length if self.index is None else len(self.index)
+        return self.rows * self.length if self.index is None else len(self.index)
 
     def select(self, values: Tensor) -> Tensor:
-        """(B, T, ...) to (N, ...)."""
-        flat = values.reshape(self.batch * self.length, *values.shape[2:])
+        """(R, T, ...) to (N, ...)."""
+        flat = values.reshape(self.rows * self.length, *values.shape[2:])
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """(N,) to (B, T), zero elsewhere."""
+        """(N,) to (R, T), zero elsewhere."""
         if self.index is not None:
-            values = values.new_zeros(self.batch * self.length).index_copy(0, self.index, values)
-        return values.view(self.batch, self.length)
+            values = values.new_zeros(self.rows * self.length).index_copy(0, self.index, values)
+        return values.view(self.rows, self.length)
 
     def pad(self, values: Tensor) -> Tensor:
         """(N, ...) to (B, width, ...), padded with zeros for examples with fewer targets."""

@@ -22,12 +22,11 @@ from torch import Tensor
 from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext, Phase
 from memsave.ghost.gradients import Gradient, upcast
-from memsave.ghost.rows import Rows, RowSplit
+from memsave.ghost.rows import STANDARD, Rows, RowSplit
 
 PerExampleGrads = Callable[[tuple[Tensor, ...], Tensor, RowSplit], dict[str, Gradient]]
 """(saved tensors, the output's gradient, its split by example) to the per-example gradients by parameter name."""
 
-STANDARD = Rows(0)
 COMPARED = 2**12  # about how many elements of each example's activations are compared between two passes
 REPEAT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of sums of elements, relative to the norm
 

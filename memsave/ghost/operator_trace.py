@@ -71,10 +71,9 @@ class OperatorTrace(internals.TorchFunctionMode):
     # What is known of a tensor.
 
     def mark_examples(self, tensors: Iterator[Tensor]) -> None:
-        """Mark the arguments of the model: those with B entries in dimension 0 hold the examples."""
+        """Mark the arguments of the model: those with one entry per row in dimension 0 hold the examples."""
         for tensor in tensors:
-            has_batch = tensor.dim() and len(tensor) == self.context.batch_size
-            self.set(tensor, Rows(0) if has_batch else CONSTANT)
+            self.set(tensor, self.context.rows if self.context.has_rows(tensor) else CONSTANT)
 
     def set(self, tensor: Tensor, known: Known) -> None:
         """Record what is known of a tensor."""
@@ -118,8 +117,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         if names:
             parameters = {name: self._parameters[name] for name in sorted(names)}
             return Source.of_tensor(tensor, parameters)
-        has_batch = tensor.dim() and len(tensor) == self.context.batch_size
-        return Rows(0) if has_batch else Lost(UNFOLLOWED)
+        return self.context.rows if self.context.has_rows(tensor) else Lost(UNFOLLOWED)
 
     def provenance(self, tensor: Tensor) -> Provenance | None:
         """The Rows of a tensor that depends on examples; None for a constant."""
@@ -129,8 +127,7 @@ class OperatorTrace(internals.TorchFunctionMode):
         if known is None and tensor.requires_grad and self.source(tensor) is None:
             found = self.known(tensor)
             if found is None:  # a leaf that is no parameter of the model
-                has_batch = tensor.dim() and len(tensor) == self.context.batch_size
-                return Rows(0) if has_batch else Lost(UNFOLLOWED)
+                return self.context.rows if self.context.has_rows(tensor) else Lost(UNFOLLOWED)
             return found if isinstance(found, (Rows, Lost)) else None
         return None
 

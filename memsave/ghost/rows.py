@@ -43,6 +43,8 @@ class Rows:
         return Rows(dim, self.examples)
 
 
+STANDARD = Rows(0)
+"""Slice b of dimension 0 belongs to example b."""
 WHOLE = Rows(-1)
 """A tensor that belongs to the only example of its batch, whatever its shape."""
 
