@@ -110,7 +110,7 @@ def test_a_cycle_is_found():
 KINDS = (
     r"config\.task\b",
     r"\.kind\s*(==|!=|in\b)",
-    r"isinstance\([^)]*(Data|Model|GPT2|SmolLM2|Segmentation|TableToText)\b",
+    r"isinstance\([^)]*(Data|Model|GPT2|SmolLM2|Segmentation|Generation|Classification|Dialog)\b",
     r"from memsave\.tasks\.(segmentation|language)",
     r"from memsave\.data\.(volumes|text)",
 )

@@ -23,8 +23,8 @@ from memsave.data.text.records import Record
 from memsave.data.text.visits import private_records, public_records
 from memsave.experiment import make_model
 from memsave.predict import main
+from memsave.tasks.language.generation import Generation, GenerationConfig
 from memsave.tasks.language.small_gpt2 import RevGPT2, SmallGPT2, small_gpt2, train_tokenizer
-from memsave.tasks.language.table_to_text import TableToText
 
 SIZES = {"layers": 2, "heads": 2, "width": 16, "vocabulary": 400, "positions": 200}
 PAGE = Path(__file__).parents[1] / "docs" / "using.md"
@@ -152,11 +152,11 @@ def test_a_folder_without_a_model_is_reported(tmp_path):
 def written(request, tmp_path_factory):
     """(a run's folder with an untrained language model, its task, the model)"""
     sizes = request.param(**SIZES)
-    tokenizer = train_tokenizer([each.text for each in public_records(200)], size=sizes.vocabulary)
+    tokenizer = train_tokenizer([each.completion for each in public_records(200)], size=sizes.vocabulary)
     model = small_gpt2(sizes, tokenizer)
-    data = VisitsData(max_length=90, beams=2)
-    known = {"data": data, "trainer": TrainerConfig(), "device": torch.device("cpu")}
-    task = TableToText(private_records(5), private_records(2, seed=1), tokenizer, **known)
+    data = VisitsData(max_length=90)
+    known = {"data": data, "task": GenerationConfig(beams=2), "trainer": TrainerConfig(), "device": torch.device("cpu")}
+    task = Generation(private_records(5), private_records(2, seed=1), tokenizer, **known)
     folder = tmp_path_factory.mktemp("text")
     task.release(model, folder / "model")
     return folder, task, model
@@ -176,17 +176,20 @@ def test_a_language_model_is_loaded_as_by_transformers(written, tmp_path):
 def test_the_prompt_has_the_tokens_of_training(written):
     from transformers import AutoTokenizer
 
-    from memsave.data.text.collate import encode
+    from memsave.data.text.encode import encode_records
 
     folder, task, _ = written
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     prompt = json.loads((folder / "model" / "prompt.json").read_text())
     for record in private_records(20):
-        for part, tokens in zip(("prompt", "completion"), encode(record, task.tokenizer, max_length=10**6)):
-            text = prompt[part].format(table=record.table, text=record.text)
-            assert tokenizer(text, add_special_tokens=prompt["add_special_tokens"]).input_ids == tokens
-    table, _ = encode(Record("near[the river], " * 50, "Long."), tokenizer, max_length=task.data.max_length)
-    assert prompt["max_table_tokens"] == len(table) - 1  # without its end token
+        ([row],), _ = encode_records([record], task.tokenizer, max_length=10**6)
+        start, options = row.labels.count(-100), {"add_special_tokens": prompt["add_special_tokens"]}
+        for part, tokens in (("prompt", row.ids[:start]), ("completion", row.ids[start:])):
+            text = prompt[part].format(prompt=record.prompt, completion=record.completion)
+            assert tokenizer(text, **options).input_ids == tokens
+    record = Record("near[the river], " * 50, "Long.")
+    ([row],), _ = encode_records([record], tokenizer, max_length=task.data.max_length)
+    assert prompt["max_prompt_tokens"] == row.labels.count(-100) - 1  # without its end token
 
 
 def test_a_language_model_is_refused_for_segmentation(written, tmp_path, capsys):

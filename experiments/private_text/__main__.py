@@ -22,7 +22,7 @@ from memsave.training.measure import PLAIN
 from memsave.training.private import round_up
 
 # on two cores: smaller batches than the paper's, and few sentences by beam search
-SMOLLM2 = ["trainer.batch_size=64", "data.generate=8", "data.evaluate=64"]
+SMOLLM2 = ["trainer.batch_size=64", "task.generate=8", "task.evaluate=64"]
 RUNS = {
     "visits-none": ("clinic visits, small GPT-2", ["experiment=gpt2_dp", "privacy=none"]),
     "visits-8": ("clinic visits, small GPT-2", ["experiment=gpt2_dp"]),

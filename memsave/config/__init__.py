@@ -10,7 +10,7 @@ checks      invalid combinations of keys
 from memsave.config.errors import ConfigError
 from memsave.config.fields import option
 from memsave.config.registry import register, register_experiment
-from memsave.config.schema import AdapterConfig, Config, DataConfig, ModelConfig
+from memsave.config.schema import AdapterConfig, Config, DataConfig, ModelConfig, TaskConfig
 
 __all__ = [
     "AdapterConfig",
@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "ModelConfig",
+    "TaskConfig",
     "option",
     "register",
     "register_experiment",

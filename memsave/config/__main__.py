@@ -14,7 +14,6 @@ from omegaconf import MISSING
 
 from memsave.config.fields import constraint_of
 from memsave.config.registry import GROUPS, experiments, options
-from memsave.config.registry import names as component_names
 from memsave.config.schema import Config
 
 HEAD = """# Configuration
@@ -65,7 +64,7 @@ def _rows(schema: type, *, prefix: str, skip: set[str]) -> Iterator[str]:
 
 
 def _valid(each: Field) -> str:
-    return " | ".join(component_names("task")) if each.name == "task" else constraint_of(each).describe()
+    return constraint_of(each).describe()
 
 
 def _default(each: Field) -> str:

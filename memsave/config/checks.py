@@ -1,8 +1,7 @@
 """Checks of a whole config, beyond those of single fields and groups."""
 
 from memsave.config.errors import ConfigError
-from memsave.config.fields import Constraint, check_fields, sections
-from memsave.config.registry import component, names
+from memsave.config.fields import check_fields, sections
 from memsave.config.schema import Config, GhostPrivacy
 
 
@@ -12,8 +11,7 @@ def check(config: Config) -> None:
     The order is: the task's data and model classes, the constraint of each field, the `validate()` of each section,
     combinations of groups, `validate()` of the task, and what `vary` needs.
     """
-    Constraint(choices=names("task")).check("task", config.task)
-    task = component("task", config.task)(config)
+    task = config.task.definition(config)
     task.check_groups()
     check_fields(config)
     for _, section in sections(config):

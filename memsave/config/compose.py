@@ -31,11 +31,12 @@ from memsave.config.checks import check
 from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
 from memsave.config.known_keys import listed, options_with, unknown_key
+from memsave.config.older import converted
 from memsave.config.overrides import parse, several
 from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names
 from memsave.config.schema import Config
 
-VERSION, VERSION_KEY = 2, "schema_version"
+VERSION, VERSION_KEY = 3, "schema_version"
 """The version of `config.yaml`. Increase it when the meaning of a key changes, and let `load` convert older files."""
 
 
@@ -89,9 +90,10 @@ def load(path: Path) -> Config:
         version = found.get(VERSION_KEY, 1)  # version 1 did not write the key
         if version not in range(1, VERSION + 1):
             raise ValueError(f"it has {VERSION_KEY} {version}, and this version of memsave reads up to {VERSION}")
+        found = converted(found, version=version)
         config = OmegaConf.structured(Config)
         for group in GROUPS[1:]:
-            own = found[group] if group != "adapter" else found.get(group, {"kind": "none"})  # new in version 2
+            own = found[group]
             kind = own.get("kind", group)
             if kind not in names(group):
                 raise ValueError(f"{group}={kind} is not registered: install the package that adds it")

@@ -24,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 
 from memsave.config.errors import ConfigError
 
-GROUPS = ("experiment", "data", "model", "adapter", "memory", "privacy", "trainer", "profiler")
+GROUPS = ("experiment", "task", "data", "model", "adapter", "memory", "privacy", "trainer", "profiler")
 """The config groups of a run, as on the command line."""
 ENTRY_POINTS = "memsave.components"
 PACKAGES = ("config", "data", "models", "tasks")
@@ -37,7 +37,7 @@ _experiments: set[str] = set()
 
 
 def register(group: str, name: str) -> Callable[[Class], Class]:
-    """A class decorator that registers the class as option `name` of a config group, or of the group "task".
+    """A class decorator that registers the class as option `name` of a config group.
 
     Raises ConfigError if another class has the name.
     """
@@ -69,7 +69,7 @@ def register_experiment(name: str, *, defaults: Mapping[str, str], **settings: A
     Args:
         name: the name of the experiment.
         defaults: the option of each config group, as in {"data": "points", "model": "line"}.
-        settings: other keys of the config, as in task="regression", trainer={"steps": 100}.
+        settings: other keys of the config, as in trainer={"steps": 100}.
     """
     chosen = [{f"override /{group}": option} for group, option in defaults.items()]
     node = {"defaults": [*chosen, "_self_"], **settings}

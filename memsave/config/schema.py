@@ -65,6 +65,17 @@ class Section:
 
 
 @dataclass
+class TaskConfig(Section):
+    """The base of every task's config."""
+
+    kind: str = MISSING
+
+    def definition(self, config: "Config") -> Any:
+        """The `memsave.tasks.TaskDefinition` of this task for a whole config."""
+        raise NotImplementedError(f"{type(self).__name__} has no definition")
+
+
+@dataclass
 class DataConfig(Section):
     """The base of every data set's config."""
 
@@ -258,10 +269,9 @@ class ProfilerConfig(Section):
 class Config(Section):
     """The config of a whole run."""
 
-    task: str = MISSING
-    """The task to train."""
     mode: str = option("train", choices=("train", "plan"))
     """plan predicts on fake tensors what fits into the budget, and trains nothing."""
+    task: TaskConfig = MISSING
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     adapter: AdapterConfig = MISSING

@@ -1,8 +1,12 @@
-"""`TaskDefinition`: the interface of a task to the rest of memsave; one class per task, registered by name.
+"""`TaskDefinition`: the interface of a task to the rest of memsave; one class per task, named by the task's config.
 
     @register("task", "regression")
-    class Regression(TaskDefinition):
-        ...
+    @dataclass
+    class Regression(TaskConfig):
+        kind: str = "regression"
+
+        def definition(self, config):
+            return RegressionDefinition(config)
 
 A definition belongs to one config and needs no data. It checks the config, builds the model, and describes the shapes
 of a batch, the sizes that a plan can vary, and the remedies for missing memory. `make_task` then reads the data and
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 from memsave.config import Config, ConfigError
 from memsave.config.fields import closest
 from memsave.config.known_keys import listed
-from memsave.config.registry import component, options
+from memsave.config.registry import options
 from memsave.config.schema import DataConfig, GhostPrivacy, ModelConfig, PrivacyConfig
 from memsave.progress import Progress
 from memsave.training.task import Batch, Task
@@ -78,7 +82,7 @@ class TaskDefinition:
             chosen = getattr(self.config, group)
             if not isinstance(chosen, base):
                 raise ConfigError(
-                    f"task={self.config.task} is not compatible with {group}={option_of(group, chosen)}; give "
+                    f"task={self.config.task.kind} is not compatible with {group}={option_of(group, chosen)}; give "
                     f"data={listed(options_of('data', self.data_class))}, and "
                     f"model={listed(options_of('model', self.model_class))}"
                 )
@@ -88,7 +92,7 @@ class TaskDefinition:
         vary, valid = self.config.vary, self.variations()
         if vary is not None and vary not in valid:
             names = f"{listed(sorted(valid))}{closest(vary, valid)}"
-            raise ConfigError(f"vary={vary} is not valid for task={self.config.task}; give vary={names}")
+            raise ConfigError(f"vary={vary} is not valid for task={self.config.task.kind}; give vary={names}")
 
     # The model
 
@@ -156,7 +160,7 @@ class TaskDefinition:
 
     def memory_choices(self, device: torch.device) -> list[Config]:
         """The configs from which `memory=auto` chooses, fastest first. Raises ConfigError if there are none."""
-        raise ConfigError(f"memory=auto is not available for task={self.config.task}; give memory=stored")
+        raise ConfigError(f"memory=auto is not available for task={self.config.task.kind}; give memory=stored")
 
     def memory_strategies(self) -> list[str]:
         """The strategies whose calibrations are upper bounds for the configs of `memory_choices`."""
@@ -198,8 +202,8 @@ class TaskDefinition:
 
 def definition_of(config: Config) -> TaskDefinition:
     """The definition of the config's task."""
-    found: type[TaskDefinition] = component("task", config.task)
-    return found(config)
+    found: TaskDefinition = config.task.definition(config)
+    return found
 
 
 def options_of(group: str, base: type) -> list[str]:

@@ -85,7 +85,7 @@ def _from_run(folder: Path) -> tuple[Path, Any, Any]:
         raise ConfigError(f"{folder} {fault}; give a run's folder, which has config.yaml, or a copy of its model/")
     config = load_config(run / "config.yaml")
     if not isinstance(config.data, SegmentationData):
-        raise ConfigError(f"{run} is an unfinished run of task={config.task}; give a finished run")
+        raise ConfigError(f"{run} is an unfinished run of task={config.task.kind}; give a finished run")
     folders = (folder, run / "model", run / "checkpoint")
     weights = next((each / WEIGHTS for each in folders if (each / WEIGHTS).is_file()), None)
     if weights is None:

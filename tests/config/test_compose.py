@@ -68,8 +68,8 @@ def test_the_memory_option_sets_the_mode(memory):
         (["trainer.precision=half"], r"choose one of float32, bfloat16"),
         (["privacy.kind=ghost"], r"privacy\.kind is 'ghost'; choose one of none"),
         (["model.kind=foo"], r"model\.kind is 'foo'; choose one of rev_unet"),
-        (["task=foo"], "choose one of segmentation, table_to_text"),
-        (["task=table_to_text"], "is not compatible with data=phantom; give data=e2e or visits, and model="),
+        (["task=foo"], "task=foo is not known; choose one of"),
+        (["task=generation"], "is not compatible with data=phantom; give data=e2e or visits, and model="),
         (
             ["model=small_gpt2"],
             "is not compatible with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",

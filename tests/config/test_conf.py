@@ -9,9 +9,9 @@ import pytest
 
 from memsave.config import registry
 from memsave.config.compose import compose, to_objects
-from memsave.config.registry import component, conf_dir
+from memsave.config.registry import conf_dir
 from memsave.run import check_overrides
-from memsave.tasks.definition import options_of
+from memsave.tasks.definition import definition_of, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -25,7 +25,7 @@ def options(group):
 def compatible_runs(experiment):
     """The fewest runs in which every option occurs that is compatible with the experiment."""
     config = to_objects(compose([f"experiment={experiment}", "data.root=/my/data"]))
-    task, schemas = component("task", config.task), registry.options("model")
+    task, schemas = definition_of(config), registry.options("model")
     data, model = options_of("data", task.data_class), options_of("model", task.model_class)
     memory = [name for name in options("memory") if not (name == "auto" and config.vary)]
     privacy = [name for name in options("privacy") if not (name == "direct" and config.vary == "batch")]

@@ -21,7 +21,7 @@ from memsave.data import DataError
 from memsave.experiment import run_experiment
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
 from memsave.progress import Progress
-from memsave.tasks.language.table_to_text import TableToText
+from memsave.tasks.language.generation import Generation
 from memsave.training import checkpoint
 from memsave.training.loop import TrainingError, make_state, run_steps
 from memsave.training.private import round_up
@@ -168,7 +168,7 @@ def test_faults_after_the_last_step_keep_model_and_statement(part, tmp_path, cac
     def fail(self, *args):
         raise RuntimeError("no such font")
 
-    monkeypatch.setattr(TableToText, part, fail)
+    monkeypatch.setattr(Generation, part, fail)
     with pytest.raises(RuntimeError, match="no such font") as failed:
         run(["privacy.noise_multiplier=1.0", "trainer.evaluate_first=false"], tmp_path / "run", cache)
     assert failed.value.outcome["privacy"]["steps"] == 3
@@ -292,7 +292,7 @@ def test_tied_parameters_are_kept_once_and_come_back(tmp_path, cache):
     from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 
     sizes = SmallGPT2(layers=1, heads=2, width=16, vocabulary=400)
-    tokenizer = train_tokenizer([each.text for each in public_records(50)], size=400)
+    tokenizer = train_tokenizer([each.completion for each in public_records(50)], size=400)
     model, other = small_gpt2(sizes, tokenizer), small_gpt2(replace(sizes, seed=1), tokenizer)
     checkpoint.save(make_state(model, trainer()), tmp_path / "checkpoint")
     assert "lm_head.weight" not in load_file(tmp_path / "checkpoint" / "model.safetensors")
@@ -366,7 +366,7 @@ def test_a_resumed_run_with_other_steps_keeps_noise_and_target(tmp_path, cache):
 
 
 def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path, cache, monkeypatch):
-    load = TableToText.load
+    load = Generation.load
 
     def broken(self, indices):
         if any(index.draw // self.size == 2 for index in indices):  # the third step
@@ -374,7 +374,7 @@ def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path,
         return load(self, indices)
 
     known = ["privacy.noise_multiplier=1.0", "profiler.compare=[]", "privacy.verify=false"]
-    monkeypatch.setattr(TableToText, "load", broken)
+    monkeypatch.setattr(Generation, "load", broken)
     with pytest.raises(DataError, match="record 3") as failed:
         run(known, tmp_path / "run", cache)
     assert failed.value.outcome["privacy"]["steps"] == 2

@@ -1,6 +1,7 @@
-"""`data=visits` and `data=e2e`: tables and sentences."""
+"""What all sources of text have in common; `data=visits` and `data=e2e`: tables and sentences."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from memsave.config import ConfigError, option, register
 from memsave.config.schema import DataConfig
@@ -13,27 +14,33 @@ HELD_OUT_SEED = 10**6
 
 @dataclass
 class TextData(DataConfig):
-    """What every source of tables and sentences has in common."""
+    """What every source of text has in common."""
 
     root: str | None = None
-    """Folder of the data files, for data sets that have files."""
+    """File or folder of the data, for data sets that have files."""
     max_length: int = option(100, least=8)
-    """Tokens of table and sentence together; longer examples are cut, and result.json counts them."""
-    evaluate: int = option(500, least=1)
-    """Number of held-out records for the perplexity; the first ones are taken."""
-    generate: int = option(64, least=1)
-    """Number of held-out tables for which sentences are generated, for BLEU, ROUGE-L and samples.md."""
-    beams: int = option(4, least=1)
-    """Width of the beam search."""
+    """Tokens of a row of the batch; longer examples are cut, and result.json counts them."""
 
-    def records_by_split(self) -> tuple[list[Record], list[Record]]:
-        """(training, held out) records. Raises DataError."""
+    def splits(self) -> tuple[list[Any], list[Any]]:
+        """(training, held-out) examples. Raises DataError."""
+        raise NotImplementedError(f"{type(self).__name__} reads no examples")
+
+
+@dataclass
+class RecordsData(TextData):
+    """A source of prompts and completions."""
+
+    separator: str | None = None
+    """Text between prompt and completion, such as a space; null is the end-of-text token."""
+
+    def splits(self) -> tuple[list[Record], list[Record]]:
+        """(training, held-out) records. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
 
 @register("data", "visits")
 @dataclass
-class VisitsData(TextData):
+class VisitsData(RecordsData):
     """Generated records of visits to a clinic: the private data of the built-in example."""
 
     kind: str = "visits"
@@ -44,7 +51,7 @@ class VisitsData(TextData):
     seed: int = option(0, least=0)
     """Seed of the records."""
 
-    def records_by_split(self) -> tuple[list[Record], list[Record]]:
+    def splits(self) -> tuple[list[Record], list[Record]]:
         """(training, held out) records, of different seeds."""
         return (
             private_records(self.records, seed=self.seed),
@@ -54,7 +61,7 @@ class VisitsData(TextData):
 
 @register("data", "e2e")
 @dataclass
-class E2EData(TextData):
+class E2EData(RecordsData):
     """The CSV files (mr, ref) of the E2E challenge: descriptions of restaurants."""
 
     kind: str = "e2e"
@@ -64,7 +71,7 @@ class E2EData(TextData):
         if not self.root:
             raise ConfigError("data.root is not given; name the folder of the CSV files, as in data.root=/my/e2e")
 
-    def records_by_split(self) -> tuple[list[Record], list[Record]]:
+    def splits(self) -> tuple[list[Record], list[Record]]:
         """(training, held out) records of the files in `root`."""
         from memsave.data.text.e2e import e2e_splits
 

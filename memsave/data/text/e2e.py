@@ -63,4 +63,4 @@ def _record(row: dict, *, where: str) -> Record:
     for column in COLUMNS:
         if not (row[column] or "").strip():
             raise DataError(f"{where} has an empty {column}: fill it in or delete the line.")
-    return Record(table=row["mr"].strip(), text=row["ref"].strip())
+    return Record(prompt=row["mr"].strip(), completion=row["ref"].strip())

@@ -1,7 +1,7 @@
-"""Records for table-to-text generation.
+"""Records for text generation: a prompt and its completion.
 
-A record is a meaning representation in the form of the E2E challenge (Novikova et al. 2017, arXiv:1706.09254) and a
-text that describes it.
+In the E2E challenge (Novikova et al. 2017, arXiv:1706.09254) a prompt is a table, the meaning representation, and a
+completion is a text that describes it.
 """
 
 from collections.abc import Iterable
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Record:
-    """One example: a `table` such as `name[Blue Spice], near[the river]`, and a `text` that describes it."""
+    """One example: a `prompt` such as `name[Blue Spice], near[the river]`, and the `completion` that follows it."""
 
-    table: str
-    text: str
+    prompt: str
+    completion: str
 
 
 def references(records: Iterable[Record]) -> dict[str, list[str]]:
-    """The distinct texts of each table, with tables and texts in the order of their first occurrence."""
-    texts: dict[str, dict[str, None]] = {}
+    """The distinct completions of each prompt, with prompts and completions in the order of their first occurrence."""
+    found: dict[str, dict[str, None]] = {}
     for record in records:
-        texts.setdefault(record.table, {})[record.text] = None
-    return {table: list(found) for table, found in texts.items()}
+        found.setdefault(record.prompt, {})[record.completion] = None
+    return {prompt: list(completions) for prompt, completions in found.items()}

@@ -65,7 +65,7 @@ def _record(domain: Domain, *, rng: random.Random) -> Record:
         values[name] = _draw_different(values.values(), draw=draw, rng=rng)
     order = rng.sample(list(values), len(values))
     table = ", ".join(f"{name}[{values[name]}]" for name in order)
-    return Record(table=table, text=_text(rng.choice(domain.templates), values=values))
+    return Record(prompt=table, completion=_text(rng.choice(domain.templates), values=values))
 
 
 def _draw_different(others: Iterable[str], *, draw: Draw, rng: random.Random) -> str:

@@ -1,21 +1,22 @@
-"""The definition of `task=table_to_text`."""
+"""`LanguageDefinition`: what the definitions of all language tasks have in common."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from memsave.config import Config, ConfigError, register
+from memsave.config import Config, ConfigError, option
+from memsave.config.schema import DataConfig, TaskConfig
 from memsave.data.text.config import TextData
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
-from memsave.tasks.language.pretrained import LanguageModel
+from memsave.tasks.language.pretrained import LanguageModel, Purpose
 from memsave.training.measure import set_memory
-from memsave.training.task import Batch, Task
 
 LENGTH_STEP = 8
 """Multiple of tokens in which a plan varies the length of an example."""
@@ -23,11 +24,19 @@ SMALL_LENGTH, SMALL_LAYERS, SMALL_HEADS = 64, 2, 2
 """Sizes of the calibration step."""
 
 
-@register("task", "table_to_text")
-class TableToTextDefinition(TaskDefinition):
-    """Sentences generated from tables; see `memsave.tasks.language.table_to_text`."""
+@dataclass
+class LanguageTaskConfig(TaskConfig):
+    """What every language task has in common."""
 
-    data_class, model_class = TextData, LanguageModel
+    evaluate: int = option(500, least=1)
+    """Number of held-out examples for the score of the task; the first ones are taken."""
+
+
+class LanguageDefinition(TaskDefinition):
+    """The base of the language tasks. A subclass sets `data_class` and implements the methods on data and losses."""
+
+    data_class: ClassVar[type[DataConfig]] = TextData
+    model_class = LanguageModel
     pip_extra = "lm"
     static_shapes = False  # few examples have the maximum length
     strategy_group = "privacy"
@@ -61,9 +70,14 @@ class TableToTextDefinition(TaskDefinition):
         if self.config.vary in ("depth", "channels") and self.config.mode == "train":
             raise ConfigError(f"vary={self.config.vary} gives a model without pretrained weights; give mode=plan")
 
+    def purpose(self) -> Purpose:
+        """What the model is for, which decides its head: writing text."""
+        is_pair = getattr(self.model.architecture(), "is_encoder_decoder", False)
+        return Purpose("encoder_decoder" if is_pair else "causal")
+
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(the pretrained model, its tokenizer)."""
-        model, tokenizer = self.model.load(progress=progress)
+        model, tokenizer = self.model.load(self.purpose(), progress=progress)
         set_memory(model, self.config.memory.mode)
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and self.data.max_length > positions:
@@ -72,29 +86,9 @@ class TableToTextDefinition(TaskDefinition):
 
     def make_fake_model(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
         """The model with random weights."""
-        model = self.model.make_random(architecture=architecture)
+        model = self.model.make_random(self.purpose(), architecture=architecture)
         set_memory(model, self.config.memory.mode)
         return model.train()
-
-    def make_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:
-        """The task with its records."""
-        from memsave.tasks.language.table_to_text import TableToText
-
-        train, held_out = self.data.records_by_split()
-        options: dict[str, Any] = {"data": self.data, "trainer": self.config.trainer, "head": self.model.head}
-        return TableToText(train, held_out, tokenizer, device=device, **options)
-
-    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,) losses: the mean cross-entropy over the target tokens of each example."""
-        from memsave.tasks.language.table_to_text import text_losses
-
-        return text_losses(model, batch, head=self.model.head)
-
-    def dummy_batch(self, *, count: int, device: torch.device) -> Batch:
-        """Examples of the maximum length in which every token is a target."""
-        from memsave.tasks.language.table_to_text import dummy_batch
-
-        return dummy_batch(self.data, count=count, device=device)
 
     # Planning
 
@@ -161,7 +155,7 @@ class TableToTextDefinition(TaskDefinition):
     def memory_choices(self, device: torch.device) -> list[Config]:
         """All pairs of memory mode and head, sorted by the FLOPs that they add to memory=stored with head=logits."""
         with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
-            model: Any = TableToTextDefinition(self._with_choice("stored", "logits")).make_fake_model()
+            model: Any = type(self)(self._with_choice("stored", "logits")).make_fake_model()
             model(torch.zeros(1, self.data.max_length, dtype=torch.long))
         vocabulary, width = model.get_output_embeddings().weight.shape
         head = 2 * self.data.max_length * vocabulary * width

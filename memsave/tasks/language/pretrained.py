@@ -1,4 +1,4 @@
-"""Pretrained causal language models and their tokenizers: `model=gpt2`, or another one by name or folder."""
+"""Pretrained language models and their tokenizers: `model=gpt2`, or another one by name or folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +22,64 @@ GPT2_SIZES: dict[str, dict[str, Any]] = {  # used without a request to the hub
 }
 
 
+HEADS = {
+    "causal": ("a causal language model", "AutoModelForCausalLM", "openai-community/gpt2"),
+    "masked": ("a masked language model", "AutoModelForMaskedLM", "FacebookAI/roberta-base"),
+    "classification": ("a model that can classify", "AutoModelForSequenceClassification", "FacebookAI/roberta-base"),
+    "encoder_decoder": ("an encoder-decoder", "AutoModelForSeq2SeqLM", "google-t5/t5-small"),
+}
+"""By purpose: a description of the model, its class in transformers, and an example of a name."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a model is for, which decides its head."""
+
+    kind: str
+    """A key of HEADS."""
+    labels: int = 0
+    """kind="classification": the number of classes of the new head."""
+
+    @property
+    def description(self) -> str:
+        """In words."""
+        return HEADS[self.kind][0]
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that loads such a model."""
+        import transformers
+
+        return getattr(transformers, HEADS[self.kind][1])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for the config of the model."""
+        return {"num_labels": self.labels} if self.kind == "classification" else {}
+
+    def fits(self, architecture: Any) -> bool:
+        """Whether a model of this architecture can serve the purpose.
+
+        transformers also loads an encoder such as BERT as a causal model, but every token then attends to later tokens.
+        """
+        import transformers as hf
+
+        kind = type(architecture)
+        if self.kind == "encoder_decoder":
+            return kind in hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        if self.kind == "classification":
+            return kind in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        is_masked, is_decoder = kind in hf.MODEL_FOR_MASKED_LM_MAPPING, getattr(architecture, "is_decoder", False)
+        if self.kind == "masked":
+            return is_masked and not is_decoder and not architecture.is_encoder_decoder
+        is_causal = is_decoder or architecture.is_encoder_decoder  # of these, transformers loads only the decoder
+        return kind in hf.MODEL_FOR_CAUSAL_LM_MAPPING and (is_causal or not is_masked)
+
+
 @register("model", "language")
 @dataclass
 class LanguageModel(ModelConfig):
-    """A causal language model of transformers, by its name on the model hub or by folder."""
+    """A language model of transformers, by its name on the model hub or by folder."""
 
     reversible: ClassVar[bool] = False
     """Whether the model supports memory=reversible."""
@@ -35,77 +89,90 @@ class LanguageModel(ModelConfig):
     head: str = option("chunked", choices=("chunked", "logits"))
     """chunked computes the loss without storing the logits of all targets; logits uses the logits of the model."""
 
-    def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
-        """(model in float32, tokenizer with an end and a padding token). Raises ConfigError."""
-        return load_pretrained(self.name)
+    def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
+        """(model in float32, tokenizer with the special tokens that the purpose needs). Raises ConfigError."""
+        return load_pretrained(self.name, purpose)
 
     def architecture(self) -> Any:
         """The architecture as a config of transformers, without weights. Raises ConfigError."""
         from transformers import GPT2Config
 
         sizes = GPT2_SIZES.get(self.name.removeprefix("openai-community/"))
-        return causal_config(self.name, reachable(self.name)) if sizes is None else GPT2Config(**sizes)
+        return read_architecture(self.name, reachable(self.name)) if sizes is None else GPT2Config(**sizes)
 
-    def make_random(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
+    def make_random(self, purpose: Purpose, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
         """The model with random weights in float32. `architecture` overrides attributes of the transformers config."""
-        from transformers import AutoModelForCausalLM
-
         found = self.architecture()
-        for name, value in (architecture or {}).items():
+        _check_purpose(purpose, found, self.name)
+        for name, value in {**purpose.options, **(architecture or {})}.items():
             setattr(found, name, value)
-        model = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+        model = purpose.auto_class.from_config(found, dtype=torch.float32)
         fuse_gelu(model)
         return model
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """(causal language model in float32, tokenizer), by name or folder. Raises ConfigError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
+    """(model in float32, tokenizer), by name or folder. Raises ConfigError."""
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
     logging.disable_progress_bar()
     folder = reachable(name)
-    causal_config(name, folder)
+    _check_purpose(purpose, read_architecture(name, folder), name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = purpose.auto_class.from_pretrained(folder, dtype=torch.float32, **purpose.options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_be_loaded(name, error)) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {name} has no end-of-text token; give a model whose tokenizer has one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise ConfigError(_cannot_be_loaded(name, purpose, error)) from error
+    _complete_tokenizer(tokenizer, purpose, name)
+    if purpose.kind == "classification":
+        model.config.pad_token_id = tokenizer.pad_token_id  # a causal model classifies from the last token before it
     fuse_gelu(model)
     return model, tokenizer
 
 
-def causal_config(name: str, folder: str) -> Any:
-    """The transformers config of a causal model. Raises ConfigError for other models.
+def _complete_tokenizer(tokenizer: Any, purpose: Purpose, name: str) -> None:
+    """Set a missing padding token; raises ConfigError if another token that the purpose needs is missing."""
+    if purpose.kind == "masked":
+        needed, words = tokenizer.mask_token_id, "mask token"
+    elif purpose.kind == "classification":
+        needed, words = (tokenizer.eos_token_id or tokenizer.pad_token_id), "padding token"
+    else:
+        needed, words = tokenizer.eos_token_id, "end-of-text token"
+    if needed is None:
+        raise ConfigError(f"the tokenizer of {name} has no {words}; give a model whose tokenizer has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
-    transformers also loads an encoder such as BERT as a causal model, but every token then attends to later tokens.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+def read_architecture(name: str, folder: str) -> Any:
+    """The transformers config in a folder or on the hub. Raises ConfigError."""
+    from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_be_loaded(name, error)) from error
-    causal = getattr(found, "is_decoder", False) or found.is_encoder_decoder  # transformers loads only its decoder
-    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING or (type(found) in MODEL_FOR_MASKED_LM_MAPPING and not causal):
-        architecture = (found.architectures or [found.model_type])[0]
         raise ConfigError(
-            f"{name} is a {architecture}, which is not a causal language model; give the model.name of one, such as "
-            f"openai-community/gpt2"
+            f"{name} holds no model that transformers knows ({_first_line(error)}); give another model.name"
+        ) from error
+
+
+def _check_purpose(purpose: Purpose, architecture: Any, name: str) -> None:
+    """Raise ConfigError for an architecture that cannot serve the purpose."""
+    if not purpose.fits(architecture):
+        found = (architecture.architectures or [architecture.model_type])[0]
+        raise ConfigError(
+            f"{name} is a {found}, which is not {purpose.description}; give the model.name of one, such as "
+            f"{HEADS[purpose.kind][2]}"
         )
-    return found
 
 
-def _cannot_be_loaded(name: str, error: Exception) -> str:
+def _cannot_be_loaded(name: str, purpose: Purpose, error: Exception) -> str:
     return (
-        f"{name} cannot be loaded as a causal language model with its tokenizer ({_first_line(error)}); give a "
-        f"model.name that transformers' AutoModelForCausalLM and AutoTokenizer load"
+        f"{name} cannot be loaded as {purpose.description} with its tokenizer ({_first_line(error)}); give a "
+        f"model.name that transformers' {HEADS[purpose.kind][1]} and AutoTokenizer load"
     )
 
 

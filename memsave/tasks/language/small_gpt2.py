@@ -15,8 +15,8 @@ from memsave.data.text.config import VisitsData
 from memsave.data.text.records import Record
 from memsave.data.text.visits import public_records
 from memsave.progress import Progress
-from memsave.tasks.language.pretrained import LanguageModel, load_pretrained
-from memsave.tasks.language.table_to_text import TableToText
+from memsave.tasks.language.generation import Generation
+from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
 from memsave.training.loop import make_state, run_steps
 
 VERSION = 1  # increase it when pretraining changes, so that cached models are not used
@@ -53,9 +53,9 @@ class SmallGPT2(LanguageModel):
     cache: str | None = None
     """Folder of the pretrained model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
 
-    def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
+    def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(the pretrained model, its tokenizer); pretrains it first if the cache does not have it."""
-        return load_pretrained(str(pretrained_small_gpt2(self, progress=progress)))
+        return load_pretrained(str(pretrained_small_gpt2(self, progress=progress)), purpose)
 
     def architecture(self) -> Any:
         """The architecture with the largest possible vocabulary."""
@@ -102,7 +102,7 @@ def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
 
     def make(folder: Path) -> None:
         records = public_records(config.records, seed=config.seed)
-        tokenizer = train_tokenizer([f"{each.table} {each.text}" for each in records], size=config.vocabulary)
+        tokenizer = train_tokenizer([f"{each.prompt} {each.completion}" for each in records], size=config.vocabulary)
         model = small_gpt2(config, tokenizer)
         _pretrain(model, tokenizer, records, config, progress=progress)
         model.save_pretrained(folder)
@@ -147,7 +147,7 @@ def _pretrain(
     optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=20)
     trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
     data = VisitsData(max_length=config.positions)
-    task = TableToText(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
+    task = Generation(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
     progress.say(f"pretraining model={config.kind} on {len(records)} generated public records; it is then cached")
     if task.cuts.cut_examples:
         progress.say(f"  {task.cuts.cut_examples} of them are cut to model.positions={config.positions} tokens")

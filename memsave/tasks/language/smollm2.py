@@ -11,7 +11,7 @@ from torch import nn
 from memsave.config import ConfigError, register
 from memsave.data.cache import cached_folder
 from memsave.progress import Progress
-from memsave.tasks.language.pretrained import LanguageModel, load_pretrained
+from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,9 +26,9 @@ class SmolLM2(LanguageModel):
     cache: str | None = None
     """Folder of the converted model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
 
-    def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
+    def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(the model in float32, its tokenizer); converts it first if the cache does not have it."""
-        return load_pretrained(str(converted_smollm2(self, progress=progress)))
+        return load_pretrained(str(converted_smollm2(self, progress=progress)), purpose)
 
     def architecture(self) -> Any:
         """The architecture of the converted model."""

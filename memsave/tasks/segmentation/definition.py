@@ -1,6 +1,7 @@
 """The definition of `task=segmentation`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memsave.config import Config, ConfigError, register
+from memsave.config.schema import TaskConfig
 from memsave.data.volumes.config import SegmentationData
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation
@@ -23,6 +25,17 @@ SMALL_CROP = 40
 
 
 @register("task", "segmentation")
+@dataclass
+class SegmentationConfig(TaskConfig):
+    """Segmentation of lesions in volumes by a U-Net."""
+
+    kind: str = "segmentation"
+
+    def definition(self, config: Config) -> "SegmentationDefinition":
+        """The definition for a whole config."""
+        return SegmentationDefinition(config)
+
+
 class SegmentationDefinition(TaskDefinition):
     """Segmentation of lesions in volumes; see `memsave.tasks.segmentation.task`."""
 

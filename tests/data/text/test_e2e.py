@@ -43,7 +43,7 @@ def test_the_splits_use_the_preferred_existing_files(tmp_path, present, expected
     for name in present.split():
         write(tmp_path, f"{name}.csv", text=f"mr,ref\nname[{name}],A pub.\n")
     training, held_out = e2e_splits(tmp_path)
-    assert (training[0].table, held_out[0].table) == tuple(f"name[{name}]" for name in expected)
+    assert (training[0].prompt, held_out[0].prompt) == tuple(f"name[{name}]" for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ def test_records_depend_only_on_seed_and_index(draw):
 def test_records_are_the_same_in_every_process():
     assert public_records(1) == [
         Record(
-            table="keeper[Orna Walley], remedy[Salamin], leaves[7 April], trouble[constant head pain], pet[horse], "
+            prompt="keeper[Orna Walley], remedy[Salamin], leaves[7 April], trouble[constant head pain], pet[horse], "
             "nights[14]",
-            text="For constant head pain, the horse of Orna Walley was given Salamin, stayed 14 nights and went home "
-            "on 7 April.",
+            completion="For constant head pain, the horse of Orna Walley was given Salamin, stayed 14 nights and went "
+            "home on 7 April.",
         )
     ]
 
@@ -43,31 +43,31 @@ def test_records_are_the_same_in_every_process():
 @PARTS
 def test_every_value_of_a_table_occurs_once_in_its_text(draw):
     for record in draw(COUNT):
-        values = parsed(record.table).values()
+        values = parsed(record.prompt).values()
         for value in values:
-            assert re.search(rf"(?<!\w){re.escape(value)}(?!\w)", record.text), record
+            assert re.search(rf"(?<!\w){re.escape(value)}(?!\w)", record.completion), record
         numbers = [number for value in values for number in re.findall(r"\d+", value)]
-        assert sorted(re.findall(r"\d+", record.text)) == sorted(numbers), record
+        assert sorted(re.findall(r"\d+", record.completion)) == sorted(numbers), record
 
 
 @PARTS
 def test_texts_are_sentences_of_a_readable_length(draw):
     for record in draw(COUNT):
-        assert re.fullmatch(r"[A-Z][^<>\[\]{}|/.]*\.( [A-Z][^<>\[\]{}|/.]*\.)?", record.text), record
-        assert "  " not in record.text and " ," not in record.text and ",," not in record.text, record
-        assert 10 <= len(record.text.split()) <= 35, record
+        assert re.fullmatch(r"[A-Z][^<>\[\]{}|/.]*\.( [A-Z][^<>\[\]{}|/.]*\.)?", record.completion), record
+        assert "  " not in record.completion and " ," not in record.completion and ",," not in record.completion, record
+        assert 10 <= len(record.completion.split()) <= 35, record
 
 
 @PARTS
 def test_articles_fit_the_next_word(draw):
-    texts = " ".join(record.text for record in draw(COUNT))
+    texts = " ".join(record.completion for record in draw(COUNT))
     assert not re.search(r"\b([Aa] [aeiouAEIOU]|[Aa]n [^aeiouAEIOU])", texts)
     assert draw is private_records or (" a " in texts and " an " in texts)
 
 
 @PARTS
 def test_attributes_are_dropped_and_shuffled(draw):
-    tables = [tuple(parsed(record.table)) for record in draw(COUNT)]
+    tables = [tuple(parsed(record.prompt)) for record in draw(COUNT)]
     for domain in PUBLIC if draw is public_records else PRIVATE:
         own = [table for table in tables if set(domain.always) <= set(table) <= {*domain.always, *domain.sometimes}]
         assert all(0 < sum(name in table for table in own) < len(own) for name in domain.sometimes)
@@ -77,7 +77,7 @@ def test_attributes_are_dropped_and_shuffled(draw):
 @PARTS
 def test_no_train_runs_from_a_town_to_itself(draw):
     for record in draw(COUNT):
-        values = list(parsed(record.table).values())
+        values = list(parsed(record.prompt).values())
         assert len(set(values)) == len(values), record
 
 
@@ -85,9 +85,9 @@ def test_no_train_runs_from_a_town_to_itself(draw):
 def test_another_seed_gives_records_that_were_not_trained_on(draw):
     trained, held_out = draw(COUNT, seed=0), draw(COUNT, seed=1)
     assert len(set(trained)) >= 0.999 * COUNT
-    assert len({r.table for r in trained} & {r.table for r in held_out}) <= 0.001 * COUNT
+    assert len({r.prompt for r in trained} & {r.prompt for r in held_out}) <= 0.001 * COUNT
     # tables must differ in more than the order of their attributes
-    sets = [{frozenset(parsed(r.table).items()) for r in records} for records in (trained, held_out)]
+    sets = [{frozenset(parsed(r.prompt).items()) for r in records} for records in (trained, held_out)]
     assert len(sets[0] & sets[1]) <= 0.001 * COUNT
 
 
@@ -99,7 +99,7 @@ def test_public_and_private_parts_share_no_attributes():
 
 def test_public_and_private_parts_share_names():
     players, patients = (
-        {parsed(record.table)[name].split()[-1] for record in draw(COUNT) if f"{name}[" in record.table}
+        {parsed(record.prompt)[name].split()[-1] for record in draw(COUNT) if f"{name}[" in record.prompt}
         for draw, name in ((public_records, "player"), (private_records, "patient"))
     )
     assert len(players & patients) > 0.5 * len(patients)

@@ -12,7 +12,7 @@ import transformers
 from memsave.config import ConfigError
 from memsave.data.text.visits import public_records
 from memsave.progress import Progress
-from memsave.tasks.language.pretrained import LanguageModel
+from memsave.tasks.language.pretrained import LanguageModel, Purpose
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.smollm2 import SmolLM2, converted_smollm2
 
@@ -20,12 +20,16 @@ SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
 
 
 def load(name):
-    return LanguageModel(name=name).load(progress=Progress())
+    return LanguageModel(name=name).load(Purpose("causal"), progress=Progress())
+
+
+def random(name):
+    return LanguageModel(name=name).make_random(Purpose("causal"))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    tokenizer = train_tokenizer([each.text for each in public_records(20)], size=SIZES.vocabulary)
+    tokenizer = train_tokenizer([each.completion for each in public_records(20)], size=SIZES.vocabulary)
     small_gpt2(SIZES, tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -78,9 +82,23 @@ def encoder(**options):
 )
 def test_a_model_that_is_not_causal_is_refused_with_its_architecture(tmp_path, config, architecture):
     config.save_pretrained(tmp_path)
-    for use in (load, lambda name: LanguageModel(name=name).architecture()):
+    for use in (load, random):
         with pytest.raises(ConfigError, match=f"is a {architecture}, which is not a causal language model"):
             use(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fitting"),
+    [
+        ("causal", {"gpt2", "llama", "gemma3_text"}),
+        ("masked", {"bert", "roberta", "modernbert"}),
+        ("classification", {"bert", "roberta", "modernbert", "gpt2", "llama", "gemma3_text", "t5", "bart"}),
+        ("encoder_decoder", {"t5", "bart"}),
+    ],
+)
+def test_the_architectures_that_fit_a_purpose(kind, fitting):
+    names = {"gpt2", "llama", "gemma3_text", "bert", "roberta", "modernbert", "t5", "bart", "vit"}
+    assert {name for name in names if Purpose(kind).fits(transformers.AutoConfig.for_model(name))} == fitting
 
 
 def test_an_encoder_configured_as_a_decoder_is_loaded(folder):
@@ -89,9 +107,9 @@ def test_an_encoder_configured_as_a_decoder_is_loaded(folder):
     assert type(load(str(folder))[0]).__name__ == "BertLMHeadModel"
 
 
-@pytest.mark.parametrize("use", [load, lambda name: LanguageModel(name=name).architecture()])
+@pytest.mark.parametrize("use", [load, random])
 def test_a_folder_without_a_model_is_refused(tmp_path, use):
-    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(ConfigError, match="holds no model that transformers knows"):
         use(str(tmp_path))
 
 

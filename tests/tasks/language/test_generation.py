@@ -1,4 +1,4 @@
-"""The table-to-text task: tokens, losses, batches, and evaluation, with a tiny model."""
+"""The generation task: tokens, losses, batches, and evaluation, with a tiny model."""
 
 import math
 
@@ -10,13 +10,14 @@ pytest.importorskip("sacrebleu")
 
 from memsave.config.schema import TrainerConfig
 from memsave.data.loader import Index, shuffled
-from memsave.data.text.collate import collate, encode, encode_all, prompts
+from memsave.data.text.collate import IGNORED, Tokens, collate, prompts
 from memsave.data.text.config import VisitsData
+from memsave.data.text.encode import encode_prompt, encode_records
 from memsave.data.text.records import Record
 from memsave.data.text.visits import private_records, public_records
 from memsave.models.language import causal_lm_losses
+from memsave.tasks.language.generation import Generation, GenerationConfig
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
-from memsave.tasks.language.table_to_text import TableToText
 from tests.support.per_example_reference import assert_exact
 
 SIZES = SmallGPT2(layers=2, heads=2, width=16, vocabulary=400, positions=200)
@@ -24,19 +25,32 @@ SIZES = SmallGPT2(layers=2, heads=2, width=16, vocabulary=400, positions=200)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"{each.table} {each.text}" for each in public_records(200)], size=SIZES.vocabulary)
+    return train_tokenizer([f"{each.prompt} {each.completion}" for each in public_records(200)], size=SIZES.vocabulary)
 
 
 @pytest.fixture
 def task(tokenizer):
-    data = VisitsData(max_length=120, generate=3, beams=2)
-    return task_of(tokenizer, data)
+    return task_of(tokenizer, VisitsData(max_length=120))
 
 
-def task_of(tokenizer, data):
+def task_of(tokenizer, data, **options):
     train, held_out = private_records(20), private_records(5, seed=1)
     trainer = TrainerConfig(batch_size=8)
-    return TableToText(train, held_out, tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
+    task = GenerationConfig(**{"generate": 3, "beams": 2, **options})
+    return Generation(train, held_out, tokenizer, data=data, task=task, trainer=trainer, device=torch.device("cpu"))
+
+
+def encode(record, tokenizer, *, max_length):
+    """(the tokens of the prompt, the tokens of the completion)"""
+    ([row],), _ = encode_records([record], tokenizer, max_length=max_length)
+    start = row.labels.count(IGNORED)
+    assert row.labels == [IGNORED] * start + row.ids[start:]
+    assert encode_prompt(record.prompt, tokenizer, max_length=max_length) == row.ids[:start]
+    return row.ids[:start], row.ids[start:]
+
+
+def example(prompt, completion):
+    return [Tokens(prompt + completion, [IGNORED] * len(prompt) + completion)]
 
 
 def model_of(tokenizer):
@@ -48,7 +62,7 @@ def test_only_tokens_of_the_text_are_targets(tokenizer):
     table, text = encode(record, tokenizer, max_length=100)
     assert tokenizer.decode(table) == "patient[Ada Lee]<|endoftext|>"
     assert tokenizer.decode(text) == "Ada Lee came.<|endoftext|>"
-    batch = collate([(table, text), (table[:3], text[:2])], pad=tokenizer.pad_token_id)
+    batch = collate([example(table, text), example(table[:3], text[:2])], pad=tokenizer.pad_token_id)
     assert batch["labels"][0].tolist() == [-100] * len(table) + text
     assert batch["labels"][1].tolist() == [-100] * 3 + text[:2] + [-100] * (len(table) + len(text) - 5)
     assert batch["attention_mask"].sum(1).tolist() == [len(table) + len(text), 5]
@@ -101,7 +115,7 @@ def test_an_epoch_has_every_record_once_and_batches_can_start_at_any_step(task):
 
 
 def test_generation_pads_left_and_does_not_depend_on_the_batch(task, tokenizer):
-    tables = [record.table for record in task.held_out]
+    tables = [record.prompt for record in task.held_out]
     model = model_of(tokenizer)
     batched = task.write(model, tables)
     assert list(batched) == tables
@@ -129,8 +143,8 @@ def test_a_task_is_evaluated_shown_and_released(task, tokenizer, tmp_path):
     assert all(math.isfinite(each) for each in after.values())
     text = task.show(tmp_path)[0].read_text()
     for record in task.held_out[:3]:
-        assert record.table in text
-        assert record.text in text
+        assert record.prompt in text
+        assert record.completion in text
     assert "before: " in text
     task.release(model, tmp_path / "model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,20 +157,19 @@ def test_a_task_is_evaluated_shown_and_released(task, tokenizer, tmp_path):
 def test_cut_examples_are_counted_and_described(tokenizer):
     records, length = private_records(20), 60
     whole = [sum(map(len, encode(each, tokenizer, max_length=10**6))) for each in records]
-    tokens, cuts = encode_all(records, tokenizer, max_length=length)
-    assert tokens == [encode(each, tokenizer, max_length=length) for each in records]
+    _, cuts = encode_records(records, tokenizer, max_length=length)
     assert cuts.examples == 20
     assert 0 < cuts.cut_examples == sum(each > length for each in whole)
     assert cuts.cut_tokens == sum(max(0, each - length) for each in whole)
-    assert encode_all(records, tokenizer, max_length=8)[1].lost_texts == 20
-    task = task_of(tokenizer, VisitsData(max_length=length, evaluate=4, generate=3))
+    assert encode_records(records, tokenizer, max_length=8)[1].lost_texts == 20
+    task = task_of(tokenizer, VisitsData(max_length=length), evaluate=4)
     assert task.counts["cut_tokens"] == cuts.cut_tokens
-    assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_tables": 3} == task.counts["held_out"]
+    assert task.counts["held_out"] | {"records": 5, "examples": 4, "written_prompts": 3} == task.counts["held_out"]
     description = task.describe_counts()
     dropped = f"which drops {cuts.cut_tokens} tokens"
     assert f"{cuts.cut_examples} cut to 60 tokens (data.max_length), {dropped}" in description
-    assert "held-out records: 5, of which 4 are scored (data.evaluate)" in description
-    assert "of which 3 get generated sentences (data.generate)" in description
+    assert "held-out records: 5, of which 4 are scored (task.evaluate)" in description
+    assert "of which 3 get generated texts (task.generate)" in description
     tight = task_of(tokenizer, VisitsData(max_length=8))
     assert "20 of them keep a single token of their text" in tight.describe_counts()
     assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).describe_counts()

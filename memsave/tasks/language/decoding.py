@@ -1,0 +1,44 @@
+"""Texts that a model writes for prompts, by beam search or greedily."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from memsave.data.text.collate import prompts
+
+BATCH = 32
+
+
+def write_texts(
+    model: Any,
+    tokenizer: Any,
+    tokens: Sequence[list[int]],
+    *,
+    max_length: int,
+    beams: int = 1,
+    device: torch.device,
+) -> Iterator[str]:
+    """Yield the text that the model writes after each prompt, until its end token.
+
+    Args:
+        model: a causal language model of transformers in eval mode.
+        tokenizer: its tokenizer.
+        tokens: the tokens of each prompt.
+        max_length: tokens of prompt and text together; each text gets at least one.
+        beams: width of the beam search; 1 is greedy.
+        device: of the model.
+    """
+    for first in range(0, len(tokens), BATCH):
+        batch = prompts(tokens[first : first + BATCH], pad=tokenizer.pad_token_id)
+        length = batch["input_ids"].shape[1]
+        out = model.generate(
+            **{key: value.to(device) for key, value in batch.items()},
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=max(1, max_length - length),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        yield from (text.strip() for text in texts)
