@@ -90,7 +90,7 @@ def test_a_model_that_is_not_causal_is_refused_with_its_architecture(tmp_path, c
 @pytest.mark.parametrize(
     ("kind", "fitting"),
     [
-        ("causal", {"gpt2", "llama", "gemma3_text"}),
+        ("causal", {"gpt2", "llama", "gemma3_text", "bart"}),
         ("masked", {"bert", "roberta", "modernbert"}),
         ("classification", {"bert", "roberta", "modernbert", "gpt2", "llama", "gemma3_text", "t5", "bart"}),
         ("encoder_decoder", {"t5", "bart"}),
