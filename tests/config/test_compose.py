@@ -71,7 +71,7 @@ def test_the_memory_option_sets_the_mode(memory):
         (["task=foo"], "task=foo is not known; choose one of"),
         (
             ["task=generation"],
-            "is not compatible with data=phantom; give data=dart, documents, e2e, records or visits, and model=",
+            "is not compatible with data=phantom; give data=dart, documents, e2e, ",
         ),
         (
             ["model=small_gpt2"],

@@ -87,9 +87,7 @@ def test_a_model_that_sees_padding_is_refused(model):
     encoder = model.get_encoder()
     forward = encoder.forward
     encoder.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": None})
-    with pytest.raises(
-        ValueError, match="padding of the encoder's input changes the logits of .*batches of examples of"
-    ):
+    with pytest.raises(ValueError, match=r"padding of the encoder's input changes the logits of .*; make"):
         losses_with("logits")(model, batch())
 
 

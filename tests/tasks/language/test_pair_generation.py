@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")
+
+import transformers
 
 from memsave.config import ConfigError
 from memsave.config.compose import compose, to_objects
