@@ -42,6 +42,8 @@ def _write(state: State, folder: Path) -> None:
     random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
     content = {
         "step": state.step,
+        "run": state.run,
+        "data": state.data,
         "optimizer": type(state.optimizer).__name__,
         "numbers": numbers,
         "identity": state.identity,
@@ -84,6 +86,7 @@ def load(state: State, folder: Path) -> None:
     set_random_state(state.model, _take(tensors, RANDOM))
     _restore_optimizer(state, tensors, content["numbers"])
     state.step = content["step"]
+    state.run = content.get("run") or state.run
     _restore_schedule(state)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.config.schema import TrainerConfig
+from memsave.data.fingerprint import fingerprint_of
 from memsave.data.loader import Index
 from memsave.data.text.collate import collate, encode, encode_all, prompt_format, prompts
 from memsave.data.text.config import TextData
@@ -57,6 +58,7 @@ class TableToText:
         self.tokenizer, self.data, self.device = tokenizer, data, device
         self.precision = trainer.precision
         self.held_out = list(held_out)
+        self.data_fingerprint = fingerprint_of(train)
         self.tokens, self.cuts = encode_all(train, tokenizer, max_length=data.max_length)
         scored = self.held_out[: data.evaluate]
         self.held_out_tokens, self.held_out_cuts = encode_all(scored, tokenizer, max_length=data.max_length)
@@ -92,6 +94,10 @@ class TableToText:
     def load(self, indices: Sequence[Index]) -> Batch:
         """The examples of these indices on the CPU: input_ids, attention_mask and labels, each (B, T)."""
         return collate([self.tokens[each.example] for each in indices], pad=self.tokenizer.pad_token_id)
+
+    def count_tokens(self, batch: Batch) -> int:
+        """The tokens of a batch without padding."""
+        return int(batch["attention_mask"].sum())
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device."""
