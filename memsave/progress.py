@@ -106,5 +106,7 @@ def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
+    if minutes >= 600:
+        return f"{round(minutes / 60)} h"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{hours} h"
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"

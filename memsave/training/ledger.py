@@ -88,7 +88,6 @@ class RunLedger:
             **asdict(self.own(steps=max(self._before, self.state.private.steps))),
             "unfinished": not ended,
             "planned_steps": self.steps,
-            "size": self.state.private.mechanism.size,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
@@ -115,6 +114,7 @@ class RunLedger:
             sample_rate=mechanism.sample_rate,
             delta=mechanism.delta,
             accountant=mechanism.accountant,
+            size=mechanism.size,
         )
 
     def other_runs(self, *, steps: int) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memsave.privacy import PrivacyError, epsilon_of_runs
-from memsave.privacy.accounting import check_noise, check_sample_rate
+from memsave.privacy.accounting import check_delta, check_noise, check_sample_rate
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Spending:
     sample_rate: float = 1.0
     delta: float = 1.0
     accountant: str = "prv"
+    size: int | None = None
+    """Number of training examples."""
     epsilon: float | None = None
     """Epsilon of this run alone at its own delta, if it is known."""
     unfinished: bool = False
@@ -85,6 +87,8 @@ def total(spendings: Sequence[Spending], *, delta: float | None = None, accounta
         accountant = "rdp" if any(each.accountant == "rdp" for each in private) else "prv"
     if delta is None and private:
         delta = min(each.delta for each in private)
+    elif delta is not None and (sizes := [each.size for each in private if each.size]):
+        check_delta(delta, size=max(sizes))
     epsilon = None if delta is None or not private else _epsilon(private, delta=delta, accountant=accountant)
     return Total(
         private=len(private),

@@ -76,7 +76,7 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
-class FingerprintsItsRecords(Protocol):
+class HasDataFingerprint(Protocol):
     """A task that can tell its data apart from their use; optional."""
 
     @property
@@ -89,7 +89,7 @@ class FingerprintsItsRecords(Protocol):
 
 def data_fingerprint(task: Task) -> str:
     """Sixteen hexadecimal digits that identify the task's training data, for file names."""
-    found = task.data_fingerprint if isinstance(task, FingerprintsItsRecords) else task.fingerprint
+    found = task.data_fingerprint if isinstance(task, HasDataFingerprint) else task.fingerprint
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
