@@ -1,5 +1,8 @@
 """Epsilon and noise compared with dp-accounting and with known values."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,3 +213,12 @@ def test_many_or_expensive_mechanisms_take_the_bound_of_rdp(monkeypatch):
 def test_runs_that_cannot_be_composed_are_refused(runs, delta, words):
     with pytest.raises(PrivacyError, match=words):
         epsilon_of_runs(runs, delta=delta, accountant="prv")
+
+
+def test_the_example_of_several_runs_in_the_document_holds():
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    (stated,) = re.findall(r"three runs of `experiment=gpt2_dp` with epsilon 3 spend (\S+) together", page)
+    size, batch_size, steps = 6000, 256, 60  # of the experiment
+    how = {"delta": default_delta(size), "accountant": "prv"}
+    noise = noise_multiplier_for(target_epsilon=3, sample_rate=batch_size / size, steps=steps, **how)
+    assert epsilon_of_runs([(noise, batch_size / size, steps)] * 3, **how) == pytest.approx(float(stated), abs=5e-3)
