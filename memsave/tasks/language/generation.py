@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memsave.config import Config, option, register
 from memsave.config.schema import TrainerConfig
+from memsave.data.fingerprint import fingerprint_of
 from memsave.data.text.config import RecordsData
 from memsave.data.text.encode import encode_prompt, encode_records, prompt_format
 from memsave.data.text.records import Record, references
@@ -95,7 +96,7 @@ class Generation(LanguageTask):
         head: str = "chunked",
     ):
         self.data, self.task = data, task or GenerationConfig()
-        self.held_out = list(held_out)
+        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(train)
         self.format: dict[str, Any] = {"max_length": data.max_length, "separator": data.separator}
         examples, self.cuts = encode_records(train, tokenizer, **self.format)
         scored, self.held_out_cuts = encode_records(self.held_out[: self.task.evaluate], tokenizer, **self.format)

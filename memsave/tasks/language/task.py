@@ -64,6 +64,10 @@ class LanguageTask:
         """The examples of these indices on the CPU; see `collate`."""
         return collate([self.examples[each.example] for each in indices], pad=self.tokenizer.pad_token_id)
 
+    def count_tokens(self, batch: Batch) -> int:
+        """The tokens of a batch without padding."""
+        return int(batch["attention_mask"].sum())
+
     def place(self, batch: Batch) -> Batch:
         """The batch on the device."""
         return {key: value.to(self.device) for key, value in batch.items()}
