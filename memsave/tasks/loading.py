@@ -62,12 +62,13 @@ def _is_language(released: Path) -> bool:
 
 def _language_model(released: Path) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
     try:
-        return AutoModelForCausalLM.from_pretrained(released).eval()
+        is_pair = AutoConfig.from_pretrained(released).is_encoder_decoder
+        return (AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM).from_pretrained(released).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
 

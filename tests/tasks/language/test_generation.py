@@ -179,7 +179,7 @@ def test_the_data_are_the_same_for_any_length_and_others_with_another_record(tok
     def task(train, max_length):
         data = VisitsData(max_length=max_length)
         known = {"data": data, "trainer": TrainerConfig(), "device": torch.device("cpu")}
-        return TableToText(train, private_records(2, seed=1), tokenizer, **known)
+        return Generation(train, private_records(2, seed=1), tokenizer, **known)
 
     records = private_records(20)
     first, cut = task(records, 120), task(records[::-1], 20)
@@ -189,6 +189,6 @@ def test_the_data_are_the_same_for_any_length_and_others_with_another_record(tok
 
 def test_tokens_are_counted_without_padding(task):
     batch = task.load([Index(0, 0), Index(1, 1), Index(2, 2)])
-    assert task.count_tokens(batch) == sum(len(table) + len(text) for table, text in task.tokens[:3])
+    assert task.count_tokens(batch) == sum(len(row.ids) for example in task.examples[:3] for row in example)
     assert task.count_tokens(batch) < batch["input_ids"].numel()
     assert task.count_tokens(task.load([])) == 0
