@@ -116,6 +116,7 @@ KINDS = (
 )
 CHECK_KINDS = {  # commands of one task
     "predict.py": "segments with a trained U-Net",
+    "generate.py": "writes with a trained language model",
     "data/check.py": "the command that checks volumes",
 }
 

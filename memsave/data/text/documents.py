@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, made
 from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
 from memsave.data.text.config import WritingData
 from memsave.data.text.encode import start_ids
@@ -66,16 +66,20 @@ class DocumentsData(WritingData):
 
     def _read(self, path: Path) -> list[Document]:
         if path.is_dir() or path.suffix.lower() == ".txt":
-            found = [Document(read_text(each, encoding=self.encoding), f"{each}") for each in text_files(path)]
+            files = text_files(path)
+            found = list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
         else:
             rows = read_rows(path, encoding=self.encoding)
-            found = [Document(row.text(self.text), row.where.removesuffix(",")) for row in rows]
-        empty = next((each for each in found if not each.text.strip()), None)
-        if empty is not None:
-            raise DataError(f"{empty.place} is empty: delete it, or give it a text.")
+            found = list(made(rows, lambda row: _document(row.text(self.text), row.where.removesuffix(","))))
         if not found:
             raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
         return found
+
+
+def _document(text: str, place: str) -> Document:
+    if not text.strip():
+        raise DataError(f"{place} is empty: delete it, or give it a text.")
+    return Document(text, place)
 
 
 def text_files(path: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from memsave.data.text.records import Record, references
 from memsave.models.encoder_decoder import encoder_decoder_losses, is_encoder_decoder
 from memsave.progress import Progress
 from memsave.tasks.definition import option_of
+from memsave.tasks.language.answering import TextAnswerer
 from memsave.tasks.language.definition import SMALL_CHUNKS, LanguageDefinition, LanguageTaskConfig
 from memsave.tasks.language.documents import Documents
 from memsave.tasks.language.pretrained import Purpose
@@ -48,6 +49,10 @@ class GenerationConfig(LanguageTaskConfig):
     def definition(self, config: Config) -> "GenerationDefinition":
         """The definition for a whole config."""
         return GenerationDefinition(config)
+
+    def answerer(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device) -> TextAnswerer:
+        """What memsave.generate asks."""
+        return TextAnswerer(model, tokenizer, form=form, device=device)
 
 
 class GenerationDefinition(LanguageDefinition):
@@ -197,8 +202,9 @@ class Generation(WritingTask):
         return scores
 
     def prompt_format(self) -> dict[str, Any]:
-        """The content of `prompt.json`."""
-        return prompt_format(self.tokenizer, beams=self.task.beams, **self.format)
+        """The content of `prompt.json`; its `template` makes a prompt from the columns of one's own records."""
+        template = getattr(self.data, "prompt", None)
+        return {**prompt_format(self.tokenizer, beams=self.task.beams, **self.format), "template": template}
 
 
 class PairGeneration(Generation):
