@@ -70,7 +70,9 @@ class DocumentsData(WritingData):
             found = list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
         else:
             rows = read_rows(path, encoding=self.encoding)
-            found = list(made(rows, lambda row: _document(row.text(self.text), row.where.removesuffix(","))))
+            found = list(
+                made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
+            )
         if not found:
             raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
         return found

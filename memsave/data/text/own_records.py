@@ -88,7 +88,9 @@ class Template:
 
     def fill(self, row: Row) -> str:
         """The text for a row. Raises DataError for a column that does not exist, and for an empty text."""
-        found = "".join(before + ("" if name is None else row.text(name)) for before, name, _, _ in self.parts)
+        found = "".join(
+            before + ("" if name is None else row.text(name, key=self.key)) for before, name, _, _ in self.parts
+        )
         if not found.strip():
             columns = f"fill in {' or '.join(self.columns)}" if self.columns else f"change {self.key}"
             raise DataError(f"{row.where} gives an empty {self.key}: {columns}, or delete the line.")

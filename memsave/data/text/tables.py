@@ -39,12 +39,15 @@ class Row:
         """The place of the row, for error messages."""
         return f"{self.path}, line {self.line},"
 
-    def text(self, column: str) -> str:
-        """The text in a column, without blanks around it; a missing JSON value (null) is empty. Raises DataError."""
+    def text(self, column: str, *, key: str | None = None) -> str:
+        """The text in a column, without blanks around it; a missing JSON value (null) is empty. Raises DataError.
+
+        `key`: the config key that names the column, for the message.
+        """
         if column not in self.values:
             holder = self.where if self.path.suffix.lower() == ".jsonl" else self.path
             raise DataError(
-                f"{holder} has no column {column}: its columns are "
+                f"{holder} has no column {column}{'' if key is None else f', which {key} names'}: its columns are "
                 f"{', '.join(self.values) or 'none'}{closest(column, self.values)}."
             )
         value = self.values[column]

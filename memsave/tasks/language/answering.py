@@ -82,7 +82,9 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
     if kind not in names("task"):
         raise ConfigError(f"{released} is of task={kind}, which is not registered; install the package that adds it")
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = load_model(released).to(device)
     tokenizer = AutoTokenizer.from_pretrained(released)
     answerer: Answerer = component("task", kind)().answerer(model, tokenizer, form=form, device=device)

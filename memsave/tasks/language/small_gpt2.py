@@ -101,6 +101,9 @@ def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
     settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name")}
 
     def make(folder: Path) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         records = public_records(config.records, seed=config.seed)
         tokenizer = train_tokenizer([f"{each.prompt} {each.completion}" for each in records], size=config.vocabulary)
         model = small_gpt2(config, tokenizer)
