@@ -73,7 +73,7 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     except OverBudget as stop:
         stop.outcome = {"memory": _write_memory(config, folder, monitor.last, measured)}
         raise
-    _release(state, task, folder)
+    _release(config, state, task, folder)
     spent = privacy_result(config, state.private, unit=task.unit)
     write_statement(spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
@@ -98,10 +98,10 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
     }
 
 
-def _release(state: State, task: Task, folder: Path) -> None:
+def _release(config: Config, state: State, task: Task, folder: Path) -> None:
     """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
-        task.release(state.model, folder / "model")
+        task.release(config.adapter.released(state.model), folder / "model")
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
@@ -118,6 +118,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     trainer = config.trainer
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, trainer, private=private)
+    state.frozen = checkpoint.digest_of_frozen(model)
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
@@ -191,7 +192,7 @@ def _train(
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
             if stop:
-                _release(state, task, folder)
+                _release(config, state, task, folder)
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)

@@ -2,8 +2,9 @@
 
 from memsave.config.errors import ConfigError
 from memsave.config.fields import Constraint, check_fields, sections
+from memsave.config.known_keys import listed
 from memsave.config.registry import component, names
-from memsave.config.schema import Config, GhostPrivacy
+from memsave.config.schema import MODES, Config, GhostPrivacy
 
 
 def check(config: Config) -> None:
@@ -45,6 +46,13 @@ def _check_memory(config: Config) -> None:
         raise ConfigError("memory=auto needs a budget, as in budget=8GiB or budget=auto")
     if memory.mode == "auto" and config.vary is not None:
         raise ConfigError(f"memory=auto chooses for one size; leave vary={config.vary} out, or give another memory=")
+    adapter = config.adapter
+    for mode in (memory.mode, *config.profiler.compare):
+        if mode in MODES and mode not in adapter.memory_modes:
+            raise ConfigError(
+                f"adapter={adapter.kind} does not work with memory={mode}; give memory={listed(adapter.memory_modes)}, "
+                f"and profiler.compare=[{','.join(adapter.memory_modes)}]"
+            )
 
 
 def _check_variation(config: Config) -> None:

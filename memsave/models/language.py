@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from memsave.ghost import linear_cross_entropy
 from memsave.ghost.gradients import has_values
 from memsave.models.own_head import own_head
-from memsave.models.padding import positions
+from memsave.models.padding import of_tokens, positions
 
 IGNORED = -100  # the label of a position without target
 HEADS = ("chunked", "logits")
@@ -26,7 +26,8 @@ def causal_lm_losses(
     """(B,): the mean cross-entropy over each example's target tokens; zero for an example without targets.
 
     Args:
-        model: any causal language model of transformers.
+        model: any causal language model of transformers, also with an adapter of PEFT. Virtual tokens of an adapter
+            are no targets.
         input_ids: (B, T).
         labels: (B, T), equal to input_ids at targets and -100 elsewhere. The function shifts them, so that each target
             is predicted from the tokens before it.
@@ -48,9 +49,10 @@ def causal_lm_losses(
     if head == "chunked":
         linear, hidden, soft_cap = own_head(model, inputs)
         options: dict[str, Any] = {"bias": linear.bias, "ignore_index": IGNORED, "soft_cap": soft_cap}
+        hidden = of_tokens(hidden, input_ids)
         each = linear_cross_entropy(hidden[:, :-1], linear.weight, targets, **options)
     else:
-        logits = model(**inputs, use_cache=False).logits  # (B, T, V)
+        logits = of_tokens(model(**inputs, use_cache=False).logits, input_ids)  # (B, T, V)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         # The targets are padded, because slicing the logits would copy them.

@@ -52,6 +52,8 @@ class State:
     """Scales losses so that float16 gradients do not vanish."""
     best: tuple[float, int] | None = None
     """(score, step) of the best evaluation so far, for early stopping."""
+    frozen: str | None = None
+    """The digest of the frozen parameters, which a checkpoint does not hold; None if all parameters train."""
     identity: dict[str, Any] = field(default_factory=dict)
     """The values that determine the batches, by config key; a checkpoint continues only with the same values."""
 

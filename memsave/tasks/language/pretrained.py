@@ -34,6 +34,8 @@ class LanguageModel(ModelConfig):
     """Name on the model hub, or a folder."""
     head: str = option("chunked", choices=("chunked", "logits"))
     """chunked computes the loss without storing the logits of all targets; logits uses the logits of the model."""
+    random: bool = False
+    """Train from random weights, of trainer.seed, in place of the pretrained ones; the tokenizer stays."""
 
     def load(self, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(model in float32, tokenizer with an end and a padding token). Raises ConfigError."""
@@ -78,7 +80,15 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fuse_gelu(model)
+    model.name_or_path = str(Path(folder).resolve()) if Path(name).expanduser().is_dir() else name  # for PEFT's files
     return model, tokenizer
+
+
+def with_random_weights(model: Any) -> nn.Module:
+    """A model of the same class and config with random weights, of the global random state."""
+    found = type(model)(model.config)
+    fuse_gelu(found)
+    return found
 
 
 def causal_config(name: str, folder: str) -> Any:

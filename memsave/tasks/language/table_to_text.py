@@ -21,6 +21,7 @@ from memsave.data.text.collate import collate, encode, encode_all, prompt_format
 from memsave.data.text.config import TextData
 from memsave.data.text.records import Record, references
 from memsave.models.language import IGNORED, causal_lm_losses
+from memsave.tasks.language.adapter_files import save_model
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch
 
@@ -164,7 +165,7 @@ class TableToText:
 
     def release(self, model: Any, folder: Path) -> None:
         """Write weights, config and tokenizer for `from_pretrained(folder)`, and the format of the prompt."""
-        model.save_pretrained(folder)
+        save_model(model, folder)
         self.tokenizer.save_pretrained(folder)
         prompt = prompt_format(self.tokenizer, max_length=self.data.max_length, beams=self.data.beams)
         (folder / "prompt.json").write_text(json.dumps(prompt, indent=2) + "\n")
