@@ -24,7 +24,8 @@ def save_model(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         return
     # Embeddings are frozen, unless they are in modules_to_save; "auto" would ask the model hub whether they changed.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    with torch.no_grad():  # the results of a projection are computed, outside of the forward that a clipper follows
+        model.save_pretrained(folder, save_embedding_layers=False)
     config = deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)

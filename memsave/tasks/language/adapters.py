@@ -11,7 +11,8 @@ The new head of a sequence classifier trains with each of them. `model/` holds t
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from memsave.config import ConfigError, option, register
 from memsave.config.fields import closest
+from memsave.ghost.gradients import has_values
 from memsave.tasks.language.adapter_files import merged
 from memsave.tasks.language.trained_parts import CLASSIFIER, LanguageAdapter, is_encoder, new_heads, task_of
 from memsave.training.measure import get_memory, set_memory
@@ -38,7 +40,7 @@ class PeftAdapter(LanguageAdapter):
 
         mode = get_memory(model)
         set_memory(model, "stored")  # otherwise PEFT makes the output of the embedding require grad
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_moves(model):
             warnings.simplefilter("ignore")  # about settings that PEFT corrects itself
             try:
                 adapted = get_peft_model(model, self.settings(model, task=task_of(model)))
@@ -233,6 +235,21 @@ class Prompt(VirtualTokens):
 
         start = PromptTuningInit.RANDOM if self.init == "random" else PromptTuningInit.SAMPLE_VOCAB
         return PromptTuningConfig(task_type=task, num_virtual_tokens=self.tokens, prompt_tuning_init=start)
+
+
+@contextmanager
+def without_moves(model: nn.Module) -> Iterator[None]:
+    """Context in which the modules of a model on fake tensors stay on the device where they are made.
+
+    PEFT moves its new modules to the device of the model. `nn.Module.to` fails for fake parameters.
+    """
+    move = nn.Module.to
+    if not has_values(next(model.parameters())):
+        nn.Module.to = lambda module, *_, **__: module  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 def targets(given: list[str] | None, model: Any, *, defaults: Any) -> Any:
