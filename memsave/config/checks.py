@@ -46,12 +46,13 @@ def _check_memory(config: Config) -> None:
         raise ConfigError("memory=auto needs a budget, as in budget=8GiB or budget=auto")
     if memory.mode == "auto" and config.vary is not None:
         raise ConfigError(f"memory=auto chooses for one size; leave vary={config.vary} out, or give another memory=")
-    adapter = config.adapter
+    modes = config.adapter_modes
     for mode in (memory.mode, *config.profiler.compare):
-        if mode in MODES and mode not in adapter.memory_modes:
+        if mode in MODES and mode not in modes:
+            private = "" if mode not in config.adapter.memory_modes else f" and privacy={config.privacy.option}"
             raise ConfigError(
-                f"adapter={adapter.kind} does not work with memory={mode}; give memory={listed(adapter.memory_modes)}, "
-                f"and profiler.compare=[{','.join(adapter.memory_modes)}]"
+                f"adapter={config.adapter.kind} does not work with memory={mode}{private}; give "
+                f"memory={listed(modes)}, and profiler.compare=[{','.join(modes)}]"
             )
 
 

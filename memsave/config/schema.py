@@ -91,6 +91,8 @@ class AdapterConfig(Section):
     """The base class of the model configs that the adapter fits."""
     memory_modes: ClassVar[tuple[str, ...]] = MODES
     """The memory modes that work with the adapter."""
+    ghost_modes: ClassVar[tuple[str, ...]] = MODES
+    """Those of them that work with privacy=ghost."""
     kind: str = "none"
 
     @property
@@ -295,3 +297,9 @@ class Config(Section):
 
     A U-Net has volume, depth, channels and batch; a language model has length, depth, channels and batch.
     """
+
+    @property
+    def adapter_modes(self) -> list[str]:
+        """The memory modes that work with the adapter and the privacy of this run."""
+        adapter, is_ghost = self.adapter, self.privacy.option == "ghost"
+        return [mode for mode in adapter.memory_modes if not is_ghost or mode in adapter.ghost_modes]

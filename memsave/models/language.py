@@ -101,3 +101,5 @@ def set_checkpointing(model: nn.Module, *, on: bool) -> None:
         switch.activation_checkpointing_enable({"use_reentrant": False})
     else:
         switch.activation_checkpointing_disable()
+    # Enabling makes frozen embeddings differentiable, which only reentrant checkpoints need; disabling keeps it.
+    switch.disable_input_require_grads()

@@ -24,8 +24,9 @@ def save_model(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         return
     # Embeddings are frozen, unless they are in modules_to_save; "auto" would ask the model hub whether they changed.
+    used = {name: each for name, each in model.state_dict().items() if ".original_module." not in name}
     with torch.no_grad():  # the results of a projection are computed, outside of the forward that a clipper follows
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=used, save_embedding_layers=False)
     config = deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)
@@ -36,7 +37,7 @@ def merged(model: Any) -> nn.Module:
     from peft import get_peft_model
 
     base: Any = base_of(model)
-    copy: Any = type(base)(deepcopy(base.config))
+    copy: Any = type(base)(deepcopy(base.config)).to(base.dtype)
     adapted: Any = get_peft_model(copy, deepcopy(model.active_peft_config))
     adapted.load_state_dict(model.state_dict())
     whole = adapted.merge_and_unload()
@@ -47,6 +48,7 @@ def merged(model: Any) -> nn.Module:
 def load_adapted(folder: Path) -> Any:
     """The base model of the adapter in a folder, with the adapter, in eval mode on the CPU. Raises ConfigError."""
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -55,12 +57,13 @@ def load_adapted(folder: Path) -> Any:
     name = _base_name(folder)
     _refuse_missing(name, folder)
     before = logging.get_verbosity()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()  # the head of a classifier is not in the base model, but beside the adapter
     try:
         config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else name)
         base = _class_of(config).from_pretrained(name, config=config, dtype=torch.float32)
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{folder} cannot be loaded as an adapter of {name} ({lines[0]}); copy it again") from error
     finally:

@@ -22,7 +22,7 @@ from memsave.config import ConfigError, option, register
 from memsave.config.fields import closest
 from memsave.ghost.gradients import has_values
 from memsave.tasks.language.adapter_files import merged
-from memsave.tasks.language.trained_parts import CLASSIFIER, LanguageAdapter, is_encoder, new_heads, task_of
+from memsave.tasks.language.trained_parts import CLASSIFIER, LanguageAdapter, is_encoder, is_inside, new_heads, task_of
 from memsave.training.measure import get_memory, set_memory
 
 
@@ -38,12 +38,12 @@ class PeftAdapter(LanguageAdapter):
         """The model with the adapter; only the adapter and the new head of a classifier train."""
         from peft import get_peft_model
 
-        mode = get_memory(model)
+        settings, mode = self.settings(model, task=task_of(model)), get_memory(model)
         set_memory(model, "stored")  # otherwise PEFT makes the output of the embedding require grad
         with warnings.catch_warnings(), without_moves(model):
             warnings.simplefilter("ignore")  # about settings that PEFT corrects itself
             try:
-                adapted = get_peft_model(model, self.settings(model, task=task_of(model)))
+                adapted = get_peft_model(model, settings)
             except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 raise ConfigError(f"adapter={self.kind} does not fit {type(model).__name__}: {lines[0]}") from error
@@ -87,11 +87,14 @@ class Lora(PeftAdapter):
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
         from transformers.pytorch_utils import Conv1D
 
+        adapted = targets(self.target_modules, model, defaults=DEFAULTS)
+        if self.layers and adapted == "all-linear":  # PEFT takes numbers of layers with names alone
+            adapted = linear_names(model)
         options: dict[str, Any] = {
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": targets(self.target_modules, model, defaults=DEFAULTS),
+            "target_modules": adapted,
             "layers_to_transform": list(self.layers) if self.layers else None,
             "modules_to_save": trained_modules(self.modules_to_save, model),
             "bias": self.bias,
@@ -112,6 +115,7 @@ class Lora(PeftAdapter):
 class Dora(Lora):
     """LoRA on the directions of the weights, and trained magnitudes (DoRA, by PEFT)."""
 
+    ghost_modes: ClassVar[tuple[str, ...]] = ("stored",)  # its weight norms cannot be traced through a recomputation
     kind: str = "dora"
     use_dora: ClassVar[bool] = True
 
@@ -265,9 +269,23 @@ def targets(given: list[str] | None, model: Any, *, defaults: Any) -> Any:
     return list(given)
 
 
+def linear_names(model: Any) -> list[str]:
+    """The last parts of the names of all linear layers except the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, new = model.get_output_embeddings(), new_heads(model)
+    found = (
+        name.rpartition(".")[2]
+        for name, each in model.named_modules()
+        if isinstance(each, (nn.Linear, Conv1D)) and each is not head and not is_inside(name, new)
+    )
+    return list(dict.fromkeys(found))
+
+
 def trained_modules(given: list[str] | None, model: Any) -> list[str] | None:
     """The modules that train completely: the given ones, and the new head of a classifier."""
-    check_names(given or (), (name for name, _ in model.named_modules() if name), model, "modules")
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_names(given or (), (name for name, _ in model.named_modules() if name in owners), model, "modules")
     return [*(given or ()), *new_heads(model)] or None
 
 

@@ -76,7 +76,7 @@ class TableToTextDefinition(TaskDefinition):
         positions = getattr(model.config, "max_position_embeddings", None)
         added = self.config.adapter.added_tokens
         if positions is not None and self.data.max_length + added > positions:
-            of_adapter = f", {added} of them for the virtual tokens of the adapter" if added else ""
+            of_adapter = f", of which adapter.tokens takes {added}; give less of either" if added else ""
             raise ConfigError(
                 f"data.max_length is {self.data.max_length}, but the model has {positions} positions{of_adapter}"
             )
@@ -180,7 +180,7 @@ class TableToTextDefinition(TaskDefinition):
         head = 2 * self.data.max_length * vocabulary * width
         layers = flops.get_total_flops() - head
         added = {"stored": 0, "checkpoint": layers, "reversible": layers, "logits": 0, "chunked": head}
-        modes = [mode for mode in self.config.adapter.memory_modes if mode != "reversible" or self.model.reversible]
+        modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
         choices = sorted(product(modes, ("logits", "chunked")), key=lambda pair: sum(added[each] for each in pair))
         return [self._with_choice(mode, head) for mode, head in choices]
 
@@ -197,7 +197,7 @@ class TableToTextDefinition(TaskDefinition):
 
     def less_memory(self) -> list[str]:
         """Checkpoints, then the remedies of every task."""
-        has_checkpoints = "checkpoint" in self.config.adapter.memory_modes
+        has_checkpoints = "checkpoint" in self.config.adapter_modes
         done = self.config.memory.mode in ("auto", "checkpoint") or not has_checkpoints
         first = [] if done else ["memory=checkpoint"]
         return [*first, *super().less_memory()]

@@ -21,6 +21,7 @@ from memsave.data.text.collate import collate, encode, encode_all, prompt_format
 from memsave.data.text.config import TextData
 from memsave.data.text.records import Record, references
 from memsave.models.language import IGNORED, causal_lm_losses
+from memsave.models.virtual_tokens import generate
 from memsave.tasks.language.adapter_files import save_model
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch
@@ -138,7 +139,8 @@ class TableToText:
                 ]
                 batch = prompts(tokens, pad=self.tokenizer.pad_token_id)
                 length = batch["input_ids"].shape[1]
-                out = model.generate(
+                out = generate(
+                    model,
                     **{key: value.to(self.device) for key, value in batch.items()},
                     num_beams=self.data.beams,
                     do_sample=False,
