@@ -132,9 +132,7 @@ def test_texts_padded_on_the_left_are_refused_for_prompt_tuning():
     batch = padded()
     flipped = {"input_ids": batch["input_ids"].flip(1), "attention_mask": batch["attention_mask"].flip(1)}
     labels = flipped["input_ids"].masked_fill(flipped["attention_mask"] == 0, -100)
-    with pytest.raises(
-        ValueError, match=r"padding on the left changes the logits of GPT2LMHeadModel.*pad on the right"
-    ):
+    with pytest.raises(ValueError, match=r"padding on the left changes the logits of .*pad on the right"):
         causal_lm_losses(adapted("prompt"), labels=labels, **flipped)
 
 
