@@ -36,10 +36,10 @@ class Line:
     topics: dict[str, Topic]
     opening: tuple[tuple[str, str], ...]
     """What the caller and the agent say first."""
-    closing: tuple[tuple[str, str], ...]
-    recorded: int = 5
+    closing: tuple[tuple[str, str], ...] = ()
+    recorded: int = 4
     """Number of topics in a record."""
-    asked: tuple[int, int] = (1, 3)
+    asked: tuple[int, int] = (1, 2)
     """Minimum and maximum number of questions."""
 
 
@@ -94,7 +94,7 @@ def _dialog(line: Line, *, rng: random.Random) -> Dialog:
     for name in rng.sample(topics, rng.randint(*line.asked)):
         topic = line.topics[name]
         turns.append((rng.choice(topic.questions), rng.choice(topic.answers)))
-    turns.append(rng.choice(line.closing))
+    turns += [rng.choice(line.closing)] if line.closing else []
     messages = [Message("system", ", ".join(f"{name}: {values[name]}" for name in order))]
     for question, answer in turns:
         messages.append(Message("user", question.format_map(values)))
@@ -261,40 +261,35 @@ PRIVATE = (
         topics={
             "ward": Topic(
                 _tree,
-                ("Can you tell me the ward?", "Where can I visit?", "Which ward should I go to?"),
-                ("Please go to {ward} ward.", "The patient lies on {ward} ward."),
+                ("Which ward is it?", "Where can I visit?", "Where do I go?"),
+                ("Please go to {ward} ward.", "You can find us on {ward} ward."),
             ),
             "doctor": Topic(
                 _sequence(_words("Dr"), _last),
-                ("Who is the doctor?", "Who looks after the patient?", "Which doctor can I ask?"),
-                ("Please ask {doctor}.", "{doctor} looks after the patient."),
+                ("Who is the doctor?", "Which doctor can I ask?", "Who can tell me more?"),
+                ("Please ask {doctor}.", "{doctor} is the doctor here."),
             ),
             "drug": Topic(
                 _compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin"),
-                ("What was given?", "Which drug is it?", "Is there any treatment?"),
-                ("The patient gets {drug} every day.", "We have started with {drug}."),
+                ("What was given?", "Which drug is it?", "What do we take?"),
+                ("We give {drug} every day.", "We started with {drug}."),
             ),
             "home": Topic(
                 _date,
-                ("When can we go home?", "How long will it last?", "When is the last day?"),
-                ("The patient may go home on {home}.", "We hope to finish on {home}."),
+                ("When can we go home?", "When is the last day?", "How long will it be?"),
+                ("We hope to end on {home}.", "Going home is planned for {home}."),
             ),
             "visits": Topic(
                 _time,
-                ("When may I visit?", "From what time are visits allowed?"),
-                ("Visits are allowed from {visits}.", "Please come after {visits}."),
+                ("When may I visit?", "When are visits?", "At what time may I come?"),
+                ("Please come after {visits}.", "You may visit from {visits}."),
             ),
         },
         opening=(
-            ("Good morning, how is {patient}?", "Good morning, {patient} is here with {illness}."),
-            ("I am calling about {patient}.", "I see, {patient} came to us with {illness}."),
-            ("Do you have news of {patient}?", "The notes of {patient} say {illness}."),
-        ),
-        closing=(
-            ("Thank you, doctor.", "Please call again at any time."),
-            ("Many thanks for your help.", "All the best to your family."),
+            ("Hello, how is {patient}?", "Hello, {patient} is here with {illness}."),
+            ("I ask about {patient}.", "I see, {patient} came with {illness}."),
+            ("Is there news of {patient}?", "The notes of {patient} say {illness}."),
         ),
         recorded=3,
-        asked=(1, 2),
     ),
 )
