@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from memsave.config import Config, ConfigError, option, register
 from memsave.config.schema import TrainerConfig
-from memsave.data.text.dialogs import Dialog, DialogData, Message
+from memsave.data.errors import DataError
+from memsave.data.fingerprint import fingerprint_of
+from memsave.data.text.dialogs import Dialog, DialogData, Message, parse_messages
 from memsave.data.text.encode_dialogs import encode_context, encode_dialogs, format_of
+from memsave.data.text.tables import Row
 from memsave.data.text.word_f1 import word_f1
 from memsave.progress import Progress
+from memsave.tasks.definition import option_of
 from memsave.tasks.language.decoding import write_texts
 from memsave.tasks.language.definition import LanguageDefinition, LanguageTaskConfig
+from memsave.tasks.language.pretrained import Purpose
 from memsave.tasks.language.task import LanguageTask, dummy_batch, text_losses
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch, Task
@@ -47,6 +52,10 @@ class DialogConfig(LanguageTaskConfig):
         """The definition for a whole config."""
         return DialogDefinition(config)
 
+    def answerer(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device) -> "DialogAnswerer":
+        """What memsave.generate asks."""
+        return DialogAnswerer(model, tokenizer, form=form, device=device)
+
 
 class DialogDefinition(LanguageDefinition):
     """Dialogs; see `DialogTask`."""
@@ -71,6 +80,16 @@ class DialogDefinition(LanguageDefinition):
                 f"task.new_tokens is {self.task.new_tokens}, which leaves no token of data.max_length="
                 f"{self.data.max_length} for the context; give a smaller task.new_tokens"
             )
+
+    def purpose(self) -> Purpose:
+        """Writing replies. Raises ConfigError for an encoder-decoder."""
+        found = super().purpose()
+        if found.kind == "encoder_decoder":
+            raise ConfigError(
+                f"model={option_of('model', self.model)} ({self.model.name}) is an encoder-decoder, which task=dialog "
+                f"does not train; give a causal model such as model=gpt2"
+            )
+        return found
 
     def make_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:
         """The task with its dialogs."""
@@ -121,7 +140,7 @@ class DialogTask(LanguageTask):
         head: str = "chunked",
     ):
         self.data, self.task = data, task or DialogConfig()
-        self.held_out = list(held_out)
+        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(each.messages for each in train)
         self.form = format_of(tokenizer, template=self.task.template)
         lengths: dict[str, Any] = {"max_length": data.max_length, "max_rows": data.max_rows}
         examples, self.encoded = encode_dialogs(train, self.form, **lengths)
@@ -178,7 +197,7 @@ class DialogTask(LanguageTask):
             if first is not last:
                 lines.append(f"- before: {_one_line(first.texts[number])}")
             lines += [f"- after: {_one_line(last.texts[number])}", f"- person: {_one_line(reply)}", ""]
-        path.write_text("\n".join(lines))
+        path.write_text("\n".join(lines), encoding="utf-8")
         return [path]
 
     def prompt_format(self) -> dict[str, Any]:
@@ -211,6 +230,39 @@ class DialogTask(LanguageTask):
             for key, name in {"perplexity": "perplexity of the replies", "word_f1": "word F1"}.items()
         )
         return f"On held-out dialogs: {', '.join(each)}"
+
+
+class DialogAnswerer:
+    """Replies to messages; a plain line is a message of the user."""
+
+    column = "message"
+
+    def __init__(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device):
+        self.model, self.tokenizer, self.written, self.device = model, tokenizer, form, device
+        self.form = format_of(tokenizer, template=form["template"])
+        self.digest = ""
+
+    def read(self, row: Row) -> list[int]:
+        """The tokens before the reply to the messages of a row, which the assistant must not have written last."""
+        if "messages" in row.values:
+            messages = parse_messages(row, with_reply=False)
+        else:
+            messages = (Message("user", row.text(self.column)),)
+        if not messages or not messages[-1].content:
+            raise DataError(f"{row.where} has no message: add one or delete the line.")
+        if messages[-1].role == "assistant":
+            raise DataError(f"{row.where} ends with a message of the assistant: delete that message.")
+        return encode_context(messages, self.form, limit=self.written["max_prompt_tokens"], where=row.where)
+
+    def answer(self, inputs: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """The replies, generated as in the evaluations of training."""
+        asked = self.written["generate"]
+        options: dict[str, Any] = {"new_tokens": asked["max_new_tokens"], "beams": asked["num_beams"]}
+        texts = write_texts(
+            self.model, self.tokenizer, inputs, **options, ends=asked["eos_token_id"], device=self.device
+        )
+        with torch.inference_mode():
+            return [{"reply": text} for text in texts]
 
 
 def _one_reply(dialog: Dialog, number: int) -> tuple[list[Message], str]:

@@ -1,6 +1,7 @@
 """The dialog task: exact private gradients, batches, scores, samples and prompt.json."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ import transformers
 from memsave.config import ConfigError
 from memsave.config.compose import compose, to_objects
 from memsave.config.schema import TrainerConfig
+from memsave.data.errors import DataError
 from memsave.data.loader import Index
 from memsave.data.text.calls import CallsData, private_dialogs
 from memsave.data.text.collate import collate
 from memsave.data.text.dialogs import Dialog, Message
 from memsave.data.text.encode_dialogs import encode_context
+from memsave.data.text.tables import Row
 from memsave.ghost import verify
 from memsave.tasks.definition import definition_of
+from memsave.tasks.language.answering import load_answerer
 from memsave.tasks.language.dialog import DialogConfig, DialogTask
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2
 from tests.support.chat_tokenizers import chat_tokenizer, plain_tokenizer
@@ -184,3 +188,43 @@ def test_a_model_for_tables_keeps_its_place_in_the_cache(monkeypatch):
     assert "corpus" not in found[0]
     assert found[1] == {**found[0], "corpus": "dialogs"}
     assert found[0]["records"] == 20000
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_memsave_generate_writes_the_replies_of_the_evaluation(name, tmp_path):
+    task, model = task_of(name, generate=5), model_of(name, TOKENIZERS[name])
+    task.evaluate(model)
+    task.release(model, tmp_path / "model")
+    answerer = load_answerer(tmp_path, device=torch.device("cpu"))
+    rows = [row(messages=[each._asdict() for each in context]) for context, _ in task.chosen]
+    found = answerer.answer([answerer.read(each) for each in rows])
+    assert [each["reply"] for each in found] == task.evaluations[0].texts
+    assert answerer.read(row(message="Hi")) == answerer.read(row(messages=[{"role": "user", "content": "Hi"}]))
+    for values, message in [
+        ({"messages": []}, "has no message: add one"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "ends with a message of the assistant: delete that"),
+        ({"message": " "}, "has no message: add one"),
+        ({"text": "Hi"}, "has no column message: its columns are text"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            answerer.read(row(**values))
+
+
+def row(**values):
+    return Row(values, Path("a.jsonl"), 1)
+
+
+def test_the_ledger_knows_dialogs_without_their_path():
+    dialogs = private_dialogs(3)
+    moved = [Dialog(each.messages, f"/other/file, line {i},") for i, each in enumerate(dialogs)]
+    found = {task_of("gpt2", train=train).data_fingerprint for train in (dialogs, moved, dialogs[::-1])}
+    assert len(found) == 1
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    transformers.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=40).save_pretrained(tmp_path)
+    config = config_of("model=gpt2", f"model.name={tmp_path}")
+    with pytest.raises(
+        ConfigError, match=r"model=gpt2 .* is an encoder-decoder, which task=dialog does not train; give"
+    ):
+        definition_of(config).purpose()
