@@ -59,7 +59,10 @@ def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) ->
 
     def forward(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return StandIn.of(hidden, name, vocabulary=len(linear.weight)) if has_values(hidden) else hidden[:1, :1]
+        if has_values(hidden):
+            return StandIn.of(hidden, name, vocabulary=len(linear.weight))
+        first = hidden[:1, :1]  # an encoder-decoder may add a bias of the size of the vocabulary
+        return first[..., :1].expand(-1, -1, len(linear.weight)) if "decoder_input_ids" in inputs else first
 
     with _replaced_forward(linear, forward):
         logits = model(**inputs, use_cache=False).logits

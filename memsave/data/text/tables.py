@@ -98,8 +98,8 @@ def read_text(path: Path, *, encoding: str = "utf-8") -> str:
 def check_encoding(encoding: str) -> None:
     """Raise ConfigError for an encoding of text that Python does not know."""
     try:
-        b"".decode(encoding)
-    except LookupError as error:
+        "a".encode(encoding)
+    except (LookupError, UnicodeError) as error:
         raise ConfigError(
             f"data.encoding is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
         ) from error
