@@ -50,7 +50,7 @@ def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) ->
         seen.append(hidden)
         return StandIn.of(hidden, name, vocabulary=len(linear.weight)) if has_values(hidden) else hidden[:1, :1]
 
-    with _replaced_forward(linear, forward):
+    with replaced_forward(linear, forward):
         logits = model(**inputs, use_cache=False).logits
     return _once(seen, name), logits
 
@@ -66,7 +66,7 @@ def _real_logits(model: Any, linear: nn.Linear, input_ids: Tensor, name: str) ->
         seen.append(F.linear(hidden, linear.weight, linear.bias))
         return seen[-1].clone()
 
-    with trial(model), _replaced_forward(linear, forward):
+    with trial(model), replaced_forward(linear, forward):
         logits = model(input_ids=start, attention_mask=torch.ones_like(start), use_cache=False).logits
     return _once(seen, name), logits
 
@@ -94,7 +94,7 @@ def _once(seen: list[Tensor], name: str) -> Tensor:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Context manager: replaces the module's forward, also one that a clipper has set on the instance."""
     before = vars(module).get("forward")
     module.forward = forward
