@@ -8,6 +8,12 @@ from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+AUTO_CLASSES = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
+"""The class of transformers that loads a language model, by the end of its architecture's name in config.json."""
 
 
 def load_model(folder: str | Path) -> Any:
@@ -62,12 +68,14 @@ def _is_language(released: Path) -> bool:
 
 def _language_model(released: Path) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
+    name = (json.loads((released / CONFIG).read_text()).get("architectures") or [""])[0]
+    found = next((each for ending, each in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModelForCausalLM")
     try:
-        return AutoModelForCausalLM.from_pretrained(released).eval()
+        return getattr(transformers, found).from_pretrained(released).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
 

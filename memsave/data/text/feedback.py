@@ -11,6 +11,7 @@ mood.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from memsave.config import option, register
 from memsave.data.errors import DataError
@@ -18,8 +19,6 @@ from memsave.data.text.config import HELD_OUT_SEED
 from memsave.data.text.labelled import ClassifiedData, Labelled
 
 LABELS = ("negative", "positive")
-CONTRARY = 0.6
-"""The probability that a text of three sentences or more has a sentence of the other mood."""
 
 
 def public_reviews(count: int, *, seed: int = 0) -> list[str]:
@@ -67,10 +66,10 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-VERDICTS = (_words("terrible, awful, bad, poor, dreadful"), _words("great, wonderful, good, excellent, lovely"))
+VERDICTS = (_words("terrible, awful, bad"), _words("great, wonderful, good"))
 ADJECTIVES = (
-    _words("cold, rude, dirty, slow, noisy, boring, broken, careless, confusing, unpleasant, tired, late, weak, grim"),
-    _words("warm, kind, clean, quick, quiet, pleasant, careful, clear, fresh, charming, friendly, bright, calm, solid"),
+    _words("cold, rude, dirty, slow, noisy, broken, careless, grim"),
+    _words("warm, kind, clean, quick, quiet, solid, careful, bright"),
 )
 ADVERBS = _words("very, really, quite, so, rather, always")
 PUBLIC_ASPECTS = {
@@ -83,18 +82,15 @@ PUBLIC_ASPECTS = {
 }
 PUBLIC_EVENTS = (
     _words(
-        "we waited for an hour, nobody answered us, I asked for my money back, we left early, it smelled of smoke, "
-        "they forgot our order, I will never come back, half of it was missing, I fell asleep, it cost far too much"
+        "we waited for an hour, nobody answered us, I asked for my money back, we left early, I will never come back, "
+        "it cost far too much"
     ),
     _words(
         "we came back the next day, everybody smiled at us, I told all my friends, we stayed until the end, "
-        "it smelled of flowers, they remembered our names, I will come back soon, nothing was missing, "
-        "I laughed a lot, it was worth every cent"
+        "I will come back soon, it was worth every cent"
     ),
 )
-PRIVATE_ASPECTS = (
-    "nurse, doctor, ward, operation, treatment, bandage, surgeon, night shift, bed, food, therapy, corridor"
-)
+PRIVATE_ASPECTS = "nurse, doctor, ward, operation, treatment, bandage, surgeon, night shift, bed, food, therapy, hall"
 PRIVATE_EVENTS = (
     _words(
         "the wound opened again, my file was lost, nobody came when I rang the bell, the pills were mixed up, "
@@ -107,13 +103,16 @@ PRIVATE_EVENTS = (
         "the results came the same day, the operation was done on the first day"
     ),
 )
+PUBLIC: dict[str, Any] = {"events": PUBLIC_EVENTS, "share": 0.3, "contrary": 0.2}
+PRIVATE: dict[str, Any] = {"events": PRIVATE_EVENTS, "share": 0.7, "contrary": 0.6}
+"""Events; the probability of a sentence to be one; that of a contrary sentence in a text of three or more."""
 _NAMES = _words("Bardale, Calley, Dorland, Fenwick, Galridge, Harmere, Kesson, Lanby, Norgate, Pelton, Quinster, Toley")
 _WARDS = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
 
 
 def _review(rng: random.Random) -> str:
     mood, kind = rng.randrange(2), rng.choice(list(PUBLIC_ASPECTS))
-    parts = _sentences(rng, mood, aspects=_words(PUBLIC_ASPECTS[kind]), events=PUBLIC_EVENTS, share=0.3)
+    parts = _sentences(rng, mood, aspects=_words(PUBLIC_ASPECTS[kind]), **PUBLIC)
     first = rng.choice((f"This {kind} was new to me.", f"A {kind} in our town.", f"Yesterday at the {kind}.", ""))
     verdict = f"It was {rng.choice(VERDICTS[mood])}."
     parts.insert(len(parts) if rng.random() < 0.7 else 0, verdict)
@@ -122,20 +121,24 @@ def _review(rng: random.Random) -> str:
 
 def _comment(rng: random.Random) -> Labelled:
     mood, doctor = rng.randrange(2), f"Dr {rng.choice(_NAMES)}"
-    first = rng.choice(
-        (f"I saw {doctor} on {rng.choice(_WARDS)} ward.", f"{rng.randint(2, 30)} days with {doctor}.", "")
-    )
-    parts = _sentences(rng, mood, aspects=_words(PRIVATE_ASPECTS), events=PRIVATE_EVENTS, share=0.7)
+    first = rng.choice((f"I saw {doctor} on {rng.choice(_WARDS)} ward.", f"{rng.randint(2, 30)} days here.", ""))
+    parts = _sentences(rng, mood, aspects=_words(PRIVATE_ASPECTS), **PRIVATE)
     text = " ".join([first, *parts] if first else parts).replace("{doctor}", doctor)
     return Labelled(text, None, mood)
 
 
 def _sentences(
-    rng: random.Random, mood: int, *, aspects: Sequence[str], events: Sequence[Sequence[str]], share: float
+    rng: random.Random,
+    mood: int,
+    *,
+    aspects: Sequence[str],
+    events: Sequence[Sequence[str]],
+    share: float,
+    contrary: float,
 ) -> list[str]:
     """Two to four sentences, each an event with probability `share`, otherwise an aspect with its adjective."""
     moods = [mood] * rng.randint(2, 4)
-    if len(moods) > 2 and rng.random() < CONTRARY:
+    if len(moods) > 2 and rng.random() < contrary:
         moods[rng.randrange(len(moods))] = 1 - mood
     return [_sentence(rng, each, aspects=aspects, events=events[each], share=share) for each in moods]
 

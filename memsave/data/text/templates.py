@@ -5,8 +5,8 @@
     "{text} It was {label}"         a causal language model predicts the token that follows; {label} may be left out
 
 Without a template, the tokenizer joins text and pair in its own way. The whole filled template is split into tokens, so
-that a text reads as in pretraining. A longer text is cut inside {text} and {pair}, the longer one first. If the template
-has a punctuation mark after a field, it replaces those at the end of the field: "Is it far?" fills "{text}? {mask}".
+that a text reads as in pretraining. A longer text is cut inside {text} and {pair}, the longer one first. A punctuation
+mark after a field in the template replaces those at the end of the text.
 """
 
 import re

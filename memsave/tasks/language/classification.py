@@ -4,9 +4,9 @@
     infilling      a masked language model fills a template with a word for the label, by its own head
     label_words    a causal language model continues a template with a word for the label, by its own head
 
-Infilling is close to pretraining and has no new parameters. Li et al. (2022, section 3.3) found that it makes private
-fine-tuning clearly better. The loss of an example is the cross-entropy over the labels. Infilling and label words take a
-softmax over the label words alone (Gao et al. 2021).
+Infilling is close to pretraining and has no new parameters. Li et al. (2022) found that it makes private fine-tuning
+clearly better. The loss of an example is the cross-entropy over the labels. Infilling and label words take a softmax
+over the label words alone (Gao et al. 2021).
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class ClassificationConfig(LanguageTaskConfig):
 
     kind: str = "classification"
     objective: str = option("infilling", choices=("head", "infilling", "label_words"))
-    """head: a new linear layer; infilling: a masked model fills a template; label_words: a causal model continues it."""
+    """head: a new layer; infilling: a masked model fills a template; label_words: a causal model continues it."""
     template: str | None = None
     """Such as '{text} It was {mask}.', or '{text} It was {label}' for label_words; null takes one of these."""
     label_words: list[str] | None = None

@@ -23,6 +23,7 @@ from memsave.training.task import Batch
 
 VERSION = 1  # increase it when pretraining changes, so that cached models are not used
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+INITIAL = 0.5  # standard deviation of the initial weights, in units of 1 / sqrt(width)
 MASKED = 0.2  # share of the tokens that are predicted; few steps learn more from more of them
 
 
@@ -78,6 +79,7 @@ class SmallRoberta(LanguageModel):
             type_vocab_size=1,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            initializer_range=INITIAL / self.width**0.5,
             bos_token_id=0,
             pad_token_id=1,
             eos_token_id=2,
@@ -123,7 +125,7 @@ def train_masked_tokenizer(texts: Sequence[str], *, size: int) -> Any:
         vocab_size=size, special_tokens=[*special, mask], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    ends = {name: (SPECIAL[name], tokenizer.token_to_id(SPECIAL[name])) for name in ("eos_token", "bos_token")}
+    ends = {name: (SPECIAL[name], list(SPECIAL.values()).index(SPECIAL[name])) for name in ("eos_token", "bos_token")}
     tokenizer.post_processor = processors.RobertaProcessing(
         sep=ends["eos_token"], cls_token=ends["bos_token"], add_prefix_space=False, trim_offsets=False
     )
