@@ -34,14 +34,15 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 
 from memsave.config import ConfigError
 from memsave.config.compose import compose, load_schemas, to_objects
-from memsave.config.overrides import override, parse
+from memsave.config.overrides import literal, override, parse
 from memsave.config.registry import conf_dir
 from memsave.processes import several_processes
 from memsave.resume import ResumedRun, resumed_run
 from memsave.training.signals import interrupt_at_signals
 
 OUTPUT_FILES = (
-    "plan.md", "plan.png", "overlay.png", "scores.csv", "confusion.png", "samples.md", "memory.png", "memory.html", "privacy.md",
+    "plan.md", "plan.png", "overlay.png", "scores.csv", "confusion.png", "samples.md",
+    "memory.png", "memory.html", "privacy.md",
     "model", "tensorboard", "result.json", "error.txt",
 )  # fmt: skip
 """Files and folders of a run that its last line lists, in this order."""
@@ -52,6 +53,7 @@ _exit_code = 0
 
 def main() -> None:
     """Run the command line, and exit with its exit code."""
+    sys.argv[1:] = [literal(argument) for argument in sys.argv[1:]]
     try:
         _refuse_several_processes()
         resumed = resumed_run(sys.argv[1:])
@@ -354,7 +356,7 @@ def _resume(folder: Path) -> str:
 def check_overrides(arguments: Sequence[str]) -> None:
     """Compose once for each value of a sweep before anything runs. Raises ConfigError for a fault."""
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = [literal(argument) for argument in arguments if not argument.startswith("-")]
     if len(overrides) < len(arguments) - sweep:
         return  # Hydra checks the overrides that come with its own flags, such as --cfg
     options = []

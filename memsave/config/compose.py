@@ -32,7 +32,7 @@ from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
 from memsave.config.known_keys import listed, options_with, unknown_key
 from memsave.config.older import converted
-from memsave.config.overrides import parse, several
+from memsave.config.overrides import literal, parse, several
 from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names
 from memsave.config.schema import Config
 
@@ -43,6 +43,7 @@ VERSION, VERSION_KEY = 3, "schema_version"
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose the config of the overrides. Raises ConfigError if they are not valid."""
     load_schemas()
+    overrides = [literal(text) for text in overrides]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:

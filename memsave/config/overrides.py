@@ -21,12 +21,28 @@ TEXTS = (
 """Keys whose values are paths and names that the user chose."""
 LISTS = ("data.modalities",)
 """Keys whose values are lists of such names."""
+TEMPLATES = ("data.prompt", "data.completion", "task.template")
+"""Keys whose values are templates such as {name} is; they are read as they are written, without quotes for Hydra."""
 
 
 def override(key: str, value: object) -> str:
     """`key=value`, quoted for the shell and for Hydra. The value is a string or a list of strings."""
     written = f"[{','.join(map(_written, value))}]" if isinstance(value, (list, tuple)) else _written(value)
     return shlex.quote(f"{key}={written}")
+
+
+def literal(text: str) -> str:
+    """The override with a template quoted for Hydra; any other override, or one that is quoted already, unchanged."""
+    key, _, value = text.partition("=")
+    if key.lstrip("+") not in TEMPLATES or not value:
+        return text
+    if value[0] in "'\"":
+        try:
+            if isinstance(OverridesParser.create().parse_override(text).value(), str):
+                return text
+        except (HydraException, ValueError):
+            pass  # the quotes belong to the template
+    return f"{key}={_written(value)}"
 
 
 def parse(text: str, *, after: str | None = None) -> Override:
@@ -64,6 +80,10 @@ def _remedy(text: str, *, after: str | None) -> str:
         return f"quote the value, as in {override(key, value)}"
     if equals and _is_one_of(LISTS, key):
         return f"quote the names, as in {override(key, [each.strip() for each in value.strip('[]').split(',')])}"
+    if not equals and before.lstrip("+") in TEMPLATES:
+        template = OverridesParser.create().parse_override(str(after)).value()
+        whole = shlex.quote(f"{before}={template} {text}")
+        return f"if it is part of the preceding value, quote that value, as in {whole}"
     if not equals and _is_one_of(TEXTS, before):
         return f"if it is part of the preceding value, quote that value, as in {override(before, f'{begun} {text}')}"
     return "overrides have the form key=value"

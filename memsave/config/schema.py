@@ -195,8 +195,8 @@ class OptimizerConfig(Section):
     """Weight decay; norms and biases have none."""
     momentum: float = option(0.9, least=0, most=0.999999)
     """Momentum of SGD, or first beta of AdamW."""
-    schedule: str = option("cosine", choices=("cosine", "constant"))
-    """Learning rate after the warm-up; cosine reaches zero at the last step."""
+    schedule: str = option("cosine", choices=("cosine", "linear", "constant"))
+    """Learning rate after the warm-up; cosine and linear reach zero after the last step."""
     warmup_steps: int = option(10, least=0)
     """Steps of linear warm-up."""
 

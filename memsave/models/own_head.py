@@ -29,7 +29,7 @@ def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, flo
     config = getattr(model, "config", None)
     state = (named(config, FACTORS), named(config, CAPS))
     confirmed = has_passed(model, "head", state)
-    real = None if confirmed else _real_logits(model, linear, inputs["input_ids"], name)
+    real = None if confirmed else _real_logits(model, linear, inputs, name)
     hidden, logits = _hidden(model, linear, inputs, name)
     change = change_of(logits, model, name) if has_values(hidden) else _assumed(config)
     if real is not None:
@@ -55,9 +55,10 @@ def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) ->
     return _once(seen, name), logits
 
 
-def _real_logits(model: Any, linear: nn.Linear, input_ids: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+def _real_logits(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) -> tuple[Tensor, Tensor] | None:
     """(output of the head, the model's logits) for the start of the first example; None if it has no values."""
-    start = input_ids[:1, :TRIAL_LENGTH]
+    ids = {key: inputs[key][:1, :TRIAL_LENGTH] for key in ("input_ids", "decoder_input_ids") if key in inputs}
+    start = ids["input_ids"]
     if not has_values(start) or not start.numel():
         return None
     seen: list[Tensor] = []
@@ -67,7 +68,7 @@ def _real_logits(model: Any, linear: nn.Linear, input_ids: Tensor, name: str) ->
         return seen[-1].clone()
 
     with trial(model), replaced_forward(linear, forward):
-        logits = model(input_ids=start, attention_mask=torch.ones_like(start), use_cache=False).logits
+        logits = model(**ids, attention_mask=torch.ones_like(start), use_cache=False).logits
     return _once(seen, name), logits
 
 

@@ -74,15 +74,17 @@ def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None
     with trial(model):
         padded = model(input_ids=ids, attention_mask=mask, **where, use_cache=False).logits[:, alone]
         plain = model(input_ids=ids[:, alone], attention_mask=mask[:, alone], use_cache=False).logits
-    low = torch.is_autocast_enabled(ids.device.type) or plain.dtype not in TOLERANCE
+    given = ", although its position_ids skip it" if where else ""
+    check_same(padded, plain, f"padding on the {side} changes the logits of {name}", given=given, remedy=REMEDIES[side])
+
+
+def check_same(padded: Tensor, plain: Tensor, change: str, *, given: str = "", remedy: str) -> None:
+    """Raise ValueError, which starts with `change`, unless the logits with and without padding agree."""
+    low = torch.is_autocast_enabled(plain.device.type) or plain.dtype not in TOLERANCE
     tolerance = LOW_PRECISION_TOLERANCE if low else TOLERANCE[plain.dtype]
     difference, largest = float("nan"), plain[plain.isfinite()].abs().amax().item() if plain.isfinite().any() else 0.0
     if padded.shape == plain.shape:
         same = (padded == plain) | (padded.isnan() & plain.isnan())  # also for infinities
         difference = torch.where(same, 0, padded - plain).abs().max().item()
     if not difference <= tolerance * largest:
-        given = ", although its position_ids skip it" if where else ""
-        raise ValueError(
-            f"padding on the {side} changes the logits of {name} by {difference:.3g} of {largest:.3g}{given}; "
-            f"{REMEDIES[side]}"
-        )
+        raise ValueError(f"{change} by {difference:.3g} of {largest:.3g}{given}; {remedy}")

@@ -1,6 +1,7 @@
 """Record what a language model does to its logits after the head, with a stand-in tensor in their place.
 
-An allow-list has the operations and the constants. Casts and copies are allowed, and operations that result in
+An allow-list has the operations and the constants. Casts, copies and sums with zeros are allowed, and operations that
+result in
 
     l' = factor l        or        l' = cap tanh(factor l / cap)
 
@@ -35,6 +36,7 @@ FACTORS = (
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
 CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
 STEPS = {"mul": "mul", "multiply": "mul", "div": "div", "divide": "div", "true_divide": "div", "tanh": "tanh"}
+ADDS = ("add", "__add__", "__radd__")  # with a buffer of zeros, such as BART's final_logits_bias
 SHAPES = ("shape", "size", "ndim", "dim", "numel", "nelement", "stride", "is_contiguous", "__len__")
 PROPERTIES = ("dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse", "is_nested", "itemsize")
 READS = (*PROPERTIES, "is_floating_point", "is_complex", "get_device", "element_size")
@@ -94,6 +96,8 @@ class StandIn(Tensor):
             if name in SHAPES:
                 logits = torch.empty(mine.logits_shape, dtype=mine.dtype, device="meta")
                 return func(*tree_map(lambda each: logits if each is mine else each, args), **kwargs)
+            if name in ADDS and not kwargs and all(each is mine or _is_zero(each) for each in args):
+                return mine
             step = None if name in CASTS or name in READS else mine._step(name, args, kwargs)
             found = func(*args, **kwargs)
             if name in READS or not isinstance(found, Tensor):  # for instance type(), which names the dtype
@@ -160,6 +164,11 @@ class StandIn(Tensor):
                 (node,) = before
             if node is None or node.variable is not self.leaf:
                 self._refuse("have no gradient")
+
+
+def _is_zero(each: Any) -> bool:
+    """Whether an operand of a sum is a constant tensor of zeros."""
+    return isinstance(each, Tensor) and not isinstance(each, StandIn) and not each.requires_grad and not each.any()
 
 
 def change_of(logits: Any, model: nn.Module, head: str) -> Change:

@@ -11,7 +11,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 AUTO_CLASSES = {
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
 }
 """The class of transformers that loads a language model, by the end of its architecture's name in config.json."""
 
@@ -67,14 +66,16 @@ def _is_language(released: Path) -> bool:
 
 
 def _language_model(released: Path) -> Any:
-    from safetensors import SafetensorError
     import transformers
+    from safetensors import SafetensorError
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
     name = (json.loads((released / CONFIG).read_text()).get("architectures") or [""])[0]
-    found = next((each for ending, each in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModelForCausalLM")
     try:
+        is_pair = transformers.AutoConfig.from_pretrained(released).is_encoder_decoder
+        default = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
+        found = next((each for ending, each in AUTO_CLASSES.items() if name.endswith(ending)), default)
         return getattr(transformers, found).from_pretrained(released).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error

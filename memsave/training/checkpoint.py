@@ -42,6 +42,8 @@ def _write(state: State, folder: Path) -> None:
     random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
     content = {
         "step": state.step,
+        "run": state.run,
+        "data": state.data,
         "optimizer": type(state.optimizer).__name__,
         "numbers": numbers,
         "identity": state.identity,
@@ -84,16 +86,25 @@ def load(state: State, folder: Path) -> None:
     set_random_state(state.model, _take(tensors, RANDOM))
     _restore_optimizer(state, tensors, content["numbers"])
     state.step = content["step"]
+    state.run = content.get("run") or state.run
     _restore_schedule(state)
 
 
 def read_noise_multiplier(folder: Path) -> float | None:
     """The noise multiplier in the checkpoint of a private run, given its folder or the run's; None if there is none."""
     try:
-        private = json.loads((_checkpoint_in(folder) / "state.json").read_text())["private"]
-        return None if private is None else float(private["mechanism"]["noise_multiplier"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(read_state(folder)["private"]["mechanism"]["noise_multiplier"])
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of the checkpoint, given its folder or the run's; empty if it is missing or unreadable."""
+    try:
+        found = json.loads((_checkpoint_in(folder) / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _checkpoint_in(folder: Path) -> Path:

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 from memsave.models.label_words import label_word_logits
 from memsave.models.language import set_checkpointing
@@ -106,7 +108,7 @@ def test_clipping_is_exact_against_each_text_alone_without_padding(name):
     norms = torch.cat([part[1] for part in parts])
     bound = norms.median().item()
     sums = {}
-    for (_, norm, own), factor in zip(parts, (bound / norms).clamp(max=1.0)):
+    for (_, _, own), factor in zip(parts, (bound / norms).clamp(max=1.0)):
         assert own.keys() == parts[0][2].keys()
         for key, value in own.items():  # `alone` with one example clips to its own norm, and so not at all
             sums[key] = sums.get(key, 0) + factor * value

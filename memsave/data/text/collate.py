@@ -40,12 +40,15 @@ def collate(examples: Sequence[Example], *, pad: int) -> dict[str, Tensor]:
     return found if rows > 1 else {key: value.squeeze(1) for key, value in found.items()}
 
 
-def prompts(tokens: Sequence[list[int]], *, pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (B, T) each, padded on the left, for generation."""
+def prompts(tokens: Sequence[list[int]], *, pad: int, right: bool = False) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (B, T) each, padded on the left, or on the `right`, for generation."""
     longest = max(map(len, tokens))
-    ids = torch.tensor([[pad] * (longest - len(each)) + each for each in tokens])
-    mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in tokens])
-    return {"input_ids": ids, "attention_mask": mask}
+    ids, mask = [], []
+    for each in tokens:
+        missing = longest - len(each)
+        ids.append([*each, *[pad] * missing] if right else [*[pad] * missing, *each])
+        mask.append([1] * len(each) + [0] * missing if right else [0] * missing + [1] * len(each))
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:

@@ -27,11 +27,16 @@ class TextData(DataConfig):
 
 
 @dataclass
-class RecordsData(TextData):
+class WritingData(TextData):
+    """A source of texts that the model learns to write: records or documents."""
+
+
+@dataclass
+class RecordsData(WritingData):
     """A source of prompts and completions."""
 
     separator: str | None = None
-    """Text between prompt and completion, such as a space; null is the end-of-text token."""
+    """Text between prompt and completion, such as a space; null is the end token. Encoder-decoders use none."""
 
     def splits(self) -> tuple[list[Record], list[Record]]:
         """(training, held-out) records. Raises DataError."""

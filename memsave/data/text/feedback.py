@@ -71,7 +71,7 @@ ADJECTIVES = (
     _words("cold, rude, dirty, slow, noisy, broken, careless, grim"),
     _words("warm, kind, clean, quick, quiet, solid, careful, bright"),
 )
-ADVERBS = _words("very, really, quite, so, rather, always")
+ADVERBS = _words("very, really, so")
 PUBLIC_ASPECTS = {
     "restaurant": "food, soup, waiter, kitchen, table, bread, coffee, bill, music, cook",
     "hotel": "room, bed, bath, view, breakfast, garden, staff, lift, pool, host",
@@ -103,7 +103,7 @@ PRIVATE_EVENTS = (
         "the results came the same day, the operation was done on the first day"
     ),
 )
-PUBLIC: dict[str, Any] = {"events": PUBLIC_EVENTS, "share": 0.3, "contrary": 0.2}
+PUBLIC: dict[str, Any] = {"events": PUBLIC_EVENTS, "share": 0.2, "contrary": 0.2}
 PRIVATE: dict[str, Any] = {"events": PRIVATE_EVENTS, "share": 0.7, "contrary": 0.6}
 """Events; the probability of a sentence to be one; that of a contrary sentence in a text of three or more."""
 _NAMES = _words("Bardale, Calley, Dorland, Fenwick, Galridge, Harmere, Kesson, Lanby, Norgate, Pelton, Quinster, Toley")
@@ -113,7 +113,7 @@ _WARDS = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
 def _review(rng: random.Random) -> str:
     mood, kind = rng.randrange(2), rng.choice(list(PUBLIC_ASPECTS))
     parts = _sentences(rng, mood, aspects=_words(PUBLIC_ASPECTS[kind]), **PUBLIC)
-    first = rng.choice((f"This {kind} was new to me.", f"A {kind} in our town.", f"Yesterday at the {kind}.", ""))
+    first = rng.choice((f"A {kind} in our town.", f"Yesterday at the {kind}.", "", "", ""))
     verdict = f"It was {rng.choice(VERDICTS[mood])}."
     parts.insert(len(parts) if rng.random() < 0.7 else 0, verdict)
     return " ".join([first, *parts] if first else parts)
@@ -147,7 +147,6 @@ def _sentence(rng: random.Random, mood: int, *, aspects: Sequence[str], events: 
     if rng.random() < share:
         event = rng.choice(events)
         return f"{event[0].upper()}{event[1:]}."
-    aspect, adverb = rng.choice(aspects), rng.choice(["", "", f"{rng.choice(ADVERBS)} "])
-    if rng.random() < 0.15:
-        return f"The {aspect} was not {rng.choice(ADJECTIVES[1 - mood])}."
-    return f"The {aspect} was {adverb}{rng.choice(ADJECTIVES[mood])}."
+    aspect, adjective = rng.choice(aspects), rng.choice(ADJECTIVES[mood])
+    adverb = rng.choice(["", "", f"{rng.choice(ADVERBS)} "])
+    return rng.choice((f"The {aspect} was {adverb}{adjective}.", f"{adjective.capitalize()} {aspect}."))

@@ -1,25 +1,23 @@
 """Labelled sentences and pairs of sentences, from one's own files: `data=labelled`, and GLUE's by their column names.
 
-The files are TSV, CSV or JSONL with one example a line. A folder holds train.tsv and a held-out file beside it; of a
-single file, a part is held out. GLUE (Wang et al. 2018, arXiv:1804.07461) writes TSV without quotes: a double quote is
-an ordinary character there.
+The files are TSV, CSV or JSONL with one example a line (see `tables.py`). A folder holds train.tsv and a held-out file
+beside it; of a single file, a part is held out. GLUE (Wang et al. 2018, arXiv:1804.07461) has TSV files.
 """
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from memsave.config import ConfigError, option, register
 from memsave.data.errors import DataError
 from memsave.data.text.config import TextData
-from memsave.data.text.lines import SUFFIXES, column, read_lines
+from memsave.data.text.splits import hold_out, split_files
+from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows
 
-TRAINING = ("train", "training")
-HELD_OUT = ("dev", "dev_matched", "validation", "validation_matched", "valid", "val", "test")
-"""Names of files without suffix, in the order in which they are looked for."""
+HELD_OUT = ("dev", "dev_matched", "validation", "validation_matched", "valid", "test")
+"""Names of held-out files in the order of search: the labels of a test file are often secret."""
 MOST_LABELS = 1000
 
 
@@ -72,18 +70,19 @@ class LabelledData(ClassifiedData):
     labels: list[str] | None = None
     """The labels in the order of their numbers; null means those of the training file, sorted."""
     held_out: str | None = None
-    """Held-out file beside the training file, such as test.tsv; null means dev, validation or test in a folder."""
-    held_out_fraction: float = option(0.1, least=0.001, most=0.9)
-    """Part of the training file that is held out if there is no held-out file."""
+    """Held-out file; null takes a file of the folder, or held_out_fraction of the training file."""
+    held_out_fraction: float = option(0.1, least=0, most=0.9)
+    """Share of the texts that are held out if there is no held-out file; equal texts stay together."""
     seed: int = option(0, least=0)
-    """Seed of the choice of that part."""
-    quotes: bool | None = None
-    """Whether double quotes enclose fields that hold separators; null means: in CSV files alone."""
+    """Seed of the choice of held-out texts."""
+    encoding: str = "utf-8"
+    """Encoding of the files."""
     skip_invalid: bool = False
     """Leave lines with missing or empty fields out and count them, instead of an error."""
 
     def validate(self) -> None:
         """Raise ConfigError without a file, or with fewer than two labels."""
+        check_encoding(self.encoding)
         if not self.root:
             raise ConfigError("data.root is not given; name the file or folder of the texts, as in data.root=/my/texts")
         if self.labels is not None and len(set(self.labels)) != max(2, len(self.labels)):
@@ -109,10 +108,10 @@ class LabelledData(ClassifiedData):
         return list(train), list(held_out)
 
     def _read(self) -> "_Read":
-        train, held_out = find_files(str(self.root), held_out=self.held_out)
-        files = tuple((path, path.stat().st_mtime_ns) for path in (train, held_out) if path is not None)
+        train, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=SUFFIXES, names=HELD_OUT)
+        files = tuple((path, _changed(path)) for path in (train, held_out) if path is not None)
         names = None if self.labels is None else tuple(self.labels)
-        columns = _Columns(self.text, self.pair, self.label, names, self.quotes, self.skip_invalid)
+        columns = _Columns(self.text, self.pair, self.label, names, self.encoding, self.skip_invalid)
         return _read(files, columns, self.held_out_fraction, self.seed)
 
 
@@ -158,28 +157,6 @@ class MNLIData(LabelledData):
     label: str = "gold_label"
 
 
-def find_files(root: str | Path, *, held_out: str | None = None) -> tuple[Path, Path | None]:
-    """(the training file, the held-out file or None). Raises DataError."""
-    root = Path(root).expanduser()
-    if not root.exists():
-        raise DataError(f"The file or folder {root} does not exist: give the texts by data.root=.")
-    folder = root if root.is_dir() else root.parent
-    train = root if root.is_file() else _first_file(root, TRAINING)
-    if train is None:
-        names = " or ".join(f"train{suffix}" for suffix in SUFFIXES)
-        raise DataError(f"{root} holds no training file: put {names} there, or name a file by data.root=.")
-    if held_out is None:
-        return train, _first_file(root, HELD_OUT) if root.is_dir() else None
-    if not (folder / held_out).is_file():
-        raise DataError(f"data.held_out names {folder / held_out}, which does not exist: name a file beside {train}.")
-    return train, folder / held_out
-
-
-def _first_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    paths = (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
-
-
 class _Columns(NamedTuple):
     """The keys of the config that decide how a line is read."""
 
@@ -187,7 +164,7 @@ class _Columns(NamedTuple):
     pair: str | None
     label: str
     labels: tuple[str, ...] | None
-    quotes: bool | None
+    encoding: str
     skip_invalid: bool
 
 
@@ -198,44 +175,58 @@ _Read = tuple[tuple[str, ...], list[Labelled], list[Labelled], int]
 @lru_cache(maxsize=2)
 def _read(files: tuple[tuple[Path, int], ...], columns: _Columns, fraction: float, seed: int) -> _Read:
     """The content of the files, each with its time of change, so that a changed file is read again."""
-    found = [_named_rows(path, columns) for path, _ in files]
-    skipped = sum(count for _, count in found)
-    names = columns.labels or _label_names([label for *_, label in found[0][0]], path=files[0][0], columns=columns)
-    examples = [_numbered(rows, names, path) for (rows, _), (path, _) in zip(found, files, strict=True)]
-    if len(files) == 2:
-        return names, examples[0], examples[1], skipped
-    order = list(range(len(examples[0])))
-    if len(order) < 2:
-        raise DataError(f"{files[0][0]} has 1 example: give at least 2, of which one is held out.")
-    random.Random(f"held out {seed}").shuffle(order)
-    chosen = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
-    train, held_out = ([each for i, each in enumerate(examples[0]) if (i in chosen) is out] for out in (False, True))
-    return names, train, held_out, skipped
+    found = [_rows(path, columns) for path, _ in files]
+    skipped, train = sum(count for _, count in found), files[0][0]
+    names = columns.labels or _label_names([label for *_, label in found[0][0]], path=train, columns=columns)
+    examples = [_numbered(rows, names) for rows, _ in found]
+    if len(files) == 1:
+        examples = list(
+            hold_out(examples[0], key=lambda each: repr(each[:2]), fraction=fraction, seed=seed, source=train)
+        )
+    return names, examples[0], examples[1], skipped
 
 
-_Row = tuple[int, str, str | None, str]
-"""(number of the line, text, second text, label)."""
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def _named_rows(path: Path, columns: _Columns) -> tuple[list[_Row], int]:
-    """(the rows of a file, the number of skipped ones)."""
-    rows: list[_Row] = []
-    skipped = 0
-    keys = {key: name for key, name in columns._asdict().items() if key in ("text", "pair", "label") and name}
-    for line, row in read_lines(
-        path, columns={f"data.{key}": name for key, name in keys.items()}, quotes=columns.quotes
-    ):
+_Line = tuple[Row, str, str | None, str]
+"""(the row, text, second text, label)."""
+
+
+def _rows(path: Path, columns: _Columns) -> tuple[list[_Line], int]:
+    """(the lines of a file, the number of skipped ones)."""
+    faults: list[str] = []
+    found: list[_Line] = []
+    for row in read_rows(path, encoding=columns.encoding, faults=faults if columns.skip_invalid else None):
         try:
-            where = f"{path}, line {line},"
-            text, label = column(row, columns.text, where=where), column(row, columns.label, where=where)
-            rows.append((line, text, columns.pair and column(row, columns.pair, where=where), label))
-        except DataError:
+            pair = columns.pair and _filled(row, columns.pair, "data.pair")
+            text, label = (_filled(row, getattr(columns, key), f"data.{key}") for key in ("text", "label"))
+            found.append((row, text, pair, label))
+        except _Empty as error:
             if not columns.skip_invalid:
                 raise
-            skipped += 1
-    if not rows:
-        raise DataError(f"{path} has no examples: give a file with at least one line of data.")
-    return rows, skipped
+            faults.append(str(error))
+    if not found:
+        raise DataError(f"{path} has no valid line, as in: {faults[0]}")
+    return found, len(faults)
+
+
+class _Empty(DataError):
+    """A field is empty."""
+
+
+def _filled(row: Row, column: str, key: str) -> str:
+    """The text in a column. Raises DataError if there is no such column, or if it is empty."""
+    if column not in row.values:
+        try:
+            row.text(column)
+        except DataError as error:
+            raise DataError(f"{str(error).removesuffix('.')}; choose one by {key}=.") from error
+    text = row.text(column)
+    if not text:
+        raise _Empty(f"{row.where} has an empty {column}: fill it in or delete the line.")
+    return text
 
 
 def _label_names(labels: list[str], *, path: Path, columns: _Columns) -> tuple[str, ...]:
@@ -254,16 +245,14 @@ def _label_names(labels: list[str], *, path: Path, columns: _Columns) -> tuple[s
     return tuple(sorted(different, key=lambda name: (int(name), name) if numbers else name))
 
 
-def _numbered(rows: list[_Row], names: tuple[str, ...], path: Path) -> list[Labelled]:
+def _numbered(rows: list[_Line], names: tuple[str, ...]) -> list[Labelled]:
     """The examples with the numbers of their labels. Raises DataError for a label without a number."""
     numbers: Mapping[str, int] = {name: number for number, name in enumerate(names)}
-    found = []
-    for line, text, pair, label in rows:
+    for row, _, _, label in rows:
         if label not in numbers:
-            known: Any = list(names[:10])
+            known = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
             raise DataError(
-                f"{path}, line {line}, has the label {label!r}, which is not one of {', '.join(known)}"
-                f"{' ...' if len(names) > 10 else ''}: correct it, or name all labels by data.labels=[...]."
+                f"{row.where} has the label {label!r}, which is not one of {known}: "
+                "correct it, or name all labels by data.labels=[...]."
             )
-        found.append(Labelled(text, pair, numbers[label]))
-    return found
+    return [Labelled(text, pair, numbers[label]) for _, text, pair, label in rows]

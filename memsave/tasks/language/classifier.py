@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memsave.data.fingerprint import fingerprint_of
 from memsave.data.loader import Index
 from memsave.data.text.label_metrics import confusion_matrix, label_scores
 from memsave.data.text.labelled import Labelled
@@ -137,7 +138,7 @@ class Classification(LanguageTask):
         if objective.words is not None:
             self.words = torch.tensor(label_word_tokens(objective.words, tokenizer, form), device=device)
         encoded, self.cuts = encode_texts([Text(each.text, each.pair) for each in train], tokenizer, form)
-        self.labels = [each.label for each in train]
+        self.labels, self.data_fingerprint = [each.label for each in train], fingerprint_of(train)
         scored = [Text(each.text, each.pair) for each in self.held_out]
         self.held_out_texts, self.held_out_cuts = encode_texts(scored, tokenizer, form)
         examples: Any = list(zip(encoded, self.labels, strict=True))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from memsave.data.text.collate import prompts
+from memsave.models.encoder_decoder import is_encoder_decoder
 
 BATCH = 32
 
@@ -22,16 +23,17 @@ def write_texts(
     """Yield the text that the model writes after each prompt, until its end token.
 
     Args:
-        model: a causal language model of transformers in eval mode.
+        model: a causal language model or an encoder-decoder of transformers in eval mode.
         tokenizer: its tokenizer.
         tokens: the tokens of each prompt.
-        max_length: tokens of prompt and text together; each text gets at least one.
+        max_length: tokens of prompt and text together, and of the text of an encoder-decoder; each gets at least one.
         beams: width of the beam search; 1 is greedy.
         device: of the model.
     """
+    is_pair = is_encoder_decoder(model)
     for first in range(0, len(tokens), BATCH):
-        batch = prompts(tokens[first : first + BATCH], pad=tokenizer.pad_token_id)
-        length = batch["input_ids"].shape[1]
+        batch = prompts(tokens[first : first + BATCH], pad=tokenizer.pad_token_id, right=is_pair)
+        length = 0 if is_pair else batch["input_ids"].shape[1]
         out = model.generate(
             **{key: value.to(device) for key, value in batch.items()},
             num_beams=beams,

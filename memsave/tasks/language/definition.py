@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memsave.config import Config, ConfigError, option
 from memsave.config.schema import DataConfig, TaskConfig
 from memsave.data.text.config import TextData
+from memsave.models.encoder_decoder import is_encoder_decoder
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
 from memsave.tasks.language.pretrained import LanguageModel, Purpose
@@ -20,8 +21,10 @@ from memsave.training.measure import set_memory
 
 LENGTH_STEP = 8
 """Multiple of tokens in which a plan varies the length of an example."""
-SMALL_LENGTH, SMALL_LAYERS, SMALL_HEADS = 64, 2, 2
+SMALL_LENGTH, SMALL_LAYERS, SMALL_HEADS, SMALL_CHUNKS = 64, 2, 2, 2
 """Sizes of the calibration step."""
+PAIR_WIDTHS = ("d_ff", "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim")
+"""Attributes of encoder-decoders that grow with the width."""
 
 
 @dataclass
@@ -110,14 +113,15 @@ class LanguageDefinition(TaskDefinition):
         )
 
     def _vary_depth(self) -> Variation:
+        found = self.model.architecture()
         return Variation(
             low=1,
             high=None,
             multiple=1,
-            start=self.model.architecture().num_hidden_layers,
+            start=found.num_hidden_layers,
             at=lambda size: self.config,
             describe=lambda size: f"{size} layers",
-            architecture=lambda size: {"num_hidden_layers": size},
+            architecture=lambda size: with_depth(found, size),
         )
 
     def _vary_width(self) -> Variation:
@@ -148,7 +152,7 @@ class LanguageDefinition(TaskDefinition):
         heads = min(SMALL_HEADS, found.num_attention_heads)
         width = heads * (found.hidden_size // found.num_attention_heads)
         layers = min(SMALL_LAYERS, found.num_hidden_layers)
-        return self.config.changed(changes), {"num_hidden_layers": layers, **with_width(found, width)}
+        return self.config.changed(changes), {**with_depth(found, layers), **with_width(found, width)}
 
     # memory=auto: a memory mode and a head, and the largest micro-batch that fits
 
@@ -156,7 +160,8 @@ class LanguageDefinition(TaskDefinition):
         """All pairs of memory mode and head, sorted by the FLOPs that they add to memory=stored with head=logits."""
         with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
             model: Any = type(self)(self._with_choice("stored", "logits")).make_fake_model()
-            model(torch.zeros(1, self.data.max_length, dtype=torch.long))
+            ids = torch.zeros(1, self.data.max_length, dtype=torch.long)
+            model(input_ids=ids, **({"decoder_input_ids": ids} if is_encoder_decoder(model) else {}))
         vocabulary, width = model.get_output_embeddings().weight.shape
         head = 2 * self.data.max_length * vocabulary * width
         layers = flops.get_total_flops() - head
@@ -182,9 +187,15 @@ class LanguageDefinition(TaskDefinition):
         return [*first, *super().less_memory()]
 
 
+def with_depth(architecture: Any, layers: int) -> dict[str, Any]:
+    """The attributes of a transformers config for another depth, of both parts of an encoder-decoder."""
+    names = ("encoder_layers", "decoder_layers", "num_decoder_layers")
+    return {"num_hidden_layers": layers, **{name: layers for name in names if getattr(architecture, name, None)}}
+
+
 def with_width(architecture: Any, width: int) -> dict[str, Any]:
     """The attributes of a transformers config for another width, with heads of the same size."""
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner")
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner", *PAIR_WIDTHS)
     scaled = {name: getattr(architecture, name, None) for name in names}
     own = architecture.hidden_size
     return {"hidden_size": width, **{name: max(1, each * width // own) for name, each in scaled.items() if each}}

@@ -15,7 +15,7 @@ from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.data.cache import cached_folder
 from memsave.data.loader import Index
 from memsave.data.text.collate import IGNORED, Tokens, collate
-from memsave.data.text.feedback import public_reviews
+from memsave.data.text.feedback import VERDICTS, public_reviews
 from memsave.progress import Progress
 from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
 from memsave.training.loop import make_state, run_steps
@@ -140,6 +140,8 @@ class MaskedTexts:
     """Texts of which some tokens are replaced by the mask token and predicted; the masks depend on (seed, draw)."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Any, *, max_length: int, seed: int):
+        verdicts = [f" {word}" for words in VERDICTS for word in words]
+        self.first = {each[0] for each in tokenizer(verdicts, add_special_tokens=False)["input_ids"]}
         found = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
         self.tokens: list[list[int]] = found
         self.tokenizer, self.seed = tokenizer, seed
@@ -161,9 +163,11 @@ class MaskedTexts:
     def _masked(self, index: Index) -> Tokens:
         ids = list(self.tokens[index.example])
         generator = torch.Generator().manual_seed(self.seed * 10**9 + index.draw)
-        inner = torch.randperm(len(ids) - 2, generator=generator)[: max(1, round(MASKED * (len(ids) - 2)))] + 1
+        inner = (torch.randperm(len(ids) - 2, generator=generator) + 1).tolist()
+        if index.draw % 2:  # every second text has a mask at a verdict
+            inner.sort(key=lambda place: ids[place] not in self.first)
         labels = [IGNORED] * len(ids)
-        for place in inner.tolist():
+        for place in inner[: max(1, round(MASKED * len(inner)))]:
             labels[place], ids[place] = ids[place], self.tokenizer.mask_token_id
         return Tokens(ids, labels)
 

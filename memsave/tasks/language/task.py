@@ -62,7 +62,19 @@ class LanguageTask:
 
     def load(self, indices: Sequence[Index]) -> Batch:
         """The examples of these indices on the CPU; see `collate`."""
-        return collate([self.examples[each.example] for each in indices], pad=self.tokenizer.pad_token_id)
+        return self.collate([self.examples[each.example] for each in indices])
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """The batch of some examples."""
+        return collate(examples, pad=self.tokenizer.pad_token_id)
+
+    def count_targets(self, batch: Batch) -> Tensor:
+        """(B,): the number of targets of each example."""
+        return (batch["labels"][..., 1:] != IGNORED).flatten(1).sum(1)
+
+    def count_tokens(self, batch: Batch) -> int:
+        """The tokens of a batch without padding."""
+        return int(batch["attention_mask"].sum())
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device."""
@@ -74,12 +86,13 @@ class LanguageTask:
 
     def perplexity(self, model: nn.Module) -> float:
         """exp(mean cross-entropy) over the target tokens of the held-out examples."""
-        total, count, held_out = 0.0, 0, self.held_out_examples
+        total, count = 0.0, 0
+        held_out = [[row] for example in self.held_out_examples for row in example]  # long examples take less memory
         with evaluating(model), autocast(model, self.precision):
             for first in range(0, len(held_out), EVALUATION_BATCH):
                 part = held_out[first : first + EVALUATION_BATCH]
-                batch = self.place(collate(part, pad=self.tokenizer.pad_token_id))
-                targets = (batch["labels"][..., 1:] != IGNORED).flatten(1).sum(1)
+                batch = self.place(self.collate(part))
+                targets = self.count_targets(batch)
                 total += (self.per_example_losses(model, batch) * targets).sum().item()
                 count += int(targets.sum())
         return math.exp(min(total / count, 50.0)) if count else math.nan

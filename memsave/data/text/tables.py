@@ -1,0 +1,172 @@
+"""Tables of texts: the rows of CSV, TSV and JSONL files, with their line numbers.
+
+    .csv      a header, then fields separated by commas; fields with commas, quotes or line breaks in double quotes
+    .tsv      a header, then fields separated by tabs; double quotes have no meaning
+    .jsonl    one JSON object per line
+
+A row that cannot be read raises DataError, which names its line, unless the caller collects faults.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memsave.config.errors import ConfigError
+from memsave.config.fields import closest
+from memsave.data.errors import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*DELIMITERS, ".jsonl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table."""
+
+    values: dict[str, Any]
+    """The value of each column: a string, or any JSON value."""
+    path: Path
+    line: int
+    """Number of its first line in the file; the first line is 1."""
+
+    @property
+    def where(self) -> str:
+        """The place of the row, for error messages."""
+        return f"{self.path}, line {self.line},"
+
+    def text(self, column: str) -> str:
+        """The text in a column, without blanks around it; a missing JSON value (null) is empty. Raises DataError."""
+        if column not in self.values:
+            holder = self.where if self.path.suffix.lower() == ".jsonl" else self.path
+            raise DataError(
+                f"{holder} has no column {column}: its columns are "
+                f"{', '.join(self.values) or 'none'}{closest(column, self.values)}."
+            )
+        value = self.values[column]
+        if isinstance(value, str):
+            if any("\ud800" <= each <= "\udfff" for each in value):  # JSON can write halves of a character
+                raise DataError(f"{self.where} has half of a character (\\ud800 to \\udfff): write the text as UTF-8.")
+            return value.strip()
+        if isinstance(value, (list, dict)):
+            kind = "a list" if isinstance(value, list) else "an object"
+            raise DataError(f"{self.where} has {kind} in the column {column}: give a text or a number.")
+        return "" if value is None else json.dumps(value)
+
+
+def read_rows(path: str | Path, *, encoding: str = "utf-8", faults: list[str] | None = None) -> list[Row]:
+    """All rows of a file in its order, at least one. The suffix decides the format. Raises DataError.
+
+    With `faults`, rows with a wrong number of fields are left out, and their faults are appended to the list.
+    """
+    path = Path(path).expanduser()
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path} is no table: give a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+    text = read_text(path, encoding=encoding)
+    found = _objects(path, text) if suffix == ".jsonl" else _fields(path, text, DELIMITERS[suffix], faults)
+    rows = list(found)
+    if not rows:
+        raise DataError(f"{path} has no rows: give a file with at least one.")
+    return rows
+
+
+def read_text(path: Path, *, encoding: str = "utf-8") -> str:
+    """The text of a file, without a byte order mark. Raises DataError, which names the line that cannot be decoded."""
+    if not path.is_file():
+        raise DataError(f"The file {path} does not exist: check the path.")
+    content = path.read_bytes()
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        raise DataError(
+            f"{path}, line {line}, is not {encoding} (byte {content[error.start]:#04x}): give its encoding, as in "
+            f"data.encoding=latin-1, or save it as UTF-8."
+        ) from error
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise ConfigError for an encoding of text that Python does not know."""
+    try:
+        b"".decode(encoding)
+    except LookupError as error:
+        raise ConfigError(
+            f"data.encoding is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
+        ) from error
+
+
+def _fields(path: Path, text: str, delimiter: str, faults: list[str] | None) -> Iterator[Row]:
+    """The rows of a file with a header."""
+    file = io.StringIO(text, newline="")
+    if delimiter == ",":
+        reader = csv.reader(file, strict=True)
+    else:
+        reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    columns: list[str] = []
+    empty = 0  # line number of an empty line, which is valid only at the end of the file
+    line = 1
+    try:
+        for fields in reader:
+            if empty:
+                raise DataError(f"{path}, line {empty}, is empty: delete it.")
+            if not fields:
+                empty = line
+            elif not columns:
+                columns = _columns(path, fields)
+            elif len(fields) != len(columns):
+                fault = _wrong_count(path, line, len(fields), columns, delimiter=delimiter)
+                if faults is None:
+                    raise DataError(fault)
+                faults.append(fault)
+            else:
+                yield Row(dict(zip(columns, fields)), path, line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}, cannot be read ({error}): check its double quotes.") from error
+
+
+def _columns(path: Path, fields: list[str]) -> list[str]:
+    """The names in the header: each once, and none empty."""
+    columns = [each.strip() for each in fields]
+    for number, name in enumerate(columns, 1):
+        if not name:
+            raise DataError(f"{path} has no name for column {number} in its first line: give it one.")
+        if columns.count(name) > 1:
+            raise DataError(f"{path} names two columns {name} in its first line: rename one of them.")
+    return columns
+
+
+def _wrong_count(path: Path, line: int, count: int, columns: list[str], *, delimiter: str) -> str:
+    separator, remedy = "tab", "check its tabs"
+    if delimiter == ",":
+        separator, remedy = "comma", "put texts with commas in double quotes"
+    fields = "1 field" if count == 1 else f"{count} fields"
+    return (
+        f"{path}, line {line}, has {fields} separated by a {separator}, and the first line names {len(columns)} "
+        f"columns: {remedy}."
+    )
+
+
+def _objects(path: Path, text: str) -> Iterator[Row]:
+    """The objects of a JSONL file."""
+    lines = text.split("\n")  # splitlines() would also split at U+2028 within a JSON string
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            state = f"not JSON ({error})" if line.strip() else "empty"
+            raise DataError(f"{path}, line {number}, is {state}: give one JSON object per line.") from error
+        if not isinstance(found, dict):
+            raise DataError(f"{path}, line {number}, is a JSON {_json_name(found)}: give one JSON object per line.")
+        yield Row(found, path, number)
+
+
+def _json_name(value: object) -> str:
+    names: Iterable[tuple[type, str]] = ((bool, "boolean"), (str, "string"), (list, "list"), (type(None), "null"))
+    return next((name for kind, name in names if isinstance(value, kind)), "number")
