@@ -66,7 +66,7 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-VERDICTS = (_words("terrible, awful, bad"), _words("great, wonderful, good"))
+VERDICTS = (_words("terrible, bad"), _words("great, good"))
 ADJECTIVES = (
     _words("cold, rude, dirty, slow, noisy, broken, careless, grim"),
     _words("warm, kind, clean, quick, quiet, solid, careful, bright"),

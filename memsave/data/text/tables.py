@@ -69,7 +69,7 @@ def read_rows(path: str | Path, *, encoding: str = "utf-8", faults: list[str] | 
     text = read_text(path, encoding=encoding)
     found = _objects(path, text) if suffix == ".jsonl" else _fields(path, text, DELIMITERS[suffix], faults)
     rows = list(found)
-    if not rows:
+    if not rows and not faults:
         raise DataError(f"{path} has no rows: give a file with at least one.")
     return rows
 

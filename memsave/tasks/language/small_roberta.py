@@ -23,7 +23,8 @@ from memsave.training.task import Batch
 
 VERSION = 1  # increase it when pretraining changes, so that cached models are not used
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-INITIAL = 0.5  # standard deviation of the initial weights, in units of 1 / sqrt(width)
+INITIAL = 0.3  # standard deviation of the initial weights, in units of 1 / sqrt(width)
+FIRST = 0.3  # share of the steps whose masks are at verdicts alone
 MASKED = 0.2  # share of the tokens that are predicted; few steps learn more from more of them
 
 
@@ -137,14 +138,25 @@ def train_masked_tokenizer(texts: Sequence[str], *, size: int) -> Any:
 
 
 class MaskedTexts:
-    """Texts of which some tokens are replaced by the mask token and predicted; the masks depend on (seed, draw)."""
+    """Texts of which some tokens are replaced by the mask token and predicted; the masks depend on (seed, draw).
 
-    def __init__(self, texts: Sequence[str], tokenizer: Any, *, max_length: int, seed: int):
-        verdicts = [f" {word}" for words in VERDICTS for word in words]
-        self.first = {each[0] for each in tokenizer(verdicts, add_special_tokens=False)["input_ids"]}
+    The first texts have masks at their verdicts alone, such as the last word of "It was great.": from these a small
+    model learns moods in few steps. Later, every second text has one of its masks there.
+
+    Args:
+        texts: the texts.
+        tokenizer: with a mask token.
+        max_length: in tokens; the rest is cut.
+        first: the number of draws with masks at verdicts alone.
+        seed: of the masks.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any, *, max_length: int, first: int, seed: int):
+        words = [f" {word}" for verdicts in VERDICTS for word in verdicts]
+        self.verdicts = {each[0] for each in tokenizer(words, add_special_tokens=False)["input_ids"]}
         found = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
         self.tokens: list[list[int]] = found
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.first, self.seed = tokenizer, first, seed
 
     @property
     def size(self) -> int:
@@ -163,11 +175,15 @@ class MaskedTexts:
     def _masked(self, index: Index) -> Tokens:
         ids = list(self.tokens[index.example])
         generator = torch.Generator().manual_seed(self.seed * 10**9 + index.draw)
-        inner = (torch.randperm(len(ids) - 2, generator=generator) + 1).tolist()
-        if index.draw % 2:  # every second text has a mask at a verdict
-            inner.sort(key=lambda place: ids[place] not in self.first)
+        order = (torch.randperm(len(ids) - 2, generator=generator) + 1).tolist()
+        count = max(1, round(MASKED * len(order)))
+        verdicts = [place for place in order if ids[place] in self.verdicts]
+        if index.draw < self.first and verdicts:
+            order, count = verdicts, len(verdicts)
+        elif index.draw % 2:
+            order.sort(key=lambda place: place not in verdicts)
         labels = [IGNORED] * len(ids)
-        for place in inner[: max(1, round(MASKED * len(inner)))]:
+        for place in order[:count]:
             labels[place], ids[place] = ids[place], self.tokenizer.mask_token_id
         return Tokens(ids, labels)
 
@@ -190,7 +206,8 @@ def _pretrain(
 ) -> None:
     optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=50)
     trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
-    task: Any = MaskedTexts(texts, tokenizer, max_length=config.positions, seed=config.seed)
+    first = round(FIRST * config.steps) * config.batch_size
+    task: Any = MaskedTexts(texts, tokenizer, max_length=config.positions, first=first, seed=config.seed)
     progress.say(f"pretraining model={config.kind} on {len(texts)} generated public texts; it is then cached")
     state = make_state(model, trainer)
     for group in state.optimizer.param_groups:
