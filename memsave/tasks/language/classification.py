@@ -27,6 +27,8 @@ from memsave.tasks.language.pretrained import Purpose
 from memsave.training.task import Batch, Task
 
 PURPOSES = {"infilling": "masked", "label_words": "causal"}
+WITH_MASKED_HEAD = ("ForMaskedLM", "ForPreTraining")
+"""The ends of the names of architectures that have one."""
 ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet")
 """Types of models whose first positions, up to the number of the padding token, belong to padding."""
 TEMPLATES: dict[str, tuple[str | None, str | None]] = {  # (for single texts, for pairs)
@@ -100,6 +102,12 @@ class ClassificationDefinition(LanguageDefinition):
             raise ConfigError(
                 f"task.objective={self.task.objective} needs {purpose.description}, and model="
                 f"{option_of('model', self.model)} is a {found.model_type}; give {self._remedy(found)}"
+            )
+        own = list(found.architectures or ())
+        if purpose.kind == "masked" and own and not any(name.endswith(WITH_MASKED_HEAD) for name in own):
+            raise ConfigError(
+                f"model={option_of('model', self.model)} is a {own[0]}, which holds no pretrained head for masked "
+                "tokens; give task.objective=head, or another model"
             )
         limit = usable_positions(found)
         if limit is not None and self.data.max_length > limit:

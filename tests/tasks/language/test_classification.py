@@ -1,6 +1,7 @@
 """Classification by each objective: losses, scores, files, releases, and runs of the command."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_scores_files_and_release(kind, tokenizers, tmp_path):
 
 
 def test_counts_name_labels_and_cuts(tokenizers):
-    rows = [*private_comments(3), Labelled("The food was cold. " * 20, None, 0)]
+    rows = [*(Labelled("Good food.", None, 1) for _ in range(3)), Labelled("The food was cold. " * 20, None, 0)]
     task, _ = make("infilling", tokenizers, train=rows)
     assert task.counts["cut_examples"] == 1
     assert sum(task.counts["labels"].values()) == task.size == 4
@@ -156,19 +157,18 @@ def command(tmp_path, cache, monkeypatch):
     return call
 
 
+ROUGH = ["privacy.noise_multiplier=1.0", "privacy.accountant=rdp"]  # the exact accountant takes seconds
 GPT2 = ["model.layers=2", "model.heads=2", "model.width=16", "model.vocabulary=700", "model.positions=60"]
 GPT2 += ["model.records=40", "model.steps=2", "model.batch_size=4"]
-CAUSAL = ["task.label_words=[bad,good]", *GPT2]
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["memory=checkpoint"],
+        ["memory=checkpoint", *ROUGH],
         ["task.objective=head", "task.label_words=null", "privacy=none"],
-        ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4"],
-        ["task.objective=head", "task.label_words=null", "mode=plan", "budget=1GiB", "vary=length"],
-        ["mode=plan", "budget=1GiB", "vary=batch"],
+        ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4", *ROUGH],
+        ["mode=plan", "budget=20MiB", "vary=batch", *ROUGH],
         ["memory=auto", "budget=1GiB", "privacy=none"],
     ],
     ids=" ".join,
@@ -190,20 +190,22 @@ def test_label_words_of_a_causal_model_run(command, model):
     start += ["data.held_out=10", "trainer.steps=2", "trainer.batch_size=8", "data.max_length=50"]
     words = ["task.label_words=[b,g]", *GPT2]
     memory = "memory=reversible" if model == "rev_gpt2" else "memory=stored"
-    code, result, folder = command(*words, memory, start=start)
+    code, result, folder = command(*words, memory, *ROUGH, start=start)
     assert code == 0, result
     assert type(memsave.load(folder)).__name__ in ("GPT2LMHeadModel", "RevGPT2")
 
 
-def test_a_stopped_private_run_continues_as_if_it_had_not_stopped(command):
-    seeded = ["privacy.seed=1", "privacy.noise_multiplier=1.0", "trainer.checkpoint_every=1"]
-    _, whole, _ = command(*seeded, name="whole")
-    _, _, half = command(*seeded, "trainer.evaluate_every=1", name="half")
+def test_a_stopped_private_run_continues_as_if_it_had_not_stopped(command, tmp_path):
+    seeded = [*ROUGH, "privacy.seed=1", "trainer.evaluate_first=false", "trainer.checkpoint_every=1"]
+    code, whole, folder = command(*seeded, name="whole")
+    assert code == 0, whole
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(folder / "checkpoint.previous", half / "checkpoint")  # that of the first step
+    shutil.copy(folder / "config.yaml", half)
     code, resumed, _ = command(*seeded, f"trainer.resume={half}", name="resumed")
     assert code == 0, resumed
-    for key, value in resumed["metrics"].items():
-        if not key.endswith("_before") and key != "loss":
-            assert value == whole["metrics"][key], key
+    assert resumed["metrics"] == whole["metrics"]
 
 
 @pytest.mark.parametrize(
