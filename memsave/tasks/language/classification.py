@@ -29,8 +29,6 @@ from memsave.training.task import Batch, Task
 PURPOSES = {"infilling": "masked", "label_words": "causal"}
 WITH_MASKED_HEAD = ("ForMaskedLM", "ForPreTraining")
 """The ends of the names of architectures that have one."""
-ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet")
-"""Types of models whose first positions, up to the number of the padding token, belong to padding."""
 TEMPLATES: dict[str, tuple[str | None, str | None]] = {  # (for single texts, for pairs)
     "head": (None, None),
     "causal_head": ("{text}", "{text}\n{pair}"),
@@ -109,9 +107,6 @@ class ClassificationDefinition(LanguageDefinition):
                 f"model={option_of('model', self.model)} is a {own[0]}, which holds no pretrained head for masked "
                 "tokens; give task.objective=head, or another model"
             )
-        limit = usable_positions(found)
-        if limit is not None and self.data.max_length > limit:
-            raise ConfigError(f"data.max_length is {self.data.max_length}, but the model has {limit} positions")
         return super().make_model(progress=progress)
 
     def _remedy(self, architecture: Any) -> str:
@@ -179,17 +174,9 @@ class ClassificationDefinition(LanguageDefinition):
 
     def memory_choices(self, device: torch.device) -> list[Config]:
         """The memory modes of the model, fastest first."""
-        modes = ("stored", "checkpoint", "reversible") if self.model.reversible else ("stored", "checkpoint")
+        modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
         return [self.config.changed({"memory.mode": mode}) for mode in modes]
 
     def describe_memory(self) -> str:
         """Memory mode and micro-batch."""
         return f"memory={self.config.memory.mode} trainer.micro_batch_size={self.config.trainer.micro_batch_size}"
-
-
-def usable_positions(architecture: Any) -> int | None:
-    """The number of tokens that the model can number; None for no limit."""
-    found: int | None = getattr(architecture, "max_position_embeddings", None)
-    if found is None or architecture.model_type not in ROBERTAS:
-        return found
-    return found - 1 - architecture.pad_token_id
