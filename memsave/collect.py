@@ -3,8 +3,9 @@
     python -m memsave.collect multirun/brats_rev/2026-01-31_10-00-00
 
 reads `config.yaml` and `result.json` of every job, with any status, and writes `sweep.md`, `sweep.csv` and `sweep.png`
-to the folder. The table lists the config keys in which the jobs differ. Jobs without a result are reported. A sweep
-calls this when it ends. Exit codes: 0, or 2 if the folder contains no jobs.
+to the folder. The table lists the config keys in which the jobs differ, and below it stands what private jobs on the
+same data spent together. Jobs without a result are reported. A sweep calls this when it ends. Exit codes: 0, or 2 if
+the folder contains no jobs.
 """
 
 import csv
@@ -58,6 +59,7 @@ def collect(folder: Path) -> list[Job]:
     jobs = read_jobs(folder)
     rows = [row for job in jobs for row in rows_of(job, varied_keys(jobs))]
     text = markdown(rows)
+    text += "".join(f"\n\n{line}" for line in privacy_lines(jobs))
     missing = [str(job.folder) for job in jobs if job.status == NO_RESULT]
     if missing:
         text += f"\n\nJobs without a result: {', '.join(missing)}"
@@ -74,6 +76,28 @@ def collect(folder: Path) -> list[Job]:
         print("memsave: no picture without matplotlib; install it with: pip install matplotlib", file=sys.stderr)
     print(f"{text}\n\nwritten to {folder}: sweep.md, sweep.csv, sweep.png")
     return jobs
+
+
+def privacy_lines(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield what several jobs on the same data spent together; nothing for a sweep without private jobs."""
+    from memsave.training.ledger import bound
+    from memsave.training.spending import once, total_or_none
+    from memsave.training.spent_folders import by_data, read_spending
+
+    spendings = once(found for job in jobs if (found := read_spending(job.folder)) is not None)
+    groups = by_data(spendings)
+    for data, group in groups.items():
+        together = total_or_none(group)
+        if len(group) < 2 or not together.private:
+            continue
+        where = f" on the data {data}" if len(groups) > 1 else ""
+        spent = "an epsilon that cannot be computed" if together.epsilon is None else bound(vars(together), "")
+        more, several = together.without, "s" * (together.private > 1)
+        none = f"; {more} more without a guarantee, so all jobs together have none" if more else ""
+        yield (
+            f"Privacy: {together.private} private job{several}{where} spent {spent} together{none}. "
+            f"The column epsilon is that of each job alone."
+        )
 
 
 def read_jobs(folder: Path) -> list[Job]:

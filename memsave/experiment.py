@@ -23,6 +23,7 @@ from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_htm
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
+from memsave.training.ledger import RunLedger, describe_others
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement
@@ -30,7 +31,7 @@ from memsave.training.monitor import MemoryMonitor
 from memsave.training.private import EpsilonMonitor, describe, make_private, privacy_result, round_up, write_statement
 from memsave.training.process import process_bytes, process_peak, reset_process_peak, return_freed_memory
 from memsave.training.signals import stop_requested
-from memsave.training.task import Task
+from memsave.training.task import Task, data_fingerprint
 
 
 def run_experiment(
@@ -52,29 +53,43 @@ def run_experiment(
         return plan_experiment(config, folder, device, strategies=strategies, progress=progress)
     config, planned = fit_to_budget(config, folder, device, progress=progress)
     config, state, task = _prepared(config, device, progress=progress)
+    ledger = RunLedger(state, folder, steps=config.trainer.steps, say=progress.say)
+    if line := describe_others(ledger.other_runs(steps=config.trainer.steps)):
+        progress.say(line)
     try:
-        return planned | _trained(config, state, task, folder, progress=progress)
+        return planned | _trained(config, state, task, folder, ledger=ledger, progress=progress)
     except BaseException as error:
-        spent = privacy_result(config, state.private, unit=task.unit)
+        spent = privacy_result(config, state, unit=task.unit, other_runs=ledger.other_runs)
         with suppress(OSError):  # the error may be a full disk
             write_statement(spent, folder)
-        error.outcome = {**planned, "privacy": spent, **getattr(error, "outcome", {})}  # type: ignore[attr-defined]
+        known = {"data": _data(state, task), "privacy": spent}
+        error.outcome = {**planned, **known, **getattr(error, "outcome", {})}  # type: ignore[attr-defined]
         raise
+    finally:
+        ledger.update(ended=True)
 
 
-def _trained(config: Config, state: State, task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:
+def _data(state: State, task: Task) -> dict[str, Any]:
+    """The entry `data` of `result.json`."""
+    return {**task.counts, "fingerprint": state.data}
+
+
+def _trained(
+    config: Config, state: State, task: Task, folder: Path, *, ledger: RunLedger, progress: Progress
+) -> dict[str, Any]:
     """Train and write the model, then evaluate and draw: an error there loses no step."""
     log = RunLog(folder, tensorboard=config.trainer.tensorboard, step=state.step)
     first = _evaluate_first(config, state, task, log, progress=progress)
     measured = compare_modes(config, state, task, progress=progress)
     monitor = MemoryMonitor(state, steps=config.profiler.record_steps, budget=config.budget)
     try:
-        loss = _train(config, state, task, folder, log=log, monitor=monitor, progress=progress)
+        ledger.start()
+        loss = _train(config, state, task, folder, log=log, monitor=monitor, ledger=ledger, progress=progress)
     except OverBudget as stop:
         stop.outcome = {"memory": _write_memory(config, folder, monitor.last, measured)}
         raise
-    _release(state, task, folder)
-    spent = privacy_result(config, state.private, unit=task.unit)
+    _release(config, state, task, folder)
+    spent = privacy_result(config, state, unit=task.unit, other_runs=ledger.other_runs)
     write_statement(spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
     memory = _write_memory(config, folder, monitor.worst, measured)
@@ -89,19 +104,22 @@ def _trained(config: Config, state: State, task: Task, folder: Path, *, progress
         progress.say(line)
     if spent is not None:
         progress.say(describe(spent))
+        if others := describe_others(spent["other_runs"]):
+            progress.say(others)
     return {
-        "data": task.counts,
+        "data": _data(state, task),
         "metrics": {"loss": loss, **scores, **first},
         "seconds_per_step": median(monitor.seconds) if monitor.seconds else None,
+        **({"tokens_per_second": median(monitor.token_rates)} if monitor.token_rates else {}),
         "memory": memory,
         "privacy": spent,
     }
 
 
-def _release(state: State, task: Task, folder: Path) -> None:
+def _release(config: Config, state: State, task: Task, folder: Path) -> None:
     """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
-        task.release(state.model, folder / "model")
+        task.release(config.adapter.released(state.model), folder / "model")
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
@@ -118,6 +136,8 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     trainer = config.trainer
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, trainer, private=private)
+    state.data = data_fingerprint(task)
+    state.frozen = checkpoint.digest_of_frozen(model)
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
@@ -168,7 +188,15 @@ def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, pr
 
 
 def _train(
-    config: Config, state: State, task: Task, folder: Path, *, log: RunLog, monitor: MemoryMonitor, progress: Progress
+    config: Config,
+    state: State,
+    task: Task,
+    folder: Path,
+    *,
+    log: RunLog,
+    monitor: MemoryMonitor,
+    ledger: RunLedger,
+    progress: Progress,
 ) -> float | None:
     """Take the steps, log them, save checkpoints; returns the last loss, or None if no step was left."""
     trainer = config.trainer
@@ -182,16 +210,16 @@ def _train(
             run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder
         ):
             loss, spent = done.loss, epsilon_monitor.metrics()
-            log.write({**asdict(done), **spent})
-            monitor.seconds.append(done.seconds)
-            note = "an empty batch" if loss is None else f"loss {loss:.3f}"
-            bar.advance(note + "".join(f", epsilon {round_up(value, '.2f')}" for value in spent.values()))
+            log.write({**_logged(done), **spent})
+            monitor.add(done)
+            bar.advance(_note(done, spent))
             stop, excess, last = stopping(), monitor.excess(done.step), done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
+                ledger.update()
             if stop:
-                _release(state, task, folder)
+                _release(config, state, task, folder)
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)
@@ -206,6 +234,19 @@ def _train(
                 break
     monitor.process_peak = process_peak() if config.profiler.process else None
     return loss
+
+
+def _logged(done: StepResult) -> dict[str, Any]:
+    """The line of a step in the log, without `tokens` for a task that has none."""
+    return {key: value for key, value in asdict(done).items() if key != "tokens" or value is not None}
+
+
+def _note(done: StepResult, spent: dict[str, float]) -> str:
+    """Loss, epsilon and tokens per second of a step, for the progress."""
+    parts = ["an empty batch" if done.loss is None else f"loss {done.loss:.3f}"]
+    parts += [f"epsilon {round_up(value, '.2f')}" for value in spent.values()]
+    parts += [] if done.tokens is None else [f"{done.tokens / done.seconds:.0f} tokens/s"]
+    return ", ".join(parts)
 
 
 def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Progress on standard error: a bar on a terminal, otherwise a line every few seconds."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every few seconds; both estimate the end."""
 
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 10.0
+RECENT_STEPS = 50  # the time left is estimated from their speed
 
 
 class Throttle:
@@ -81,8 +83,30 @@ class _Lines:
     def __init__(self, progress: Progress, total: int, *, unit: str, done: int = 0, show_last: bool = False):
         self.progress, self.total, self.unit, self.done, self.show_last = progress, total, unit, done, show_last
         self.throttle = Throttle()
+        self.times: deque[float] = deque(maxlen=RECENT_STEPS + 1)  # at the ends of the last steps
 
     def advance(self, note: str) -> None:
         self.done += 1
+        self.times.append(time.monotonic())
         if self.throttle.ready() or (self.show_last and self.done == self.total):
-            self.progress.say(f"  {self.unit} {self.done} of {self.total}, {note}")
+            self.progress.say(f"  {self.unit} {self.done} of {self.total}, {note}{self._left()}")
+
+    def _left(self) -> str:
+        """The estimated time left; empty after the first step, which is slower than the others, and at the end."""
+        if len(self.times) < 2 or self.done >= self.total:
+            return ""
+        seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return f", about {duration(seconds * (self.total - self.done))} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in one or two units, such as 40 s, 3 min or 1 h 20 min."""
+    if seconds < 59.5:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes >= 600:
+        return f"{round(minutes / 60)} h"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"

@@ -2,6 +2,8 @@
 
 import json
 import os
+from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,9 @@ settings.register_profile("memsave", suppress_health_check=[HealthCheck.function
 settings.load_profile("memsave")
 
 
+_numbers = count()
+
+
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
     """The name of the device on which the test makes its tensors and modules; PyTorch's default during the test."""
@@ -24,6 +29,20 @@ def device(request):
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with exact, torch.device(request.param):
             yield request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory):
+    """Fixtures of modules and of the session write to a cache of the tests, never to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMSAVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(_session_cache, monkeypatch):
+    """Each test has a ledger of its own; the folder is made when something is written to it."""
+    monkeypatch.setenv("MEMSAVE_CACHE", str(Path(os.environ["MEMSAVE_CACHE"]) / f"test-{next(_numbers)}"))
 
 
 @pytest.fixture

@@ -9,9 +9,12 @@ from omegaconf import OmegaConf
 from memsave.collect import collect, main, read_jobs, varied_keys
 from memsave.config import ConfigError
 from memsave.config.compose import compose
+from memsave.privacy import epsilon_of_runs
 from memsave.run import is_done
+from memsave.training.private import round_up
 from memsave.training.result import read_request, request_digest, write_config
 from tests.support.commands import run_command
+from tests.support.run_folders import write_run
 from tests.support.tiny_configs import TINY_UNET
 
 
@@ -81,6 +84,31 @@ def test_training_jobs_show_scores_and_peak_memory(tmp_path):
     assert [row["trainer.optimizer.lr"] for row in rows] == ["0.1", "0.2"]
     assert (rows[0]["dice"], rows[0]["epsilon"], rows[0]["peak_bytes"]) == ("0.75", "3.0", str(2**20))
     assert "dice_before" not in rows[0]
+
+
+def test_private_jobs_say_what_they_spent_together(tmp_path, capsys):
+    pytest.importorskip("opacus")
+    for number in range(3):
+        write_run(tmp_path / str(number))
+    epsilon = epsilon_of_runs([(1.0, 0.1, 60)], delta=1e-4, accountant="rdp")
+    spent = f"3 private jobs spent epsilon = {round_up(epsilon, '.2f')} at delta = 1.00e-04 together"
+    collect(tmp_path)
+    line = f"Privacy: {spent}. The column epsilon is that of each job alone."
+    assert line in capsys.readouterr().out and line in (tmp_path / "sweep.md").read_text()
+    assert [row["epsilon"] for row in csv.DictReader((tmp_path / "sweep.csv").open())] == ["1.5"] * 3
+    write_run(tmp_path / "3", kind="none")
+    write_run(tmp_path / "4", data="other")
+    collect(tmp_path)
+    text = (tmp_path / "sweep.md").read_text()
+    assert f"{spent.replace('jobs', 'jobs on the data data')}; 1 more without a guarantee, so all jobs" in text
+    assert text.count("Privacy:") == 1  # a single job has nothing to add
+
+
+def test_a_sweep_without_private_jobs_says_nothing_about_privacy(tmp_path):
+    for number in range(2):
+        write_run(tmp_path / str(number), kind="none")
+    collect(tmp_path)
+    assert "Privacy" not in (tmp_path / "sweep.md").read_text()
 
 
 def test_the_command_line_names_a_folder_without_jobs(tmp_path, capsys):

@@ -27,7 +27,7 @@ ALLOWED = {  # imports run downwards
     "tasks": {"tasks", "training", *CORE},
     "planning": {"planning", "tasks", "training", *CORE},
 }
-HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus", "sacrebleu", "rouge_score")
+HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "peft", "opacus", "sacrebleu", "rouge_score")
 
 
 def imports(path):
@@ -116,6 +116,7 @@ KINDS = (
 )
 CHECK_KINDS = {  # commands of one task
     "predict.py": "segments with a trained U-Net",
+    "generate.py": "writes with a trained language model",
     "data/check.py": "the command that checks volumes",
 }
 

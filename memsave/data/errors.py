@@ -1,9 +1,14 @@
-"""The exception of `memsave.data`."""
+"""The exception of `memsave.data`, and how readers report it: the first fault ends them, unless all are collected."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class DataError(ValueError):
@@ -19,3 +24,36 @@ def raise_first(faults: Sequence[str], **options: Any) -> None:
         raise DataError(f"{faults[0].removesuffix('.')}; {rest} listed by {command}.")
     if faults:
         raise DataError(faults[0])
+
+
+_faults: ContextVar[list[DataError] | None] = ContextVar("faults", default=None)
+
+
+@contextmanager
+def collecting_faults() -> Iterator[list[DataError]]:
+    """Context in which readers leave out the rows that they cannot use; yields the list of their faults."""
+    found: list[DataError] = []
+    token = _faults.set(found)
+    try:
+        yield found
+    finally:
+        _faults.reset(token)
+
+
+def report(fault: DataError) -> None:
+    """Raise the fault of a row. Inside `collecting_faults`, keep it; the caller then leaves the row out."""
+    found = _faults.get()
+    if found is None:
+        raise fault
+    found.append(fault)
+
+
+def made(rows: Iterable[Given], make: Callable[[Given], Made]) -> Iterator[Made]:
+    """Yield `make(row)` of each row; a DataError of it is reported."""
+    for row in rows:
+        try:
+            result = make(row)
+        except DataError as fault:
+            report(fault)
+        else:
+            yield result

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.ghost.gradients import has_values, upcast
+from memsave.models.padding import base_of
 from memsave.models.stand_in import CAPS, FACTORS, REMEDY, Change, StandIn, change_of, close, named
 from memsave.models.trial import has_passed, note_passed, trial
 
@@ -21,11 +22,15 @@ TRIAL_LENGTH = 16  # tokens of the forward with real logits
 
 
 def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, float | None]:
-    """(the head, its input (B, T, d) times the factor of the logits, their soft cap); ValueError if it is not exact."""
-    linear = model.get_output_embeddings()
-    name = f"the head of {type(model).__name__}"
+    """(the head, its input (B, T, d) times the factor of the logits, their soft cap); ValueError if it is not exact.
+
+    With virtual tokens of PEFT, the input has their positions, too: (B, V + T, d).
+    """
+    linear = _trained(model.get_output_embeddings())
+    name = f"the head of {type(base_of(model)).__name__}"
     if type(linear) is not nn.Linear:
-        raise ValueError(f"{name} is a {type(linear).__name__} and no Linear; {REMEDY}")
+        of_peft = "Linear of PEFT" if isinstance(linear, nn.Module) and hasattr(linear, "base_layer") else ""
+        raise ValueError(f"{name} is a {of_peft or type(linear).__name__} and no Linear; {REMEDY}")
     config = getattr(model, "config", None)
     state = (named(config, FACTORS), named(config, CAPS))
     confirmed = has_passed(model, "head", state)
@@ -42,6 +47,12 @@ def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, flo
     return linear, hidden * change.factor, change.cap
 
 
+def _trained(head: Any) -> Any:
+    """The head itself, or the copy that PEFT trains if the head is in `modules_to_save`."""
+    copies = getattr(head, "modules_to_save", None)
+    return copies[head.active_adapters[0]] if copies and len(head.active_adapters) == 1 else head
+
+
 def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) -> tuple[Tensor, Any]:
     """(the input of the head, the model's logits, which are derived from the stand-in)."""
     seen: list[Tensor] = []
@@ -53,7 +64,7 @@ def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) ->
         first = hidden[:1, :1]  # an encoder-decoder may add a bias of the size of the vocabulary
         return first[..., :1].expand(-1, -1, len(linear.weight)) if "decoder_input_ids" in inputs else first
 
-    with _replaced_forward(linear, forward):
+    with replaced_forward(linear, forward):
         logits = model(**inputs, use_cache=False).logits
     return _once(seen, name), logits
 
@@ -70,7 +81,7 @@ def _real_logits(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: st
         seen.append(F.linear(hidden, linear.weight, linear.bias))
         return seen[-1].clone()
 
-    with trial(model), _replaced_forward(linear, forward):
+    with trial(model), replaced_forward(linear, forward):
         logits = model(**ids, attention_mask=torch.ones_like(start), use_cache=False).logits
     return _once(seen, name), logits
 
@@ -98,7 +109,7 @@ def _once(seen: list[Tensor], name: str) -> Tensor:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Context manager: replaces the module's forward, also one that a clipper has set on the instance."""
     before = vars(module).get("forward")
     module.forward = forward

@@ -7,7 +7,12 @@ from typing import Any
 from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
+AUTO_CLASSES = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+"""The class of transformers that loads a language model, by the end of its architecture's name in config.json."""
 
 
 def load_model(folder: str | Path) -> Any:
@@ -47,12 +52,15 @@ def load_unet(folder: Path) -> Any:
 
 
 def _released(folder: Path) -> Path | None:
-    """The folder or its `model/`, whichever has a `config.json`; None if neither has."""
-    return next((each for each in (folder, folder / "model") if (each / CONFIG).is_file()), None)
+    """The folder or its `model/`, whichever holds a released model; None if neither does."""
+    folders = (folder, folder / "model")
+    return next((each for each in folders for name in (CONFIG, ADAPTER) if (each / name).is_file()), None)
 
 
 def _is_language(released: Path) -> bool:
-    """Whether `config.json` is the config of a transformers model."""
+    """Whether the folder holds a model of transformers or an adapter of one."""
+    if (released / ADAPTER).is_file():
+        return True
     path = released / CONFIG
     try:
         return "model_type" in json.loads(path.read_text())
@@ -61,14 +69,21 @@ def _is_language(released: Path) -> bool:
 
 
 def _language_model(released: Path) -> Any:
+    if (released / ADAPTER).is_file():
+        from memsave.tasks.language.adapter_files import load_adapted
+
+        return load_adapted(released)
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
+    name = (json.loads((released / CONFIG).read_text()).get("architectures") or [""])[0]
     try:
-        is_pair = AutoConfig.from_pretrained(released).is_encoder_decoder
-        return (AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM).from_pretrained(released).eval()
+        is_pair = transformers.AutoConfig.from_pretrained(released).is_encoder_decoder
+        default = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
+        found = next((each for ending, each in AUTO_CLASSES.items() if name.endswith(ending)), default)
+        return getattr(transformers, found).from_pretrained(released).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
 

@@ -12,6 +12,7 @@ which dropout draws random numbers; it changes nothing else.
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.data.loader import load_ahead, numbered, shuffled
 from memsave.privacy import PrivateGradients
 from memsave.training.ema import Ema
-from memsave.training.task import Batch, Losses, Task, examples, split
+from memsave.training.task import Batch, CountsTokens, Losses, Task, examples, split
 
 
 class TrainingError(RuntimeError):
@@ -52,6 +53,12 @@ class State:
     """Scales losses so that float16 gradients do not vanish."""
     best: tuple[float, int] | None = None
     """(score, step) of the best evaluation so far, for early stopping."""
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    """The id of the run, which a continued run keeps."""
+    data: str | None = None
+    """The fingerprint of the raw data, which runs on the same data share."""
+    frozen: str | None = None
+    """The digest of the frozen parameters, which a checkpoint does not hold; None if all parameters train."""
     identity: dict[str, Any] = field(default_factory=dict)
     """The values that determine the batches, by config key; a checkpoint continues only with the same values."""
 
@@ -65,6 +72,8 @@ class StepResult:
     """Mean over the batch; None for an empty batch."""
     lr: float
     seconds: float
+    tokens: int | None = None
+    """Tokens of the batch without padding; None for a task that has no tokens."""
 
 
 def make_state(model: nn.Module, config: TrainerConfig, *, private: PrivateGradients | None = None) -> State:
@@ -90,15 +99,18 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def make_schedule(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LambdaLR:
-    """Linear warm-up, then a constant learning rate or a cosine that reaches zero after the last step."""
+    """Linear warm-up, then a constant learning rate, or a cosine or a line that reaches zero after the last step.
+
+    The last step itself still changes the weights: a private step without effect would spend epsilon for nothing.
+    """
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / (config.warmup_steps + 1)
         if config.schedule == "constant":
             return 1.0
-        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+        return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, factor)
 
@@ -120,7 +132,7 @@ def run_steps(
     """
     if state.step >= config.steps:
         return
-    for batch in batches_of(state, task, config, workers=workers):
+    for batch, tokens in batches_of(state, task, config, workers=workers):
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with monitor(state.step + 1):
@@ -136,7 +148,7 @@ def run_steps(
                 raise TrainingError(
                     f"parameters are not finite after step {state.step}; lower trainer.optimizer.lr (now {lr:g})"
                 )
-        yield StepResult(state.step, loss, lr, time.perf_counter() - started)
+        yield StepResult(state.step, loss, lr, time.perf_counter() - started, tokens)
         if state.step == config.steps:
             return
     raise TrainingError(f"the batches ended after step {state.step}, but the run has {config.steps} steps")
@@ -156,17 +168,21 @@ def update(state: State) -> None:
         state.ema.update(state.model, step=state.step)
 
 
-def batches_of(state: State, task: Task, config: TrainerConfig, *, workers: int = 0) -> Iterator[Batch]:
-    """The remaining logical batches, on the device: shuffled epochs, or Poisson samples in a private run.
+def batches_of(
+    state: State, task: Task, config: TrainerConfig, *, workers: int = 0
+) -> Iterator[tuple[Batch, int | None]]:
+    """The remaining logical batches on the device, each with its tokens: shuffled epochs, or Poisson samples.
 
-    `workers` threads load batches in advance.
+    A private run takes Poisson samples. `workers` threads load batches in advance. Tokens are counted before the batch
+    is moved, so that counting never waits for the device; a task without tokens has None.
     """
     if state.private is None:
         batches = shuffled(task.size, batch_size=config.batch_size, seed=config.seed, start=state.step)
     else:
         batches = numbered(state.private.batches(), size=task.size, start=state.step)
     remaining = islice(batches, config.steps - state.step)  # must not draw a batch for which there is no step
-    yield from map(task.place, load_ahead(task.load, remaining, workers=workers))
+    for batch in load_ahead(task.load, remaining, workers=workers):
+        yield task.place(batch), task.count_tokens(batch) if isinstance(task, CountsTokens) else None
 
 
 def first_batch(task: Task, config: TrainerConfig) -> Batch:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes
-from memsave.training.loop import State
+from memsave.training.loop import State, StepResult
 
 
 class MemoryMonitor:
@@ -28,10 +28,17 @@ class MemoryMonitor:
         self.process_peak: int | None = None
         """Peak bytes of the process during training."""
         self.seconds: list[float] = []  # of each step
+        self.token_rates: list[float] = []  # tokens per second of each step with tokens
 
     def __call__(self, step: int) -> AbstractContextManager:
         """The context in which step number `step` must run."""
         return self._record() if step <= self.until or self.budget is not None else nullcontext()
+
+    def add(self, done: StepResult) -> None:
+        """Keep the time and the speed of a step."""
+        self.seconds.append(done.seconds)
+        if done.tokens:
+            self.token_rates.append(done.tokens / done.seconds)
 
     def excess(self, step: int) -> str | None:
         """A sentence about the last step if its peak was above the budget, otherwise None."""

@@ -1,6 +1,7 @@
 """Private training of a run: the mechanism of its config, and the statement of the privacy that it spent."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from memsave.privacy.accounting import PRV_LIMIT
 from memsave.profiler import parse_bytes
 from memsave.progress import Progress
 from memsave.training.checkpoint import read_noise_multiplier
-from memsave.training.loop import TrainingError
+from memsave.training.loop import State, TrainingError
 from memsave.training.task import Task
 
 LARGE_DELTA = 1e-3  # a larger delta is not a negligible probability
@@ -147,9 +148,14 @@ def why_no_guarantee(*, noise_multiplier: float, epsilon: float, seeded: bool = 
     return None
 
 
-def privacy_result(config: Config, private: PrivateGradients | None, *, unit: str) -> dict[str, Any] | None:
-    """The privacy spent so far, as the key `privacy` of `result.json`; None without privacy."""
-    privacy = config.privacy
+def privacy_result(
+    config: Config, state: State, *, unit: str, other_runs: Callable[..., dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """The privacy spent so far, as the key `privacy` of `result.json`; None without privacy.
+
+    `other_runs(steps=)` is that of `memsave.training.ledger.RunLedger`.
+    """
+    privacy, private = config.privacy, state.private
     if private is None or not isinstance(privacy, GhostPrivacy):
         return None
     mechanism, epsilon = private.mechanism, private.epsilon
@@ -172,6 +178,8 @@ def privacy_result(config: Config, private: PrivateGradients | None, *, unit: st
         "secure_noise": privacy.secure_noise,
         "seeded": private.seeded,
         "nonfinite_examples": private.nonfinite,
+        "run": state.run,
+        "other_runs": other_runs(steps=private.steps),
         "not_private": list(NOT_PRIVATE),
     }
 
@@ -238,6 +246,30 @@ hardened against attacks on the gaps between floating-point numbers.
 
 {not_private}
 
-**Other runs.** This statement covers one run. Every run on the same data spends more privacy, including runs that only
-tried settings: the epsilons and deltas of several runs add up.
+**Other runs.** This statement covers one run. {_other_runs(spent["other_runs"])}
+Every run on the same data spends more privacy, including runs that only tried settings. Runs on other machines, and
+runs without privacy, are not in the ledger; `python -m memsave.account FOLDER...` adds up any folders of runs.
 """
+
+
+def _other_runs(others: dict[str, Any] | None) -> str:
+    """Sentences about other runs on the same data; without names of folders, because the statement may be released."""
+    if not others or not others["count"]:
+        return "The ledger of this machine lists no other private run on the same data."
+    count, without = others["count"], others["no_guarantee"]
+    lines = [f"The ledger of this machine lists {count} other private run{'s' * (count > 1)} on the same data."]
+    if others["unfinished"]:
+        lines.append(f"Not ended, and counted with all planned steps: {others['unfinished']}.")
+    epsilon, delta = others.get("epsilon_with_this_run"), others.get("delta_with_this_run")
+    if without:
+        lines.append(f"Without a guarantee: {without}. **The models of all runs together are therefore not private.**")
+    if epsilon is None or delta is None:
+        lines.append("Together with this run, no epsilon can be stated.")
+    else:
+        models = (
+            "The models of the runs with a guarantee and of this run" if without else "The models of all these runs"
+        )
+        lines.append(
+            f"{models} together are ({round_up(epsilon, '.2f')}, {round_up(delta, '.2e')})-differentially private."
+        )
+    return "\n".join(lines)

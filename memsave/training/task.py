@@ -4,9 +4,10 @@ A task returns one loss per example and never a mean. The loop can then split a 
 size, and private training can clip each example.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -64,6 +65,32 @@ class Task(Losses, Protocol):
 
     def summary(self, scores: dict[str, float]) -> str:
         """The scores in one line."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A task whose progress is also given in tokens; optional."""
+
+    def count_tokens(self, batch: Batch) -> int:
+        """The tokens of a batch on the CPU, without padding."""
+
+
+@runtime_checkable
+class HasDataFingerprint(Protocol):
+    """A task that can tell its data apart from their use; optional."""
+
+    @property
+    def data_fingerprint(self) -> str:
+        """A digest of the raw training data alone: the same for any tokenizer, length, crop or batch.
+
+        Private runs with the same digest spend the privacy of the same persons.
+        """
+
+
+def data_fingerprint(task: Task) -> str:
+    """Sixteen hexadecimal digits that identify the task's training data, for file names."""
+    found = task.data_fingerprint if isinstance(task, HasDataFingerprint) else task.fingerprint
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def split(batch: Batch, size: int | None) -> Iterator[Batch]:

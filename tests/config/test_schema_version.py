@@ -1,6 +1,7 @@
 """`config.yaml` of a run: its schema version, and files of other versions."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from memsave.config import ConfigError
 from memsave.config.compose import VERSION, VERSION_KEY, compose, load, to_objects
@@ -49,3 +50,24 @@ def test_a_data_set_that_no_package_registers_is_named(written):
     path.write_text(path.read_text().replace("kind: phantom", "kind: sst2"))
     with pytest.raises(ConfigError, match=r"data=sst2 is not registered: install the package that adds it"):
         load(path)
+
+
+def test_the_task_of_version_2_was_a_name(written):
+    path, config = written
+    text = path.read_text().replace(f"{VERSION_KEY}: {VERSION}", f"{VERSION_KEY}: 2")
+    assert "task:\n  kind: segmentation\n" in text
+    path.write_text(text.replace("task:\n  kind: segmentation\n", "task: segmentation\n"))
+    assert load(path) == config
+
+
+def test_table_to_text_of_version_2_is_generation_and_its_keys_were_in_data(tmp_path):
+    config = compose(["experiment=gpt2_dp", "task.beams=3", "task.generate=7", "task.evaluate=9"])
+    write_config(config, tmp_path, experiment="gpt2_dp")
+    path = tmp_path / "config.yaml"
+    older = OmegaConf.load(path)
+    older[VERSION_KEY], older.task = 2, "table_to_text"
+    older.data.update({"beams": 3, "generate": 7, "evaluate": 9})
+    for key in ("separator",):
+        del older.data[key]
+    OmegaConf.save(older, path)
+    assert load(path) == to_objects(config)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper, logits
+from memsave.ghost import GhostClipper, logits, verify
 from memsave.models.language import causal_lm_losses, fuse_gelu
 from tests.ghost.test_transformers import LANGUAGE, PAD, VOCABULARY, WIDE, gpt2, in_float64, tokens
 from tests.support.per_example_reference import by_clipper, by_loop
@@ -128,3 +128,31 @@ def test_a_fused_gelu_is_the_same_function():
     assert fuse_gelu(model) == 2
     assert fuse_gelu(model) == 0
     torch.testing.assert_close(losses_with("logits")(model, batch), before, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("head", ["chunked", "logits"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_example_of_several_rows_is_clipped_as_if_it_were_alone(head, passes):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=9, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    lengths = torch.tensor([[7, 7, 3], [5, 0, 0], [7, 2, 0], [1, 0, 0]])  # the last one has no target
+    mask = (torch.arange(7) < lengths[..., None]).long()
+    ids = torch.randint(0, 20, mask.shape)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def losses(model, batch):
+        return causal_lm_losses(model, **batch, head=head)
+
+    report = verify(model, batch, losses, passes=passes)
+    assert report.ok, report.findings
+    with torch.no_grad():
+        found = losses(model, batch)
+        rows = [
+            causal_lm_losses(model, ids[:1, k, :n], ids[:1, k, :n], head=head) * (n - 1)
+            for k, n in enumerate(lengths[0].tolist())
+        ]
+    torch.testing.assert_close(found[0], torch.cat(rows).sum() / (lengths[0] - 1).sum())
+    assert found[3] == 0

@@ -1,8 +1,14 @@
 """Epsilon and noise compared with dp-accounting and with known values."""
 
-import pytest
+import re
+from pathlib import Path
 
-from memsave.privacy import Mechanism, PrivacyError, default_delta, epsilon_of, noise_multiplier_for
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memsave.privacy import Mechanism, PrivacyError, default_delta, epsilon_of, epsilon_of_runs, noise_multiplier_for
+from memsave.privacy import accounting as accounting_module
 
 pytest.importorskip("opacus")
 
@@ -125,3 +131,94 @@ def test_calibration_to_a_large_target_is_fast():
     kwargs = {"sample_rate": 0.05, "steps": 60, "delta": 1e-5, "accountant": "prv"}
     noise = noise_multiplier_for(target_epsilon=1000, **kwargs)
     assert 990 <= epsilon_of(noise_multiplier=noise, **kwargs) <= 1000
+
+
+RUNS = [  # (noise multiplier, sample rate, steps) of each run, delta
+    ([(0.6, 0.04, 80), (0.9, 0.04, 200)], 7e-5),
+    ([(1.5, 0.02, 400), (0.8, 5e-3, 1000), (1.5, 0.02, 100)], 1e-6),
+    ([(0.7, 0.03, 60), (20.0, 0.001, 10)], 1e-5),
+]
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_several_runs_agree_with_dp_accountings_privacy_loss_distributions(case):
+    accounting = pytest.importorskip("dp_accounting")
+    runs, delta = case
+    pld = accounting.pld.PLDAccountant(accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for noise, rate, steps in runs:
+        event = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
+        pld.compose(accounting.SelfComposedDpEvent(event, steps))
+    expected = pld.get_epsilon(delta)
+    prv = epsilon_of_runs(runs, delta=delta, accountant="prv")
+    assert expected - 1e-3 <= prv <= expected + 0.03
+    assert prv < epsilon_of_runs(runs, delta=delta, accountant="rdp")
+    alone = [
+        epsilon_of(noise_multiplier=noise, sample_rate=rate, steps=steps, delta=delta, accountant="prv")
+        for noise, rate, steps in runs
+    ]
+    assert max(alone) - 1e-6 <= prv < sum(alone)  # PRV rounds
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_equal_runs_equal_one_run_of_all_their_steps(count, accountant):
+    how = {"delta": 7e-5, "accountant": accountant}
+    together = epsilon_of_runs([(0.9, 0.04, 50)] * count, **how)
+    assert together == epsilon_of(noise_multiplier=0.9, sample_rate=0.04, steps=50 * count, **how)
+
+
+mechanisms = st.tuples(st.floats(0.3, 50), st.floats(1e-4, 1), st.integers(0, 500))
+
+
+@settings(max_examples=25, deadline=None)
+@given(runs=st.lists(mechanisms, min_size=1, max_size=4), more=mechanisms, delta=st.floats(1e-9, 1e-3))
+def test_another_run_never_makes_epsilon_smaller(runs, more, delta):
+    how = {"delta": delta, "accountant": "rdp"}
+    before, after = epsilon_of_runs(runs, **how), epsilon_of_runs([*runs, more], **how)
+    assert before <= after
+    assert after == pytest.approx(epsilon_of_runs([more, *reversed(runs)], **how), rel=1e-9)  # the order is irrelevant
+
+
+def test_runs_without_steps_cost_nothing_and_a_run_without_noise_costs_everything():
+    how = {"delta": 1e-5, "accountant": "prv"}
+    assert epsilon_of_runs([], **how) == epsilon_of_runs([(1.0, 0.1, 0), (0.0, 0.1, 0)], **how) == 0
+    assert epsilon_of_runs([(1.0, 0.1, 5), (0.0, 0.1, 1)], **how) == float("inf")
+
+
+def test_many_or_expensive_mechanisms_take_the_bound_of_rdp(monkeypatch):
+    used = []
+    original = accounting_module._opacus_epsilon
+    monkeypatch.setattr(
+        accounting_module, "_opacus_epsilon", lambda *a, **k: used.append(k["accountant"]) or original(*a, **k)
+    )
+    many = [(1.0 + 0.1 * number, 0.01, 10) for number in range(accounting_module.PRV_MECHANISMS + 1)]
+    epsilon_of_runs(many, delta=1e-5, accountant="prv")
+    assert epsilon_of_runs([(0.4, 0.05, 60)] * 9, delta=1e-5, accountant="prv") > accounting_module.PRV_LIMIT
+    assert used == ["rdp", "rdp"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "delta", "words"),
+    [
+        ([(1.0, 0.1, 5), (-1.0, 0.1, 5)], 1e-5, "noise_multiplier is -1"),
+        ([(1.0, 0.1, 5), (1.0, 1.5, 5)], 1e-5, r"sample_rate is 1\.5"),
+        ([(1.0, 0.1, 5)], 1.0, "delta is 1; it must be above 0 and below 1"),
+        (
+            [(1.0, 0.05, 60), (2.0, 0.1, 5)],
+            1e-18,
+            "60 steps with noise multiplier 1 .* and 5 steps with .* delta 1e-18",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_composed_are_refused(runs, delta, words):
+    with pytest.raises(PrivacyError, match=words):
+        epsilon_of_runs(runs, delta=delta, accountant="prv")
+
+
+def test_the_example_of_several_runs_in_the_document_holds():
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    (stated,) = re.findall(r"three runs of `experiment=gpt2_dp` with epsilon 3 spend (\S+) together", page)
+    size, batch_size, steps = 6000, 256, 60  # of the experiment
+    how = {"delta": default_delta(size), "accountant": "prv"}
+    noise = noise_multiplier_for(target_epsilon=3, sample_rate=batch_size / size, steps=steps, **how)
+    assert epsilon_of_runs([(noise, batch_size / size, steps)] * 3, **how) == pytest.approx(float(stated), abs=5e-3)

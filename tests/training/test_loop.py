@@ -59,6 +59,51 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero():
     assert rates[12] == pytest.approx(0.0)
 
 
+def rates(config, *, steps):
+    optimizer = make_optimizer(line_model(), config)
+    schedule = make_schedule(optimizer, config, steps=steps)
+    found = []
+    for _ in range(steps + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_learning_rate_decays_linearly_to_zero_after_the_last_step():
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="linear")
+    expected = [1 / 3, 2 / 3, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0.0]
+    assert rates(config, steps=10) == pytest.approx(expected)
+
+
+def test_a_linear_schedule_without_warm_up_is_that_of_transformers():
+    optimization = pytest.importorskip("transformers.optimization")
+    config = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="linear")
+    optimizer = make_optimizer(line_model(), config)
+    other = optimization.get_linear_schedule_with_warmup(optimizer, 0, 7)
+    assert rates(config, steps=7) == pytest.approx([other.lr_lambdas[0](step) for step in range(8)])
+
+
+class Words(Lines):
+    """Examples with two, three, ... tokens; the padding is `mask == 0`."""
+
+    def load(self, indices):
+        tokens = torch.tensor([2 + each.example % 5 for each in indices])
+        return {**super().load(indices), "mask": (torch.arange(8) < tokens[:, None]).long()}
+
+    def count_tokens(self, batch):
+        assert batch["mask"].device.type == "cpu"
+        return int(batch["mask"].sum())
+
+
+def test_steps_of_a_task_with_tokens_count_them_and_those_of_others_do_not():
+    config = trainer(steps=3)
+    counted = [each.tokens for each in run_steps(make_state(line_model(), config), Words(), config)]
+    assert all(6 * 2 <= tokens <= 6 * 6 for tokens in counted) and len(set(counted)) > 1
+    plain = run_steps(make_state(line_model(), config), Lines(), config)
+    assert [each.tokens for each in plain] == [None] * 3
+
+
 def test_norms_and_biases_have_no_weight_decay():
     groups = make_optimizer(line_model(), OptimizerConfig(weight_decay=0.1)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, register
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, made
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
 from memsave.data.text.tables import read_text
@@ -66,7 +66,8 @@ def read_dart(path: str | Path) -> list[Record]:
         raise DataError(f"{path} is not JSON ({error}): download it again.") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path} is not a JSON list of entries: give a file of DART, version 1.1.1.")
-    return [record for number, entry in enumerate(entries, 1) for record in _records(entry, f"{path}, entry {number},")]
+    found = made(enumerate(entries, 1), lambda each: _records(each[1], f"{path}, entry {each[0]},"))
+    return [record for records in found for record in records]
 
 
 def _records(entry: Any, where: str) -> list[Record]:

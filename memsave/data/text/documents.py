@@ -1,7 +1,7 @@
 """`data=documents`: whole texts. One document is one example, whatever its length, and shares a row with no other.
 
 A document is cut into chunks of at most L tokens, each a row of the same example. A chunk starts with the last token of
-the chunk before it, the first with the end token; the last target is the end token:
+the chunk before it, the first with the token that begins every text, or the end token; the last target is the end:
 
     <eos> t1 t2 t3 | t3 t4 t5 t6 | t6 t7 <eos>         L = 4; every token after the first of its chunk is a target
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, made
 from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
 from memsave.data.text.config import WritingData
+from memsave.data.text.encode import start_ids
 from memsave.data.text.splits import hold_out, split_files
-from memsave.data.text.tables import SUFFIXES, check_encoding, read_rows, read_text
+from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows, read_text
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,25 @@ class DocumentsData(WritingData):
 
     def _read(self, path: Path) -> list[Document]:
         if path.is_dir() or path.suffix.lower() == ".txt":
-            found = [Document(read_text(each, encoding=self.encoding), f"{each}") for each in text_files(path)]
+            files = text_files(path)
+            found = list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
         else:
             rows = read_rows(path, encoding=self.encoding)
-            found = [Document(row.text(self.text), row.where.removesuffix(",")) for row in rows]
-        empty = next((each for each in found if not each.text.strip()), None)
-        if empty is not None:
-            raise DataError(f"{empty.place} is empty: delete it, or give it a text.")
+            found = list(
+                made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
+            )
         if not found:
             raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
         return found
+
+    def _of_row(self, row: Row) -> Document:
+        return _document(row.text(self.text, key="data.text"), row.where.removesuffix(","))
+
+
+def _document(text: str, place: str) -> Document:
+    if not text.strip():
+        raise DataError(f"{place} is empty: delete it, or give it a text.")
+    return Document(text, place)
 
 
 def text_files(path: Path) -> list[Path]:
@@ -128,7 +138,8 @@ def encode_documents(
     found, cuts = [], ChunkCuts()
     for document in documents:
         tokens = [*token_ids(document.text, tokenizer), tokenizer.eos_token_id]
-        rows = chunks(tokens, start=tokenizer.eos_token_id, max_length=max_length)
+        start = (start_ids(tokenizer) or [tokenizer.eos_token_id])[0]
+        rows = chunks(tokens, start=start, max_length=max_length)
         kept = rows if max_chunks is None else rows[:max_chunks]
         count = sum(len(row.ids) - 1 for row in kept)
         cuts.examples += 1

@@ -11,7 +11,7 @@ a text for it; a table has one line for each of its texts.
 import csv
 from pathlib import Path
 
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, made
 from memsave.data.text.records import Record
 
 TRAIN, DEV, TEST = "trainset.csv", "devset.csv", "testset_w_refs.csv"
@@ -23,15 +23,13 @@ def read_e2e(path: str | Path) -> list[Record]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"The file {path} does not exist: give a CSV file of the E2E challenge.")
-    records = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(f"{path} has no column {' or '.join(missing)}: its first line must name mr and ref.")
-            for row in reader:
-                records.append(_record(row, where=f"{path}, line {reader.line_num},"))
+            records = list(made(reader, lambda row: _record(row, where=f"{path}, line {reader.line_num},")))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}): save it as UTF-8.") from error
     except csv.Error as error:

@@ -1,5 +1,6 @@
 """Records as tokens: `prompt <eos> completion <eos>`, where only the completion and its end are targets.
 
+Before the prompt comes the token with which the tokenizer begins every text, if it does.
 With a separator, the form is `prompt separator completion <eos>`; the separator is a part of the completion.
 """
 
@@ -57,9 +58,15 @@ def encode_prompt(prompt: str, tokenizer: Any, *, max_length: int, separator: st
     return _cut_prompt(tokens, max_length=max_length, ends=separator is None)
 
 
+def start_ids(tokenizer: Any) -> list[int]:
+    """The token with which the tokenizer begins every text, as those of Llama and Gemma do; empty for others."""
+    start = [tokenizer.bos_token_id]
+    return start if list(tokenizer("").input_ids)[:1] == start else []
+
+
 def prompt_tokens(prompt: str, tokenizer: Any, *, separator: str | None = None) -> list[int]:
     """The tokens of a prompt before the separator: never none, because a model predicts no first token."""
-    tokens = token_ids(prompt, tokenizer)
+    tokens = [*start_ids(tokenizer), *token_ids(prompt, tokenizer)]
     return [*tokens, tokenizer.eos_token_id] if separator is None or not tokens else tokens
 
 
@@ -76,14 +83,14 @@ def prompt_format(tokenizer: Any, *, max_length: int, beams: int, separator: str
     `prompt`, filled with a text of at most `max_prompt_tokens` tokens, has the tokens that `encode_prompt` gives it.
     `generate` holds the options of transformers' `generate` that evaluation uses.
     """
-    end = tokenizer.eos_token
+    start, end = tokenizer.decode(start_ids(tokenizer)), tokenizer.eos_token
     return {
         "task": "generation",
-        "prompt": f"{{prompt}}{end}" if separator is None else "{prompt}",
+        "prompt": f"{start}{{prompt}}{end if separator is None else ''}",
         "completion": f"{separator or ''}{{completion}}{end}",
         "separator": separator,
         "add_special_tokens": False,
-        "max_prompt_tokens": max_length - 2,
+        "max_prompt_tokens": max_length - 2 - len(start_ids(tokenizer)),
         "generate": {
             "max_length": max_length,
             "num_beams": beams,

@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, made
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
 from memsave.data.text.splits import hold_out, split_files
@@ -63,7 +63,7 @@ class OwnRecordsData(RecordsData):
         prompt = Template(self.prompt, key="data.prompt")
         completion = Template(self.completion, key="data.completion")
         rows = read_rows(path, encoding=self.encoding)
-        return [Record(prompt.fill(row), completion.fill(row)) for row in rows]
+        return list(made(rows, lambda row: Record(prompt.fill(row), completion.fill(row))))
 
 
 class Template:
@@ -88,7 +88,9 @@ class Template:
 
     def fill(self, row: Row) -> str:
         """The text for a row. Raises DataError for a column that does not exist, and for an empty text."""
-        found = "".join(before + ("" if name is None else row.text(name)) for before, name, _, _ in self.parts)
+        found = "".join(
+            before + ("" if name is None else row.text(name, key=self.key)) for before, name, _, _ in self.parts
+        )
         if not found.strip():
             columns = f"fill in {' or '.join(self.columns)}" if self.columns else f"change {self.key}"
             raise DataError(f"{row.where} gives an empty {self.key}: {columns}, or delete the line.")

@@ -4,7 +4,8 @@
     .tsv      a header, then fields separated by tabs; double quotes have no meaning
     .jsonl    one JSON object per line
 
-No row is skipped: a row that cannot be read raises DataError, which names its line.
+No row is skipped: a row that cannot be read raises DataError, which names its line (inside
+`memsave.data.errors.collecting_faults`, the row is left out and its fault kept).
 """
 
 import csv
@@ -17,7 +18,7 @@ from typing import Any
 
 from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
-from memsave.data.errors import DataError
+from memsave.data.errors import DataError, made, report
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".jsonl")
@@ -38,12 +39,15 @@ class Row:
         """The place of the row, for error messages."""
         return f"{self.path}, line {self.line},"
 
-    def text(self, column: str) -> str:
-        """The text in a column, without blanks around it; a missing JSON value (null) is empty. Raises DataError."""
+    def text(self, column: str, *, key: str | None = None) -> str:
+        """The text in a column, without blanks around it; a missing JSON value (null) is empty. Raises DataError.
+
+        `key`: the config key that names the column, for the message.
+        """
         if column not in self.values:
             holder = self.where if self.path.suffix.lower() == ".jsonl" else self.path
             raise DataError(
-                f"{holder} has no column {column}: its columns are "
+                f"{holder} has no column {column}{'' if key is None else f', which {key} names'}: its columns are "
                 f"{', '.join(self.values) or 'none'}{closest(column, self.values)}."
             )
         value = self.values[column]
@@ -57,14 +61,20 @@ class Row:
         return "" if value is None else json.dumps(value)
 
 
-def read_rows(path: str | Path, *, encoding: str = "utf-8") -> list[Row]:
-    """All rows of a file in its order, at least one. The suffix decides the format. Raises DataError."""
+def read_rows(path: str | Path, *, encoding: str = "utf-8", plain: str | None = None) -> list[Row]:
+    """All rows of a file in its order, at least one. The suffix decides the format. Raises DataError.
+
+    `plain`: also read .txt files; each line is a row with this column.
+    """
     path = Path(path).expanduser()
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path} is no table: give a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+    suffix, suffixes = path.suffix.lower(), SUFFIXES if plain is None else (".txt", *SUFFIXES)
+    if suffix not in suffixes:
+        raise DataError(f"{path} is no table: give a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
     text = read_text(path, encoding=encoding)
-    rows = list(_objects(path, text) if suffix == ".jsonl" else _fields(path, text, delimiter=DELIMITERS[suffix]))
+    if suffix == ".txt" and plain is not None:
+        rows = [Row({plain: line}, path, number) for number, line in enumerate(_lines(text), 1)]
+    else:
+        rows = list(_objects(path, text) if suffix == ".jsonl" else _fields(path, text, delimiter=DELIMITERS[suffix]))
     if not rows:
         raise DataError(f"{path} has no rows: give a file with at least one.")
     return rows
@@ -108,13 +118,14 @@ def _fields(path: Path, text: str, *, delimiter: str) -> Iterator[Row]:
     try:
         for fields in reader:
             if empty:
-                raise DataError(f"{path}, line {empty}, is empty: delete it.")
+                report(DataError(f"{path}, line {empty}, is empty: delete it."))
+                empty = 0
             if not fields:
                 empty = line
             elif not columns:
                 columns = _columns(path, fields)
             elif len(fields) != len(columns):
-                raise DataError(_wrong_count(path, line, len(fields), columns, delimiter=delimiter))
+                report(DataError(_wrong_count(path, line, len(fields), columns, delimiter=delimiter)))
             else:
                 yield Row(dict(zip(columns, fields)), path, line)
             line = reader.line_num + 1
@@ -146,18 +157,27 @@ def _wrong_count(path: Path, line: int, count: int, columns: list[str], *, delim
 
 def _objects(path: Path, text: str) -> Iterator[Row]:
     """The objects of a JSONL file."""
+    lines = enumerate(_lines(text), 1)
+    return made(lines, lambda each: Row(_object(each[1], f"{path}, line {each[0]},"), path, each[0]))
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        state = f"not JSON ({error})" if line.strip() else "empty"
+        raise DataError(f"{where} is {state}: give one JSON object per line.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where} is a JSON {_json_name(found)}: give one JSON object per line.")
+    return found
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text, without empty ones at its end."""
     lines = text.split("\n")  # splitlines() would also split at U+2028 within a JSON string
     while lines and not lines[-1].strip():
         lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            state = f"not JSON ({error})" if line.strip() else "empty"
-            raise DataError(f"{path}, line {number}, is {state}: give one JSON object per line.") from error
-        if not isinstance(found, dict):
-            raise DataError(f"{path}, line {number}, is a JSON {_json_name(found)}: give one JSON object per line.")
-        yield Row(found, path, number)
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _json_name(value: object) -> str:

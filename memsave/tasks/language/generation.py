@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memsave.config import Config, ConfigError, option, register
 from memsave.config.schema import TrainerConfig
+from memsave.data.fingerprint import fingerprint_of
 from memsave.data.text.collate import IGNORED, Example
 from memsave.data.text.config import RecordsData, WritingData
 from memsave.data.text.documents import DocumentsData
@@ -23,6 +24,7 @@ from memsave.data.text.records import Record, references
 from memsave.models.encoder_decoder import encoder_decoder_losses, is_encoder_decoder
 from memsave.progress import Progress
 from memsave.tasks.definition import option_of
+from memsave.tasks.language.answering import TextAnswerer
 from memsave.tasks.language.definition import SMALL_CHUNKS, LanguageDefinition, LanguageTaskConfig
 from memsave.tasks.language.documents import Documents
 from memsave.tasks.language.pretrained import Purpose
@@ -47,6 +49,10 @@ class GenerationConfig(LanguageTaskConfig):
     def definition(self, config: Config) -> "GenerationDefinition":
         """The definition for a whole config."""
         return GenerationDefinition(config)
+
+    def answerer(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device) -> TextAnswerer:
+        """What memsave.generate asks."""
+        return TextAnswerer(model, tokenizer, form=form, device=device)
 
 
 class GenerationDefinition(LanguageDefinition):
@@ -144,7 +150,7 @@ class Generation(WritingTask):
         head: str = "chunked",
     ):
         self.data, self.task = data, task or GenerationConfig()
-        self.held_out = list(held_out)
+        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(train)
         self.tokenizer, self.completions = tokenizer, references(self.held_out)
         self.format: dict[str, Any] = {"max_length": data.max_length, "separator": data.separator}
         examples, self.cuts = self.encode(train)
@@ -196,8 +202,9 @@ class Generation(WritingTask):
         return scores
 
     def prompt_format(self) -> dict[str, Any]:
-        """The content of `prompt.json`."""
-        return prompt_format(self.tokenizer, beams=self.task.beams, **self.format)
+        """The content of `prompt.json`; its `template` makes a prompt from the columns of one's own records."""
+        template = getattr(self.data, "prompt", None)
+        return {**prompt_format(self.tokenizer, beams=self.task.beams, **self.format), "template": template}
 
 
 class PairGeneration(Generation):
@@ -214,6 +221,10 @@ class PairGeneration(Generation):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """The batch of some examples; see `collate_pairs`."""
         return collate_pairs(examples, pad=self.tokenizer.pad_token_id)
+
+    def count_tokens(self, batch: Batch) -> int:
+        """The tokens of a batch without padding, of both sides."""
+        return int(batch["encoder_mask"].sum()) + int(self.count_targets(batch).sum())
 
     def count_targets(self, batch: Batch) -> Tensor:
         """(B,): the number of targets of each example."""

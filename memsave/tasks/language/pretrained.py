@@ -31,6 +31,10 @@ HEADS = {
 """By purpose: a description of the model, its class in transformers, and an example of a name."""
 
 
+ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet")
+"""Types of models whose first positions, up to the number of the padding token, belong to padding."""
+
+
 @dataclass(frozen=True)
 class Purpose:
     """What a model is for, which decides its head."""
@@ -88,6 +92,8 @@ class LanguageModel(ModelConfig):
     """Name on the model hub, or a folder."""
     head: str = option("chunked", choices=("chunked", "logits"))
     """chunked computes the loss without storing the logits of all targets; logits uses the logits of the model."""
+    random: bool = False
+    """Train from random weights, of trainer.seed, in place of the pretrained ones; the tokenizer stays."""
 
     def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(model in float32, tokenizer with the special tokens that the purpose needs). Raises ConfigError."""
@@ -130,7 +136,15 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     if purpose.kind == "classification":
         model.config.pad_token_id = tokenizer.pad_token_id  # a causal model classifies from the last token before it
     fuse_gelu(model)
+    model.name_or_path = str(Path(folder).resolve()) if Path(name).expanduser().is_dir() else name  # for PEFT's files
     return model, tokenizer
+
+
+def with_random_weights(model: Any) -> nn.Module:
+    """A model of the same class and config with random weights, of the global random state."""
+    found = type(model)(model.config)
+    fuse_gelu(found)
+    return found
 
 
 def _complete_tokenizer(tokenizer: Any, purpose: Purpose, name: str) -> None:
@@ -174,6 +188,14 @@ def _cannot_be_loaded(name: str, purpose: Purpose, error: Exception) -> str:
         f"{name} cannot be loaded as {purpose.description} with its tokenizer ({_first_line(error)}); give a "
         f"model.name that transformers' {HEADS[purpose.kind][1]} and AutoTokenizer load"
     )
+
+
+def usable_positions(architecture: Any) -> int | None:
+    """The largest number of tokens of a row; None for no limit."""
+    found: int | None = getattr(architecture, "max_position_embeddings", None)
+    if found is None or architecture.model_type not in ROBERTAS:
+        return found
+    return found - 1 - architecture.pad_token_id
 
 
 def reachable(name: str) -> str:

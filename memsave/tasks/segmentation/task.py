@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memsave.config.schema import TrainerConfig
+from memsave.data.fingerprint import fingerprint_of
 from memsave.data.loader import Index
 from memsave.data.volumes.config import SegmentationData
 from memsave.data.volumes.dataset import Item, TrainingCrops, Volumes, restore
@@ -54,6 +55,7 @@ class Segmentation:
         self.data, self.device = data, device
         self.precision = trainer.precision
         found = data.find_cases(say=self.progress.say)
+        self.cases = found
         train, held_out = data.split(found)
         self.left_out = len(found) - len(train) - len(held_out)
         self.crops = TrainingCrops(
@@ -89,6 +91,14 @@ class Segmentation:
         data, order = self.data, self.crops.volumes.cases[0].channels or ()  # of modalities in one file
         drawn = (data.crop_size, data.crops_per_case, data.foreground, data.augmentation, data.spacing, *order)
         return hashlib.sha256(repr((cases, *map(str, drawn))).encode()).hexdigest()[:16]
+
+    @property
+    def data_fingerprint(self) -> str:
+        """A digest of the names and masks of all cases, held-out ones included.
+
+        It is the same for every fold, crop and choice of modalities, because these train on the same patients.
+        """
+        return fingerprint_of((case.id, case.label and _file_digest(case.label)) for case in self.cases)
 
     @property
     def counts(self) -> dict[str, Any]:

@@ -173,3 +173,22 @@ def test_cut_examples_are_counted_and_described(tokenizer):
     tight = task_of(tokenizer, VisitsData(max_length=8))
     assert "20 of them keep a single token of their text" in tight.describe_counts()
     assert "none cut to 2000 tokens" in task_of(tokenizer, VisitsData(max_length=2000)).describe_counts()
+
+
+def test_the_data_are_the_same_for_any_length_and_others_with_another_record(tokenizer):
+    def task(train, max_length):
+        data = VisitsData(max_length=max_length)
+        known = {"data": data, "trainer": TrainerConfig(), "device": torch.device("cpu")}
+        return Generation(train, private_records(2, seed=1), tokenizer, **known)
+
+    records = private_records(20)
+    first, cut = task(records, 120), task(records[::-1], 20)
+    assert first.data_fingerprint == cut.data_fingerprint and first.fingerprint != cut.fingerprint
+    assert task(records[1:], 120).data_fingerprint != first.data_fingerprint
+
+
+def test_tokens_are_counted_without_padding(task):
+    batch = task.load([Index(0, 0), Index(1, 1), Index(2, 2)])
+    assert task.count_tokens(batch) == sum(len(row.ids) for example in task.examples[:3] for row in example)
+    assert task.count_tokens(batch) < batch["input_ids"].numel()
+    assert task.count_tokens(task.load([])) == 0

@@ -65,6 +65,20 @@ def test_the_fingerprint_depends_on_the_order_of_modalities(tmp_path):
     assert tasks[0].fingerprint != tasks[1].fingerprint
 
 
+def test_the_data_are_the_same_for_every_crop_and_fold_and_others_with_another_mask(tiny):
+    def fingerprint(*overrides):
+        return make_task(tiny(*overrides), torch.device("cpu")).data_fingerprint
+
+    task = make_task(tiny(), torch.device("cpu"))
+    other = ["data.crop_size=[8,8,8]", "data.folds=2", "data.fold=1"]
+    assert make_task(tiny(*other), torch.device("cpu")).fingerprint != task.fingerprint
+    before = task.data_fingerprint
+    assert fingerprint(*other) == before != fingerprint("data.seed=1")
+    path = task.held_out.cases[0].label
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert fingerprint() != before
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))

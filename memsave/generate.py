@@ -1,0 +1,181 @@
+"""Write texts, replies or labels with a trained language model.
+
+    python -m memsave.generate model=outputs/gpt2_dp/2026-01-31_10-00-00 input=/my/prompts.jsonl output=/my/texts.jsonl
+
+    model       a run's folder, or a copy of its model/
+    input       .txt (a prompt per line), .csv, .tsv or .jsonl, with the columns of training
+    output      .jsonl or .csv: the number of the line, the columns of the input, and the answer (generated, reply, or
+                predicted and probability)
+    batch_size  lines per batch (default 32)
+    encoding    of the input (default utf-8)
+    device      auto, cpu or cuda (default auto)
+
+A line that cannot be used is named and left out. The answers so far are kept in OUTPUT.partial.jsonl: after an
+interruption, the same command continues there. Exit codes: 0 all lines were answered, 1 some were left out, 2 bad
+input, 130 interrupted.
+"""
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from memsave.arguments import ArgumentError, parse_arguments
+from memsave.config import ConfigError
+from memsave.data import DataError
+from memsave.data.errors import collecting_faults, made
+from memsave.data.text.tables import Row, read_rows
+from memsave.files import replacing
+from memsave.processes import several_processes
+from memsave.progress import Progress
+from memsave.tasks.language.answering import Answerer, load_answerer
+from memsave.training.signals import interrupt_at_signals
+
+OUTPUTS = (".jsonl", ".csv")
+LINE = "line"  # the output's column with the number of the input's line
+
+
+@dataclass
+class Arguments:
+    """The command-line arguments, described at the top of this file."""
+
+    model: str = MISSING
+    input: str = MISSING
+    output: str = MISSING
+    batch_size: int = field(default=32, metadata={"expects": "a number of lines, such as batch_size=32"})
+    encoding: str = "utf-8"
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or {"-h", "--help"} & set(given):
+        print(__doc__)
+        return 0 if given else 2
+    try:
+        found = several_processes()
+        if found is not None:
+            raise ConfigError(f"{found}, and each would write the same file; start one, without torchrun or srun")
+        options = parse_arguments(given, Arguments, example="input=/my/prompts.jsonl")
+        return generate_file(options, progress=Progress())
+    except (ArgumentError, ConfigError, DataError) as error:
+        message: object = error
+    except OSError as error:
+        message = f"{error.filename or 'the output'} cannot be written ({error.strerror}); give another output="
+    except ModuleNotFoundError as error:
+        message = f"the package {error.name} is not installed; install it with: pip install 'memsave[lm]'"
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    print(f"memsave: {message}", file=sys.stderr)
+    return 2
+
+
+def generate_file(arguments: Arguments, *, progress: Progress) -> int:
+    """Answer every line of the input; returns the exit code."""
+    from memsave.experiment import choose_device
+
+    if arguments.batch_size < 1:
+        raise ConfigError(f"batch_size is {arguments.batch_size}; it must be at least 1")
+    source, output = Path(arguments.input).expanduser(), Path(arguments.output).expanduser()
+    if output.suffix.lower() not in OUTPUTS:
+        raise ConfigError(f"output is {output}; give a file that ends in {' or '.join(OUTPUTS)}")
+    device = choose_device(arguments.device, key="device")
+    answerer = load_answerer(Path(arguments.model).expanduser(), device=device)
+    with collecting_faults() as faults:
+        rows = read_rows(source, encoding=arguments.encoding, plain=answerer.column)
+        inputs = list(made(rows, lambda row: (row, answerer.read(row))))
+    for fault in faults:
+        progress.say(f"left out: {fault}")
+    if not inputs:
+        raise DataError(f"{source} has no line that can be used: {faults[0]}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal.of(output, settings=_settings(arguments, source, answerer), rows=[row for row, _ in inputs])
+    _answer_all(inputs, answerer, journal, size=arguments.batch_size, progress=progress)
+    write_table(output, journal.answers)
+    journal.path.unlink()
+    count = len(inputs) + len(faults)
+    progress.say(f"answered {len(inputs)} of {count} lines: {output}")
+    return 1 if faults else 0
+
+
+def _answer_all(
+    inputs: Sequence[tuple[Row, Any]], answerer: Answerer, journal: "Journal", *, size: int, progress: Progress
+) -> None:
+    """Answer the inputs that the journal lacks, in batches that do not depend on where it begins."""
+    done = len(journal.answers)
+    if done:
+        progress.say(f"continuing after {done} of {len(inputs)} lines")
+    bar = progress.lines(-(-len(inputs) // size), unit="batch")
+    for first in range(0, len(inputs), size):
+        part = inputs[first : first + size]
+        if first + len(part) > done:
+            answers = answerer.answer([each for _, each in part])
+            found = [{LINE: row.line, **row.values, **answer} for (row, _), answer in zip(part, answers, strict=True)]
+            journal.add(found[max(0, done - first) :])
+        bar.advance(f"{min(first + size, len(inputs))} lines")
+
+
+@dataclass
+class Journal:
+    """The answers so far, in a file that an interruption leaves behind: its first line says what they belong to."""
+
+    path: Path
+    answers: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, output: Path, *, settings: dict[str, Any], rows: Sequence[Row]) -> "Journal":
+        """The journal beside the output, or a new one. Raises ConfigError if it belongs to another input or model."""
+        path = output.with_name(f"{output.name}.partial.jsonl")
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content[: content.rfind(b"\n") + 1].splitlines()  # an incomplete line at the end is dropped
+        if not lines:
+            path.write_text(json.dumps(settings) + "\n")
+            return cls(path, [])
+        first, *answers = map(json.loads, lines)
+        if first != settings or len(answers) > len(rows):
+            raise ConfigError(
+                f"{path} has the answers to another input or of another model; delete it, or give another output="
+            )
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return cls(path, answers)
+
+    def add(self, answers: Sequence[dict[str, Any]]) -> None:
+        """Append answers."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(each) + "\n" for each in answers)
+        self.answers += answers
+
+
+def _settings(arguments: Arguments, source: Path, answerer: Answerer) -> dict[str, Any]:
+    """What the answers depend on."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    return {"input": digest, "model": answerer.digest, "batch_size": arguments.batch_size}
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as .jsonl or .csv; the file appears complete or not at all."""
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        columns = dict.fromkeys(name for row in rows for name in row)
+        table = csv.DictWriter(file, list(columns))
+        table.writeheader()
+        table.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+if __name__ == "__main__":
+    interrupt_at_signals()
+    sys.exit(main())
