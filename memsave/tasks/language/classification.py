@@ -46,9 +46,9 @@ class ClassificationConfig(LanguageTaskConfig):
     objective: str = option("infilling", choices=("head", "infilling", "label_words"))
     """head: a new layer; infilling: a masked model fills a template; label_words: a causal model continues it."""
     template: str | None = None
-    """Such as '{text} It was {mask}.', or '{text} It was {label}' for label_words; null takes one of these."""
+    """Such as '{text} It was {mask}.', or '{text} It was {label}'; null takes that of the data set, or one of these."""
     label_words: list[str] | None = None
-    """A word of one token for each label, in their order; null means the names of the labels."""
+    """A word of one token for each label, in their order; null takes those of the data set, or the labels' names."""
     positive: str | None = None
     """The label of F1 if there are two, null means the last one; with more labels F1 is the mean over them."""
     evaluate: int = option(5000, least=1)
@@ -78,7 +78,8 @@ class ClassificationDefinition(LanguageDefinition):
         """The template with its length; without template if a new head reads texts as the tokenizer joins them."""
         objective = self.task.objective
         default = TEMPLATES["causal_head" if objective == "head" and is_causal else objective][self.data.has_pairs]
-        return Template(self.task.template or default, self.data.max_length, objective == "infilling")
+        own = self.data.infilling_template if objective == "infilling" else None
+        return Template(self.task.template or own or default, self.data.max_length, objective == "infilling")
 
     def validate(self) -> None:
         """Raise ConfigError for combinations that cannot run."""
@@ -126,7 +127,7 @@ class ClassificationDefinition(LanguageDefinition):
         """The task with its texts."""
         train, held_out = self.data.splits()
         names = self.data.label_names()
-        words = None if self.task.objective == "head" else tuple(self.task.label_words or names)
+        words = None if self.task.objective == "head" else self._words(names)
         if words is not None and len(words) != len(names):
             raise ConfigError(
                 f"task.label_words is {list(words)}, but there are {len(names)} labels: {', '.join(names[:10])}; "
@@ -146,6 +147,11 @@ class ClassificationDefinition(LanguageDefinition):
             precision=self.config.trainer.precision,
             device=device,
         )
+
+    def _words(self, names: list[str]) -> tuple[str, ...]:
+        """The label words: those of the task, or those that the data suggest, or the names of the labels."""
+        known = self.data.label_words
+        return tuple(self.task.label_words or (known.get(name, name) for name in names))
 
     def _positive(self, names: list[str]) -> int | None:
         """The number of the label of F1; None for the mean over all labels."""
