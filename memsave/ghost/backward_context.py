@@ -97,7 +97,9 @@ class BackwardContext:
     def example_of_row(self) -> list[int]:
         """The example of each row of the model's inputs."""
         examples = self.rows.examples
-        return list(range(self.batch_size)) if examples is None else torch.as_tensor(examples).tolist()
+        if examples is None:
+            return list(range(self.batch_size))
+        return examples.tolist() if isinstance(examples, Tensor) else list(examples)  # fake tensors have no values
 
     # The forward: layers record what they do.
 
