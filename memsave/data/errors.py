@@ -48,6 +48,23 @@ def report(fault: DataError) -> None:
     found.append(fault)
 
 
+def read_each(paths: Iterable[Path], read: Callable[[Path], list[Made]]) -> list[list[Made]]:
+    """The rows of each file; a DataError of a whole file is reported, and the file then has none."""
+    found: list[list[Made]] = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except DataError as fault:
+            report(fault)
+            found.append([])
+    return found
+
+
+def is_collecting() -> bool:
+    """Whether readers run inside `collecting_faults`."""
+    return _faults.get() is not None
+
+
 def made(rows: Iterable[Given], make: Callable[[Given], Made]) -> Iterator[Made]:
     """Yield `make(row)` of each row; a DataError of it is reported."""
     for row in rows:

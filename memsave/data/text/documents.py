@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
 from memsave.data.text.config import WritingData
 from memsave.data.text.encode import start_ids
+from memsave.data.text.facts import Facts, Lengths, lengths_of
 from memsave.data.text.splits import hold_out, split_files
 from memsave.data.text.tables import SUFFIXES, check_encoding, read_rows, read_text
 
@@ -60,9 +61,22 @@ class DocumentsData(WritingData):
         if root.is_dir() and not text_files(root):
             training, held_out = split_files(root, held_out=self.held_out, suffixes=SUFFIXES)
         if held_out is not None:
-            return self._read(training), self._read(held_out)
+            train, out = read_each([training, held_out], self._read)
+            return train, out
         options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
         return hold_out(self._read(training), key=lambda each: each.text, **options)
+
+    def facts(self, examples: Sequence[Document]) -> list[Facts]:
+        """The texts."""
+        return [Facts(each.text) for each in examples]
+
+    def lengths(self, examples: Sequence[Document], tokenizer: Any, *, is_pair: bool = False) -> Lengths:
+        """The tokens of whole documents; `max_chunks` cuts them."""
+
+        def encode(part: Sequence[Document], max_length: int) -> tuple[list[Example], ChunkCuts]:
+            return encode_documents(part, tokenizer, max_length=max_length, max_chunks=self.max_chunks)
+
+        return lengths_of(examples, encode, max_length=self.max_length)
 
     def _read(self, path: Path) -> list[Document]:
         if path.is_dir() or path.suffix.lower() == ".txt":

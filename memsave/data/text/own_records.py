@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
 from memsave.data.text.splits import hold_out, split_files
@@ -55,7 +55,8 @@ class OwnRecordsData(RecordsData):
         """(training, held out) records."""
         training, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=SUFFIXES)
         if held_out is not None:
-            return self._read(training), self._read(held_out)
+            train, out = read_each([training, held_out], self._read)
+            return train, out
         options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
         return hold_out(self._read(training), key=lambda each: each.prompt, **options)
 

@@ -93,6 +93,10 @@ class LanguageModel(ModelConfig):
         """(model in float32, tokenizer with the special tokens that the purpose needs). Raises ConfigError."""
         return load_pretrained(self.name, purpose)
 
+    def load_tokenizer(self, *, progress: Progress) -> Any:
+        """The tokenizer alone. Raises ConfigError."""
+        return read_tokenizer(self.name)
+
     def architecture(self) -> Any:
         """The architecture as a config of transformers, without weights. Raises ConfigError."""
         from transformers import GPT2Config
@@ -131,6 +135,18 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
         model.config.pad_token_id = tokenizer.pad_token_id  # a causal model classifies from the last token before it
     fuse_gelu(model)
     return model, tokenizer
+
+
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of a model by name or folder. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(reachable(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name} has no tokenizer that transformers can load ({_first_line(error)}); give another model"
+        ) from error
 
 
 def _complete_tokenizer(tokenizer: Any, purpose: Purpose, name: str) -> None:
