@@ -88,7 +88,7 @@ def _trained(
     except OverBudget as stop:
         stop.outcome = {"memory": _write_memory(config, folder, monitor.last, measured)}
         raise
-    _release(state, task, folder)
+    _release(config, state, task, folder)
     spent = privacy_result(config, state, unit=task.unit, other_runs=ledger.other_runs)
     write_statement(spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
@@ -116,10 +116,10 @@ def _trained(
     }
 
 
-def _release(state: State, task: Task, folder: Path) -> None:
+def _release(config: Config, state: State, task: Task, folder: Path) -> None:
     """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
-        task.release(state.model, folder / "model")
+        task.release(config.adapter.released(state.model), folder / "model")
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
@@ -137,6 +137,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     private = make_private(config, model, task, progress=progress)
     state = make_state(model, trainer, private=private)
     state.data = data_fingerprint(task)
+    state.frozen = checkpoint.digest_of_frozen(model)
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
@@ -218,7 +219,7 @@ def _train(
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
                 ledger.update()
             if stop:
-                _release(state, task, folder)
+                _release(config, state, task, folder)
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)

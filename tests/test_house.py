@@ -27,7 +27,7 @@ ALLOWED = {  # imports run downwards
     "tasks": {"tasks", "training", *CORE},
     "planning": {"planning", "tasks", "training", *CORE},
 }
-HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "opacus", "sacrebleu", "rouge_score")
+HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "peft", "opacus", "sacrebleu", "rouge_score")
 
 
 def imports(path):

@@ -2,7 +2,8 @@
 
 from memsave.config.errors import ConfigError
 from memsave.config.fields import check_fields, sections
-from memsave.config.schema import Config, GhostPrivacy
+from memsave.config.known_keys import listed
+from memsave.config.schema import MODES, Config, GhostPrivacy
 
 
 def check(config: Config) -> None:
@@ -43,6 +44,14 @@ def _check_memory(config: Config) -> None:
         raise ConfigError("memory=auto needs a budget, as in budget=8GiB or budget=auto")
     if memory.mode == "auto" and config.vary is not None:
         raise ConfigError(f"memory=auto chooses for one size; leave vary={config.vary} out, or give another memory=")
+    modes = config.adapter_modes
+    for mode in (memory.mode, *config.profiler.compare):
+        if mode in MODES and mode not in modes:
+            private = "" if mode not in config.adapter.memory_modes else f" and privacy={config.privacy.option}"
+            raise ConfigError(
+                f"adapter={config.adapter.kind} does not work with memory={mode}{private}; give "
+                f"memory={listed(modes)}, and profiler.compare=[{','.join(modes)}]"
+            )
 
 
 def _check_variation(config: Config) -> None:

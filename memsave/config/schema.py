@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from omegaconf import MISSING
 from torch import nn
@@ -98,13 +98,29 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """All parameters of the model train. The base of every adapter's config."""
 
+    model_class: ClassVar[type[ModelConfig]] = ModelConfig
+    """The base class of the model configs that the adapter fits."""
+    memory_modes: ClassVar[tuple[str, ...]] = MODES
+    """The memory modes that work with the adapter."""
+    ghost_modes: ClassVar[tuple[str, ...]] = MODES
+    """Those of them that work with privacy=ghost."""
     kind: str = "none"
+
+    @property
+    def added_tokens(self) -> int:
+        """Virtual tokens that the adapter puts before each text; they take positions of the model."""
+        return 0
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The model that trains, for example with frozen parameters, or with modules replaced or added.
 
-        Called once, before the optimizer and the clipper are made. Must also run under FakeTensorMode.
+        Called once, before the optimizer and the clipper are made. Must also run under FakeTensorMode. Raises
+        ConfigError if the adapter does not fit the model.
         """
+        return model
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """The model that `model/` holds, given the trained model: the same one, or one with the adapter merged."""
         return model
 
 
@@ -291,3 +307,9 @@ class Config(Section):
 
     A U-Net has volume, depth, channels and batch; a language model has length, depth, channels and batch.
     """
+
+    @property
+    def adapter_modes(self) -> list[str]:
+        """The memory modes that work with the adapter and the privacy of this run."""
+        adapter, is_ghost = self.adapter, self.privacy.option == "ghost"
+        return [mode for mode in adapter.memory_modes if not is_ghost or mode in adapter.ghost_modes]

@@ -260,6 +260,8 @@ class OperatorTrace(internals.TorchFunctionMode):
             old, new = sources[0].tensor.shape, output.shape
             kept = zip(reversed(old), reversed(new), strict=False)
             base = sources[0] if all(a in (1, b) for a, b in kept) else None
+            # The rule of a layer expands a look-up to the batch, and repeating it then gives more rows than examples.
+            self.needed |= bool(lookups) and name in ("repeat", "tile")
         if name in ("contiguous", "clone") and len(sources) == 1:
             base = sources[0].base
         is_view = name in MOVING and len(sources) == 1 and sources[0].is_view

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from memsave.ghost import example_rows, linear_cross_entropy
 from memsave.ghost.gradients import has_values
 from memsave.models.own_head import own_head
-from memsave.models.padding import positions
+from memsave.models.padding import of_tokens, positions
 
 IGNORED = -100  # the label of a position without target
 HEADS = ("chunked", "logits")
@@ -29,7 +29,8 @@ def causal_lm_losses(
     other, and the loss is the mean over the targets of all of them.
 
     Args:
-        model: any causal language model of transformers.
+        model: any causal language model of transformers, also with an adapter of PEFT. Virtual tokens of an adapter
+            are no targets.
         input_ids: (B, T) or (B, K, T).
         labels: of the same shape, equal to input_ids at targets and -100 elsewhere. The function shifts them, so that
             each target is predicted from the tokens before it.
@@ -71,9 +72,10 @@ def _row_losses(
     if head == "chunked":
         linear, hidden, soft_cap = own_head(model, inputs)
         options: dict[str, Any] = {"bias": linear.bias, "ignore_index": IGNORED, "soft_cap": soft_cap}
+        hidden = of_tokens(hidden, input_ids)
         each = linear_cross_entropy(hidden[:, :-1], linear.weight, targets, **options)
     else:
-        logits = model(**inputs, use_cache=False).logits  # (R, T, V)
+        logits = of_tokens(model(**inputs, use_cache=False).logits, input_ids)  # (R, T, V)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         # The targets are padded, because slicing the logits would copy them.
@@ -122,3 +124,5 @@ def set_checkpointing(model: nn.Module, *, on: bool) -> None:
         switch.activation_checkpointing_enable({"use_reentrant": False})
     else:
         switch.activation_checkpointing_disable()
+    # Enabling makes frozen embeddings differentiable, which only reentrant checkpoints need; disabling keeps it.
+    switch.disable_input_require_grads()

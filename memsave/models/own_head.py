@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.ghost.gradients import has_values, upcast
+from memsave.models.padding import base_of
 from memsave.models.stand_in import CAPS, FACTORS, REMEDY, Change, StandIn, change_of, close, named
 from memsave.models.trial import has_passed, note_passed, trial
 
@@ -21,11 +22,15 @@ TRIAL_LENGTH = 16  # tokens of the forward with real logits
 
 
 def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, float | None]:
-    """(the head, its input (B, T, d) times the factor of the logits, their soft cap); ValueError if it is not exact."""
-    linear = model.get_output_embeddings()
-    name = f"the head of {type(model).__name__}"
+    """(the head, its input (B, T, d) times the factor of the logits, their soft cap); ValueError if it is not exact.
+
+    With virtual tokens of PEFT, the input has their positions, too: (B, V + T, d).
+    """
+    linear = _trained(model.get_output_embeddings())
+    name = f"the head of {type(base_of(model)).__name__}"
     if type(linear) is not nn.Linear:
-        raise ValueError(f"{name} is a {type(linear).__name__} and no Linear; {REMEDY}")
+        of_peft = "Linear of PEFT" if isinstance(linear, nn.Module) and hasattr(linear, "base_layer") else ""
+        raise ValueError(f"{name} is a {of_peft or type(linear).__name__} and no Linear; {REMEDY}")
     config = getattr(model, "config", None)
     state = (named(config, FACTORS), named(config, CAPS))
     confirmed = has_passed(model, "head", state)
@@ -40,6 +45,12 @@ def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, flo
     if linear.bias is not None:
         raise ValueError(f"{name} has a bias, and its logits are scaled by {change.factor:g}; {REMEDY}")
     return linear, hidden * change.factor, change.cap
+
+
+def _trained(head: Any) -> Any:
+    """The head itself, or the copy that PEFT trains if the head is in `modules_to_save`."""
+    copies = getattr(head, "modules_to_save", None)
+    return copies[head.active_adapters[0]] if copies and len(head.active_adapters) == 1 else head
 
 
 def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) -> tuple[Tensor, Any]:

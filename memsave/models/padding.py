@@ -61,6 +61,12 @@ def base_of(model: Any) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def of_tokens(outputs: Tensor, input_ids: Tensor) -> Tensor:
+    """Outputs (B, T, d) of the tokens (B, T), given those (B, V + T, d) of a model that puts V virtual tokens first."""
+    extra = outputs.shape[1] - input_ids.shape[1]
+    return outputs[:, extra:] if extra > 0 else outputs
+
+
 def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None:
     """Raise ValueError unless the start of a row has the same logits with and without padding."""
     width, ids = len(ids), ids[kept][None, :TRIAL_TOKENS]
@@ -72,8 +78,9 @@ def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None
     mask[:, alone] = 1
     where = {"position_ids": numbered(mask)} if side == "left" else {}
     with trial(model):
-        padded = model(input_ids=ids, attention_mask=mask, **where, use_cache=False).logits[:, alone]
+        padded = of_tokens(model(input_ids=ids, attention_mask=mask, **where, use_cache=False).logits, ids)[:, alone]
         plain = model(input_ids=ids[:, alone], attention_mask=mask[:, alone], use_cache=False).logits
+        plain = of_tokens(plain, ids[:, alone])
     given = ", although its position_ids skip it" if where else ""
     check_same(padded, plain, f"padding on the {side} changes the logits of {name}", given=given, remedy=REMEDIES[side])
 

@@ -77,7 +77,7 @@ class TaskDefinition:
     # Valid configs
 
     def check_groups(self) -> None:
-        """Raise ConfigError if the data or the model belong to another task."""
+        """Raise ConfigError if the data or the model belong to another task, or the adapter to another model."""
         for group, base in (("data", self.data_class), ("model", self.model_class)):
             chosen = getattr(self.config, group)
             if not isinstance(chosen, base):
@@ -86,6 +86,13 @@ class TaskDefinition:
                     f"data={listed(options_of('data', self.data_class))}, and "
                     f"model={listed(options_of('model', self.model_class))}"
                 )
+        model, adapter = self.config.model, self.config.adapter
+        if not isinstance(model, adapter.model_class):
+            adapters: dict[str, Any] = {**options("adapter")}
+            fitting = [name for name, each in adapters.items() if isinstance(model, each.model_class)]
+            raise ConfigError(
+                f"adapter={adapter.kind} does not fit model={option_of('model', model)}; give adapter={listed(fitting)}"
+            )
 
     def validate(self) -> None:
         """Raise ConfigError for combinations of keys that the task cannot run; the base checks `vary`."""

@@ -7,7 +7,7 @@ from typing import Any
 from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 
 
 def load_model(folder: str | Path) -> Any:
@@ -47,12 +47,15 @@ def load_unet(folder: Path) -> Any:
 
 
 def _released(folder: Path) -> Path | None:
-    """The folder or its `model/`, whichever has a `config.json`; None if neither has."""
-    return next((each for each in (folder, folder / "model") if (each / CONFIG).is_file()), None)
+    """The folder or its `model/`, whichever holds a released model; None if neither does."""
+    folders = (folder, folder / "model")
+    return next((each for each in folders for name in (CONFIG, ADAPTER) if (each / name).is_file()), None)
 
 
 def _is_language(released: Path) -> bool:
-    """Whether `config.json` is the config of a transformers model."""
+    """Whether the folder holds a model of transformers or an adapter of one."""
+    if (released / ADAPTER).is_file():
+        return True
     path = released / CONFIG
     try:
         return "model_type" in json.loads(path.read_text())
@@ -61,6 +64,10 @@ def _is_language(released: Path) -> bool:
 
 
 def _language_model(released: Path) -> Any:
+    if (released / ADAPTER).is_file():
+        from memsave.tasks.language.adapter_files import load_adapted
+
+        return load_adapted(released)
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

@@ -1,6 +1,6 @@
 """Checkpoints: the state of a run as safetensors and JSON.
 
-    checkpoint/model.safetensors       parameters and buffers of the model
+    checkpoint/model.safetensors       trainable parameters, and buffers, of the model
     checkpoint/optimizer.safetensors   optimizer state as "parameter name/state name", and the random states
     checkpoint/state.json              the step, the optimizer's name and numbers, and the counts of private training
 
@@ -8,10 +8,12 @@ A checkpoint replaces the last one atomically, and the last one stays as `checkp
 any moment leaves a complete checkpoint. The checkpoint of a private run reveals its noise and must stay secret.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from memsave.training.loop import State
 
 NAME = "checkpoint"
 RANDOM, PRIVATE, EMA = "random/", "private/", "ema/"
+REPLACED = ".original_module."  # modules that PEFT keeps beside their trained copies and does not use
 SECRET = """This folder is as secret as the training data: it holds the state of the random generators that draw the
 noise and the batches. Only the folder model/ may be released.
 """
@@ -47,6 +50,7 @@ def _write(state: State, folder: Path) -> None:
         "optimizer": type(state.optimizer).__name__,
         "numbers": numbers,
         "identity": state.identity,
+        "frozen": state.frozen,
         "best": state.best,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "private": None,
@@ -71,6 +75,10 @@ def load(state: State, folder: Path) -> None:
     content, model, tensors = _read(folder)
     _check_model(model, expected=_unique_tensors(state.model), folder=folder)
     _check_run(state, content, folder=folder)
+    if content.get("frozen") != state.frozen:
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of a model with other frozen weights; continue with the same base model"
+        )
     generators = _take(tensors, PRIVATE)
     if state.private is not None:
         state.private.load_state_dict({**content["private"], **generators})
@@ -167,15 +175,30 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; a tensor with several names is listed under the first one."""
+    """Trainable parameters and buffers by name; a tensor with several names is listed under the first one."""
     named: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
+        tensor = tensor.detach()
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if not tensor.numel() or key not in seen:
             named[name] = tensor.contiguous()
             seen.add(key)
     return named
+
+
+def digest_of_frozen(model: nn.Module) -> str | None:
+    """A digest of the frozen parameters, which a checkpoint does not hold; None if all parameters train."""
+    digest, found = hashlib.sha256(), False
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and REPLACED not in name:
+            content: Any = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(content)
+            found = True
+    return digest.hexdigest() if found else None
 
 
 def _optimizer_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -57,6 +57,8 @@ class State:
     """The id of the run, which a continued run keeps."""
     data: str | None = None
     """The fingerprint of the raw data, which runs on the same data share."""
+    frozen: str | None = None
+    """The digest of the frozen parameters, which a checkpoint does not hold; None if all parameters train."""
     identity: dict[str, Any] = field(default_factory=dict)
     """The values that determine the batches, by config key; a checkpoint continues only with the same values."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from memsave.config.schema import TrainerConfig
 from memsave.models.language import is_checkpointing, set_checkpointing
+from memsave.models.padding import base_of
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak, format_bytes
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State, accumulate, autocast, evaluating
@@ -154,6 +155,7 @@ class _Steps:
 
 def set_memory(model: Any, mode: str) -> None:
     """Set the memory mode of a network with the attribute `memory`, or of a model of transformers."""
+    model = base_of(model)  # an attribute that is set on the wrapper of PEFT would not reach the model
     if hasattr(model, "memory"):
         model.memory = mode
     else:
@@ -162,6 +164,7 @@ def set_memory(model: Any, mode: str) -> None:
 
 def get_memory(model: Any) -> str:
     """The current memory mode of the model."""
+    model = base_of(model)
     return model.memory if hasattr(model, "memory") else "checkpoint" if is_checkpointing(model) else "stored"
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from memsave import files
 from memsave.config.schema import OptimizerConfig
@@ -112,3 +113,43 @@ def test_checkpoints_that_cannot_be_continued_are_refused(tmp_path):
     shutil.copytree(folder, folder.with_name("checkpoint.previous"))
     with pytest.raises(checkpoint.CheckpointError, match=r"; continue from the previous one, .*checkpoint\.previous"):
         checkpoint.load(state, folder)
+
+
+def frozen_state():
+    """A state whose first parameter is frozen."""
+    state = make_state(line_model(), trainer())
+    next(state.model.parameters()).requires_grad_(False)
+    state.frozen = checkpoint.digest_of_frozen(state.model)
+    return state
+
+
+def test_frozen_parameters_are_not_saved_but_compared(tmp_path):
+    torch.manual_seed(0)
+    state = frozen_state()
+    (name, frozen), *_ = state.model.named_parameters()
+    checkpoint.save(state, tmp_path / "checkpoint")
+    held = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert name not in held and set(held) < set(state.model.state_dict())
+    torch.manual_seed(0)
+    same = frozen_state()
+    checkpoint.load(same, tmp_path / "checkpoint")
+    assert same.frozen == state.frozen is not None
+    with torch.no_grad():
+        frozen += 1e-3
+    state.frozen = checkpoint.digest_of_frozen(state.model)
+    with pytest.raises(checkpoint.CheckpointError, match="of a model with other frozen weights; continue with"):
+        checkpoint.load(state, tmp_path / "checkpoint")
+
+
+def test_the_digest_is_of_the_frozen_parameters_that_are_used():
+    model = line_model()
+    assert checkpoint.digest_of_frozen(model) is None
+    model.original_module = torch.nn.Linear(2, 2, dtype=torch.bfloat16).requires_grad_(False)
+    wrapper = torch.nn.ModuleDict({"head": model})
+    assert checkpoint.digest_of_frozen(wrapper) is None  # PEFT uses the copy that it trains
+    model.other = torch.nn.Linear(2, 2, dtype=torch.bfloat16).requires_grad_(False)
+    digest = checkpoint.digest_of_frozen(wrapper)
+    assert digest == checkpoint.digest_of_frozen(wrapper) is not None
+    with torch.no_grad():
+        model.other.bias[0] += 1
+    assert checkpoint.digest_of_frozen(wrapper) != digest

@@ -18,7 +18,7 @@ from memsave.data.text.config import WritingData
 from memsave.data.text.encode import start_ids
 from memsave.data.text.facts import Facts, Lengths, lengths_of
 from memsave.data.text.splits import hold_out, split_files
-from memsave.data.text.tables import SUFFIXES, check_encoding, read_rows, read_text
+from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows, read_text
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class DocumentsData(WritingData):
         if not found:
             raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
         return found
+
+    def _of_row(self, row: Row) -> Document:
+        return _document(row.text(self.text, key="data.text"), row.where.removesuffix(","))
 
 
 def _document(text: str, place: str) -> Document:

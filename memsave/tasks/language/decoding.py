@@ -7,6 +7,7 @@ import torch
 
 from memsave.data.text.collate import prompts
 from memsave.models.encoder_decoder import is_encoder_decoder
+from memsave.models.virtual_tokens import generate
 
 BATCH = 32
 
@@ -34,7 +35,8 @@ def write_texts(
     for first in range(0, len(tokens), BATCH):
         batch = prompts(tokens[first : first + BATCH], pad=tokenizer.pad_token_id, right=is_pair)
         length = 0 if is_pair else batch["input_ids"].shape[1]
-        out = model.generate(
+        out = generate(
+            model,
             **{key: value.to(device) for key, value in batch.items()},
             num_beams=beams,
             do_sample=False,

@@ -16,7 +16,8 @@ from memsave.data.text.config import TextData
 from memsave.models.encoder_decoder import is_encoder_decoder
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
-from memsave.tasks.language.pretrained import LanguageModel, Purpose
+from memsave.tasks.language.adapters import PeftAdapter
+from memsave.tasks.language.pretrained import LanguageModel, Purpose, with_random_weights
 from memsave.training.measure import set_memory
 
 LENGTH_STEP = 8
@@ -64,6 +65,11 @@ class LanguageDefinition(TaskDefinition):
             raise ConfigError(
                 f"model={own} has no reversible mode; give memory=stored or memory=checkpoint, or model=rev_gpt2"
             )
+        if self.model.random and isinstance(self.config.adapter, PeftAdapter):
+            raise ConfigError(
+                f"model.random=true gives a model that no file holds, and adapter={self.config.adapter.kind} releases "
+                f"no model; give adapter=none"
+            )
         if memory.anchor_every is not None:
             raise ConfigError(f"memory.anchor_every is for model=rev_unet; leave it out of model={own}")
         if memory.engine != "auto":
@@ -81,10 +87,16 @@ class LanguageDefinition(TaskDefinition):
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(the pretrained model, its tokenizer)."""
         model, tokenizer = self.model.load(self.purpose(), progress=progress)
+        torch.manual_seed(self.config.trainer.seed)  # the first load of some models draws random numbers
+        model = with_random_weights(model) if self.model.random else model
         set_memory(model, self.config.memory.mode)
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and self.data.max_length > positions:
-            raise ConfigError(f"data.max_length is {self.data.max_length}, but the model has {positions} positions")
+        added = self.config.adapter.added_tokens
+        if positions is not None and self.data.max_length + added > positions:
+            of_adapter = f", of which adapter.tokens takes {added}; give less of either" if added else ""
+            raise ConfigError(
+                f"data.max_length is {self.data.max_length}, but the model has {positions} positions{of_adapter}"
+            )
         return model.train(), tokenizer
 
     def make_fake_model(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
@@ -102,9 +114,10 @@ class LanguageDefinition(TaskDefinition):
 
     def _vary_length(self) -> Variation:
         positions = getattr(self.model.architecture(), "max_position_embeddings", None)
+        longest = None if positions is None else positions - self.config.adapter.added_tokens
         return Variation(
             low=LENGTH_STEP,
-            high=None if positions is None else positions // LENGTH_STEP * LENGTH_STEP,
+            high=None if longest is None else longest // LENGTH_STEP * LENGTH_STEP,
             multiple=LENGTH_STEP,
             start=self.data.max_length,
             at=lambda size: self.config.changed({"data.max_length": size}),
@@ -166,7 +179,7 @@ class LanguageDefinition(TaskDefinition):
         head = 2 * self.data.max_length * vocabulary * width
         layers = flops.get_total_flops() - head
         added = {"stored": 0, "checkpoint": layers, "reversible": layers, "logits": 0, "chunked": head}
-        modes = ("stored", "checkpoint", "reversible") if self.model.reversible else ("stored", "checkpoint")
+        modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
         choices = sorted(product(modes, ("logits", "chunked")), key=lambda pair: sum(added[each] for each in pair))
         return [self._with_choice(mode, head) for mode, head in choices]
 
@@ -183,7 +196,9 @@ class LanguageDefinition(TaskDefinition):
 
     def less_memory(self) -> list[str]:
         """Checkpoints, then the remedies of every task."""
-        first = [] if self.config.memory.mode in ("auto", "checkpoint") else ["memory=checkpoint"]
+        has_checkpoints = "checkpoint" in self.config.adapter_modes
+        done = self.config.memory.mode in ("auto", "checkpoint") or not has_checkpoints
+        first = [] if done else ["memory=checkpoint"]
         return [*first, *super().less_memory()]
 
 

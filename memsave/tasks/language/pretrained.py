@@ -88,14 +88,20 @@ class LanguageModel(ModelConfig):
     """Name on the model hub, or a folder."""
     head: str = option("chunked", choices=("chunked", "logits"))
     """chunked computes the loss without storing the logits of all targets; logits uses the logits of the model."""
+    random: bool = False
+    """Train from random weights, of trainer.seed, in place of the pretrained ones; the tokenizer stays."""
 
     def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(model in float32, tokenizer with the special tokens that the purpose needs). Raises ConfigError."""
         return load_pretrained(self.name, purpose)
 
     def load_tokenizer(self, *, progress: Progress) -> Any:
-        """The tokenizer alone. Raises ConfigError."""
-        return read_tokenizer(self.name)
+        """The tokenizer; models that memsave makes or converts are made first. Raises ConfigError."""
+        if type(self).load is LanguageModel.load:
+            return read_tokenizer(self.name)
+        architecture = self.architecture()
+        purpose = next(each for each in map(Purpose, HEADS) if each.fits(architecture))
+        return self.load(purpose, progress=progress)[1]
 
     def architecture(self) -> Any:
         """The architecture as a config of transformers, without weights. Raises ConfigError."""
@@ -134,6 +140,7 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     if purpose.kind == "classification":
         model.config.pad_token_id = tokenizer.pad_token_id  # a causal model classifies from the last token before it
     fuse_gelu(model)
+    model.name_or_path = str(Path(folder).resolve()) if Path(name).expanduser().is_dir() else name  # for PEFT's files
     return model, tokenizer
 
 
@@ -147,6 +154,13 @@ def read_tokenizer(name: str) -> Any:
         raise ConfigError(
             f"{name} has no tokenizer that transformers can load ({_first_line(error)}); give another model"
         ) from error
+
+
+def with_random_weights(model: Any) -> nn.Module:
+    """A model of the same class and config with random weights, of the global random state."""
+    found = type(model)(model.config)
+    fuse_gelu(found)
+    return found
 
 
 def _complete_tokenizer(tokenizer: Any, purpose: Purpose, name: str) -> None:

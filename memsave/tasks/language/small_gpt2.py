@@ -20,6 +20,7 @@ from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretr
 from memsave.training.loop import make_state, run_steps
 
 VERSION = 1  # increase it when pretraining changes, so that cached models are not used
+OTHER_KEYS = ("cache", "kind", "name", "random")  # the pretrained model does not depend on them
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -98,7 +99,7 @@ class RevGPT2(SmallGPT2):
 
 def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
     """The cached folder of the pretrained model; pretrains it first if the cache does not have it."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name")}
+    settings = {key: value for key, value in asdict(config).items() if key not in OTHER_KEYS}
 
     def make(folder: Path) -> None:
         from transformers.utils import logging

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memsave.data.loader import Index
 from memsave.data.text.collate import IGNORED, Example, collate
 from memsave.models.language import causal_lm_losses
+from memsave.tasks.language.adapter_files import save_model
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch
 
@@ -103,7 +104,7 @@ class LanguageTask:
 
     def release(self, model: Any, folder: Path) -> None:
         """Write weights, config and tokenizer for `from_pretrained(folder)`, and the format of the prompt."""
-        model.save_pretrained(folder)
+        save_model(model, folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "prompt.json").write_text(json.dumps(self.prompt_format(), indent=2) + "\n")
 
