@@ -41,6 +41,7 @@ PART = 1000  # examples between two lines of progress
 OWN = ("data", "model", "show")
 """The keys of the command that are not those of the source."""
 SPLITS = ("training", "held-out")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass
@@ -124,33 +125,37 @@ def source(name: str, values: Mapping[str, str]) -> TextData:
     if not issubclass(schema, TextData):
         raise ConfigError(f"data={name} is no source of text; for volumes, leave data= out and give root= and layout=")
     types = {each.name: each.type for each in fields(schema) if each.name != "kind"}
+    texts: dict[str, Any] = {}  # set on the object, because OmegaConf would resolve ${...}
     for key, value in values.items():
         if key not in types:
             known = [*OWN, *types]
-            raise ArgumentError(f"{key} is not known: the keys of data={name} are {', '.join(known)}{closest(key, known)}")
-        _set(config, key, value, types[key])
+            hint = closest(key, known)
+            raise ArgumentError(f"{key} is not known: the keys of data={name} are {', '.join(known)}{hint}")
+        if types[key] in (str, str | None):
+            texts[key] = None if value == "null" and types[key] is not str else value
+            config[key] = ""  # a key without a default needs a value
+        else:
+            _set(config, key, value, types[key])
     data = cast(TextData, OmegaConf.to_object(config))
+    for key, text in texts.items():
+        setattr(data, key, text)
     check_fields(data)
     getattr(data, "validate", lambda: None)()
     return data
 
 
 def _set(config: DictConfig, key: str, value: str, kind: Any) -> None:
-    """Set a key. Texts, and names in a list, are kept as typed; null is no text if the key may be null."""
-    found: Any = value
-    if kind != str and value == "null":
-        found = None
-    elif kind in (list[str], list[str] | None):
-        found = names_in(value)
+    """Set a key that is no text. Names in a list are kept as typed."""
     try:
-        if kind in (str, str | None) or found is not value:
-            config[key] = found
+        if kind in (list[str], list[str] | None) and value != "null":
+            config[key] = names_in(value)
         else:
             config.merge_with(OmegaConf.from_dotlist([f"{key}={value}"]))
             config[key]  # resolves an interpolation
     except (OmegaConfBaseException, YAMLError) as error:
         example = f", as in {key}={config[key]}" if config[key] is not None else ""
-        raise ArgumentError(f"{key} is {value!r}: give {getattr(kind, '__name__', kind)}{example}") from error
+        words = next((each for known, each in KINDS.items() if kind in (known, known | None)), "another value")
+        raise ArgumentError(f"{key} is {value!r}: give {words}{example}") from error
 
 
 def examine(data: TextData, *, model: str | None = None, progress: Progress | None = None) -> Report:
@@ -198,8 +203,8 @@ def _compare(report: Report, train: Sequence[Facts], held_out: Sequence[Facts]) 
         example = next(each for each in train if _key(each) == most)
         report.notes.append(
             f"{_examples(sum(again.values()), 'training')} not unique: {len(again)} different ones occur up to "
-            f"{again[most]} times, such as {_shown(example)}; privacy protects one example, and a person with k "
-            f"copies less, at k times the epsilon."
+            f"{again[most]} times, such as {_shown(example)}; privacy protects one example, and for a person "
+            f"with k of them epsilon is up to k times as large."
         )
     labels: dict[str, set[str]] = {}
     for each in train:
@@ -224,7 +229,9 @@ def _count(report: Report, train: Sequence[Facts], held_out: Sequence[Facts]) ->
     report.rows += _sizes("turns", [[each.turns for each in part if each.turns is not None] for part in both])
 
 
-def _measure(report: Report, data: TextData, splits: Sequence[Sequence[Any]], *, model: str, progress: Progress) -> None:
+def _measure(
+    report: Report, data: TextData, splits: Sequence[Sequence[Any]], *, model: str, progress: Progress
+) -> None:
     """Add the tokens of the examples to the table, and note those that are cut."""
     config = component("model", model)() if model in names("model") else component("model", "language")(name=model)
     if not hasattr(config, "load_tokenizer"):

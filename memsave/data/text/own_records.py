@@ -88,11 +88,10 @@ class Template:
         self.columns = [name for _, name, _, _ in self.parts if name is not None]
 
     def fill(self, row: Row) -> str:
-        """The text for a row. Raises DataError for a column that does not exist, and for an empty text."""
-        found = "".join(
-            before + ("" if name is None else row.text(name, key=self.key)) for before, name, _, _ in self.parts
-        )
-        if not found.strip():
+        """The text for a row. Raises DataError for a column that does not exist, and if all columns are empty."""
+        values = ["" if name is None else row.text(name, key=self.key) for _, name, _, _ in self.parts]
+        found = "".join(before + value for (before, *_), value in zip(self.parts, values, strict=True))
+        if not (any(values) if self.columns else found.strip()):
             columns = f"fill in {' or '.join(self.columns)}" if self.columns else f"change {self.key}"
             raise DataError(f"{row.where} gives an empty {self.key}: {columns}, or delete the line.")
         return found

@@ -22,6 +22,7 @@ from memsave.data.errors import DataError, made, report
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".jsonl")
+ENCODING = "data.encoding"
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,16 @@ class Row:
         return "" if value is None else json.dumps(value)
 
 
-def read_rows(path: str | Path, *, encoding: str = "utf-8", plain: str | None = None) -> list[Row]:
+def read_rows(path: str | Path, *, encoding: str = "utf-8", key: str = ENCODING, plain: str | None = None) -> list[Row]:
     """All rows of a file in its order, at least one. The suffix decides the format. Raises DataError.
 
-    `plain`: also read .txt files; each line is a row with this column.
+    `key`: that of the encoding, for messages. `plain`: also read .txt files; each line is a row with this column.
     """
     path = Path(path).expanduser()
     suffix, suffixes = path.suffix.lower(), SUFFIXES if plain is None else (".txt", *SUFFIXES)
     if suffix not in suffixes:
         raise DataError(f"{path} is no table: give a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
-    text = read_text(path, encoding=encoding)
+    text = read_text(path, encoding=encoding, key=key)
     if suffix == ".txt" and plain is not None:
         rows = [Row({plain: line}, path, number) for number, line in enumerate(_lines(text), 1)]
     else:
@@ -80,8 +81,11 @@ def read_rows(path: str | Path, *, encoding: str = "utf-8", plain: str | None = 
     return rows
 
 
-def read_text(path: Path, *, encoding: str = "utf-8") -> str:
-    """The text of a file, without a byte order mark. Raises DataError, which names the line that cannot be decoded."""
+def read_text(path: Path, *, encoding: str = "utf-8", key: str = ENCODING) -> str:
+    """The text of a file, without a byte order mark. Raises DataError, which names the line that cannot be decoded.
+
+    `key`: that of the encoding, for the message.
+    """
     if not path.is_file():
         raise DataError(f"The file {path} does not exist: check the path.")
     content = path.read_bytes()
@@ -89,19 +93,20 @@ def read_text(path: Path, *, encoding: str = "utf-8") -> str:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        other = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1"
         raise DataError(
             f"{path}, line {line}, is not {encoding} (byte {content[error.start]:#04x}): give its encoding, as in "
-            f"data.encoding=latin-1, or save it as UTF-8."
+            f"{key}={other}, or save it as UTF-8."
         ) from error
 
 
-def check_encoding(encoding: str) -> None:
+def check_encoding(encoding: str, *, key: str = ENCODING) -> None:
     """Raise ConfigError for an encoding of text that Python does not know."""
     try:
         b"".decode(encoding)
     except LookupError as error:
         raise ConfigError(
-            f"data.encoding is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
+            f"{key} is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
         ) from error
 
 
