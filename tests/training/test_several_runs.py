@@ -18,7 +18,7 @@ from memsave.training.result import read_result, write_config
 from tests.support.tiny_configs import TINY_GPT2_DP
 
 QUICK = ["privacy.accountant=rdp", "privacy.verify=false", "profiler.compare=[]", "trainer.evaluate_first=false"]
-QUICK += ["data.generate=1", "data.beams=1", "privacy.noise_multiplier=1.0"]
+QUICK += ["task.generate=1", "task.beams=1", "privacy.noise_multiplier=1.0"]
 DELTA = 40**-1.1
 
 

@@ -17,17 +17,21 @@ def write_texts(
     tokenizer: Any,
     tokens: Sequence[list[int]],
     *,
-    max_length: int,
+    max_length: int = 0,
+    new_tokens: int | None = None,
+    ends: Sequence[int] = (),
     beams: int = 1,
     device: torch.device,
 ) -> Iterator[str]:
-    """Yield the text that the model writes after each prompt, until its end token.
+    """Yield the text that the model writes after each prompt, until an end token.
 
     Args:
         model: a causal language model or an encoder-decoder of transformers in eval mode.
         tokenizer: its tokenizer.
         tokens: the tokens of each prompt.
         max_length: tokens of prompt and text together, and of the text of an encoder-decoder; each gets at least one.
+        new_tokens: tokens of each text at most; replaces max_length.
+        ends: the tokens that end a text, if not only the end token of the tokenizer.
         beams: width of the beam search; 1 is greedy.
         device: of the model.
     """
@@ -40,8 +44,8 @@ def write_texts(
             **{key: value.to(device) for key, value in batch.items()},
             num_beams=beams,
             do_sample=False,
-            max_new_tokens=max(1, max_length - length),
-            eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=new_tokens or max(1, max_length - length),
+            eos_token_id=list(ends) or tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)

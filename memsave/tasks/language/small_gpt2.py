@@ -1,6 +1,6 @@
 """`model=small_gpt2` and `model=rev_gpt2`: small models that are pretrained once on generated public text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,13 +11,15 @@ from torch import nn
 from memsave.config import option, register
 from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.data.cache import cached_folder
+from memsave.data.text.calls import CallsData, public_dialogs
 from memsave.data.text.config import VisitsData
-from memsave.data.text.records import Record
 from memsave.data.text.visits import public_records
 from memsave.progress import Progress
+from memsave.tasks.language.dialog import DialogTask
 from memsave.tasks.language.generation import Generation
 from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
 from memsave.training.loop import make_state, run_steps
+from memsave.training.task import Task
 
 VERSION = 1  # increase it when pretraining changes, so that cached models are not used
 OTHER_KEYS = ("cache", "kind", "name", "random")  # the pretrained model does not depend on them
@@ -31,6 +33,8 @@ class SmallGPT2(LanguageModel):
 
     kind: str = "small_gpt2"
     name: str = "small_gpt2"
+    corpus: str = option("tables", choices=("tables", "dialogs"))
+    """Generated public text for pretraining: tables with sentences, or telephone calls."""
     layers: int = option(3, least=1)
     """Transformer layers."""
     heads: int = option(4, least=1)
@@ -99,16 +103,17 @@ class RevGPT2(SmallGPT2):
 
 def pretrained_small_gpt2(config: SmallGPT2, *, progress: Progress) -> Path:
     """The cached folder of the pretrained model; pretrains it first if the cache does not have it."""
-    settings = {key: value for key, value in asdict(config).items() if key not in OTHER_KEYS}
+    unused = (*OTHER_KEYS, "corpus") if config.corpus == "tables" else OTHER_KEYS  # older caches lack the corpus
+    settings = {key: value for key, value in asdict(config).items() if key not in unused}
 
     def make(folder: Path) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        records = public_records(config.records, seed=config.seed)
-        tokenizer = train_tokenizer([f"{each.prompt} {each.completion}" for each in records], size=config.vocabulary)
+        corpus = CORPORA[config.corpus](config)
+        tokenizer = train_tokenizer(corpus.texts, size=config.vocabulary)
         model = small_gpt2(config, tokenizer)
-        _pretrain(model, tokenizer, records, config, progress=progress)
+        _pretrain(model, corpus.task(tokenizer), config, progress=progress)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -145,16 +150,44 @@ def train_tokenizer(texts: Sequence[str], *, size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD)
 
 
-def _pretrain(
-    model: nn.Module, tokenizer: Any, records: Sequence[Record], config: SmallGPT2, *, progress: Progress
-) -> None:
-    optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=20)
-    trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
+@dataclass(frozen=True)
+class Corpus:
+    """Public text for pretraining."""
+
+    texts: list[str]
+    task: Callable[[Any], Task]
+    """The task of pretraining for a tokenizer."""
+
+
+def _tables(config: SmallGPT2) -> Corpus:
+    records = public_records(config.records, seed=config.seed)
     data = VisitsData(max_length=config.positions)
-    task = Generation(records, [], tokenizer, data=data, trainer=trainer, device=torch.device("cpu"))
-    progress.say(f"pretraining model={config.kind} on {len(records)} generated public records; it is then cached")
-    if task.cuts.cut_examples:
-        progress.say(f"  {task.cuts.cut_examples} of them are cut to model.positions={config.positions} tokens")
+    options: dict[str, Any] = {"data": data, "trainer": _trainer(config), "device": torch.device("cpu")}
+    texts = [f"{each.prompt} {each.completion}" for each in records]
+    return Corpus(texts, lambda tokenizer: Generation(records, [], tokenizer, **options))
+
+
+def _dialogs(config: SmallGPT2) -> Corpus:
+    dialogs = public_dialogs(config.records, seed=config.seed)
+    data = CallsData(max_length=config.positions)
+    options: dict[str, Any] = {"data": data, "trainer": _trainer(config), "device": torch.device("cpu")}
+    texts = [" ".join(f"{role}: {content}" for role, content in each.messages) for each in dialogs]
+    return Corpus(texts, lambda tokenizer: DialogTask(dialogs, [], tokenizer, **options))
+
+
+CORPORA: dict[str, Callable[[SmallGPT2], Corpus]] = {"tables": _tables, "dialogs": _dialogs}
+
+
+def _trainer(config: SmallGPT2) -> TrainerConfig:
+    optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=20)
+    return TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
+
+
+def _pretrain(model: nn.Module, task: Task, config: SmallGPT2, *, progress: Progress) -> None:
+    trainer = _trainer(config)
+    progress.say(f"pretraining model={config.kind} on {task.size} generated public {config.corpus}; it is then cached")
+    if cut := task.counts["cut_examples"]:
+        progress.say(f"  {cut} of them are cut to model.positions={config.positions} tokens")
     state = make_state(model, trainer)
     for group in state.optimizer.param_groups:
         group["betas"] = (0.9, 0.99)  # few steps need a shorter average of the squares
