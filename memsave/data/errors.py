@@ -60,9 +60,9 @@ def read_each(paths: Iterable[Path], read: Callable[[Path], list[Made]]) -> list
     return found
 
 
-def is_collecting() -> bool:
-    """Whether readers run inside `collecting_faults`."""
-    return _faults.get() is not None
+def faults_so_far() -> int:
+    """The number of faults that were kept; 0 outside of `collecting_faults`."""
+    return len(_faults.get() or ())
 
 
 def made(rows: Iterable[Given], make: Callable[[Given], Made]) -> Iterator[Made]:

@@ -81,15 +81,13 @@ class DocumentsData(WritingData):
     def _read(self, path: Path) -> list[Document]:
         if path.is_dir() or path.suffix.lower() == ".txt":
             files = text_files(path)
-            found = list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
-        else:
-            rows = read_rows(path, encoding=self.encoding)
-            found = list(
-                made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
-            )
-        if not found:
-            raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
-        return found
+            if not files:
+                raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
+            return list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
+        rows = read_rows(path, encoding=self.encoding)
+        return list(
+            made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
+        )
 
     def _of_row(self, row: Row) -> Document:
         return _document(row.text(self.text, key="data.text"), row.where.removesuffix(","))
@@ -152,7 +150,7 @@ def encode_documents(
     found, cuts = [], ChunkCuts()
     for document in documents:
         tokens = [*token_ids(document.text, tokenizer), tokenizer.eos_token_id]
-        start = (start_ids(tokenizer) or [tokenizer.eos_token_id])[0]
+        start = document_start(tokenizer)
         rows = chunks(tokens, start=start, max_length=max_length)
         kept = rows if max_chunks is None else rows[:max_chunks]
         count = sum(len(row.ids) - 1 for row in kept)
@@ -164,6 +162,11 @@ def encode_documents(
         cuts.cut_tokens += len(tokens) - count
         found.append(kept)
     return found, cuts
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token before a document: the one that begins every text, or else the end token."""
+    return int((start_ids(tokenizer) or [tokenizer.eos_token_id])[0])
 
 
 def chunks(tokens: Sequence[int], *, start: int, max_length: int) -> Example:
