@@ -41,7 +41,8 @@ from memsave.resume import ResumedRun, resumed_run
 from memsave.training.signals import interrupt_at_signals
 
 OUTPUT_FILES = (
-    "plan.md", "plan.png", "overlay.png", "scores.csv", "samples.md", "memory.png", "memory.html", "privacy.md",
+    "plan.md", "plan.png", "overlay.png", "scores.csv", "confusion.png", "samples.md",
+    "memory.png", "memory.html", "privacy.md",
     "model", "tensorboard", "result.json", "error.txt",
 )  # fmt: skip
 """Files and folders of a run that its last line lists, in this order."""

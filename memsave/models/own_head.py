@@ -59,9 +59,12 @@ def _hidden(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: str) ->
 
     def forward(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return StandIn.of(hidden, name, vocabulary=len(linear.weight)) if has_values(hidden) else hidden[:1, :1]
+        if has_values(hidden):
+            return StandIn.of(hidden, name, vocabulary=len(linear.weight))
+        first = hidden[:1, :1]  # an encoder-decoder may add a bias of the size of the vocabulary
+        return first[..., :1].expand(-1, -1, len(linear.weight)) if "decoder_input_ids" in inputs else first
 
-    with _replaced_forward(linear, forward):
+    with replaced_forward(linear, forward):
         logits = model(**inputs, use_cache=False).logits
     return _once(seen, name), logits
 
@@ -78,7 +81,7 @@ def _real_logits(model: Any, linear: nn.Linear, inputs: dict[str, Any], name: st
         seen.append(F.linear(hidden, linear.weight, linear.bias))
         return seen[-1].clone()
 
-    with trial(model), _replaced_forward(linear, forward):
+    with trial(model), replaced_forward(linear, forward):
         logits = model(**ids, attention_mask=torch.ones_like(start), use_cache=False).logits
     return _once(seen, name), logits
 
@@ -106,7 +109,7 @@ def _once(seen: list[Tensor], name: str) -> Tensor:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Context manager: replaces the module's forward, also one that a clipper has set on the instance."""
     before = vars(module).get("forward")
     module.forward = forward

@@ -8,6 +8,11 @@ from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
+AUTO_CLASSES = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+"""The class of transformers that loads a language model, by the end of its architecture's name in config.json."""
 
 
 def load_model(folder: str | Path) -> Any:
@@ -68,14 +73,17 @@ def _language_model(released: Path) -> Any:
         from memsave.tasks.language.adapter_files import load_adapted
 
         return load_adapted(released)
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
 
+    name = (json.loads((released / CONFIG).read_text()).get("architectures") or [""])[0]
     try:
-        is_pair = AutoConfig.from_pretrained(released).is_encoder_decoder
-        return (AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM).from_pretrained(released).eval()
+        is_pair = transformers.AutoConfig.from_pretrained(released).is_encoder_decoder
+        default = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
+        found = next((each for ending, each in AUTO_CLASSES.items() if name.endswith(ending)), default)
+        return getattr(transformers, found).from_pretrained(released).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
 

@@ -69,7 +69,10 @@ def test_the_memory_option_sets_the_mode(memory):
         (["privacy.kind=ghost"], r"privacy\.kind is 'ghost'; choose one of none"),
         (["model.kind=foo"], r"model\.kind is 'foo'; choose one of rev_unet"),
         (["task=foo"], "task=foo is not known; choose one of"),
-        (["task=generation"], "is not compatible with data=phantom; give data=e2e or visits, and model="),
+        (
+            ["task=generation"],
+            "is not compatible with data=phantom; give data=dart, documents, e2e, ",
+        ),
         (
             ["model=small_gpt2"],
             "is not compatible with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",

@@ -10,6 +10,7 @@ import pytest
 from memsave.config import registry
 from memsave.config.compose import compose, to_objects
 from memsave.config.registry import conf_dir
+from memsave.data.text.config import TextData
 from memsave.run import check_overrides
 from memsave.tasks.definition import definition_of, options_of
 
@@ -42,6 +43,7 @@ def compatible_runs(experiment):
 def test_an_experiment_composes_with_every_compatible_option(overrides):
     more = ["budget=8GiB"] if "memory=auto" in overrides else []
     more += ["trainer.micro_batch_size=1"] if "privacy=direct" in overrides else []
+    more += ["data.max_chunks=4"] if "data=documents" in overrides else []
     config = to_objects(compose([*overrides, *more, "data.root=/my/data"]))
     chosen = dict(each.split("=") for each in overrides)
     assert config.data.kind == chosen["data"].removesuffix("_full").removesuffix("_small")
@@ -55,12 +57,19 @@ def commands():
             yield path.name, found if found[0].startswith("experiment=") else [f"experiment={path.stem}", *found]
     for path in sorted((conf_dir() / "data").glob("*.yaml")) + sorted((conf_dir() / "memory").glob("*.yaml")):
         for found in overrides_in(path):
-            yield path.name, [f"experiment={'gpt2_dp' if 'data=e2e' in found else 'brats_rev'}", *found]
+            yield path.name, [f"experiment={experiment_for(found)}", *found]
     pages = [path for path in sorted(ROOT.glob("docs/*.md")) if path.name not in OTHER_PACKAGES]
     for path in [ROOT / "README.md", ROOT / "memsave" / "run.py", *pages]:
         for found in re.findall(r"python -m memsave\.run ((?:.*\\\n)*.*)", path.read_text()):
             words = shlex.split(found.replace("\\\n", " ").partition("`")[0], comments=True)
             yield path.name, [word for word in words if "=" in word]
+
+
+def experiment_for(overrides):
+    """An experiment that the overrides of a data set or a memory mode suit."""
+    chosen = dict(each.partition("=")[::2] for each in overrides)
+    data = registry.options("data").get(chosen.get("data"), object)
+    return "gpt2_dp" if issubclass(data, TextData) else "brats_rev"
 
 
 def overrides_in(path):

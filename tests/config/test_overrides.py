@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memsave.config import ConfigError
 from memsave.config.compose import compose
-from memsave.config.overrides import LISTS, TEXTS, override, parse, several
+from memsave.config.overrides import LISTS, TEMPLATES, TEXTS, literal, override, parse, several
 from memsave.config.registry import options
 from memsave.run import check_overrides
 
@@ -87,8 +87,30 @@ def test_only_for_keys_of_texts_several_values_may_be_one_quoted_value():
     assert several("memory=stored,auto").endswith("add -m to run one job for each")
 
 
+@pytest.mark.parametrize(
+    "template", ["{name} is", "{a}, {b}", '"{a}" said', "{{{a}}}", "{a} $", "x=[{a}", "null", "it's"]
+)
+def test_a_template_needs_no_quotes_for_hydra(template):
+    base = ["experiment=text_dp", "data.root=/x", f"data.prompt={template}"]
+    assert compose(base).data.prompt == template
+    text = literal(base[-1])
+    assert literal(text) == text
+    assert parse(text).value() == template
+    check_overrides(["-m", *base])
+
+
+def test_a_template_in_quotes_for_hydra_is_read_without_them():
+    assert compose(["experiment=text_dp", "data.root=/x", 'data.prompt="{a} is"']).data.prompt == "{a} is"
+
+
+def test_a_template_split_at_a_space_is_refused_with_its_quoted_form():
+    with pytest.raises(ConfigError, match=r"'is' cannot be read; if it is part of the preceding value") as caught:
+        compose(["experiment=text_dp", "data.root=/x", "data.prompt={name}", "is"])
+    assert shlex.split(str(caught.value).partition("as in ")[2]) == ["data.prompt={name} is"]
+
+
 def test_the_listed_keys_of_texts_exist():
-    groups = ("data", "model", "memory", "privacy", "trainer", "profiler")
+    groups = ("data", "task", "model", "memory", "privacy", "trainer", "profiler")
     schemas = [(group, schema) for group in groups for schema in options(group).values()]
     keys = {f"{group}.{each.name}" for group, schema in schemas for each in fields(schema)}
-    assert {key for key in (*TEXTS, *LISTS) if not re.match(r"hydra\.(run|sweep)\.dir", key)} <= keys
+    assert {key for key in (*TEXTS, *LISTS, *TEMPLATES[:2]) if not re.match(r"hydra\.(run|sweep)\.dir", key)} <= keys

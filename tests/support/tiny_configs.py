@@ -31,3 +31,22 @@ TINY_GPT2 = [
 """Sizes for the experiment gpt2_dp, without its name."""
 
 TINY_GPT2_DP = ["experiment=gpt2_dp", *TINY_GPT2]
+
+TINY_ROBERTA = [
+    "model.layers=2",
+    "model.heads=2",
+    "model.width=16",
+    "model.vocabulary=700",
+    "model.positions=60",
+    "model.texts=300",
+    "model.steps=2",
+    "model.batch_size=4",
+    "data.comments=40",
+    "data.held_out=10",
+    "data.max_length=50",
+    "trainer.steps=2",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=5",
+    "profiler.compare=[]",
+]
+"""Sizes for the experiment roberta_dp, without its name."""

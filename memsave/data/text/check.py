@@ -170,12 +170,15 @@ def examine(data: TextData, *, model: str | None = None, progress: Progress | No
     with collecting_faults() as faults:
         try:
             splits = data.splits()
+            train, held_out = (data.facts(examples) for examples in splits)
+            skipped = getattr(data, "skipped", 0)
         except DataError as fault:
             faults.append(fault)
     report.faults = list(dict.fromkeys(map(str, faults)))  # a missing column is a fault of every line
     if splits is None:
         return report
-    train, held_out = (data.facts(examples) for examples in splits)
+    if skipped:
+        report.notes.append(f"{skipped} invalid lines are left out (skip_invalid).")
     _compare(report, train, held_out)
     _count(report, train, held_out)
     if model is not None:

@@ -13,38 +13,22 @@ file holds one object per line, `{"messages": [{"role": "user", "content": "Hi"}
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from memsave.config import ConfigError, option, register
 from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.collate import IGNORED
 from memsave.data.text.config import TextData
+from memsave.data.text.encode_dialogs import encode_dialogs, format_of
 from memsave.data.text.facts import WHOLE, Facts, Lengths
+from memsave.data.text.messages import ROLES, Dialog, Message
 from memsave.data.text.splits import hold_out, split_files
 from memsave.data.text.tables import Row, check_encoding, read_rows, read_text, whole_text
 
-ROLES = ("system", "user", "assistant")
 OWN, PARTNER, SILENCE = "your persona:", "partner's persona:", "__SILENCE__"
 NUMBERED = re.compile(r"(\d+) (.*)", re.DOTALL)
-
-
-class Message(NamedTuple):
-    """One turn, or instructions to the assistant such as a persona."""
-
-    role: str
-    """One of ROLES; the assistant is the speaker that the model imitates."""
-    content: str
-
-
-@dataclass(frozen=True)
-class Dialog:
-    """One dialog with at least one message of the assistant."""
-
-    messages: tuple[Message, ...]
-    where: str = field(default="The dialog", compare=False, repr=False)
-    """Its place in a file, for error messages."""
 
 
 @dataclass
@@ -74,8 +58,6 @@ class DialogData(TextData):
 
         Only replies are cut: those that are longer than a row, and those beyond `max_rows`.
         """
-        from memsave.data.text.encode_dialogs import encode_dialogs, format_of
-
         form = format_of(tokenizer)
         whole, _ = encode_dialogs(examples, form, max_length=WHOLE)
         tokens = [len(row.ids) for (row,) in whole]

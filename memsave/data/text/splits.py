@@ -14,8 +14,10 @@ HELD_OUT = ("test", "validation", "valid", "dev")
 Item = TypeVar("Item")
 
 
-def split_files(root: str | Path, *, held_out: str | None, suffixes: Collection[str]) -> tuple[Path, Path | None]:
-    """(the training file, the held-out file or None), for a file or for a folder with train.* and test.*.
+def split_files(
+    root: str | Path, *, held_out: str | None, suffixes: Collection[str], names: Sequence[str] = HELD_OUT
+) -> tuple[Path, Path | None]:
+    """(the training file, the held-out file or None), for a file or for a folder with train.* and a file of `names`.
 
     Raises DataError if a folder has no file for training, or two files of one name.
     """
@@ -25,9 +27,9 @@ def split_files(root: str | Path, *, held_out: str | None, suffixes: Collection[
         return root, given
     training = _named(root, TRAINING, suffixes)
     if training is None:
-        names = " or ".join(f"train{suffix}" for suffix in suffixes)
-        raise DataError(f"{root} holds no {names}: name the training file, as in data.root={root}/FILE.")
-    return training, given or _named(root, HELD_OUT, suffixes)
+        wanted = " or ".join(f"train{suffix}" for suffix in suffixes)
+        raise DataError(f"{root} holds no {wanted}: name the training file, as in data.root={root}/FILE.")
+    return training, given or _named(root, names, suffixes)
 
 
 def _named(folder: Path, names: Sequence[str], suffixes: Collection[str]) -> Path | None:

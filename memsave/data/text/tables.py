@@ -113,10 +113,8 @@ def read_text(path: Path, *, encoding: str = "utf-8", key: str = ENCODING) -> st
 def check_encoding(encoding: str, *, key: str = ENCODING) -> None:
     """Raise ConfigError for an encoding of text that Python does not know."""
     try:
-        b"x".decode(encoding)  # no codec is looked up for no bytes
-    except UnicodeDecodeError:
-        pass
-    except LookupError as error:
+        "a".encode(encoding)
+    except (LookupError, UnicodeError) as error:
         raise ConfigError(
             f"{key} is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
         ) from error

@@ -93,9 +93,10 @@ class LanguageDefinition(TaskDefinition):
         positions = getattr(model.config, "max_position_embeddings", None)
         added = self.config.adapter.added_tokens
         if positions is not None and self.data.max_length + added > positions:
-            of_adapter = f", of which adapter.tokens takes {added}; give less of either" if added else ""
+            of_adapter = f", of which adapter.tokens takes {added}" if added else ""
             raise ConfigError(
-                f"data.max_length is {self.data.max_length}, but the model has {positions} positions{of_adapter}"
+                f"data.max_length is {self.data.max_length}, but the model has {positions} positions{of_adapter}; give "
+                f"data.max_length={max(0, positions - added)} or less"
             )
         return model.train(), tokenizer
 

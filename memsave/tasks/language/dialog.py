@@ -17,8 +17,9 @@ from memsave.config import Config, ConfigError, option, register
 from memsave.config.schema import TrainerConfig
 from memsave.data.errors import DataError
 from memsave.data.fingerprint import fingerprint_of
-from memsave.data.text.dialogs import Dialog, DialogData, Message, parse_messages
+from memsave.data.text.dialogs import DialogData, parse_messages
 from memsave.data.text.encode_dialogs import encode_context, encode_dialogs, format_of
+from memsave.data.text.messages import Dialog, Message
 from memsave.data.text.tables import Row
 from memsave.data.text.word_f1 import word_f1
 from memsave.progress import Progress

@@ -17,8 +17,8 @@ from memsave.data.errors import DataError
 from memsave.data.loader import Index
 from memsave.data.text.calls import CallsData, private_dialogs
 from memsave.data.text.collate import collate
-from memsave.data.text.dialogs import Dialog, Message
 from memsave.data.text.encode_dialogs import encode_context
+from memsave.data.text.messages import Dialog, Message
 from memsave.data.text.tables import Row
 from memsave.ghost import verify
 from memsave.tasks.definition import definition_of

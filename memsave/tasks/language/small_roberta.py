@@ -1,0 +1,217 @@
+"""`model=small_roberta`: a small masked language model that is pretrained once on generated public text."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memsave.config import option, register
+from memsave.config.schema import OptimizerConfig, TrainerConfig
+from memsave.data.cache import cached_folder
+from memsave.data.loader import Index
+from memsave.data.text.collate import IGNORED, Tokens, collate
+from memsave.data.text.feedback import VERDICTS, public_reviews
+from memsave.progress import Progress
+from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
+from memsave.training.loop import make_state, run_steps
+from memsave.training.task import Batch
+
+VERSION = 1  # increase it when pretraining changes, so that cached models are not used
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+INITIAL = 0.3  # standard deviation of the initial weights, in units of 1 / sqrt(width)
+FIRST = 0.3  # share of the steps whose masks are at verdicts alone
+MASKED = 0.2  # share of the tokens that are predicted; few steps learn more from more of them
+
+
+@register("model", "small_roberta")
+@dataclass
+class SmallRoberta(LanguageModel):
+    """A small RoBERTa, pretrained once as a masked language model on generated public text and cached."""
+
+    kind: str = "small_roberta"
+    name: str = "small_roberta"
+    layers: int = option(3, least=1)
+    """Transformer layers."""
+    heads: int = option(4, least=1)
+    """Attention heads per layer."""
+    width: int = option(128, least=1)
+    """Size of the hidden states."""
+    vocabulary: int = option(2048, least=300)
+    """Largest vocabulary of the tokenizer."""
+    positions: int = option(160, least=1)
+    """Maximum number of tokens."""
+    texts: int = option(20000, least=1)
+    """Generated public texts for pretraining."""
+    steps: int = option(800, least=1)
+    """Steps of pretraining."""
+    batch_size: int = option(64, least=1)
+    """Batch size of pretraining."""
+    lr: float = 2e-3
+    """Learning rate of pretraining."""
+    seed: int = 0
+    """Seed of the initial weights and of pretraining."""
+    cache: str | None = None
+    """Folder of the pretrained model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
+
+    def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
+        """(the pretrained model, its tokenizer); pretrains it first if the cache does not have it."""
+        return load_pretrained(str(pretrained_small_roberta(self, progress=progress)), purpose)
+
+    def architecture(self) -> Any:
+        """The architecture with the largest possible vocabulary, without dropout: the noise regularises enough."""
+        return self.sizes(vocabulary=self.vocabulary)
+
+    def sizes(self, *, vocabulary: int) -> Any:
+        """The transformers config; the first positions belong to padding, as in every RoBERTa."""
+        from transformers import RobertaConfig
+
+        return RobertaConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=self.positions + 2,
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            type_vocab_size=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=INITIAL / self.width**0.5,
+            bos_token_id=0,
+            pad_token_id=1,
+            eos_token_id=2,
+        )
+
+
+def pretrained_small_roberta(config: SmallRoberta, *, progress: Progress) -> Path:
+    """The cached folder of the pretrained model; pretrains it first if the cache does not have it."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name", "head")}
+
+    def make(folder: Path) -> None:
+        texts = public_reviews(config.texts, seed=config.seed)
+        tokenizer = train_masked_tokenizer(texts, size=config.vocabulary)
+        model = small_roberta(config, vocabulary=len(tokenizer))
+        _pretrain(model, tokenizer, texts, config, progress=progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_folder(config.cache, name="small-roberta", settings={"version": VERSION, **settings}, make=make)
+
+
+def small_roberta(config: SmallRoberta, *, vocabulary: int) -> Any:
+    """The model with random weights."""
+    from transformers import AutoModelForMaskedLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AutoModelForMaskedLM.from_config(config.sizes(vocabulary=vocabulary))
+
+
+def train_masked_tokenizer(texts: Sequence[str], *, size: int) -> Any:
+    """A byte-level BPE tokenizer with RoBERTa's special tokens. Train it only on public text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    mask = AddedToken(SPECIAL["mask_token"], lstrip=True, special=True)  # it takes the space before it
+    special: list[Any] = [each for each in SPECIAL.values() if each != SPECIAL["mask_token"]]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[*special, mask], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = {name: (SPECIAL[name], list(SPECIAL.values()).index(SPECIAL[name])) for name in ("eos_token", "bos_token")}
+    tokenizer.post_processor = processors.RobertaProcessing(
+        sep=ends["eos_token"], cls_token=ends["bos_token"], add_prefix_space=False, trim_offsets=False
+    )
+    inputs = ["input_ids", "attention_mask"]
+    names: dict[str, Any] = {**SPECIAL, "mask_token": mask, "cls_token": SPECIAL["bos_token"]}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **names, sep_token=SPECIAL["eos_token"], model_input_names=inputs
+    )
+
+
+class MaskedTexts:
+    """Texts of which some tokens are replaced by the mask token and predicted; the masks depend on (seed, draw).
+
+    The first texts have masks at their verdicts alone, such as the last word of "It was great.": from these a small
+    model learns moods in few steps. Later, every second text has one of its masks there.
+
+    Args:
+        texts: the texts.
+        tokenizer: with a mask token.
+        max_length: in tokens; the rest is cut.
+        first: the number of draws with masks at verdicts alone.
+        seed: of the masks.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any, *, max_length: int, first: int, seed: int):
+        words = [f" {word}" for verdicts in VERDICTS for word in verdicts]
+        self.verdicts = {each[0] for each in tokenizer(words, add_special_tokens=False)["input_ids"]}
+        found = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+        self.tokens: list[list[int]] = found
+        self.tokenizer, self.first, self.seed = tokenizer, first, seed
+
+    @property
+    def size(self) -> int:
+        """Number of texts."""
+        return len(self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the tokens."""
+        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
+
+    def load(self, indices: Sequence[Index]) -> Batch:
+        """Masked texts, with labels at their masks."""
+        return collate([[self._masked(each)] for each in indices], pad=self.tokenizer.pad_token_id)
+
+    def _masked(self, index: Index) -> Tokens:
+        ids = list(self.tokens[index.example])
+        generator = torch.Generator().manual_seed(self.seed * 10**9 + index.draw)
+        order = (torch.randperm(len(ids) - 2, generator=generator) + 1).tolist()
+        count = max(1, round(MASKED * len(order)))
+        verdicts = [place for place in order if ids[place] in self.verdicts]
+        if index.draw < self.first and verdicts:
+            order, count = verdicts, len(verdicts)
+        elif index.draw % 2:
+            order.sort(key=lambda place: place not in verdicts)
+        labels = [IGNORED] * len(ids)
+        for place in order[:count]:
+            labels[place], ids[place] = ids[place], self.tokenizer.mask_token_id
+        return Tokens(ids, labels)
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch itself: pretraining runs on the CPU."""
+        return batch
+
+    def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B,): the mean cross-entropy over the masks of each text."""
+        parts: Any = model
+        hidden = parts.roberta(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]  # (B, T, d)
+        is_masked = batch["labels"] != IGNORED  # (B, T)
+        each = F.cross_entropy(parts.lm_head(hidden[is_masked]), batch["labels"][is_masked], reduction="none")
+        total = each.new_zeros(len(hidden)).index_add(0, is_masked.nonzero()[:, 0], each)
+        return total / is_masked.sum(1)
+
+
+def _pretrain(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], config: SmallRoberta, *, progress: Progress
+) -> None:
+    optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=50)
+    trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
+    first = round(FIRST * config.steps) * config.batch_size
+    task: Any = MaskedTexts(texts, tokenizer, max_length=config.positions, first=first, seed=config.seed)
+    progress.say(f"pretraining model={config.kind} on {len(texts)} generated public texts; it is then cached")
+    state = make_state(model, trainer)
+    for group in state.optimizer.param_groups:
+        group["betas"] = (0.9, 0.98)  # few steps need a shorter average of the squares
+    with progress.bar(config.steps) as bar:
+        for done in run_steps(state, task, trainer):
+            bar.advance(f"loss {done.loss:.3f}")
