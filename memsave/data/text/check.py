@@ -205,7 +205,7 @@ def _compare(report: Report, train: Sequence[Facts], held_out: Sequence[Facts]) 
         most = max(again, key=lambda key: again[key])
         example = next(each for each in train if _key(each) == most)
         report.notes.append(
-            f"{_examples(sum(again.values()), 'training')} not unique: {len(again)} different ones occur up to "
+            f"{_examples(sum(again.values()), 'training')} not unique: {_different(len(again))} up to "
             f"{again[most]} times, such as {_shown(example)}; privacy protects one example, and for a person "
             f"with k of them epsilon is up to k times as large."
         )
@@ -299,6 +299,10 @@ def _examples(count: int, split: str) -> str:
 
 def _count_of(count: int, noun: str) -> str:
     return f"1 {noun} occurs" if count == 1 else f"{count} {noun}s occur"
+
+
+def _different(count: int) -> str:
+    return "1 different one occurs" if count == 1 else f"{count} different ones occur"
 
 
 def _shown(each: Facts) -> str:

@@ -91,7 +91,7 @@ def test_copies_across_the_splits_are_a_fault_and_other_copies_are_notes(check, 
     assert lines[0].startswith("1 held-out example is also in the training data, such as 'Ada is' with 'here': remove")
     notes = [line for line in lines if line.startswith("note: ")]
     assert "1 held-out example is in the training data with another target, such as 'Ada is' with 'gone'." in notes[0]
-    assert "3 training examples are not unique: 1 different ones occur up to 3 times, such as 'Ada is'" in notes[1]
+    assert "3 training examples are not unique: 1 different one occurs up to 3 times, such as 'Ada is'" in notes[1]
     assert "epsilon is up to k times as large" in notes[1] and len(notes) == 2
 
 
@@ -129,6 +129,71 @@ def test_documents_are_cut_by_their_chunks_alone(check, tmp_path, model):
     assert code == 0 and cells(lines, "cut tokens") == ["0", "0"], errors
     _, lines, _ = check(*arguments, "max_chunks=2")
     assert cells(lines, "cut tokens") == [str(51 - 22), str(41 - 22)]
+
+
+LABELLED = "text\tlabel\nbad food\tno\ngood food\tyes\nbad food\tno\nbad food\tyes\n"
+
+
+def test_labels_are_counted_and_those_outside_the_set_named(check, tmp_path):
+    (tmp_path / "train.tsv").write_text(LABELLED)
+    (tmp_path / "dev.tsv").write_text("text\tlabel\ngood food\tyes\ngood food\tno\nx\tmaybe\n\tno\n")
+    code, lines, _ = check("data=labelled", "root=ROOT")
+    assert code == 2 and lines[-1] == "3 faults"
+    assert "dev.tsv, line 5, has an empty text" in lines[0]
+    assert "dev.tsv, line 4, has the label 'maybe', which is not one of no, yes" in lines[1]
+    assert lines[2].startswith("1 held-out example is also in the training data, such as 'good food' with 'yes'")
+    assert lines[3] == (
+        "note: 1 held-out example is in the training data with another target, such as 'good food' with 'no'."
+    )
+    assert lines[4].startswith("note: 2 training examples are not unique: 1 different one occurs up to 2 times")
+    assert lines[5] == "note: 1 training text occurs with different labels, such as 'bad food'."
+    assert cells(lines, "examples") == ["4", "2"]
+    assert cells(lines, "label no") == ["2", "(50%)", "1", "(50%)"]
+    assert check("data=labelled", "root=ROOT")[1] == lines  # also if the files are read again
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nx\tmaybe\n")
+    (tmp_path / "train.tsv").write_text("text\tlabel\n\tno\n")
+    assert len(check("data=labelled", "root=ROOT")[1]) == 3  # an empty text, no example left, the number of faults
+    _, lines, _ = check("data=labelled", "root=ROOT", "labels=[yes,no]")
+    assert any("has the label 'maybe', which is not one of yes, no" in line for line in lines)
+
+
+def test_content_with_faults_is_kept_from_training(tmp_path):
+    (tmp_path / "train.tsv").write_text(LABELLED + "\tno\n")
+    (tmp_path / "dev.tsv").write_text(LABELLED)
+    data = source("labelled", {"root": str(tmp_path)})
+    assert len(examine(data).faults) == 2
+    with pytest.raises(DataError, match="line 6, has an empty text"):
+        data.splits()
+
+
+def test_skipped_lines_and_cut_texts_are_notes(check, tmp_path, model):
+    header = "question1\tquestion2\tis_duplicate\n"
+    (tmp_path / "train.tsv").write_text(header + "a b\tc\t0\nbroken\nlong text\td\t1\n")
+    (tmp_path / "dev.tsv").write_text(header + "x\ty\t0\n")
+    code, lines, _ = check("data=qqp", "root=ROOT", f"model={model}", "max_length=8")
+    assert code == 0 and lines[0] == "note: 1 invalid lines are left out (skip_invalid)."
+    assert cells(lines, "tokens, longest") == ["10", "2"] and cells(lines, "cut tokens") == ["2", "0"]
+    assert cells(lines, "different texts") == ["2", "1"]
+
+
+def test_dialogs_are_counted_with_their_turns_and_cut_replies(check, tmp_path, model):
+    from memsave.data.text.encode_dialogs import encode_dialogs, format_of
+
+    turns = "".join(f"{number} hello {number}\tgood day {number}\n" for number in range(2, 6))
+    (tmp_path / "train.txt").write_text(f"1 your persona: i run.\n{turns}" * 2 + "1 no tab\n")
+    (tmp_path / "test.txt").write_text("1 hi\tbye\n")
+    code, lines, _ = check("data=personachat", "root=ROOT", f"model={model}", "max_length=70", "max_rows=1")
+    assert code == 2 and "line 11, has no tab" in lines[0] and lines[-1] == "1 fault"
+    assert "2 training examples are not unique" in lines[1]
+    assert cells(lines, "turns, median") == ["8", "2"] and cells(lines, "cut examples") == ["2", "0"]
+    from transformers import AutoTokenizer
+
+    form = format_of(AutoTokenizer.from_pretrained(model))
+    train = source("personachat", {"root": str(tmp_path / "test.txt"), "held_out": str(tmp_path / "test.txt")})
+    (tmp_path / "test.txt").write_text(f"1 your persona: i run.\n{turns}" * 2)
+    dialogs = train.splits()[0]
+    whole, part = (encode_dialogs(dialogs, form, max_length=n, max_rows=1)[1].targets for n in (10**6, 70))
+    assert cells(lines, "cut tokens") == [str(whole - part), "0"] and whole > part > 0
 
 
 @pytest.mark.parametrize(
