@@ -97,7 +97,9 @@ class BackwardContext:
     def example_of_row(self) -> list[int]:
         """The example of each row of the model's inputs."""
         examples = self.rows.examples
-        return list(range(self.batch_size)) if examples is None else torch.as_tensor(examples).tolist()
+        if isinstance(examples, Tensor):
+            return examples.tolist()
+        return list(range(self.batch_size) if examples is None else examples)
 
     # The forward: layers record what they do.
 

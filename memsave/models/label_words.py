@@ -47,7 +47,7 @@ def _from_chosen_rows(
 ) -> Tensor:
     def forward(hidden: Tensor) -> Tensor:
         at = position + (hidden.shape[1] - inputs["input_ids"].shape[1])  # tokens that prompt tuning puts in front
-        chosen = hidden[torch.arange(len(hidden), device=hidden.device), at]  # (B, d)
+        chosen = _at(hidden, at)  # (B, d)
         return F.linear(chosen, linear.weight[words], None if linear.bias is None else linear.bias[words])
 
     with replaced_forward(linear, forward):
@@ -58,8 +58,13 @@ def _from_chosen_rows(
 def _from_all_logits(model: nn.Module, inputs: Mapping[str, Tensor], position: Tensor, words: Tensor) -> Tensor:
     logits = model(**inputs, **_options(model)).logits  # (B, T, V)
     at = position + (logits.shape[1] - inputs["input_ids"].shape[1])
-    chosen: Tensor = logits[torch.arange(len(logits), device=logits.device), at][:, words]
-    return chosen
+    return _at(logits, at)[:, words]
+
+
+def _at(values: Tensor, position: Tensor) -> Tensor:
+    """(B, d): the values (B, T, d) at one position of each example."""
+    # unlike values[arange, position], gather keeps the examples apart without reading a tensor's values
+    return values.gather(1, position[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1)
 
 
 def _is_confirmed(

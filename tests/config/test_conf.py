@@ -11,6 +11,8 @@ from memsave.config import registry
 from memsave.config.compose import compose, to_objects
 from memsave.config.registry import conf_dir
 from memsave.data.text.config import TextData
+from memsave.data.text.dialogs import DialogData
+from memsave.data.text.labelled import ClassifiedData
 from memsave.run import check_overrides
 from memsave.tasks.definition import definition_of, options_of
 
@@ -69,6 +71,10 @@ def experiment_for(overrides):
     """An experiment that the overrides of a data set or a memory mode suit."""
     chosen = dict(each.partition("=")[::2] for each in overrides)
     data = registry.options("data").get(chosen.get("data"), object)
+    if chosen.get("task") == "dialog" or issubclass(data, DialogData):
+        return "gpt2_dp_dialog"
+    if chosen.get("task") == "classification" or issubclass(data, ClassifiedData):
+        return "roberta_dp"
     return "gpt2_dp" if issubclass(data, TextData) else "brats_rev"
 
 

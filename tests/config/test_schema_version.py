@@ -47,8 +47,8 @@ def test_a_file_of_a_later_version_is_refused(written, version):
 
 def test_a_data_set_that_no_package_registers_is_named(written):
     path, _ = written
-    path.write_text(path.read_text().replace("kind: phantom", "kind: sst2"))
-    with pytest.raises(ConfigError, match=r"data=sst2 is not registered: install the package that adds it"):
+    path.write_text(path.read_text().replace("kind: phantom", "kind: wikitext"))
+    with pytest.raises(ConfigError, match=r"data=wikitext is not registered: install the package that adds it"):
         load(path)
 
 

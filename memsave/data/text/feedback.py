@@ -11,7 +11,7 @@ mood.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from memsave.config import option, register
 from memsave.data.errors import DataError
@@ -36,6 +36,7 @@ def private_comments(count: int, *, seed: int = 0) -> list[Labelled]:
 class FeedbackData(ClassifiedData):
     """Generated comments of patients on a clinic, with the labels negative and positive: private data to try out."""
 
+    label_words: ClassVar = {"negative": "terrible", "positive": "great"}
     kind: str = "feedback"
     max_length: int = option(96, least=8)
     """Tokens of a text; longer texts are cut, and result.json counts them."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from memsave.config import ConfigError, option, register
 from memsave.data.errors import DataError, collecting_faults, collection, made, read_each
@@ -34,6 +34,11 @@ class Labelled(NamedTuple):
 @dataclass
 class ClassifiedData(TextData):
     """What every source of labelled texts has in common."""
+
+    infilling_template: ClassVar[str | None] = None
+    """The template for task.objective=infilling, if the data set has one of its own."""
+    label_words: ClassVar[Mapping[str, str]] = {}
+    """The word for each of its labels, by name."""
 
     max_length: int = option(128, least=8)
     """Tokens of a text with its template; longer texts are cut, and result.json counts them."""
@@ -138,6 +143,8 @@ class LabelledData(ClassifiedData):
 class SST2Data(LabelledData):
     """GLUE's SST-2: sentences of film reviews with the labels 0, negative, and 1, positive."""
 
+    infilling_template = "{text} It was {mask}."  # the templates and words of Gao et al. (2021)
+    label_words: ClassVar = {"0": "terrible", "1": "great"}
     kind: str = "sst2"
     text: str = "sentence"
 
@@ -147,6 +154,8 @@ class SST2Data(LabelledData):
 class QNLIData(LabelledData):
     """GLUE's QNLI: whether a sentence holds the answer to a question."""
 
+    infilling_template = "{text}? {mask}, {pair}"
+    label_words: ClassVar = {"entailment": "Yes", "not_entailment": "No"}
     kind: str = "qnli"
     text: str = "question"
     pair: str | None = "sentence"
@@ -157,6 +166,8 @@ class QNLIData(LabelledData):
 class QQPData(LabelledData):
     """GLUE's QQP: whether two questions have the same meaning; some of its lines are broken, and are skipped."""
 
+    infilling_template = "{text} {mask}, {pair}"
+    label_words: ClassVar = {"0": "No", "1": "Yes"}
     kind: str = "qqp"
     text: str = "question1"
     pair: str | None = "question2"
@@ -169,6 +180,8 @@ class QQPData(LabelledData):
 class MNLIData(LabelledData):
     """GLUE's MNLI: whether the first sentence entails or contradicts the second one; held out is dev_matched."""
 
+    infilling_template = "{text}? {mask}, {pair}"
+    label_words: ClassVar = {"contradiction": "No", "entailment": "Yes", "neutral": "Maybe"}
     kind: str = "mnli"
     text: str = "sentence1"
     pair: str | None = "sentence2"

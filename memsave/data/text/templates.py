@@ -195,20 +195,26 @@ def _shortened(tokenizer: Any, row: Text, form: Template, mask: str, encoded: En
 
 def _without_last_tokens(tokenizer: Any, row: Text, count: int) -> Text:
     """The row without `count` tokens at the ends of its fields, taken from the field with more tokens."""
-    ends = [_token_ends(tokenizer, each or "") for each in row]
-    kept = [len(each) for each in ends]
+    starts = [_token_starts(tokenizer, each or "") for each in row]
+    kept = [len(each) for each in starts]
     for _ in range(min(count, sum(kept))):
         kept[0 if kept[0] >= kept[1] else 1] -= 1
-    text, pair = (each and each[: (ends[i][kept[i] - 1] if kept[i] else 0)] for i, each in enumerate(row))
+    text, pair = (
+        each[: starts[i][kept[i]]] if each and kept[i] < len(starts[i]) else each for i, each in enumerate(row)
+    )
     return Text(text or "", pair)
 
 
-def _token_ends(tokenizer: Any, text: str) -> list[int]:
-    """The end of each token in the text; of each letter for tokenizers that do not tell."""
-    if not getattr(tokenizer, "is_fast", False):
-        return list(range(1, len(text) + 1))
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return [end for _, end in offsets]
+def _token_starts(tokenizer: Any, text: str) -> list[int]:
+    """The start of each token in the text; of each letter for tokenizers that do not tell.
+
+    The tokens of one letter have the same start, so that a cut before one of them always makes the text shorter.
+    """
+    offsets = []
+    if getattr(tokenizer, "is_fast", False):
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        offsets = tokenizer(text, **options)["offset_mapping"]
+    return [start for start, _ in offsets] or list(range(len(text)))
 
 
 def _at_mask(encoded: Encoded, row: Text, tokenizer: Any) -> Encoded:

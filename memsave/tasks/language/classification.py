@@ -28,8 +28,8 @@ from memsave.tasks.language.pretrained import Purpose
 from memsave.training.task import Batch, Task
 
 PURPOSES = {"infilling": "masked", "label_words": "causal"}
-ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet")
-"""Types of models whose first positions, up to the number of the padding token, belong to padding."""
+WITH_MASKED_HEAD = ("ForMaskedLM", "ForPreTraining")
+"""The ends of the names of architectures that have one."""
 TEMPLATES: dict[str, tuple[str | None, str | None]] = {  # (for single texts, for pairs)
     "head": (None, None),
     "causal_head": ("{text}", "{text}\n{pair}"),
@@ -47,9 +47,9 @@ class ClassificationConfig(LanguageTaskConfig):
     objective: str = option("infilling", choices=("head", "infilling", "label_words"))
     """head: a new layer; infilling: a masked model fills a template; label_words: a causal model continues it."""
     template: str | None = None
-    """Such as '{text} It was {mask}.', or '{text} It was {label}' for label_words; null takes one of these."""
+    """Such as '{text} It was {mask}.', or '{text} It was {label}'; null takes that of the data set, or one of these."""
     label_words: list[str] | None = None
-    """A word of one token for each label, in their order; null means the names of the labels."""
+    """A word of one token for each label, in their order; null takes those of the data set, or the labels' names."""
     positive: str | None = None
     """The label of F1 if there are two, null means the last one; with more labels F1 is the mean over them."""
     evaluate: int = option(5000, least=1)
@@ -83,7 +83,8 @@ class ClassificationDefinition(LanguageDefinition):
         """The template with its length; without template if a new head reads texts as the tokenizer joins them."""
         objective = self.task.objective
         default = TEMPLATES["causal_head" if objective == "head" and is_causal else objective][self.data.has_pairs]
-        return Template(self.task.template or default, self.data.max_length, objective == "infilling")
+        own = self.data.infilling_template if objective == "infilling" else None
+        return Template(self.task.template or own or default, self.data.max_length, objective == "infilling")
 
     def validate(self) -> None:
         """Raise ConfigError for combinations that cannot run."""
@@ -106,9 +107,12 @@ class ClassificationDefinition(LanguageDefinition):
                 f"task.objective={self.task.objective} needs {purpose.description}, and model="
                 f"{option_of('model', self.model)} is a {found.model_type}; give {self._remedy(found)}"
             )
-        limit = usable_positions(found)
-        if limit is not None and self.data.max_length > limit:
-            raise ConfigError(f"data.max_length is {self.data.max_length}, but the model has {limit} positions")
+        own = list(found.architectures or ())
+        if purpose.kind == "masked" and own and not any(name.endswith(WITH_MASKED_HEAD) for name in own):
+            raise ConfigError(
+                f"model={option_of('model', self.model)} is a {own[0]}, which holds no pretrained head for masked "
+                "tokens; give task.objective=head, or another model"
+            )
         return super().make_model(progress=progress)
 
     def _remedy(self, architecture: Any) -> str:
@@ -128,7 +132,7 @@ class ClassificationDefinition(LanguageDefinition):
         """The task with its texts."""
         train, held_out = self.data.splits()
         names = self.data.label_names()
-        words = None if self.task.objective == "head" else tuple(self.task.label_words or names)
+        words = None if self.task.objective == "head" else self._words(names)
         if words is not None and len(words) != len(names):
             raise ConfigError(
                 f"task.label_words is {list(words)}, but there are {len(names)} labels: {', '.join(names[:10])}; "
@@ -148,6 +152,11 @@ class ClassificationDefinition(LanguageDefinition):
             precision=self.config.trainer.precision,
             device=device,
         )
+
+    def _words(self, names: list[str]) -> tuple[str, ...]:
+        """The label words: those of the task, or those that the data suggest, or the names of the labels."""
+        known = self.data.label_words
+        return tuple(self.task.label_words or (known.get(name, name) for name in names))
 
     def _positive(self, names: list[str]) -> int | None:
         """The number of the label of F1; None for the mean over all labels."""
@@ -176,17 +185,9 @@ class ClassificationDefinition(LanguageDefinition):
 
     def memory_choices(self, device: torch.device) -> list[Config]:
         """The memory modes of the model, fastest first."""
-        modes = ("stored", "checkpoint", "reversible") if self.model.reversible else ("stored", "checkpoint")
+        modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
         return [self.config.changed({"memory.mode": mode}) for mode in modes]
 
     def describe_memory(self) -> str:
         """Memory mode and micro-batch."""
         return f"memory={self.config.memory.mode} trainer.micro_batch_size={self.config.trainer.micro_batch_size}"
-
-
-def usable_positions(architecture: Any) -> int | None:
-    """The number of tokens that the model can number; None for no limit."""
-    found: int | None = getattr(architecture, "max_position_embeddings", None)
-    if found is None or architecture.model_type not in ROBERTAS:
-        return found
-    return found - 1 - architecture.pad_token_id

@@ -17,7 +17,7 @@ from memsave.models.encoder_decoder import is_encoder_decoder
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
 from memsave.tasks.language.adapters import PeftAdapter
-from memsave.tasks.language.pretrained import LanguageModel, Purpose, with_random_weights
+from memsave.tasks.language.pretrained import LanguageModel, Purpose, usable_positions, with_random_weights
 from memsave.training.measure import set_memory
 
 LENGTH_STEP = 8
@@ -90,7 +90,7 @@ class LanguageDefinition(TaskDefinition):
         torch.manual_seed(self.config.trainer.seed)  # the first load of some models draws random numbers
         model = with_random_weights(model) if self.model.random else model
         set_memory(model, self.config.memory.mode)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = usable_positions(model.config)
         added = self.config.adapter.added_tokens
         if positions is not None and self.data.max_length + added > positions:
             of_adapter = f", of which adapter.tokens takes {added}" if added else ""
@@ -114,7 +114,7 @@ class LanguageDefinition(TaskDefinition):
         return {**own, **super().variations()}
 
     def _vary_length(self) -> Variation:
-        positions = getattr(self.model.architecture(), "max_position_embeddings", None)
+        positions = usable_positions(self.model.architecture())
         longest = None if positions is None else positions - self.config.adapter.added_tokens
         return Variation(
             low=LENGTH_STEP,

@@ -31,6 +31,10 @@ HEADS = {
 """By purpose: a description of the model, its class in transformers, and an example of a name."""
 
 
+ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet")
+"""Types of models whose first positions, up to the number of the padding token, belong to padding."""
+
+
 @dataclass(frozen=True)
 class Purpose:
     """What a model is for, which decides its head."""
@@ -204,6 +208,14 @@ def _cannot_be_loaded(name: str, purpose: Purpose, error: Exception) -> str:
         f"{name} cannot be loaded as {purpose.description} with its tokenizer ({_first_line(error)}); give a "
         f"model.name that transformers' {HEADS[purpose.kind][1]} and AutoTokenizer load"
     )
+
+
+def usable_positions(architecture: Any) -> int | None:
+    """The largest number of tokens of a row; None for no limit."""
+    found: int | None = getattr(architecture, "max_position_embeddings", None)
+    if found is None or architecture.model_type not in ROBERTAS:
+        return found
+    return found - 1 - architecture.pad_token_id
 
 
 def reachable(name: str) -> str:

@@ -24,7 +24,7 @@ from memsave.training.task import Batch
 VERSION = 1  # increase it when pretraining changes, so that cached models are not used
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 INITIAL = 0.3  # standard deviation of the initial weights, in units of 1 / sqrt(width)
-FIRST = 0.3  # share of the steps whose masks are at verdicts alone
+FIRST = 0.5  # share of the steps whose masks are at verdicts alone
 MASKED = 0.2  # share of the tokens that are predicted; few steps learn more from more of them
 
 
@@ -35,11 +35,11 @@ class SmallRoberta(LanguageModel):
 
     kind: str = "small_roberta"
     name: str = "small_roberta"
-    layers: int = option(3, least=1)
+    layers: int = option(2, least=1)
     """Transformer layers."""
-    heads: int = option(4, least=1)
+    heads: int = option(2, least=1)
     """Attention heads per layer."""
-    width: int = option(128, least=1)
+    width: int = option(64, least=1)
     """Size of the hidden states."""
     vocabulary: int = option(2048, least=300)
     """Largest vocabulary of the tokenizer."""
@@ -47,11 +47,11 @@ class SmallRoberta(LanguageModel):
     """Maximum number of tokens."""
     texts: int = option(20000, least=1)
     """Generated public texts for pretraining."""
-    steps: int = option(800, least=1)
+    steps: int = option(600, least=1)
     """Steps of pretraining."""
-    batch_size: int = option(64, least=1)
+    batch_size: int = option(32, least=1)
     """Batch size of pretraining."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Learning rate of pretraining."""
     seed: int = 0
     """Seed of the initial weights and of pretraining."""

@@ -38,7 +38,8 @@ def word_piece(words):
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     special = {f"{key}_token": f"[{key.upper()}]" for key in ("pad", "cls", "sep", "mask", "unk")}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
 
 
 def test_the_filled_template_reads_as_one_text(masked):
@@ -93,8 +94,8 @@ def test_tokenizers_without_offsets_cut_letters(masked, monkeypatch):
 
 
 def test_a_template_that_is_too_long_alone_is_refused(masked):
-    with pytest.raises(ConfigError, match=r"data.max_length is 6, but task.template alone has 7 tokens"):
-        encode_texts([Text("cold")], masked, Template("{text} It was {mask}.", 6, True))
+    with pytest.raises(ConfigError, match=r"data.max_length is 5, but task.template alone has 6 tokens"):
+        encode_texts([Text("cold")], masked, Template("{text} It was {mask}.", 5, True))
 
 
 def test_a_text_with_the_mask_token_is_refused(masked):

@@ -1,22 +1,25 @@
 """Classification by each objective: losses, scores, files, releases, and runs of the command."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("transformers")
 
 import transformers
 
 import memsave
-from memsave.config.compose import compose
+from memsave.config.compose import compose, to_objects
 from memsave.data.loader import Index
 from memsave.data.text.feedback import LABELS, private_comments, public_reviews
 from memsave.data.text.labelled import Labelled
 from memsave.data.text.templates import Template, Text, encode_texts, template_of
-from memsave.ghost import verify
+from memsave.ghost import GhostClipper, verify
 from memsave.run import execute
+from memsave.tasks.definition import definition_of
 from memsave.tasks.language.classifier import Classification, Objective, classify, spread
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.small_roberta import SmallRoberta, small_roberta, train_masked_tokenizer
@@ -124,7 +127,7 @@ def test_scores_files_and_release(kind, tokenizers, tmp_path):
 
 
 def test_counts_name_labels_and_cuts(tokenizers):
-    rows = [*private_comments(3), Labelled("The food was cold. " * 20, None, 0)]
+    rows = [*(Labelled("Good food.", None, 1) for _ in range(3)), Labelled("The food was cold. " * 20, None, 0)]
     task, _ = make("infilling", tokenizers, train=rows)
     assert task.counts["cut_examples"] == 1
     assert sum(task.counts["labels"].values()) == task.size == 4
@@ -156,19 +159,17 @@ def command(tmp_path, cache, monkeypatch):
     return call
 
 
+ROUGH = ["privacy.noise_multiplier=1.0", "privacy.accountant=rdp"]  # the exact accountant takes seconds
 GPT2 = ["model.layers=2", "model.heads=2", "model.width=16", "model.vocabulary=700", "model.positions=60"]
 GPT2 += ["model.records=40", "model.steps=2", "model.batch_size=4"]
-CAUSAL = ["task.label_words=[bad,good]", *GPT2]
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["memory=checkpoint"],
+        ["memory=checkpoint", *ROUGH],
         ["task.objective=head", "task.label_words=null", "privacy=none"],
-        ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4"],
-        ["task.objective=head", "task.label_words=null", "mode=plan", "budget=1GiB", "vary=length"],
-        ["mode=plan", "budget=1GiB", "vary=batch"],
+        ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4", *ROUGH],
         ["memory=auto", "budget=1GiB", "privacy=none"],
     ],
     ids=" ".join,
@@ -176,12 +177,25 @@ CAUSAL = ["task.label_words=[bad,good]", *GPT2]
 def test_objectives_run(command, overrides):
     code, result, folder = command(*overrides)
     assert code == 0, result
-    if "mode=plan" in overrides:
-        assert (folder / "plan.md").is_file()
-        return
     assert {"accuracy", "accuracy_before", "f1_low", "mcc_high"} <= result["metrics"].keys()
     assert (folder / "confusion.png").is_file()
     assert (result["privacy"] is None) == ("privacy=none" in overrides)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("objective", ["infilling", "head", "label_words", "causal head"])
+def test_a_private_step_can_be_planned_on_fake_tensors(objective, passes):
+    start = ["experiment=roberta_dp", "data.max_length=20", "task.label_words=null"]
+    start += [f"task.objective={objective.removeprefix('causal ')}"]
+    start += [*GPT2, "model=small_gpt2"] if objective in ("label_words", "causal head") else TINY_ROBERTA[:5]
+    definition = definition_of(to_objects(compose(start)))
+    with FakeTensorMode():
+        model = definition.make_fake_model()
+        clipper = GhostClipper(model, max_grad_norm=0.1, passes=passes)
+        batch = definition.dummy_batch(count=3, device=torch.device("cpu"))
+        norms = clipper.backward(definition.per_example_losses(model, batch))
+    assert norms.shape == (3,)
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize("model", ["small_gpt2", "rev_gpt2"])
@@ -190,20 +204,22 @@ def test_label_words_of_a_causal_model_run(command, model):
     start += ["data.held_out=10", "trainer.steps=2", "trainer.batch_size=8", "data.max_length=50"]
     words = ["task.label_words=[b,g]", *GPT2]
     memory = "memory=reversible" if model == "rev_gpt2" else "memory=stored"
-    code, result, folder = command(*words, memory, start=start)
+    code, result, folder = command(*words, memory, *ROUGH, start=start)
     assert code == 0, result
     assert type(memsave.load(folder)).__name__ in ("GPT2LMHeadModel", "RevGPT2")
 
 
-def test_a_stopped_private_run_continues_as_if_it_had_not_stopped(command):
-    seeded = ["privacy.seed=1", "privacy.noise_multiplier=1.0", "trainer.checkpoint_every=1"]
-    _, whole, _ = command(*seeded, name="whole")
-    _, _, half = command(*seeded, "trainer.evaluate_every=1", name="half")
+def test_a_stopped_private_run_continues_as_if_it_had_not_stopped(command, tmp_path):
+    seeded = [*ROUGH, "privacy.seed=1", "trainer.evaluate_first=false", "trainer.checkpoint_every=1"]
+    code, whole, folder = command(*seeded, name="whole")
+    assert code == 0, whole
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(folder / "checkpoint.previous", half / "checkpoint")  # that of the first step
+    shutil.copy(folder / "config.yaml", half)
     code, resumed, _ = command(*seeded, f"trainer.resume={half}", name="resumed")
     assert code == 0, resumed
-    for key, value in resumed["metrics"].items():
-        if not key.endswith("_before") and key != "loss":
-            assert value == whole["metrics"][key], key
+    assert resumed["metrics"] == whole["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +229,7 @@ def test_a_stopped_private_run_continues_as_if_it_had_not_stopped(command):
         (["task.positive=neutral"], "task.positive is 'neutral'; give one of the labels negative, positive"),
         (["task.label_words=[terrible,unbelievable]"], "which is"),
         (["data.max_length=61"], "data.max_length is 61, but the model has 60 positions"),
-        (["task.objective=label_words", "task.template='{text} It was'"], "task.objective=infilling or head"),
+        (["task.objective=label_words", "task.template='{text} It was'"], "task.objective=head or infilling"),
     ],
 )
 def test_wrong_configs_give_one_sentence(command, overrides, words):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 pytest.importorskip("transformers")
@@ -15,6 +16,7 @@ from memsave.config.schema import TrainerConfig
 from memsave.data.loader import Index
 from memsave.data.text.documents import Document, DocumentsData
 from memsave.data.text.visits import private_records, public_records
+from memsave.planning.fake_step import fake_step
 from memsave.tasks.language.documents import Documents
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from tests.support.examples_alone import assert_exact_alone
@@ -129,6 +131,18 @@ def test_plans_need_the_largest_number_of_chunks(overrides, key):
     base = ["experiment=text_dp", "data=documents", "data.root=/my/texts", *overrides]
     with pytest.raises(ConfigError, match=f"data.max_chunks is null, .* which {key} needs; give"):
         compose(base)
-    config = to_objects(compose([*base, "data.max_chunks=3", "model=small_gpt2"]))
-    shape = config.task.definition(config).dummy_batch(count=2, device=torch.device("cpu"))["input_ids"].shape
-    assert shape == (2, 3, 128)
+    assert to_objects(compose([*base, "data.max_chunks=3", "model=small_gpt2"])).data.max_chunks == 3
+
+
+@pytest.mark.parametrize("head", ["chunked", "logits"])
+@pytest.mark.parametrize("privacy", ["none", "ghost"])
+def test_a_step_on_documents_is_planned(privacy, head):
+    sizes = ["model.layers=1", "model.heads=2", "model.width=16", "model.vocabulary=300", "trainer.batch_size=4"]
+    more = ["data.max_chunks=3", "data.max_length=8", f"model.head={head}", f"privacy={privacy}", *sizes]
+    config = to_objects(compose(["experiment=text_dp", "data=documents", "data.root=/x", "model=small_gpt2", *more]))
+    definition, cpu = config.task.definition(config), torch.device("cpu")
+    assert definition.dummy_batch(count=2, device=cpu)["input_ids"].shape == (2, 3, 8)
+    assert definition.small_config()[0].data.max_chunks == 2
+    assert definition.fixed_sizes() == ["8 tokens", "3 chunks"]
+    with FakeTensorMode():
+        fake_step(config, device=cpu).run()

@@ -9,12 +9,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")
 
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memsave.config import ConfigError
 from memsave.config.compose import compose, to_objects
 from memsave.data.loader import Index
 from memsave.data.text.collate import IGNORED
 from memsave.data.text.visits import public_records
+from memsave.planning.fake_step import fake_step
 from memsave.progress import Progress
 from memsave.tasks.language.generation import PairGeneration
 from memsave.tasks.language.small_gpt2 import train_tokenizer
@@ -118,3 +120,12 @@ def test_sizes_of_both_parts_vary_together(folder):
     model = definition.make_fake_model(architecture=definition.variations()["channels"]().architecture(32))
     layer = model.get_decoder().layers[0]
     assert (layer.fc1.weight.shape, layer.self_attn.num_heads) == ((48, 32), 4)
+
+
+@pytest.mark.parametrize("privacy", ["none", "ghost"])
+def test_a_step_is_planned(folder, privacy):
+    config = config_of(folder, f"privacy={privacy}", "trainer.batch_size=4", "data.max_length=8")
+    with FakeTensorMode():
+        fake_step(config, device=CPU).run()
+    first, *others = config.task.definition(config).memory_choices(CPU)
+    assert (first.memory.mode, first.model.head, len(others)) == ("stored", "logits", 3)
