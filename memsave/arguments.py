@@ -49,7 +49,9 @@ def parse_arguments(arguments: Sequence[str], schema: type[T], *, example: str) 
     required = [key for key, each in schema_fields.items() if each.default == MISSING]
     for key in required:
         if key not in text:
-            raise ArgumentError(f"{key} is not given: name a folder, as in {key}=/my/{key}")
+            expected = schema_fields[key].metadata.get("expects")
+            remedy = f"name a folder, as in {key}=/my/{key}" if expected is None else f"give {expected}"
+            raise ArgumentError(f"{key} is not given: {remedy}")
     parsed = OmegaConf.to_object(OmegaConf.merge(options, dict.fromkeys(required, "")))
     return replace(cast(Any, parsed), **text)
 

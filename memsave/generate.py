@@ -3,7 +3,7 @@
     python -m memsave.generate model=outputs/gpt2_dp/2026-01-31_10-00-00 input=/my/prompts.jsonl output=/my/texts.jsonl
 
     model       a run's folder, or a copy of its model/
-    input       .txt (a prompt per line), .csv, .tsv or .jsonl, with the columns of training
+    input       .txt (a whole prompt, text or message per line), .csv, .tsv or .jsonl, with the columns of training
     output      .jsonl or .csv: the number of the line, the columns of the input, and the answer (generated, reply, or
                 predicted and probability)
     batch_size  lines per batch (default 32)
@@ -18,6 +18,7 @@ input, 130 interrupted.
 import csv
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from memsave.arguments import ArgumentError, parse_arguments
 from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.errors import collecting_faults, made
-from memsave.data.text.tables import Row, read_rows
+from memsave.data.text.tables import Row, check_encoding, read_rows
 from memsave.files import replacing
 from memsave.processes import several_processes
 from memsave.progress import Progress
@@ -46,8 +47,8 @@ class Arguments:
     """The command-line arguments, described at the top of this file."""
 
     model: str = MISSING
-    input: str = MISSING
-    output: str = MISSING
+    input: str = field(default=MISSING, metadata={"expects": "a file, as in input=/my/prompts.jsonl"})
+    output: str = field(default=MISSING, metadata={"expects": "a file, as in output=/my/texts.jsonl"})
     batch_size: int = field(default=32, metadata={"expects": "a number of lines, such as batch_size=32"})
     encoding: str = "utf-8"
     device: str = "auto"
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, ConfigError, DataError) as error:
         message: object = error
     except OSError as error:
-        message = f"{error.filename or 'the output'} cannot be written ({error.strerror}); give another output="
+        message = f"{error.filename or 'the output'} cannot be read or written ({error.strerror}); give another file"
     except ModuleNotFoundError as error:
         message = f"the package {error.name} is not installed; install it with: pip install 'memsave[lm]'"
     except KeyboardInterrupt:
@@ -82,20 +83,17 @@ def generate_file(arguments: Arguments, *, progress: Progress) -> int:
     """Answer every line of the input; returns the exit code."""
     from memsave.experiment import choose_device
 
-    if arguments.batch_size < 1:
-        raise ConfigError(f"batch_size is {arguments.batch_size}; it must be at least 1")
-    source, output = Path(arguments.input).expanduser(), Path(arguments.output).expanduser()
-    if output.suffix.lower() not in OUTPUTS:
-        raise ConfigError(f"output is {output}; give a file that ends in {' or '.join(OUTPUTS)}")
+    source, output = _checked_files(arguments)
     device = choose_device(arguments.device, key="device")
     answerer = load_answerer(Path(arguments.model).expanduser(), device=device)
     with collecting_faults() as faults:
-        rows = read_rows(source, encoding=arguments.encoding, plain=answerer.column)
+        rows = read_rows(source, encoding=arguments.encoding, key="encoding", plain=answerer.column)
         inputs = list(made(rows, lambda row: (row, answerer.read(row))))
     for fault in faults:
         progress.say(f"left out: {fault}")
     if not inputs:
         raise DataError(f"{source} has no line that can be used: {faults[0]}")
+    _check_columns([row for row, _ in inputs], answerer)
     output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal.of(output, settings=_settings(arguments, source, answerer), rows=[row for row, _ in inputs])
     _answer_all(inputs, answerer, journal, size=arguments.batch_size, progress=progress)
@@ -106,6 +104,28 @@ def generate_file(arguments: Arguments, *, progress: Progress) -> int:
     return 1 if faults else 0
 
 
+def _checked_files(arguments: Arguments) -> tuple[Path, Path]:
+    """(input, output). Raises ConfigError for arguments that cannot be used, before the model is loaded."""
+    if arguments.batch_size < 1:
+        raise ConfigError(f"batch_size is {arguments.batch_size}; it must be at least 1")
+    check_encoding(arguments.encoding, key="encoding")
+    source, output = Path(arguments.input).expanduser(), Path(arguments.output).expanduser()
+    if output.suffix.lower() not in OUTPUTS:
+        raise ConfigError(f"output is {output}; give a file that ends in {' or '.join(OUTPUTS)}")
+    if output.is_dir():
+        raise ConfigError(f"output is {output}, which is a folder; give a file")
+    if output.resolve() == source.resolve():
+        raise ConfigError(f"output is {output}, which is the input; give another file")
+    return source, output
+
+
+def _check_columns(rows: Sequence[Row], answerer: Answerer) -> None:
+    """Raise ConfigError if the input has a column of the output."""
+    found = next((name for name in (LINE, *answerer.gives) for row in rows if name in row.values), None)
+    if found is not None:
+        raise ConfigError(f"the input has a column {found}, which the output adds; rename it in the input")
+
+
 def _answer_all(
     inputs: Sequence[tuple[Row, Any]], answerer: Answerer, journal: "Journal", *, size: int, progress: Progress
 ) -> None:
@@ -113,14 +133,14 @@ def _answer_all(
     done = len(journal.answers)
     if done:
         progress.say(f"continuing after {done} of {len(inputs)} lines")
-    bar = progress.lines(-(-len(inputs) // size), unit="batch")
-    for first in range(0, len(inputs), size):
+    starts = range(done - done % size, len(inputs), size)
+    bar = progress.lines(len(starts), unit="batch")
+    for first in starts if done < len(inputs) else ():
         part = inputs[first : first + size]
-        if first + len(part) > done:
-            answers = answerer.answer([each for _, each in part])
-            found = [{LINE: row.line, **row.values, **answer} for (row, _), answer in zip(part, answers, strict=True)]
-            journal.add(found[max(0, done - first) :])
-        bar.advance(f"{min(first + size, len(inputs))} lines")
+        answers = answerer.answer([each for _, each in part])
+        found = [{LINE: row.line, **row.values, **answer} for (row, _), answer in zip(part, answers, strict=True)]
+        journal.add(found[max(0, done - first) :])
+        bar.advance(f"{first + len(part)} of {len(inputs)} lines")
 
 
 @dataclass
@@ -135,16 +155,21 @@ class Journal:
         """The journal beside the output, or a new one. Raises ConfigError if it belongs to another input or model."""
         path = output.with_name(f"{output.name}.partial.jsonl")
         content = path.read_bytes() if path.is_file() else b""
-        lines = content[: content.rfind(b"\n") + 1].splitlines()  # an incomplete line at the end is dropped
-        if not lines:
+        complete = content.rfind(b"\n") + 1  # a line that was being written at the interruption has no end
+        if not complete:
             path.write_text(json.dumps(settings) + "\n")
             return cls(path, [])
-        first, *answers = map(json.loads, lines)
-        if first != settings or len(answers) > len(rows):
+        try:
+            first, *answers = map(json.loads, content[:complete].split(b"\n")[:-1])
+            numbers = [each[LINE] for each in answers]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read; delete it, or give another output=") from error
+        if first != settings or numbers != [row.line for row in rows][: len(numbers)]:
             raise ConfigError(
-                f"{path} has the answers to another input or of another model; delete it, or give another output="
+                f"{path} has the answers to another input, of another model or with another batch_size; delete it, or "
+                f"give another output="
             )
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        os.truncate(path, complete)
         return cls(path, answers)
 
     def add(self, answers: Sequence[dict[str, Any]]) -> None:
@@ -157,12 +182,17 @@ class Journal:
 def _settings(arguments: Arguments, source: Path, answerer: Answerer) -> dict[str, Any]:
     """What the answers depend on."""
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    return {"input": digest, "model": answerer.digest, "batch_size": arguments.batch_size}
+    return {
+        "input": digest,
+        "model": answerer.digest,
+        "encoding": arguments.encoding,
+        "batch_size": arguments.batch_size,
+    }
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as .jsonl or .csv; the file appears complete or not at all."""
-    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         if path.suffix.lower() == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return

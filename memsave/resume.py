@@ -6,24 +6,19 @@ The config is read from the run's `config.yaml`. Other overrides change it, as i
 changes. The run continues in its own folder, or in the folder of hydra.run.dir.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from memsave.config import ConfigError
-from memsave.config.compose import load, load_schemas, to_objects
+from memsave.config.compose import compose_option, load, to_objects
 from memsave.config.known_keys import unknown_key
 from memsave.config.overrides import parse
-from memsave.config.registry import GROUPS, conf_dir
+from memsave.config.registry import GROUPS
 from memsave.training.result import flatten
 
 KEY = "trainer.resume"
@@ -86,14 +81,10 @@ def _continued(run: Path, given: Sequence[Override], *, named: str) -> ResumedRu
 
 def _chosen(group: str, option: str, *, own: DictConfig) -> DictConfig:
     """The settings of an option; the run's own settings if they are of that option."""
-    load_schemas()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra expects `_self_` in the defaults of a config that is composed alone
-        try:
-            found = hydra_compose(f"{group}/{option}")[group]
-        except HydraException as error:
-            raise ConfigError(f"{group}={option} is not known; leave it out to keep the option of the run") from error
+    try:
+        found = compose_option(group, option)
+    except ConfigError as error:
+        raise ConfigError(f"{group}={option} is not known; leave it out to keep the option of the run") from error
     names = [key for key in ("kind", "mode", "passes") if key in found]
     same = all(OmegaConf.select(own, key) == found[key] for key in names)
     return own if same else found

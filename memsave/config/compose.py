@@ -5,6 +5,7 @@ key, the expected value, and the closest valid name.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import fields, is_dataclass
@@ -33,7 +34,7 @@ from memsave.config.fields import closest
 from memsave.config.known_keys import listed, options_with, unknown_key
 from memsave.config.older import converted
 from memsave.config.overrides import literal, parse, several
-from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names
+from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names, options
 from memsave.config.schema import Config
 
 VERSION, VERSION_KEY = 3, "schema_version"
@@ -62,6 +63,24 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             raise
         except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
             raise ConfigError(_first_line(error)) from error
+
+
+def compose_option(group: str, name: str) -> DictConfig:
+    """The settings of one option of a group, unchecked. Raises ConfigError if there is no such option."""
+    load_schemas()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra expects `_self_` in the defaults of a config that is composed alone
+        try:
+            found: DictConfig = hydra_compose(f"{group}/{name}")[group]
+        except MissingConfigException:
+            known = sorted(options(group))
+            raise ConfigError(
+                f"{group}={name} is not known; choose one of {', '.join(known)}{closest(name, known)}"
+            ) from None
+        except HydraException as error:
+            raise ConfigError(f"{group}={name} cannot be read ({_first_line(error)}); give another one") from error
+    return found
 
 
 @cache

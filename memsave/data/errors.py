@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +27,22 @@ def raise_first(faults: Sequence[str], **options: Any) -> None:
         raise DataError(faults[0])
 
 
-_faults: ContextVar[list[DataError] | None] = ContextVar("faults", default=None)
+class _Faults(list[DataError]):
+    """The faults of one `collecting_faults`, with a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = next(_numbers)
+
+
+_numbers = count(1)
+_faults: ContextVar[_Faults | None] = ContextVar("faults", default=None)
 
 
 @contextmanager
 def collecting_faults() -> Iterator[list[DataError]]:
     """Context in which readers leave out the rows that they cannot use; yields the list of their faults."""
-    found: list[DataError] = []
+    found = _Faults()
     token = _faults.set(found)
     try:
         yield found
@@ -46,6 +56,29 @@ def report(fault: DataError) -> None:
     if found is None:
         raise fault
     found.append(fault)
+
+
+def read_each(paths: Iterable[Path], read: Callable[[Path], list[Made]]) -> list[list[Made]]:
+    """The rows of each file; a DataError of a whole file is reported, and the file then has none."""
+    found: list[list[Made]] = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except DataError as fault:
+            report(fault)
+            found.append([])
+    return found
+
+
+def faults_so_far() -> int:
+    """The number of faults that were kept; 0 outside of `collecting_faults`."""
+    return len(_faults.get() or ())
+
+
+def collection() -> int:
+    """The number of the current `collecting_faults`, 0 outside: a part of the key of a cache of what was read."""
+    found = _faults.get()
+    return 0 if found is None else found.number
 
 
 def made(rows: Iterable[Given], make: Callable[[Given], Made]) -> Iterator[Made]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from memsave.config import option, register
 from memsave.data.errors import DataError
 from memsave.data.text.config import HELD_OUT_SEED
-from memsave.data.text.dialogs import Dialog, DialogData, Message
+from memsave.data.text.dialogs import DialogData
+from memsave.data.text.messages import Dialog, Message
 
 Draw = Callable[[random.Random], str]
 

@@ -1,10 +1,12 @@
 """What all sources of text have in common; `data=visits` and `data=e2e`: tables and sentences."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memsave.config import ConfigError, option, register
 from memsave.config.schema import DataConfig
+from memsave.data.text.facts import Facts, Lengths, lengths_of
 from memsave.data.text.records import Record
 from memsave.data.text.visits import private_records
 
@@ -25,6 +27,19 @@ class TextData(DataConfig):
         """(training, held-out) examples. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no examples")
 
+    # for `python -m memsave.data.check`
+
+    def facts(self, examples: Sequence[Any]) -> list[Facts]:
+        """What a check compares of the examples."""
+        return [Facts(repr(each)) for each in examples]
+
+    def lengths(self, examples: Sequence[Any], tokenizer: Any, *, is_pair: bool = False) -> Lengths | None:
+        """The tokens of the examples, and how many `max_length` cuts; None if the source cannot tell.
+
+        `is_pair`: the tokenizer is that of an encoder-decoder.
+        """
+        return None
+
 
 @dataclass
 class WritingData(TextData):
@@ -41,6 +56,22 @@ class RecordsData(WritingData):
     def splits(self) -> tuple[list[Record], list[Record]]:
         """(training, held-out) records. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
+
+    def facts(self, examples: Sequence[Record]) -> list[Facts]:
+        """Prompts and completions."""
+        return [Facts(each.prompt, each.completion) for each in examples]
+
+    def lengths(self, examples: Sequence[Record], tokenizer: Any, *, is_pair: bool = False) -> Lengths:
+        """The tokens of prompt and completion together, or of the longer one for an encoder-decoder."""
+        from memsave.data.text.encode import encode_records
+        from memsave.data.text.pairs import encode_pairs
+
+        def encode(part: Sequence[Record], max_length: int) -> tuple[list[Any], Any]:
+            if is_pair:
+                return encode_pairs(part, tokenizer, max_length=max_length)
+            return encode_records(part, tokenizer, max_length=max_length, separator=self.separator)
+
+        return lengths_of(examples, encode, max_length=self.max_length, pairs=is_pair)
 
 
 @register("data", "visits")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, register
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
 from memsave.data.text.tables import read_text
@@ -44,7 +44,8 @@ class DartData(RecordsData):
         if training is None or held_out is None:
             lacking = "*train*.json" if training is None else "*test*.json or *dev*.json"
             raise DataError(f"{root} holds no {lacking}: put the file of DART there.")
-        return read_dart(training), read_dart(held_out)
+        train, out = read_each([training, held_out], read_dart)
+        return train, out
 
 
 def _only(folder: Path, name: str) -> Path | None:

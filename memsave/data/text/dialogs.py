@@ -13,36 +13,22 @@ file holds one object per line, `{"messages": [{"role": "user", "content": "Hi"}
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
+from memsave.data.text.collate import IGNORED
 from memsave.data.text.config import TextData
+from memsave.data.text.encode_dialogs import encode_dialogs, format_of
+from memsave.data.text.facts import WHOLE, Facts, Lengths
+from memsave.data.text.messages import ROLES, Dialog, Message
 from memsave.data.text.splits import hold_out, split_files
-from memsave.data.text.tables import Row, check_encoding, read_rows, read_text
+from memsave.data.text.tables import Row, check_encoding, read_rows, read_text, whole_text
 
-ROLES = ("system", "user", "assistant")
 OWN, PARTNER, SILENCE = "your persona:", "partner's persona:", "__SILENCE__"
 NUMBERED = re.compile(r"(\d+) (.*)", re.DOTALL)
-
-
-class Message(NamedTuple):
-    """One turn, or instructions to the assistant such as a persona."""
-
-    role: str
-    """One of ROLES; the assistant is the speaker that the model imitates."""
-    content: str
-
-
-@dataclass(frozen=True)
-class Dialog:
-    """One dialog with at least one message of the assistant."""
-
-    messages: tuple[Message, ...]
-    where: str = field(default="The dialog", compare=False, repr=False)
-    """Its place in a file, for error messages."""
 
 
 @dataclass
@@ -57,6 +43,30 @@ class DialogData(TextData):
     def splits(self) -> tuple[list[Dialog], list[Dialog]]:
         """(training, held-out) dialogs. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no dialogs")
+
+    def facts(self, examples: Sequence[Dialog]) -> list[Facts]:
+        """The turns, without a persona or other instructions."""
+        found = []
+        for each in examples:
+            turns = [message for message in each.messages if message.role != "system"]
+            text = "\n".join(f"{message.role}: {message.content}" for message in turns)
+            found.append(Facts(text, turns=len(turns)))
+        return found
+
+    def lengths(self, examples: Sequence[Dialog], tokenizer: Any, *, is_pair: bool = False) -> Lengths:
+        """The tokens of whole dialogs, by the chat template of the tokenizer if it has one.
+
+        Only replies are cut: those that are longer than a row, and those beyond `max_rows`.
+        """
+        form = format_of(tokenizer)
+        whole, _ = encode_dialogs(examples, form, max_length=WHOLE)
+        tokens = [len(row.ids) for (row,) in whole]
+        targets = [len(row.labels) - row.labels.count(IGNORED) for (row,) in whole]
+        long = [number for number, count in enumerate(tokens) if count > self.max_length]
+        limits: dict[str, Any] = {"max_length": self.max_length, "max_rows": self.max_rows}
+        _, counts = encode_dialogs([examples[number] for number in long], form, **limits)
+        cut = sum(targets[number] for number in long) - counts.targets
+        return Lengths(tokens, sum(targets), counts.cut_examples, cut)
 
 
 @dataclass
@@ -90,7 +100,8 @@ class DialogFiles(DialogData):
         """(training, held-out) dialogs."""
         training, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=(self.suffix,))
         if held_out is not None:
-            return self._read(training), self._read(held_out)
+            train, out = read_each([training, held_out], self._read)
+            return train, out
         options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
         return hold_out(self._read(training), key=lambda each: repr(each.messages), **options)
 
@@ -199,7 +210,7 @@ def parse_messages(row: Row, *, with_reply: bool = True) -> tuple[Message, ...]:
             raise DataError(f"{where} has {given}: give a text.")
         if not content.strip():
             raise DataError(f"{where} has an empty content in message {position}: fill it in or delete the message.")
-        messages.append(Message(role, content.strip()))
+        messages.append(Message(role, whole_text(content, where=where)))
     if with_reply and not any(message.role == "assistant" for message in messages):
         raise DataError(f"{where} has no message of the assistant: add its reply or delete the line.")
     return tuple(messages)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
 from memsave.data.text.config import WritingData
 from memsave.data.text.encode import start_ids
+from memsave.data.text.facts import Facts, Lengths, lengths_of
 from memsave.data.text.splits import hold_out, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows, read_text
 
@@ -60,22 +61,33 @@ class DocumentsData(WritingData):
         if root.is_dir() and not text_files(root):
             training, held_out = split_files(root, held_out=self.held_out, suffixes=SUFFIXES)
         if held_out is not None:
-            return self._read(training), self._read(held_out)
+            train, out = read_each([training, held_out], self._read)
+            return train, out
         options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
         return hold_out(self._read(training), key=lambda each: each.text, **options)
+
+    def facts(self, examples: Sequence[Document]) -> list[Facts]:
+        """The texts."""
+        return [Facts(each.text) for each in examples]
+
+    def lengths(self, examples: Sequence[Document], tokenizer: Any, *, is_pair: bool = False) -> Lengths:
+        """The tokens of whole documents; `max_chunks` cuts them."""
+
+        def encode(part: Sequence[Document], max_length: int) -> tuple[list[Example], ChunkCuts]:
+            return encode_documents(part, tokenizer, max_length=max_length, max_chunks=self.max_chunks)
+
+        return lengths_of(examples, encode, max_length=self.max_length)
 
     def _read(self, path: Path) -> list[Document]:
         if path.is_dir() or path.suffix.lower() == ".txt":
             files = text_files(path)
-            found = list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
-        else:
-            rows = read_rows(path, encoding=self.encoding)
-            found = list(
-                made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
-            )
-        if not found:
-            raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
-        return found
+            if not files:
+                raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
+            return list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
+        rows = read_rows(path, encoding=self.encoding)
+        return list(
+            made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
+        )
 
     def _of_row(self, row: Row) -> Document:
         return _document(row.text(self.text, key="data.text"), row.where.removesuffix(","))
@@ -138,7 +150,7 @@ def encode_documents(
     found, cuts = [], ChunkCuts()
     for document in documents:
         tokens = [*token_ids(document.text, tokenizer), tokenizer.eos_token_id]
-        start = (start_ids(tokenizer) or [tokenizer.eos_token_id])[0]
+        start = document_start(tokenizer)
         rows = chunks(tokens, start=start, max_length=max_length)
         kept = rows if max_chunks is None else rows[:max_chunks]
         count = sum(len(row.ids) - 1 for row in kept)
@@ -150,6 +162,11 @@ def encode_documents(
         cuts.cut_tokens += len(tokens) - count
         found.append(kept)
     return found, cuts
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token before a document: the one that begins every text, or else the end token."""
+    return int((start_ids(tokenizer) or [tokenizer.eos_token_id])[0])
 
 
 def chunks(tokens: Sequence[int], *, start: int, max_length: int) -> Example:

@@ -11,7 +11,7 @@ a text for it; a table has one line for each of its texts.
 import csv
 from pathlib import Path
 
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.records import Record
 
 TRAIN, DEV, TEST = "trainset.csv", "devset.csv", "testset_w_refs.csv"
@@ -52,7 +52,8 @@ def e2e_splits(root: str | Path) -> tuple[list[Record], list[Record]]:
     if held_out is None:
         lacking = TEST if training == DEV else f"{TEST} or {DEV}"
         raise DataError(f"{root} holds {training} to train on and no held-out file: put {lacking} there.")
-    return read_e2e(root / training), read_e2e(root / held_out)
+    train, out = read_each([root / training, root / held_out], read_e2e)
+    return train, out
 
 
 def _record(row: dict, *, where: str) -> Record:

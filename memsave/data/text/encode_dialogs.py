@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from memsave.data.errors import DataError
 from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
-from memsave.data.text.dialogs import Dialog, Message
+from memsave.data.text.messages import Dialog, Message
 
 PLAIN = {"system": "{content}", "user": "user: {content}", "assistant": "assistant: {content}"}
 """The plain format of a message, before its end token."""

@@ -4,16 +4,17 @@ The files are TSV, CSV or JSONL with one example a line (see `tables.py`). A fol
 beside it; of a single file, a part is held out. GLUE (Wang et al. 2018, arXiv:1804.07461) has TSV files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, collecting_faults, made
+from memsave.data.errors import DataError, collecting_faults, collection, made, read_each
 from memsave.data.text.config import TextData
+from memsave.data.text.facts import WHOLE, Facts, Lengths
 from memsave.data.text.splits import hold_out, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows
 
@@ -49,6 +50,22 @@ class ClassifiedData(TextData):
     def splits(self) -> tuple[list[Labelled], list[Labelled]]:
         """(training, held-out) examples. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no examples")
+
+    def facts(self, examples: Sequence[Labelled]) -> list[Facts]:
+        """Texts, with the second text of a pair, and the names of the labels."""
+        names, found = self.label_names(), []
+        for text, pair, number in examples:
+            found.append(Facts(text if pair is None else f"{text} / {pair}", names[number], names[number]))
+        return found
+
+    def lengths(self, examples: Sequence[Labelled], tokenizer: Any, *, is_pair: bool = False) -> Lengths:
+        """The tokens of the texts, without task.template."""
+        from memsave.data.text.templates import Template, Text, encode_texts
+
+        texts = [Text(each.text, each.pair) for each in examples]
+        tokens = [len(each.ids) for each in encode_texts(texts, tokenizer, Template(None, WHOLE))[0]]
+        beyond = [count - self.max_length for count in tokens if count > self.max_length]
+        return Lengths(tokens, sum(tokens), len(beyond), sum(beyond))
 
     @property
     def has_pairs(self) -> bool:
@@ -118,7 +135,7 @@ class LabelledData(ClassifiedData):
         files = tuple((path, _changed(path)) for path in (train, held_out) if path is not None)
         names = None if self.labels is None else tuple(self.labels)
         columns = _Columns(self.text, self.pair, self.label, names, self.encoding, self.skip_invalid)
-        return _read(files, columns, self.held_out_fraction, self.seed)
+        return _read(files, columns, self.held_out_fraction, self.seed, collection())
 
 
 @register("data", "sst2")
@@ -187,9 +204,15 @@ _Read = tuple[tuple[str, ...], list[Labelled], list[Labelled], int]
 
 
 @lru_cache(maxsize=2)
-def _read(files: tuple[tuple[Path, int], ...], columns: _Columns, fraction: float, seed: int) -> _Read:
-    """The content of the files, each with its time of change, so that a changed file is read again."""
-    found = [_rows(path, columns) for path, _ in files]
+def _read(
+    files: tuple[tuple[Path, int], ...], columns: _Columns, fraction: float, seed: int, _collection: int
+) -> _Read:
+    """The content of the files, each with its time of change, so that a changed file is read again.
+
+    Inside `collecting_faults`, invalid lines are left out: `_collection` keeps such content from other calls.
+    """
+    read = read_each([path for path, _ in files], lambda path: [_rows(path, columns)])
+    found = [each[0] if each else ([], 0) for each in read]
     skipped, train = sum(count for _, count in found), files[0][0]
     names = columns.labels or _label_names([label for *_, label in found[0][0]], path=train, columns=columns)
     examples = [_numbered(rows, names) for rows, _ in found]
@@ -239,6 +262,8 @@ def _filled(row: Row, column: str, key: str) -> str:
 
 def _label_names(labels: list[str], *, path: Path, columns: _Columns) -> tuple[str, ...]:
     different = set(labels)
+    if not different:
+        raise DataError(f"{path} has no example that can be used: correct its lines.")
     if len(different) < 2:
         raise DataError(
             f"{path} has the single label {next(iter(different))!r} in the column {columns.label}: "

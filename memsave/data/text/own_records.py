@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made
+from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
 from memsave.data.text.splits import hold_out, split_files
@@ -55,7 +55,8 @@ class OwnRecordsData(RecordsData):
         """(training, held out) records."""
         training, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=SUFFIXES)
         if held_out is not None:
-            return self._read(training), self._read(held_out)
+            train, out = read_each([training, held_out], self._read)
+            return train, out
         options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
         return hold_out(self._read(training), key=lambda each: each.prompt, **options)
 
@@ -87,11 +88,10 @@ class Template:
         self.columns = [name for _, name, _, _ in self.parts if name is not None]
 
     def fill(self, row: Row) -> str:
-        """The text for a row. Raises DataError for a column that does not exist, and for an empty text."""
-        found = "".join(
-            before + ("" if name is None else row.text(name, key=self.key)) for before, name, _, _ in self.parts
-        )
-        if not found.strip():
+        """The text for a row. Raises DataError for a column that does not exist, and if all columns are empty."""
+        values = ["" if name is None else row.text(name, key=self.key) for _, name, _, _ in self.parts]
+        found = "".join(before + value for (before, *_), value in zip(self.parts, values, strict=True))
+        if not (any(values) if self.columns else found.strip()):
             columns = f"fill in {' or '.join(self.columns)}" if self.columns else f"change {self.key}"
             raise DataError(f"{row.where} gives an empty {self.key}: {columns}, or delete the line.")
         return found

@@ -51,8 +51,10 @@ def hold_out(
     A hash of (seed, key) decides about each item, so that adding or removing one does not move the others: the unit of
     privacy is one example. The key with the smallest hash is always held out.
 
-    Raises DataError if all items have the same key.
+    Raises DataError if all items have the same key, or if there are none.
     """
+    if not items:
+        raise DataError(f"{source} has no example that can be used: correct its lines.")
     places = {each: _place(each, seed=seed) for each in {key(item) for item in items}}
     if len(places) < 2:
         raise DataError(f"{source} has a single example to train on and to hold out: give more, or data.held_out=FILE.")

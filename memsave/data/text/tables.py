@@ -18,10 +18,11 @@ from typing import Any
 
 from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
-from memsave.data.errors import DataError, made, report
+from memsave.data.errors import DataError, faults_so_far, made, report
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".jsonl")
+ENCODING = "data.encoding"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Row:
     path: Path
     line: int
     """Number of its first line in the file; the first line is 1."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row is a line of a .txt file."""
+        return self.path.suffix.lower() == ".txt"
 
     @property
     def where(self) -> str:
@@ -52,36 +58,44 @@ class Row:
             )
         value = self.values[column]
         if isinstance(value, str):
-            if any("\ud800" <= each <= "\udfff" for each in value):  # JSON can write halves of a character
-                raise DataError(f"{self.where} has half of a character (\\ud800 to \\udfff): write the text as UTF-8.")
-            return value.strip()
+            return whole_text(value, where=self.where)
         if isinstance(value, (list, dict)):
             kind = "a list" if isinstance(value, list) else "an object"
             raise DataError(f"{self.where} has {kind} in the column {column}: give a text or a number.")
         return "" if value is None else json.dumps(value)
 
 
-def read_rows(path: str | Path, *, encoding: str = "utf-8", plain: str | None = None) -> list[Row]:
-    """All rows of a file in its order, at least one. The suffix decides the format. Raises DataError.
+def whole_text(text: str, *, where: str) -> str:
+    """The text without blanks around it. Raises DataError for half of a character, which JSON can write."""
+    if any("\ud800" <= each <= "\udfff" for each in text):
+        raise DataError(f"{where} has half of a character (\\ud800 to \\udfff): write the text as UTF-8.")
+    return text.strip()
 
-    `plain`: also read .txt files; each line is a row with this column.
+
+def read_rows(path: str | Path, *, encoding: str = "utf-8", key: str = ENCODING, plain: str | None = None) -> list[Row]:
+    """All rows of a file in its order; the suffix decides the format. Raises DataError, also for a file without rows.
+
+    `key`: that of the encoding, for messages. `plain`: also read .txt files; each line is a row with this column.
     """
     path = Path(path).expanduser()
     suffix, suffixes = path.suffix.lower(), SUFFIXES if plain is None else (".txt", *SUFFIXES)
     if suffix not in suffixes:
         raise DataError(f"{path} is no table: give a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
-    text = read_text(path, encoding=encoding)
+    text, before = read_text(path, encoding=encoding, key=key), faults_so_far()
     if suffix == ".txt" and plain is not None:
         rows = [Row({plain: line}, path, number) for number, line in enumerate(_lines(text), 1)]
     else:
         rows = list(_objects(path, text) if suffix == ".jsonl" else _fields(path, text, delimiter=DELIMITERS[suffix]))
-    if not rows:
+    if not rows and faults_so_far() == before:
         raise DataError(f"{path} has no rows: give a file with at least one.")
     return rows
 
 
-def read_text(path: Path, *, encoding: str = "utf-8") -> str:
-    """The text of a file, without a byte order mark. Raises DataError, which names the line that cannot be decoded."""
+def read_text(path: Path, *, encoding: str = "utf-8", key: str = ENCODING) -> str:
+    """The text of a file, without a byte order mark. Raises DataError, which names the line that cannot be decoded.
+
+    `key`: that of the encoding, for the message.
+    """
     if not path.is_file():
         raise DataError(f"The file {path} does not exist: check the path.")
     content = path.read_bytes()
@@ -89,19 +103,20 @@ def read_text(path: Path, *, encoding: str = "utf-8") -> str:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        other = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1"
         raise DataError(
             f"{path}, line {line}, is not {encoding} (byte {content[error.start]:#04x}): give its encoding, as in "
-            f"data.encoding=latin-1, or save it as UTF-8."
+            f"{key}={other}, or save it as UTF-8."
         ) from error
 
 
-def check_encoding(encoding: str) -> None:
+def check_encoding(encoding: str, *, key: str = ENCODING) -> None:
     """Raise ConfigError for an encoding of text that Python does not know."""
     try:
         "a".encode(encoding)
     except (LookupError, UnicodeError) as error:
         raise ConfigError(
-            f"data.encoding is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
+            f"{key} is {encoding!r}, which is unknown; give utf-8, utf-16 or latin-1, for example"
         ) from error
 
 

@@ -15,6 +15,7 @@ from memsave.config import ConfigError
 from memsave.config.registry import component, names
 from memsave.data.errors import DataError
 from memsave.data.text.own_records import Template
+from memsave.data.text.pairs import input_tokens
 from memsave.data.text.tables import Row
 from memsave.tasks.language.decoding import write_texts
 from memsave.tasks.loading import load_model
@@ -29,6 +30,8 @@ class Answerer(Protocol):
     """Identifies the model."""
     column: str
     """The column of an input of plain lines."""
+    gives: Sequence[str]
+    """The columns of an answer."""
 
     def read(self, row: Row) -> Any:
         """The input of a row. Raises DataError, which names the line, if it cannot be used."""
@@ -41,24 +44,41 @@ class TextAnswerer:
     """Texts for prompts, by a model of task=generation."""
 
     column = "prompt"
+    gives = ("generated",)
 
     def __init__(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device):
         self.model, self.tokenizer, self.form, self.device = model, tokenizer, form, device
-        self.template = Template(form.get("template") or "{prompt}", key="prompt")
+        self.template = Template(form["template"], key="data.prompt") if form.get("template") else None
+        self.is_pair = form.get("model") == "encoder_decoder"
         self.digest = ""
 
     def read(self, row: Row) -> list[int]:
-        """The tokens of a prompt: of the column `prompt`, or of the template of training over the columns."""
-        prompt = row.text(self.column) if self.column in row.values else self.template.fill(row)
+        """The tokens of a prompt: of the template of training over the columns, or of the column `prompt`.
+
+        A plain line is a whole prompt, and so is the column `prompt` where a column of the template is missing.
+        """
+        template = self.template
+        if template is None or row.is_plain or (self.column in row.values and set(template.columns) - set(row.values)):
+            prompt = row.text(self.column)
+        else:
+            prompt = template.fill(row)
         if not prompt.strip():
-            raise DataError(f"{row.where} is empty: delete it, or give it a prompt.")
-        text = self.form["prompt"].format(prompt=prompt)
-        tokens = list(self.tokenizer(text, add_special_tokens=self.form["add_special_tokens"]).input_ids)
-        around = len(self.tokenizer(self.form["prompt"].format(prompt=""), add_special_tokens=False).input_ids)
-        count, most = len(tokens) - around, self.form["max_prompt_tokens"]
+            raise DataError(f"{row.where} has an empty prompt: fill it in or delete the line.")
+        tokens, count = self._tokens(prompt)
+        most = self.form["max_prompt_tokens"]
         if count > most:
             raise DataError(f"{row.where} has a prompt of {count} tokens: the model takes at most {most}; shorten it.")
         return tokens
+
+    def _tokens(self, prompt: str) -> tuple[list[int], int]:
+        """(the tokens before the text, the number of tokens of the prompt in them)."""
+        if self.is_pair:
+            tokens = input_tokens(prompt, self.tokenizer)
+            return tokens, len(tokens)
+        form = self.form["prompt"]
+        around = self.tokenizer(form.format(prompt=""), add_special_tokens=False).input_ids
+        tokens = self.tokenizer(form.format(prompt=prompt), add_special_tokens=False).input_ids
+        return list(tokens), len(tokens) - len(around)
 
     def answer(self, inputs: Sequence[list[int]]) -> list[dict[str, Any]]:
         """The generated texts, by beam search as in the evaluations of training."""
@@ -66,7 +86,8 @@ class TextAnswerer:
         limit = options.get("max_length") or options["max_new_tokens"]
         known: dict[str, Any] = {"max_length": limit, "beams": options["num_beams"], "device": self.device}
         with torch.inference_mode():
-            return [{"generated": text} for text in write_texts(self.model, self.tokenizer, inputs, **known)]
+            texts = write_texts(self.model, self.tokenizer, inputs, batch_size=len(inputs), **known)
+            return [{"generated": text} for text in texts]
 
 
 def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
@@ -76,23 +97,36 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
         raise ConfigError(f"{folder} holds no {PROMPT}; give the folder of a run of a language task, or its model/")
     try:
         form = json.loads((released / PROMPT).read_text())
-        kind = form["task"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = form.get("task", "generation")  # runs of older versions have no other task
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{released / PROMPT} cannot be read; copy the model's folder again") from error
-    if kind not in names("task"):
-        raise ConfigError(f"{released} is of task={kind}, which is not registered; install the package that adds it")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    make = getattr(component("task", kind)(), "answerer", None) if kind in names("task") else None
+    if make is None:
+        raise ConfigError(f"{released} is of task={kind}, which cannot answer; install the package that adds the task")
     model = load_model(released).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(released)
-    answerer: Answerer = component("task", kind)().answerer(model, tokenizer, form=form, device=device)
+    try:
+        answerer: Answerer = make(model, _tokenizer(released), form=form, device=device)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{released / PROMPT} lacks {error}; copy the model's folder again") from error
     answerer.digest = _digest(released)
     return answerer
 
 
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no tokenizer that can be read; copy the model's folder again") from error
+
+
 def _digest(folder: Path) -> str:
-    """A digest of the names, sizes and times of the files of a model, and of its format."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
-    return hashlib.sha256(repr((files, (folder / PROMPT).read_text())).encode()).hexdigest()[:16]
+    """A digest of the names and contents of the files of a model."""
+    digest = hashlib.sha256()
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -23,6 +23,7 @@ from memsave.progress import Progress
 from memsave.tasks.definition import option_of
 from memsave.tasks.language.classifier import Classification, Objective, classifier_losses
 from memsave.tasks.language.definition import LanguageDefinition, LanguageTaskConfig
+from memsave.tasks.language.label_answers import LabelAnswerer
 from memsave.tasks.language.pretrained import Purpose
 from memsave.training.task import Batch, Task
 
@@ -57,6 +58,10 @@ class ClassificationConfig(LanguageTaskConfig):
     def definition(self, config: Config) -> "ClassificationDefinition":
         """The definition for a whole config."""
         return ClassificationDefinition(config)
+
+    def answerer(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device) -> LabelAnswerer:
+        """What memsave.generate asks."""
+        return LabelAnswerer(model, tokenizer, form=form, device=device)
 
 
 class ClassificationDefinition(LanguageDefinition):

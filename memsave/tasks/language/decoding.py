@@ -21,6 +21,7 @@ def write_texts(
     new_tokens: int | None = None,
     ends: Sequence[int] = (),
     beams: int = 1,
+    batch_size: int = BATCH,
     device: torch.device,
 ) -> Iterator[str]:
     """Yield the text that the model writes after each prompt, until an end token.
@@ -33,11 +34,12 @@ def write_texts(
         new_tokens: tokens of each text at most; replaces max_length.
         ends: the tokens that end a text, if not only the end token of the tokenizer.
         beams: width of the beam search; 1 is greedy.
+        batch_size: prompts that are processed together.
         device: of the model.
     """
     is_pair = is_encoder_decoder(model)
-    for first in range(0, len(tokens), BATCH):
-        batch = prompts(tokens[first : first + BATCH], pad=tokenizer.pad_token_id, right=is_pair)
+    for first in range(0, len(tokens), batch_size):
+        batch = prompts(tokens[first : first + batch_size], pad=tokenizer.pad_token_id, right=is_pair)
         length = 0 if is_pair else batch["input_ids"].shape[1]
         out = generate(
             model,

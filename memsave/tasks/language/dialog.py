@@ -17,8 +17,9 @@ from memsave.config import Config, ConfigError, option, register
 from memsave.config.schema import TrainerConfig
 from memsave.data.errors import DataError
 from memsave.data.fingerprint import fingerprint_of
-from memsave.data.text.dialogs import Dialog, DialogData, Message, parse_messages
+from memsave.data.text.dialogs import DialogData, parse_messages
 from memsave.data.text.encode_dialogs import encode_context, encode_dialogs, format_of
+from memsave.data.text.messages import Dialog, Message
 from memsave.data.text.tables import Row
 from memsave.data.text.word_f1 import word_f1
 from memsave.progress import Progress
@@ -233,9 +234,10 @@ class DialogTask(LanguageTask):
 
 
 class DialogAnswerer:
-    """Replies to messages; a plain line is a message of the user."""
+    """Replies to messages, or to a message of the user, before which there may be a persona."""
 
     column = "message"
+    gives = ("reply",)
 
     def __init__(self, model: Any, tokenizer: Any, *, form: dict[str, Any], device: torch.device):
         self.model, self.tokenizer, self.written, self.device = model, tokenizer, form, device
@@ -247,7 +249,9 @@ class DialogAnswerer:
         if "messages" in row.values:
             messages = parse_messages(row, with_reply=False)
         else:
-            messages = (Message("user", row.text(self.column)),)
+            persona = row.text("persona") if "persona" in row.values else ""
+            system = (Message("system", persona),) if persona else ()
+            messages = (*system, Message("user", row.text(self.column)))
         if not messages or not messages[-1].content:
             raise DataError(f"{row.where} has no message: add one or delete the line.")
         if messages[-1].role == "assistant":
@@ -258,9 +262,8 @@ class DialogAnswerer:
         """The replies, generated as in the evaluations of training."""
         asked = self.written["generate"]
         options: dict[str, Any] = {"new_tokens": asked["max_new_tokens"], "beams": asked["num_beams"]}
-        texts = write_texts(
-            self.model, self.tokenizer, inputs, **options, ends=asked["eos_token_id"], device=self.device
-        )
+        options |= {"ends": asked["eos_token_id"], "batch_size": len(inputs), "device": self.device}
+        texts = write_texts(self.model, self.tokenizer, inputs, **options)
         with torch.inference_mode():
             return [{"reply": text} for text in texts]
 

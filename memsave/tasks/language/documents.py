@@ -13,7 +13,7 @@ from torch import nn
 from memsave.config.schema import TrainerConfig
 from memsave.data.fingerprint import fingerprint_of
 from memsave.data.text.collate import token_ids
-from memsave.data.text.documents import Document, DocumentsData, encode_documents
+from memsave.data.text.documents import Document, DocumentsData, document_start, encode_documents
 from memsave.tasks.language.writing import Evaluation, WritingTask
 
 
@@ -77,8 +77,8 @@ class Documents(WritingTask):
         return scores
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The end token, with which every document starts, and the tokens of the prompt."""
-        found = [self.tokenizer.eos_token_id, *token_ids(prompt, self.tokenizer)]
+        """The token with which every document starts, and the tokens of the prompt."""
+        found = [document_start(self.tokenizer), *token_ids(prompt, self.tokenizer)]
         return found[: self.max_length - 1]
 
     def reference(self, prompt: str) -> str:
@@ -87,10 +87,10 @@ class Documents(WritingTask):
 
     def prompt_format(self) -> dict[str, Any]:
         """The content of `prompt.json`."""
-        end = self.tokenizer.eos_token
+        start, end = self.tokenizer.decode([document_start(self.tokenizer)]), self.tokenizer.eos_token
         return {
             "task": "generation",
-            "prompt": f"{end}{{prompt}}",
+            "prompt": f"{start}{{prompt}}",
             "completion": f"{{completion}}{end}",
             "separator": "",
             "add_special_tokens": False,

@@ -99,6 +99,14 @@ class LanguageModel(ModelConfig):
         """(model in float32, tokenizer with the special tokens that the purpose needs). Raises ConfigError."""
         return load_pretrained(self.name, purpose)
 
+    def load_tokenizer(self, *, progress: Progress) -> Any:
+        """The tokenizer; models that memsave makes or converts are made first. Raises ConfigError."""
+        if type(self).load is LanguageModel.load:
+            return read_tokenizer(self.name)
+        architecture = self.architecture()
+        purpose = next(each for each in map(Purpose, HEADS) if each.fits(architecture))
+        return self.load(purpose, progress=progress)[1]
+
     def architecture(self) -> Any:
         """The architecture as a config of transformers, without weights. Raises ConfigError."""
         from transformers import GPT2Config
@@ -138,6 +146,18 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     fuse_gelu(model)
     model.name_or_path = str(Path(folder).resolve()) if Path(name).expanduser().is_dir() else name  # for PEFT's files
     return model, tokenizer
+
+
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of a model by name or folder. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(reachable(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name} has no tokenizer that transformers can load ({_first_line(error)}); give another model"
+        ) from error
 
 
 def with_random_weights(model: Any) -> nn.Module:

@@ -8,7 +8,8 @@ import pytest
 from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.errors import collecting_faults
-from memsave.data.text.dialogs import ChatData, Dialog, Message, PersonaChatData, read_chat, read_personachat
+from memsave.data.text.dialogs import ChatData, PersonaChatData, read_chat, read_personachat
+from memsave.data.text.messages import Dialog, Message
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "personachat"
 PERSONA = "1 your persona: i have two dogs.\n2 your persona: i paint.\n"

@@ -8,7 +8,6 @@ pytest.importorskip("transformers")
 
 from memsave.data import DataError
 from memsave.data.text.collate import IGNORED
-from memsave.data.text.dialogs import Dialog, Message
 from memsave.data.text.encode_dialogs import (
     PlainFormat,
     TemplateFormat,
@@ -16,6 +15,7 @@ from memsave.data.text.encode_dialogs import (
     encode_dialogs,
     format_of,
 )
+from memsave.data.text.messages import Dialog, Message
 from tests.support.chat_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
 
 TALK = (

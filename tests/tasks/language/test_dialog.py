@@ -17,8 +17,8 @@ from memsave.data.errors import DataError
 from memsave.data.loader import Index
 from memsave.data.text.calls import CallsData, private_dialogs
 from memsave.data.text.collate import collate
-from memsave.data.text.dialogs import Dialog, Message
 from memsave.data.text.encode_dialogs import encode_context
+from memsave.data.text.messages import Dialog, Message
 from memsave.data.text.tables import Row
 from memsave.ghost import verify
 from memsave.planning.fake_step import fake_step
@@ -218,7 +218,10 @@ def test_memsave_generate_writes_the_replies_of_the_evaluation(name, tmp_path):
     found = answerer.answer([answerer.read(each) for each in rows])
     assert [each["reply"] for each in found] == task.evaluations[0].texts
     assert answerer.read(row(message="Hi")) == answerer.read(row(messages=[{"role": "user", "content": "Hi"}]))
+    persona = [{"role": "system", "content": "I run."}, {"role": "user", "content": "Hi"}]
+    assert answerer.read(row(message="Hi", persona="I run.")) == answerer.read(row(messages=persona))
     for values, message in [
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a character"),
         ({"messages": []}, "has no message: add one"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "ends with a message of the assistant: delete that"),
         ({"message": " "}, "has no message: add one"),
