@@ -52,7 +52,7 @@ def test_the_memory_option_sets_the_mode(memory):
         ),
         (
             ["model.name=gpt2"],
-            r"is not a key of model=rev_unet; it is a key of model=gpt2, rev_gpt2, small_gpt2 or smol",
+            r"is not a key of model=rev_unet; it is a key of model=gemma3_270m, gpt2, minilm, rev_gpt2, roberta",
         ),
         (["data.sizes=3"], r"valid in data=phantom are kind, root"),
         (
