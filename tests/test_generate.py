@@ -275,7 +275,7 @@ def test_a_killed_command_continues(released, tmp_path):
         (["batch_size=0"], "batch_size is 0; it must be at least 1"),
         (["batch_size=many"], "batch_size is 'many': give a number of lines"),
         (["encoding=utf-9"], "encoding is 'utf-9', which is unknown"),
-        (["encoding=utf-16"], "has no line that can be used"),
+        (["encoding=utf-32"], "give its encoding, as in encoding=latin-1"),
         (["device=tpu"], "device"),
         (["model=/none"], "/none holds no prompt.json; give the folder of a run of a language task"),
         (["promt=x"], "promt is not known"),
