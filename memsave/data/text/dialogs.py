@@ -24,7 +24,7 @@ from memsave.data.text.config import TextData
 from memsave.data.text.encode_dialogs import encode_dialogs, format_of
 from memsave.data.text.facts import WHOLE, Facts, Lengths
 from memsave.data.text.messages import ROLES, Dialog, Message
-from memsave.data.text.splits import hold_out, split_files
+from memsave.data.text.splits import OwnFiles, hold_out, split_files
 from memsave.data.text.tables import Row, check_encoding, read_rows, read_text, whole_text
 
 OWN, PARTNER, SILENCE = "your persona:", "partner's persona:", "__SILENCE__"
@@ -70,20 +70,12 @@ class DialogData(TextData):
 
 
 @dataclass
-class DialogFiles(DialogData):
+class DialogFiles(OwnFiles, DialogData):
     """Dialogs in files. A subclass reads one file."""
 
     suffix: ClassVar[str]
     root: str | None = None
     """A file, or a folder with the files train and test, validation, valid or dev."""
-    held_out: str | None = None
-    """File of held-out dialogs; null takes a file of the folder, or held_out_fraction of the training file."""
-    held_out_fraction: float = option(0.1, least=0, most=0.9)
-    """Share of the dialogs that are held out if there is no held-out file."""
-    seed: int = option(0, least=0)
-    """Seed of the choice of held-out dialogs."""
-    encoding: str = "utf-8"
-    """Encoding of the files."""
 
     def validate(self) -> None:
         """Raise ConfigError without a file or folder, and for an unknown encoding."""

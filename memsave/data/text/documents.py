@@ -17,7 +17,7 @@ from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
 from memsave.data.text.config import WritingData
 from memsave.data.text.encode import start_ids
 from memsave.data.text.facts import Facts, Lengths, lengths_of
-from memsave.data.text.splits import hold_out, split_files
+from memsave.data.text.splits import OwnFiles, hold_out, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows, read_text
 
 
@@ -31,7 +31,7 @@ class Document:
 
 @register("data", "documents")
 @dataclass
-class DocumentsData(WritingData):
+class DocumentsData(OwnFiles, WritingData):
     """Whole texts: a folder of .txt files, or a CSV, TSV or JSONL file with a column of texts."""
 
     kind: str = "documents"
@@ -39,14 +39,6 @@ class DocumentsData(WritingData):
     """Column of the texts, if root is a table."""
     max_chunks: int | None = option(None, least=1)
     """Chunks of max_length tokens of a document; later ones are cut and counted. null keeps the whole document."""
-    held_out: str | None = None
-    """File or folder of held-out documents; null takes a file of the folder, or held_out_fraction of the documents."""
-    held_out_fraction: float = option(0.1, least=0, most=0.9)
-    """Share of the documents that is held out if there is no other held-out text; equal texts stay together."""
-    seed: int = option(0, least=0)
-    """Seed of the choice of held-out documents."""
-    encoding: str = "utf-8"
-    """Encoding of the files."""
 
     def validate(self) -> None:
         """Raise ConfigError without a file or folder, and for an unknown encoding."""

@@ -15,7 +15,7 @@ from memsave.config import ConfigError, option, register
 from memsave.data.errors import DataError, collecting_faults, collection, made, read_each
 from memsave.data.text.config import TextData
 from memsave.data.text.facts import WHOLE, Facts, Lengths
-from memsave.data.text.splits import hold_out, split_files
+from memsave.data.text.splits import OwnFiles, hold_out, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows
 
 HELD_OUT = ("dev", "dev_matched", "validation", "validation_matched", "valid", "test")
@@ -80,7 +80,7 @@ class ClassifiedData(TextData):
 
 @register("data", "labelled")
 @dataclass
-class LabelledData(ClassifiedData):
+class LabelledData(OwnFiles, ClassifiedData):
     """Labelled sentences or pairs in one's own TSV, CSV or JSONL files."""
 
     kind: str = "labelled"
@@ -92,14 +92,6 @@ class LabelledData(ClassifiedData):
     """Column of the label."""
     labels: list[str] | None = None
     """The labels in the order of their numbers; null means those of the training file, sorted."""
-    held_out: str | None = None
-    """Held-out file; null takes a file of the folder, or held_out_fraction of the training file."""
-    held_out_fraction: float = option(0.1, least=0, most=0.9)
-    """Share of the texts that are held out if there is no held-out file; equal texts stay together."""
-    seed: int = option(0, least=0)
-    """Seed of the choice of held-out texts."""
-    encoding: str = "utf-8"
-    """Encoding of the files."""
     skip_invalid: bool = False
     """Leave lines with missing or empty fields out and count them, instead of an error."""
 

