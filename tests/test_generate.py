@@ -122,7 +122,8 @@ def test_a_plain_line_is_a_whole_prompt(generate, released, tmp_path):
     folder = shutil.copytree(released[0], tmp_path / "copy")
     path = folder / "model" / "prompt.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "template": "Q: {prompt}"}))
-    expected = released[1].write(released[2], ["Ada", "Q: Ada"])
+    _, task, model = released
+    expected = {each: task.write(model, [each])[each] for each in ("Ada", "Q: Ada")}  # a batch shares its length
     assert texts(generate("a.txt", "Ada\n", model=folder)[1]) == [expected["Ada"]]
     assert texts(generate("a.csv", "prompt\nAda\n", model=folder, output="b.csv")[1]) == [expected["Q: Ada"]]
     assert len(set(expected.values())) == 2
