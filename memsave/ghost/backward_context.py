@@ -97,9 +97,9 @@ class BackwardContext:
     def example_of_row(self) -> list[int]:
         """The example of each row of the model's inputs."""
         examples = self.rows.examples
-        if isinstance(examples, Tensor):
-            return examples.tolist()
-        return list(range(self.batch_size) if examples is None else examples)
+        if examples is None:
+            return list(range(self.batch_size))
+        return examples.tolist() if isinstance(examples, Tensor) else list(examples)  # fake tensors have no values
 
     # The forward: layers record what they do.
 

@@ -369,7 +369,7 @@ def test_errors_name_the_value_and_the_remedy():
     with pytest.raises(RuntimeError, match="linear_cross_entropy was called outside"):
         linear_cross_entropy(torch.zeros(1, 6, 5), model.head.weight, batch["targets"][:1])
     model(batch["ids"])
-    with pytest.raises(ValueError, match="targets for 1 examples, but the model saw a batch of 3"):
+    with pytest.raises(ValueError, match="targets for 1 rows, but the model saw a batch of 3"):
         linear_cross_entropy(torch.zeros(1, 6, 5), model.head.weight, batch["targets"][:1])
     clipper.close()
     linear_cross_entropy(torch.zeros(1, 6, 5), model.head.weight, batch["targets"][:1]).sum().backward()

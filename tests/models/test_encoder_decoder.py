@@ -94,6 +94,7 @@ def test_a_model_that_sees_padding_is_refused(model):
 def test_a_bias_of_the_logits_that_is_not_zero_needs_the_logits():
     torch.manual_seed(0)
     model = bart()
+    losses_with("chunked")(model, batch())
     model.final_logits_bias[0, 3] = 1.0
     with pytest.raises(ValueError, match=r'give head="logits"'):
         losses_with("chunked")(model, batch())

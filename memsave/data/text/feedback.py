@@ -105,7 +105,7 @@ PRIVATE_EVENTS = (
     ),
 )
 PUBLIC: dict[str, Any] = {"events": PUBLIC_EVENTS, "share": 0.2, "contrary": 0.2}
-PRIVATE: dict[str, Any] = {"events": PRIVATE_EVENTS, "share": 0.7, "contrary": 0.6}
+PRIVATE: dict[str, Any] = {"events": PRIVATE_EVENTS, "share": 0.4, "contrary": 0.5}
 """Events; the probability of a sentence to be one; that of a contrary sentence in a text of three or more."""
 _NAMES = _words("Bardale, Calley, Dorland, Fenwick, Galridge, Harmere, Kesson, Lanby, Norgate, Pelton, Quinster, Toley")
 _WARDS = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")

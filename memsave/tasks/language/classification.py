@@ -89,7 +89,8 @@ class ClassificationDefinition(LanguageDefinition):
     def validate(self) -> None:
         """Raise ConfigError for combinations that cannot run."""
         super().validate()
-        self.form().check(has_pairs=self.data.has_pairs)
+        form = self.form()
+        form.check(has_pairs="{pair}" in (form.template or ""))  # `make_model` compares it with the data
         if self.task.objective == "head" and self.task.label_words is not None:
             raise ConfigError("task.label_words is for task.objective=infilling or label_words; leave it out of head")
 
@@ -101,6 +102,7 @@ class ClassificationDefinition(LanguageDefinition):
 
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(the pretrained model, its tokenizer)."""
+        self.form().check(has_pairs=self.data.has_pairs)
         purpose, found = self.purpose(), self.model.architecture()
         if not purpose.fits(found):
             raise ConfigError(

@@ -46,7 +46,7 @@ def test_tables_and_folders_with_tables_are_read(tmp_path):
     (tmp_path / "dev.csv").write_text("text\nthree\n")
     assert texts(data(tmp_path)) == [["one", "two"], ["three"]]
     assert sorted(chain(*texts(data(tmp_path / "train.jsonl")))) == ["one", "two"]
-    with pytest.raises(DataError, match=r"line 1, has no column body: its columns are text"):
+    with pytest.raises(DataError, match=r"line 1, has no column body, which data.text names: its columns are text"):
         data(tmp_path / "train.jsonl", text="body").splits()
 
 

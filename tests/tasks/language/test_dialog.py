@@ -21,6 +21,8 @@ from memsave.data.text.encode_dialogs import encode_context
 from memsave.data.text.messages import Dialog, Message
 from memsave.data.text.tables import Row
 from memsave.ghost import verify
+from memsave.planning.fake_step import fake_step
+from memsave.profiler import MemoryRecorder, peak_on_fake
 from memsave.tasks.definition import definition_of
 from memsave.tasks.language.answering import load_answerer
 from memsave.tasks.language.dialog import DialogConfig, DialogTask
@@ -170,6 +172,22 @@ def test_a_plan_needs_the_number_of_rows():
         ConfigError, match=r"data\.max_rows is null, so the size of a batch is unknown; give data\.max_rows"
     ):
         definition_of(config_of("data.max_rows=null")).dummy_batch(count=2, device=device)
+
+
+@pytest.mark.parametrize("head", ["chunked", "logits"])
+@pytest.mark.parametrize("privacy", ["none", "ghost"])
+def test_the_peak_of_a_step_with_several_rows_is_predicted(privacy, head):
+    sizes = ("model.layers=2", "model.heads=2", "model.width=32", "model.vocabulary=1000", f"model.head={head}")
+    shape = ("data.max_rows=3", "data.max_length=64", "trainer.batch_size=4", "trainer.micro_batch_size=2")
+    config = config_of(f"privacy={privacy}", *sizes, *shape)
+    device = torch.device("cpu")
+    predicted = peak_on_fake(lambda: fake_step(config, device=device)).peak_bytes
+    made = fake_step(config, device=device)
+    made.run()
+    with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
+        made.run()
+    masks = 2 * (2 * 3) * 64 * 64 * 4  # transformers creates them on fake tensors alone
+    assert predicted - masks == pytest.approx(recorder.report().peak_bytes, rel=0.001)
 
 
 def test_replies_must_leave_space_for_the_context():

@@ -1,0 +1,1 @@
+"""Private classification, dialogs and adapters."""
