@@ -118,6 +118,17 @@ def test_a_column_prompt_is_a_whole_prompt_only_without_the_columns_of_the_templ
     assert texts(generate("c.jsonl", both, output="c.csv")[1]) == texts(expected)
 
 
+def test_a_plain_line_is_a_whole_prompt(generate, released, tmp_path):
+    folder = shutil.copytree(released[0], tmp_path / "copy")
+    path = folder / "model" / "prompt.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "template": "Q: {prompt}"}))
+    _, task, model = released
+    expected = {each: task.write(model, [each])[each] for each in ("Ada", "Q: Ada")}  # a batch shares its length
+    assert texts(generate("a.txt", "Ada\n", model=folder)[1]) == [expected["Ada"]]
+    assert texts(generate("a.csv", "prompt\nAda\n", model=folder, output="b.csv")[1]) == [expected["Q: Ada"]]
+    assert len(set(expected.values())) == 2
+
+
 def test_a_csv_output_has_the_same_cells(generate):
     _, expected, _ = generate("a.csv", CSV)
     _, rows, _ = generate("a.csv", CSV, output="out.csv")
@@ -189,9 +200,13 @@ def test_an_interrupted_command_continues_with_equal_answers(generate, tmp_path,
     content = partial.read_bytes()
     assert content.count(b"\n") == 5
     partial.write_bytes(content[: max(0, len(content) - torn)])  # as after kill -9 while a line was written
+    with monkeypatch.context() as patch:
+        patch.setattr("memsave.generate.write_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, errors = generate("a.jsonl", None, "batch_size=2")
+    assert code == 130 and ("continuing after" in errors) == (torn < 10**6)
     code, rows, errors = generate("a.jsonl", None, "batch_size=2")
     assert code == 0 and rows == expected and not partial.exists()
-    assert ("continuing after" in errors) == (torn < 10**6)
+    assert "continuing after 5 of 5 lines" in errors
 
 
 def test_every_end_of_the_journal_gives_the_same_answers(generate, tmp_path, monkeypatch):
