@@ -31,10 +31,15 @@ def override(key: str, value: object) -> str:
     return shlex.quote(f"{key}={written}")
 
 
+OPTIONAL = ("task.template",)
+"""Templates that may be null."""
+
+
 def literal(text: str) -> str:
     """The override with a template quoted for Hydra; any other override, or one that is quoted already, unchanged."""
     key, _, value = text.partition("=")
-    if key.lstrip("+") not in TEMPLATES or not value:
+    key_alone = key.lstrip("+")
+    if key_alone not in TEMPLATES or not value or (key_alone in OPTIONAL and value == "null"):
         return text
     if value[0] in "'\"":
         try:

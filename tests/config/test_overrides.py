@@ -114,3 +114,9 @@ def test_the_listed_keys_of_texts_exist():
     schemas = [(group, schema) for group in groups for schema in options(group).values()]
     keys = {f"{group}.{each.name}" for group, schema in schemas for each in fields(schema)}
     assert {key for key in (*TEXTS, *LISTS, *TEMPLATES[:2]) if not re.match(r"hydra\.(run|sweep)\.dir", key)} <= keys
+
+
+def test_null_is_no_template():
+    head = ["task.objective=head", "task.template=null", "task.label_words=null"]
+    found = compose(["experiment=roberta_dp_sst2", "data.root=/x", *head]).task
+    assert (found.template, found.label_words) == (None, None)

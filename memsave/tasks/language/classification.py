@@ -89,10 +89,12 @@ class ClassificationDefinition(LanguageDefinition):
     def validate(self) -> None:
         """Raise ConfigError for combinations that cannot run."""
         super().validate()
+        if self.task.objective == "head" and "{mask}" in (self.task.template or ""):
+            raise ConfigError("{mask} of task.template is not for task.objective=head; give task.template=null")
         form = self.form()
         form.check(has_pairs="{pair}" in (form.template or ""))  # `make_model` compares it with the data
         if self.task.objective == "head" and self.task.label_words is not None:
-            raise ConfigError("task.label_words is for task.objective=infilling or label_words; leave it out of head")
+            raise ConfigError("task.label_words is not for task.objective=head; give task.label_words=null")
 
     def purpose(self) -> Purpose:
         """The head that the objective needs."""
