@@ -12,6 +12,7 @@ import transformers
 from memsave.models.label_words import label_word_logits
 from memsave.models.language import set_checkpointing
 from memsave.models.rev_gpt2 import RevGPT2, RevGPT2Config
+from memsave.models.trial import has_passed
 from tests.support.examples_alone import alone, assert_same
 from tests.support.per_example_reference import by_clipper
 
@@ -96,6 +97,7 @@ def test_logits_are_those_of_each_text_alone_with_the_whole_vocabulary(name):
     model, batch = model_of(name), batch_of()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     found = label_word_logits(model, inputs, position=batch["position"], words=WORDS)
+    assert has_passed(model, "label words")  # and the logits of the vocabulary are not the fallback
     expected = all_logits(model, batch)[:, WORDS]
     # some models compute their norms or their attention in float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -164,6 +166,7 @@ def test_a_model_that_mixes_its_logits_gets_all_of_them():
     model, batch = Scaled().double(), batch_of()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     found = label_word_logits(model, inputs, position=batch["position"], words=WORDS)
+    assert not has_passed(model, "label words")
     torch.testing.assert_close(found, all_logits(model, batch)[:, WORDS])
 
 
