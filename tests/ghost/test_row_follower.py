@@ -1,13 +1,12 @@
 """Chains of operators: where the Rows of the result are known, each slice depends on its example alone."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.operator_trace import OperatorTrace
 from memsave.ghost.rows import Lost, Rows
 
@@ -224,7 +223,7 @@ STEPS = {
 
 def followed(x, steps, random):
     """(the result of the steps, what is known of it)."""
-    trace = OperatorTrace(SimpleNamespace(batch_size=len(x)), {}, {})
+    trace = OperatorTrace(BackwardContext(torch.zeros(len(x))), {}, {})
     trace.mark_examples(iter([x]))
     with trace:
         for name in steps:
@@ -280,7 +279,7 @@ KNOWN = [
 @pytest.mark.parametrize(("name", "shape", "change", "expected"), KNOWN, ids=[each[0] for each in KNOWN])
 def test_rows_are_known(name, shape, change, expected):
     x = torch.randn(shape, requires_grad=True)
-    trace = OperatorTrace(SimpleNamespace(batch_size=len(x)), {}, {})
+    trace = OperatorTrace(BackwardContext(torch.zeros(len(x))), {}, {})
     trace.mark_examples(iter([x]))
     with trace:
         found = trace.provenance(change(x))
@@ -290,7 +289,7 @@ def test_rows_are_known(name, shape, change, expected):
 @pytest.mark.parametrize("change", [lambda x: x.sum(0), lambda x: x.sum(), lambda x: x.reshape(9).reshape(1, 9)])
 def test_mixed_rows_are_lost(change):
     x = torch.randn(3, 3, requires_grad=True)
-    trace = OperatorTrace(SimpleNamespace(batch_size=3), {}, {})
+    trace = OperatorTrace(BackwardContext(torch.zeros(3)), {}, {})
     trace.mark_examples(iter([x]))
     with trace:
         found = trace.provenance(change(x))

@@ -126,7 +126,7 @@ def test_virtual_tokens_need_positions(cache, tmp_path, capsys):
     config = compose([*QUICK, "adapter=prompt", "adapter.tokens=180"])
     (tmp_path / "run").mkdir()
     assert execute(config, tmp_path / "run", experiment="gpt2_dp") == 2
-    words = "data.max_length is 40, but the model has 200 positions, of which adapter.tokens takes 180; give less of"
+    words = "data.max_length is 40, but the model has 200 positions, of which adapter.tokens takes 180; give data"
     assert words in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from memsave.config.compose import compose, to_objects
 from memsave.config.registry import options
 from memsave.tasks.language.adapter_files import save_model
 from memsave.tasks.language.adapters import IA3, Dora, Lora, Prefix, Prompt
-from memsave.tasks.language.pretrained import load_pretrained, with_random_weights
+from memsave.tasks.language.pretrained import Purpose, load_pretrained, with_random_weights
 from memsave.tasks.language.trained_parts import AttentionOnly, BitFit, FrozenParts
 from memsave.training.measure import set_memory
 from tests.ghost.test_transformers import WIDE, bert, gpt2, llama
@@ -360,7 +360,7 @@ def test_a_model_from_a_folder_is_named_by_its_whole_path(base, tmp_path, monkey
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), eos_token="a", pad_token="b")
     tokenizer.save_pretrained(copied)
     monkeypatch.chdir(tmp_path)
-    model, _ = load_pretrained("base")
+    model, _ = load_pretrained("base", Purpose("causal"))
     assert model.name_or_path == str(copied)
 
 
