@@ -103,6 +103,9 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
     make = getattr(component("task", kind)(), "answerer", None) if kind in names("task") else None
     if make is None:
         raise ConfigError(f"{released} is of task={kind}, which cannot answer; install the package that adds the task")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model = load_model(released).to(device)
     try:
         answerer: Answerer = make(model, _tokenizer(released), form=form, device=device)
@@ -114,9 +117,7 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
