@@ -9,7 +9,7 @@ from memsave.config import ConfigError
 from memsave.data.errors import DataError
 from memsave.data.text.labelled import LabelledData, MNLIData, QNLIData, QQPData, SST2Data
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def write(path, *lines):
