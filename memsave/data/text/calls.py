@@ -7,16 +7,15 @@ record verbatim, and call i depends only on (part, seed, i).
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memsave.config import option, register
 from memsave.data.errors import DataError
 from memsave.data.text.config import HELD_OUT_SEED
 from memsave.data.text.dialogs import DialogData
+from memsave.data.text.draws import Draw, clock, compound, number, sequence, words
 from memsave.data.text.messages import Dialog, Message
-
-Draw = Callable[[random.Random], str]
 
 
 @dataclass(frozen=True)
@@ -103,38 +102,16 @@ def _dialog(line: Line, *, rng: random.Random) -> Dialog:
     return Dialog(tuple(messages))
 
 
-def _words(text: str) -> Draw:
-    options = [word.strip() for word in text.split(",")]
-    return lambda rng: rng.choice(options)
-
-
-def _number(low: int, high: int, pattern: str = "{}") -> Draw:
-    return lambda rng: pattern.format(rng.randint(low, high))
-
-
-def _compound(starts: str, ends: str) -> Draw:
-    first, last = starts.split(), ends.split()
-    return lambda rng: rng.choice(first) + rng.choice(last)
-
-
-def _sequence(*draws: Draw) -> Draw:
-    return lambda rng: " ".join(draw(rng) for draw in draws)
-
-
-_last = _compound(
+_last = compound(
     "Bar Cal Dor Fen Gal Har Kes Lan Mor Nor Pel Ros Sel Tor Wal", "by dale den ley man nett ridge son ton wick"
 )
-_person = _sequence(
-    _compound("Al Bre Ca Da El Fa Ha Jo Ka Lo Mi Na Ro Sa Ta", "dan len na ric rin sha vin wen lo ro"), _last
+_person = sequence(
+    compound("Al Bre Ca Da El Fa Ha Jo Ka Lo Mi Na Ro Sa Ta", "dan len na ric rin sha vin wen lo ro"), _last
 )
-_town = _compound("Ald Bram Cor Dun El Gren Hol Kel Lyn Nor Os Pen Thorn Wex", "bury ford ham haven ley mouth port ton")
-_date = _sequence(_number(1, 28), _words("January, March, April, June, July, August, October, December"))
-_tree = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
-
-
-def _time(rng: random.Random) -> str:
-    return f"{rng.randint(6, 21)}:{rng.choice(('00', '15', '30', '45'))}"
-
+_town = compound("Ald Bram Cor Dun El Gren Hol Kel Lyn Nor Os Pen Thorn Wex", "bury ford ham haven ley mouth port ton")
+_date = sequence(number(1, 28), words("January, March, April, June, July, August, October, December"))
+_tree = words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
+_time = clock(6, 21)
 
 _goodbye = (
     ("Thank you.", "You are welcome."),
@@ -144,15 +121,15 @@ _goodbye = (
 
 PUBLIC = (
     Line(
-        known={"customer": _person, "order": _number(1000, 9999)},
+        known={"customer": _person, "order": number(1000, 9999)},
         topics={
             "item": Topic(
-                _sequence(_words("red, blue, green, white, black"), _words("lamp, chair, kettle, coat, clock, table")),
+                sequence(words("red, blue, green, white, black"), words("lamp, chair, kettle, coat, clock, table")),
                 ("What did I buy?", "Which item is in it?", "What is the item?"),
                 ("You bought one {item}.", "The item is a {item}.", "It is a {item}."),
             ),
             "price": Topic(
-                _number(5, 90, "{} euros"),
+                number(5, 90, "{} euros"),
                 ("What is the price?", "How much do I pay?", "What does it cost?"),
                 ("The price is {price}.", "You pay {price}.", "It costs {price}."),
             ),
@@ -180,7 +157,7 @@ PUBLIC = (
         closing=_goodbye,
     ),
     Line(
-        known={"passenger": _person, "train": _number(100, 999)},
+        known={"passenger": _person, "train": number(100, 999)},
         topics={
             "from": Topic(
                 _town,
@@ -198,12 +175,12 @@ PUBLIC = (
                 ("It leaves at {leaves}.", "The train goes at {leaves}.", "You leave at {leaves}."),
             ),
             "platform": Topic(
-                _number(1, 24),
+                number(1, 24),
                 ("Which platform is it?", "Where does the train stop?", "What is the platform?"),
                 ("It is platform {platform}.", "Go to platform {platform}.", "It stops at platform {platform}."),
             ),
             "seat": Topic(
-                _number(10, 99),
+                number(10, 99),
                 ("Which seat do I have?", "What is my seat?", "Where do I sit?"),
                 ("You have seat {seat}.", "Your seat is {seat}.", "You sit in seat {seat}."),
             ),
@@ -216,15 +193,15 @@ PUBLIC = (
         closing=_goodbye,
     ),
     Line(
-        known={"guest": _person, "hotel": _sequence(_town, _words("House, Hall, Court, Inn"))},
+        known={"guest": _person, "hotel": sequence(_town, words("House, Hall, Court, Inn"))},
         topics={
             "room": Topic(
-                _number(10, 99),
+                number(10, 99),
                 ("Which room is it?", "What is the room?", "Where do I sleep?"),
                 ("It is room {room}.", "You have room {room}.", "Your room is {room}."),
             ),
             "nights": Topic(
-                _number(2, 20),
+                number(2, 20),
                 ("How many nights is it?", "How long do I stay?", "How long is it?"),
                 ("You stay for {nights} nights.", "It is {nights} nights.", "We have {nights} nights here."),
             ),
@@ -257,7 +234,7 @@ PRIVATE = (
     Line(
         known={
             "patient": _person,
-            "illness": _sequence(_words("mild, bad, severe, sudden"), _words("fever, cough, flu, asthma")),
+            "illness": sequence(words("mild, bad, severe, sudden"), words("fever, cough, flu, asthma")),
         },
         topics={
             "ward": Topic(
@@ -266,12 +243,12 @@ PRIVATE = (
                 ("Please go to {ward} ward.", "You can find us on {ward} ward."),
             ),
             "doctor": Topic(
-                _sequence(_words("Dr"), _last),
+                sequence(words("Dr"), _last),
                 ("Who is the doctor?", "Which doctor can I ask?", "Who can tell me more?"),
                 ("Please ask {doctor}.", "{doctor} is the doctor here."),
             ),
             "drug": Topic(
-                _compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin"),
+                compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin"),
                 ("What was given?", "Which drug is it?", "What do we take?"),
                 ("We give {drug} every day.", "We started with {drug}."),
             ),

@@ -18,13 +18,12 @@ A sentence is left out if it names an attribute that the table lacks, or if no p
 
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memsave.data.errors import DataError
+from memsave.data.text.draws import Draw, clock, compound, either, number, sequence, words
 from memsave.data.text.records import Record
-
-Draw = Callable[[random.Random], str]
 
 _FIELD, _OPTIONAL, _GROUP = re.compile(r"{(\w+)}"), re.compile(r"\[([^\]]*)\]"), re.compile(r"<([^>]*)>")
 _ARTICLE = re.compile(r"\b([aA])/an (?=(\w))")
@@ -99,79 +98,51 @@ def _sentence(template: str, *, values: dict[str, str]) -> str:
     return _ARTICLE.sub(lambda found: f"{found[1]}n " if found[2] in "aeiouAEIOU" else f"{found[1]} ", filled)
 
 
-def _words(text: str) -> Draw:
-    options = [word.strip() for word in text.split(",")]
-    return lambda rng: rng.choice(options)
-
-
-def _number(low: int, high: int, pattern: str = "{}") -> Draw:
-    return lambda rng: pattern.format(rng.randint(low, high))
-
-
-def _compound(starts: str, ends: str) -> Draw:
-    first, last = starts.split(), ends.split()
-    return lambda rng: rng.choice(first) + rng.choice(last)
-
-
-def _sequence(*draws: Draw) -> Draw:
-    return lambda rng: " ".join(draw(rng) for draw in draws)
-
-
-def _either(*draws: Draw) -> Draw:
-    return lambda rng: rng.choice(draws)(rng)
-
-
-def _time(low: int, high: int) -> Draw:
-    return lambda rng: f"{rng.randint(low, high)}:{rng.choice(('00', '15', '30', '45'))}"
-
-
-_first = _compound(
+_first = compound(
     "Al Bre Ca Da El Fa Gi Ha In Jo Ka Lo Mi Na Or Pe Ro Sa Ta Vi Wi Ya", "dan len mira na ric rin sha ta vin wen lo ro"
 )
-_last = _compound(
+_last = compound(
     "Bar Cal Dor Fen Gal Har Kes Lan Mor Nor Pel Quin Ros Sel Tor Ul Ver Wal",
     "by dale den gate land ley man mere nett ridge son ster ton wick",
 )
-_person = _sequence(_first, _last)
-_town = _compound(
+_person = sequence(_first, _last)
+_town = compound(
     "Ald Bram Cor Dun El Fal Gren Hol Kel Lyn Mar Nor Os Pen Rav Sal Thorn Wex",
     "bury ford ham haven ley mouth port stead ton wick worth",
 )
-_adjective = _words("Blue, Green, Silver, Golden, Old, Quiet, Hidden, Little, Red, White, Lucky, Long, Wild, Salt")
-_thing = _words("Lantern, Garden, Harbour, Bridge, Crown, Fox, Mill, Anchor, Rose, Tower, Swan, Gate, Oak, Kettle")
-_place = _either(
-    _sequence(_adjective, _thing), _sequence(_town, _words("House, Hall, Court, Corner")), _sequence(_last, _thing)
+_adjective = words("Blue, Green, Silver, Golden, Old, Quiet, Hidden, Little, Red, White, Lucky, Long, Wild, Salt")
+_thing = words("Lantern, Garden, Harbour, Bridge, Crown, Fox, Mill, Anchor, Rose, Tower, Swan, Gate, Oak, Kettle")
+_place = either(
+    sequence(_adjective, _thing), sequence(_town, words("House, Hall, Court, Corner")), sequence(_last, _thing)
 )
-_title = _either(
-    _sequence(_words("The"), _adjective, _thing), _sequence(_words("The"), _thing, _words("of"), _town), _place
+_title = either(sequence(words("The"), _adjective, _thing), sequence(words("The"), _thing, words("of"), _town), _place)
+_landmark = either(_place, sequence(_town, words("Station, Park, Square")))
+_area = words("old town, city centre, harbour district, north quarter, river quarter, market district, west end")
+_small_euros = number(5, 60, "{} euros")
+_date = sequence(
+    number(1, 28),
+    words("January, February, March, April, May, June, July, August, September, October, November, December"),
 )
-_landmark = _either(_place, _sequence(_town, _words("Station, Park, Square")))
-_area = _words("old town, city centre, harbour district, north quarter, river quarter, market district, west end")
-_small_euros = _number(5, 60, "{} euros")
-_date = _sequence(
-    _number(1, 28),
-    _words("January, February, March, April, May, June, July, August, September, October, November, December"),
-)
-_span = _either(_number(2, 9, "{} hours"), _number(20, 90, "{} minutes"))
+_span = either(number(2, 9, "{} hours"), number(20, 90, "{} minutes"))
 
-_illness = _sequence(
-    _words("mild, bad, severe, sudden, constant"),
-    _words("fever, cough, flu, asthma, back pain, chest pain, head pain, heart pain, hand pain, leg pain"),
+_illness = sequence(
+    words("mild, bad, severe, sudden, constant"),
+    words("fever, cough, flu, asthma, back pain, chest pain, head pain, heart pain, hand pain, leg pain"),
 )
-_doctor = _sequence(_words("Dr"), _last)
-_drug = _compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin")
-_tree = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
+_doctor = sequence(words("Dr"), _last)
+_drug = compound("Kel Mor Nor Pel Sal Tor Ver Zan", "adol amin etin idin ofen oxin")
+_tree = words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
 
 PUBLIC = (
     Domain(
-        always={"name": _place, "type": _words("restaurant, pub, bistro, coffee shop, diner, inn")},
+        always={"name": _place, "type": words("restaurant, pub, bistro, coffee shop, diner, inn")},
         sometimes={
-            "food": _words("Italian, Thai, Indian, Greek, French, Mexican, Turkish, English"),
+            "food": words("Italian, Thai, Indian, Greek, French, Mexican, Turkish, English"),
             "area": _area,
             "near": _landmark,
             "price": _small_euros,
-            "rating": _number(1, 5, "{} out of 5"),
-            "opens": _time(6, 11),
+            "rating": number(1, 5, "{} out of 5"),
+            "opens": clock(6, 11),
         },
         some=(3, 4),
         templates=(
@@ -188,12 +159,12 @@ PUBLIC = (
         ),
     ),
     Domain(
-        always={"pet": _words("cat, dog, horse, rabbit, goat, parrot"), "keeper": _person, "trouble": _illness},
+        always={"pet": words("cat, dog, horse, rabbit, goat, parrot"), "keeper": _person, "trouble": _illness},
         sometimes={
-            "years": _number(2, 20),
+            "years": number(2, 20),
             "vet": _doctor,
             "room": _tree,
-            "nights": _number(2, 20),
+            "nights": number(2, 20),
             "remedy": _drug,
             "leaves": _date,
         },
@@ -210,12 +181,12 @@ PUBLIC = (
         ),
     ),
     Domain(
-        always={"train": _number(100, 999), "to": _town},
+        always={"train": number(100, 999), "to": _town},
         sometimes={
             "from": _town,
             "via": _town,
-            "departs": _time(5, 22),
-            "platform": _number(1, 16),
+            "departs": clock(5, 22),
+            "platform": number(1, 16),
             "takes": _span,
             "fare": _small_euros,
         },
@@ -234,10 +205,10 @@ PUBLIC = (
     Domain(
         always={"band": _place, "city": _town},
         sometimes={
-            "style": _words("folk, jazz, rock, indie, soul, electronic"),
+            "style": words("folk, jazz, rock, indie, soul, electronic"),
             "venue": _place,
             "date": _date,
-            "starts": _time(17, 21),
+            "starts": clock(17, 21),
             "ticket": _small_euros,
             "support": _person,
         },
@@ -254,13 +225,13 @@ PUBLIC = (
         ),
     ),
     Domain(
-        always={"player": _person, "club": _sequence(_town, _words("Rovers, United, Town, Athletic"))},
+        always={"player": _person, "club": sequence(_town, words("Rovers, United, Town, Athletic"))},
         sometimes={
-            "position": _words("striker, defender, midfielder, keeper, winger"),
+            "position": words("striker, defender, midfielder, keeper, winger"),
             "coach": _person,
             "born": _town,
             "joined": _date,
-            "goals": _number(2, 40),
+            "goals": number(2, 40),
         },
         some=(3, 4),
         templates=(
@@ -280,10 +251,10 @@ PRIVATE = (
     Domain(
         always={"patient": _person, "illness": _illness},
         sometimes={
-            "age": _number(18, 95),
+            "age": number(18, 95),
             "ward": _tree,
             "doctor": _doctor,
-            "days": _number(2, 40),
+            "days": number(2, 40),
             "drug": _drug,
             "home": _date,
         },
