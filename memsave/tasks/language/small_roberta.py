@@ -2,26 +2,21 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.config import option, register
-from memsave.config.schema import OptimizerConfig, TrainerConfig
-from memsave.data.cache import cached_folder
 from memsave.data.loader import Index
 from memsave.data.text.collate import IGNORED, Tokens, collate
 from memsave.data.text.feedback import VERDICTS, public_reviews
 from memsave.progress import Progress
-from memsave.tasks.language.pretrained import LanguageModel, Purpose, load_pretrained
-from memsave.training.loop import make_state, run_steps
+from memsave.tasks.language.small_model import SmallModel
 from memsave.training.task import Batch
 
-VERSION = 1  # increase it when pretraining changes, so that cached models are not used
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 INITIAL = 0.3  # standard deviation of the initial weights, in units of 1 / sqrt(width)
 FIRST = 0.5  # share of the steps whose masks are at verdicts alone
@@ -30,9 +25,11 @@ MASKED = 0.2  # share of the tokens that are predicted; few steps learn more fro
 
 @register("model", "small_roberta")
 @dataclass
-class SmallRoberta(LanguageModel):
+class SmallRoberta(SmallModel):
     """A small RoBERTa, pretrained once as a masked language model on generated public text and cached."""
 
+    warmup_steps: ClassVar[int] = 50
+    beta: ClassVar[float] = 0.98
     kind: str = "small_roberta"
     name: str = "small_roberta"
     layers: int = option(2, least=1)
@@ -41,26 +38,27 @@ class SmallRoberta(LanguageModel):
     """Attention heads per layer."""
     width: int = option(64, least=1)
     """Size of the hidden states."""
-    vocabulary: int = option(2048, least=300)
-    """Largest vocabulary of the tokenizer."""
-    positions: int = option(160, least=1)
-    """Maximum number of tokens."""
     texts: int = option(20000, least=1)
     """Generated public texts for pretraining."""
     steps: int = option(600, least=1)
     """Steps of pretraining."""
-    batch_size: int = option(32, least=1)
-    """Batch size of pretraining."""
     lr: float = 3e-3
     """Learning rate of pretraining."""
-    seed: int = 0
-    """Seed of the initial weights and of pretraining."""
-    cache: str | None = None
-    """Folder of the pretrained model ($MEMSAVE_CACHE or ~/.cache/memsave)."""
 
-    def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
-        """(the pretrained model, its tokenizer); pretrains it first if the cache does not have it."""
-        return load_pretrained(str(pretrained_small_roberta(self, progress=progress)), purpose)
+    def pretrained(self, *, progress: Progress) -> tuple[nn.Module, Any]:
+        """(the model after masked language modelling, its tokenizer)."""
+        texts = public_reviews(self.texts, seed=self.seed)
+        tokenizer = train_masked_tokenizer(texts, size=self.vocabulary)
+        model = small_roberta(self, vocabulary=len(tokenizer))
+        first = round(FIRST * self.steps) * self.batch_size
+        task: Any = MaskedTexts(texts, tokenizer, max_length=self.positions, first=first, seed=self.seed)
+        progress.say(f"pretraining model={self.kind} on {len(texts)} generated public texts; it is then cached")
+        self.train(model, task, progress=progress)
+        return model, tokenizer
+
+    def settings(self) -> dict[str, Any]:
+        """The keys on which the pretrained model depends."""
+        return {key: value for key, value in super().settings().items() if key != "head"}
 
     def architecture(self) -> Any:
         """The architecture with the largest possible vocabulary, without dropout: the noise regularises enough."""
@@ -85,21 +83,6 @@ class SmallRoberta(LanguageModel):
             pad_token_id=1,
             eos_token_id=2,
         )
-
-
-def pretrained_small_roberta(config: SmallRoberta, *, progress: Progress) -> Path:
-    """The cached folder of the pretrained model; pretrains it first if the cache does not have it."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("cache", "kind", "name", "head")}
-
-    def make(folder: Path) -> None:
-        texts = public_reviews(config.texts, seed=config.seed)
-        tokenizer = train_masked_tokenizer(texts, size=config.vocabulary)
-        model = small_roberta(config, vocabulary=len(tokenizer))
-        _pretrain(model, tokenizer, texts, config, progress=progress)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    return cached_folder(config.cache, name="small-roberta", settings={"version": VERSION, **settings}, make=make)
 
 
 def small_roberta(config: SmallRoberta, *, vocabulary: int) -> Any:
@@ -199,19 +182,3 @@ class MaskedTexts:
         each = F.cross_entropy(parts.lm_head(hidden[is_masked]), batch["labels"][is_masked], reduction="none")
         total = each.new_zeros(len(hidden)).index_add(0, is_masked.nonzero()[:, 0], each)
         return total / is_masked.sum(1)
-
-
-def _pretrain(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], config: SmallRoberta, *, progress: Progress
-) -> None:
-    optimizer = OptimizerConfig(lr=config.lr, weight_decay=0.01, schedule="cosine", warmup_steps=50)
-    trainer = TrainerConfig(steps=config.steps, batch_size=config.batch_size, optimizer=optimizer, seed=config.seed)
-    first = round(FIRST * config.steps) * config.batch_size
-    task: Any = MaskedTexts(texts, tokenizer, max_length=config.positions, first=first, seed=config.seed)
-    progress.say(f"pretraining model={config.kind} on {len(texts)} generated public texts; it is then cached")
-    state = make_state(model, trainer)
-    for group in state.optimizer.param_groups:
-        group["betas"] = (0.9, 0.98)  # few steps need a shorter average of the squares
-    with progress.bar(config.steps) as bar:
-        for done in run_steps(state, task, trainer):
-            bar.advance(f"loss {done.loss:.3f}")

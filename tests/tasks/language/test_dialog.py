@@ -195,14 +195,8 @@ def test_replies_must_leave_space_for_the_context():
         config_of("task.new_tokens=160")
 
 
-def test_a_model_for_tables_keeps_its_place_in_the_cache(monkeypatch):
-    from memsave.progress import Progress
-    from memsave.tasks.language import small_gpt2 as module
-
-    found = []
-    monkeypatch.setattr(module, "cached_folder", lambda root, *, name, settings, make: found.append(settings))
-    module.pretrained_small_gpt2(SmallGPT2(), progress=Progress())
-    module.pretrained_small_gpt2(SmallGPT2(corpus="dialogs"), progress=Progress())
+def test_a_model_for_tables_keeps_its_place_in_the_cache():
+    found = [SmallGPT2().settings(), SmallGPT2(corpus="dialogs").settings()]
     assert "corpus" not in found[0]
     assert found[1] == {**found[0], "corpus": "dialogs"}
     assert found[0]["records"] == 20000
