@@ -27,13 +27,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from memsave.arguments import ArgumentError, parse_arguments
+from memsave.arguments import parse_arguments
+from memsave.command_line import run_command
 from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.errors import collecting_faults, made
 from memsave.data.text.tables import Row, check_encoding, read_rows
 from memsave.files import replacing
-from memsave.processes import several_processes
 from memsave.progress import Progress
 from memsave.tasks.language.answering import Answerer, load_answerer
 from memsave.training.signals import interrupt_at_signals
@@ -56,27 +56,13 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0 if given else 2
-    try:
-        found = several_processes()
-        if found is not None:
-            raise ConfigError(f"{found}, and each would write the same file; start one, without torchrun or srun")
-        options = parse_arguments(given, Arguments, example="input=/my/prompts.jsonl")
-        return generate_file(options, progress=Progress())
-    except (ArgumentError, ConfigError, DataError) as error:
-        message: object = error
-    except OSError as error:
-        message = f"{error.filename or 'the output'} cannot be read or written ({error.strerror}); give another file"
-    except ModuleNotFoundError as error:
-        message = f"the package {error.name} is not installed; install it with: pip install 'memsave[lm]'"
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    print(f"memsave: {message}", file=sys.stderr)
-    return 2
+
+    def body(given: list[str]) -> int:
+        return generate_file(parse_arguments(given, Arguments, example="input=/my/prompts.jsonl"), progress=Progress())
+
+    return run_command(
+        body, arguments, help_text=__doc__ or "", extra="lm", interrupted="interrupted; the same command continues"
+    )
 
 
 def generate_file(arguments: Arguments, *, progress: Progress) -> int:

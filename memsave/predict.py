@@ -32,12 +32,12 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor, nn
 
-from memsave.arguments import ArgumentError, names_in, parse_arguments
+from memsave.arguments import names_in, parse_arguments
+from memsave.command_line import run_command
 from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.volumes.schemes import LabelScheme
 from memsave.files import NOT_WRITABLE, replacing
-from memsave.processes import several_processes
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.progress import Progress
 from memsave.tasks.loading import load_unet
@@ -82,25 +82,17 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0 if given else 2
-    try:
-        found = several_processes()
-        if found is not None:
-            raise ConfigError(f"{found}, and each would write the same files; start one, without torchrun or srun")
-        options = parse_arguments(given, Arguments, example="input=/my/new")
-        return predict_folder(options, progress=Progress())
-    except (ArgumentError, ConfigError, DataError) as error:
-        message: object = error
-    except ModuleNotFoundError as error:
-        message = f"the package {error.name} is not installed; install it with: pip install 'memsave[brats]'"
-    except KeyboardInterrupt:
-        print("interrupted; the files that were written are complete", file=sys.stderr)
-        return 130
-    print(f"memsave: {message}", file=sys.stderr)
-    return 2
+
+    def body(given: list[str]) -> int:
+        return predict_folder(parse_arguments(given, Arguments, example="input=/my/new"), progress=Progress())
+
+    return run_command(
+        body,
+        arguments,
+        help_text=__doc__ or "",
+        extra="brats",
+        interrupted="interrupted; the files that were written are complete",
+    )
 
 
 def predict_folder(arguments: Arguments, *, progress: Progress) -> int:
