@@ -60,12 +60,12 @@ def assert_same(steps, expected):
 
 def test_the_code_on_the_page_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     torch.manual_seed(0)
     names = {"__name__": "page"}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)
-    assert names["norms"].shape == (8,)
+    assert names["norms"].shape == (8,) and names["norms_of_persons"].shape == (3,)
     assert sum(count for *_, count in names["accountant"].history) == len(names["loader"]) == 20
     assert 0 < names["epsilon"] < 20
 
