@@ -1,6 +1,7 @@
 """Pretrained language models and their tokenizers: `model=gpt2`, or another one by name or folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,7 +137,8 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     folder = reachable(name)
     _check_purpose(purpose, read_architecture(name, folder), name)
     try:
-        model = purpose.auto_class.from_pretrained(folder, dtype=torch.float32, **purpose.options)
+        with _without_report():
+            model = purpose.auto_class.from_pretrained(folder, dtype=torch.float32, **purpose.options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_be_loaded(name, purpose, error)) from error
@@ -146,6 +148,19 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     fuse_gelu(model)
     model.name_or_path = str(Path(folder).resolve()) if Path(name).expanduser().is_dir() else name  # for PEFT's files
     return model, tokenizer
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Context in which transformers prints no table of weights that a new head lacks."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def read_tokenizer(name: str) -> Any:
