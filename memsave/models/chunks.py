@@ -293,6 +293,8 @@ def _rows(volume: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _volume(rows: Tensor, shape: torch.Size) -> Tensor:
     """(B, V, C) as (B, C, D, H, W) in channels_last_3d."""
+    if rows.shape[1] == 1:  # with other strides, a float64 convolution of PyTorch 2.11 on CUDA reads foreign memory
+        return rows.reshape(-1, rows.shape[2], 1, 1, 1)
     return rows.unflatten(1, tuple(shape[2:])).permute(0, 4, 1, 2, 3)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from memsave.reversible._torch_internals import hooks_of
 from memsave.reversible.coupling import AdditiveCoupling, Stream
 from memsave.reversible.recompute_context import Rebuild, RecomputeContext
+from memsave.reversible.stream_nodes import anchor_like
 
 ENGINES = ("auto", "fused", "hooks")
 
@@ -163,7 +164,7 @@ class _FusedFunction(torch.autograd.Function):
             grad_source, grad_tensors = ctx.context.differentiate(ctx.number, ctx.step.gradients, grads[0])
         outputs = [grads[0], grad_source, *grad_tensors]
         if torch.is_grad_enabled():  # under create_graph=True
-            outputs = _OnceDifferentiable.apply(ctx.step.name, torch.empty(0, requires_grad=True), *outputs)
+            outputs = _OnceDifferentiable.apply(ctx.step.name, anchor_like(grads[0]), *outputs)
         return None, None, None, None, *outputs
 
 

@@ -25,6 +25,7 @@ The state belongs to the call and never to a module, so several forwards before 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -114,6 +115,7 @@ class RecomputeContext:
         self.rebuilt: Saved = []  # of step `rebuilt_step`
         self.rebuilt_step = -1
         self.reopened = False  # whether a handle of that step was opened twice: no tensor is freed early then
+        self.lock = RLock()  # autograd runs nodes of different devices in different threads
 
     def run(self, step: Step, stream: Stream) -> Stream:
         """Run one step of the forward; every tensor that it would save is replaced by a handle."""
@@ -165,16 +167,17 @@ class RecomputeContext:
                 f"{record.step.name} calls backward inside its own forward, before there is an output to rebuild its "
                 f"activations from; set recompute=False for that sequence"
             )
-        if self.rebuilt_step != step:
-            self._rebuild(step)
-            self.reopened = False
-        elif self.rebuilt[position] is None:
-            self._rebuild(step)
-            self.reopened = True
-        entry = self.rebuilt[position]
-        assert entry is not None
-        if not self.reopened:
-            self.rebuilt[position] = None
+        with self.lock:
+            if self.rebuilt_step != step:
+                self._rebuild(step)
+                self.reopened = False
+            elif self.rebuilt[position] is None:
+                self._rebuild(step)
+                self.reopened = True
+            entry = self.rebuilt[position]
+            assert entry is not None
+            if not self.reopened:
+                self.rebuilt[position] = None
         tensor, version = entry
         if version_of(tensor) != version:
             raise RuntimeError(
@@ -189,17 +192,18 @@ class RecomputeContext:
         `grad` is the gradient of the step's target. Returns the gradients of its source and of its tensors. The stream
         is then at the stage before the step.
         """
-        self.rebuilt, self.rebuilt_step = [], -1
-        undo = not self._has_input(step)
-        self._move_to(step + 1 if undo else step)
-        assert self.stream is not None
-        held = [self.stream]
-        if undo:
-            self.stream = None  # the step holds the only reference, so that it can free the stream early
-        with self.records[step].replay.restored_state():
-            before, grad_source, grad_tensors = gradients(held.pop(), grad, undo=undo)
-        if undo:
-            self.stream, self.stage, self.is_loaded = self._with_first_strides(before, step), step, False
+        with self.lock:
+            self.rebuilt, self.rebuilt_step = [], -1
+            undo = not self._has_input(step)
+            self._move_to(step + 1 if undo else step)
+            assert self.stream is not None
+            held = [self.stream]
+            if undo:
+                self.stream = None  # the step holds the only reference, so that it can free the stream early
+            with self.records[step].replay.restored_state():
+                before, grad_source, grad_tensors = gradients(held.pop(), grad, undo=undo)
+            if undo:
+                self.stream, self.stage, self.is_loaded = self._with_first_strides(before, step), step, False
         return grad_source, grad_tensors
 
     def rebuilt_streams(self) -> Iterator[tuple[int, Stream]]:
@@ -212,8 +216,9 @@ class RecomputeContext:
 
     def load_output(self) -> None:
         """Take the output over when backward begins, so that autograd may free its reference."""
-        self.rebuilt, self.rebuilt_step = [], -1
-        self._load(len(self.records))
+        with self.lock:
+            self.rebuilt, self.rebuilt_step = [], -1
+            self._load(len(self.records))
 
     def _rebuild(self, step: int) -> None:
         self.rebuilt, self.rebuilt_step = [], -1  # free the last rebuilt step before this one allocates

@@ -1,8 +1,9 @@
 """Evaluate modules a second time exactly as the first time.
 
-A branch reads more than its input: parameters, buffers, random numbers, the autocast state, training flags. `Replay`
-records these before the first evaluation, keeps what is needed, and restores them for the second evaluation. What the
-second evaluation changes outside the branch (random states, buffers) is restored when it ends.
+A branch reads more than its input: parameters, buffers, random numbers, the autocast state, the default device,
+training flags. `Replay` records these before the first evaluation, keeps what is needed, and restores them for the
+second evaluation. What the second evaluation changes outside the branch (random states, buffers) is restored when it
+ends.
 
 Parameters and buffers are recorded by reference, not copied. A tensor that was *replaced* in between is put back for
 the replay. A tensor that was *changed in place* cannot be restored: the replay then raises an error, as autograd does.
@@ -57,6 +58,7 @@ class Replay:
         """Record the state just before the first evaluation; call `finalize` just after it."""
         modules = list(modules)
         self.name = name
+        self.default_device = torch.get_default_device()
         self.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys(("cpu", device.type))
@@ -99,6 +101,8 @@ class Replay:
         """Context manager: the state is that of the first evaluation; RuntimeError if it cannot be restored."""
         self._check_unchanged()
         with ExitStack() as stack:
+            if torch.get_default_device() != self.default_device:  # each thread of autograd has a default of its own
+                stack.enter_context(self.default_device)
             for kind, enabled, dtype in self.autocast:
                 # Without the cache: it would keep a low-precision copy of every weight until backward ends.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))

@@ -1,4 +1,9 @@
-"""Autograd nodes that keep a stream for backward, and the memory layout of its halves."""
+"""Autograd nodes that keep a stream for backward, and the memory layout of its halves.
+
+Autograd has one thread per device and runs a node in the thread of its output's device. The empty tensors of these
+nodes are therefore on the device of the stream: otherwise the CPU's thread would run them at the same time as the
+GPU's thread rebuilds the activations.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +20,12 @@ def keep_tensors(tensors: list[Tensor], *, on_backward: Callable[[], None]) -> T
 
     When backward runs the node, it calls the bound method `on_backward`, to which the node has a weak reference only.
     """
-    return _Keep.apply(WeakMethod(on_backward), torch.empty(0, requires_grad=True), *tensors)
+    return _Keep.apply(WeakMethod(on_backward), anchor_like(tensors[0]), *tensors)
+
+
+def anchor_like(tensor: Tensor) -> Tensor:
+    """An empty leaf on the tensor's device: a node that takes it as an input is part of the graph."""
+    return torch.empty(0, dtype=torch.float32, device=tensor.device, requires_grad=True)
 
 
 def kept_tensors(kept: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +66,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         halves = grads[0].to(ctx.dtype).chunk(2, dim=1)
-        return None, torch.empty(0), *(half.contiguous(memory_format=ctx.layout) for half in halves)
+        return None, anchor_like(halves[0]).detach(), *(half.contiguous(memory_format=ctx.layout) for half in halves)
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

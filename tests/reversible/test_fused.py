@@ -338,7 +338,9 @@ def _worker(rank, path, results):
     os._exit(0)  # gloo's tear-down sometimes waits forever for the other process
 
 
-def test_two_processes_average_their_gradients(tmp_path):
+def test_two_processes_average_their_gradients(tmp_path, device):
+    if device != "cpu":
+        pytest.skip("gloo's processes run on the CPU")
     mp.spawn(_worker, args=(tmp_path / "meet", tmp_path / "gradients"), nprocs=2)
     twin = twin_of(sequence())
     twin(volume(batch=4)).square().mean().backward()

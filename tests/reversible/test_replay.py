@@ -307,3 +307,19 @@ def test_a_backward_after_a_failed_one_is_exact(monkeypatch):
     ours = x.grad
     (stored,) = torch.autograd.grad(twin(x).sum(), x)
     torch.testing.assert_close(ours, stored, rtol=1e-9, atol=1e-12)
+
+
+class OnTheCpu(nn.Module):
+    """Computes a part of the branch on the CPU, whose nodes autograd runs in another thread than those of a GPU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(channels, 1, 1, device="cpu"))
+
+    def forward(self, x):
+        return self.conv(x.sin()) + (self.scale.exp() * x.cpu().cos()).to(x.device)
+
+
+def test_a_branch_on_two_devices_is_exact():
+    assert_same_as_stored(sequence(branch=OnTheCpu), image())

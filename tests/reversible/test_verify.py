@@ -111,7 +111,7 @@ class Moving(nn.Module):
 )
 def test_problems_are_named(blocks, words):
     torch.manual_seed(0)
-    net = ReversibleSequence(blocks).double()
+    net = ReversibleSequence(blocks).to(torch.get_default_device(), torch.float64)
     report = verify(net, image())
     assert not report.ok
     with pytest.raises(AssertionError, match=words):
@@ -137,7 +137,7 @@ def test_one_wrong_parameter_is_named():
     torch.manual_seed(0)
     net = ReversibleSequence([AdditiveCoupling(Flips(2), conv_branch(2))])
     report = verify(net, image(dtype=torch.float32))
-    assert report.gradient < 1e-3 and not report.ok
+    assert report.gradient < 1e-2 and not report.ok
     assert report.worst[0] == "blocks.0.f.small" and "blocks.0.f.small" in str(report)
 
 
