@@ -12,12 +12,12 @@ import memsave
 
 PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
-LEAVES = {"_version", "arguments", "files", "processes", "progress", "random_state"}
+LEAVES = {"_version", "arguments", "files", "processes", "progress", "random_state", "tf32"}
 """Modules that import nothing of memsave."""
 CORE = {"models", "data", "privacy", "config", *MECHANISMS, *LEAVES}
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},
-    "ghost": {"ghost", "processes"},
+    "ghost": {"ghost", "processes", "tf32"},
     "profiler": {"profiler", "files"},
     "models": {"models", "reversible", "ghost"},
     "config": {"config", "profiler"},

@@ -148,7 +148,11 @@ class FactoredGrad:
             grads = grads * weights
         rows, columns = (inputs, grads) if self.transposed else (grads, inputs)
         rows, columns = rows.flatten(0, 1).T, columns.flatten(0, 1)
-        return rows @ columns if add_to is None else add_to.addmm_(rows, columns)
+        if add_to is None:
+            return rows @ columns
+        if 1 in add_to.shape:  # cuBLAS refuses a matrix of one row whose rows are apart by less than their length
+            return add_to.add_(rows @ columns)
+        return add_to.addmm_(rows, columns)
 
     def _weighted_sum_of_one_hot(self, weights: Tensor, add_to: Tensor | None) -> Tensor:
         assert isinstance(self.output_grads, Tensor)

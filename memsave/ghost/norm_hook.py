@@ -23,12 +23,14 @@ from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext, Phase
 from memsave.ghost.gradients import Gradient, upcast
 from memsave.ghost.rows import STANDARD, Rows, RowSplit
+from memsave.tf32 import allows_tf32
 
 PerExampleGrads = Callable[[tuple[Tensor, ...], Tensor, RowSplit], dict[str, Gradient]]
 """(saved tensors, the output's gradient, its split by example) to the per-example gradients by parameter name."""
 
 COMPARED = 2**12  # about how many elements of each example's activations are compared between two passes
 REPEAT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of sums of elements, relative to the norm
+LOW_PRECISION = 1e-2  # the same for narrower dtypes and TF32
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,16 @@ def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...], split: RowSplit) -> N
         ctx.measured = [(s, torch.linalg.vector_norm(each, dim=1)) for s, each in zip(sums, rows)]
         return
     for now, (before, norm), tensor in zip(sums, ctx.measured, tensors, strict=True):
-        close = (now - before).abs() <= REPEAT_TOLERANCE.get(tensor.dtype, 1e-2) * norm
+        close = (now - before).abs() <= _repeat_tolerance(tensor) * norm
         same = (close | (now == before) | now.isnan() & before.isnan()).all()
         ctx.context.record_repeat(ctx.hook_spec.name, same)
+
+
+def _repeat_tolerance(tensor: Tensor) -> float:
+    """How much two evaluations may differ: on CUDA their order of summation may, which TF32 makes larger."""
+    if tensor.dtype == torch.float32 and allows_tf32(tensor.device):
+        return LOW_PRECISION
+    return REPEAT_TOLERANCE.get(tensor.dtype, LOW_PRECISION)
 
 
 def apply_norm_hook(

@@ -12,8 +12,10 @@ from memsave.ghost.clipper import GhostClipper
 from memsave.ghost.groups import Groups, clip_factors, groups_by_layer
 from memsave.ghost.layer_patch import LayerPatch
 from memsave.ghost.refusals import source_of
+from memsave.tf32 import without_tf32
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+FLOOR = 1e-3  # of an example's whole gradient: a parameter with less than that is mostly rounding
 Losses = Callable[[nn.Module, Any], Tensor]
 
 
@@ -52,7 +54,7 @@ def verify(
     gradient of the most padded example does not change when it is alone without its padding, which is removed from all
     tensors (B, T, ...). A batch is a tensor, or tensors in mappings and sequences; tensors with one entry in dimension
     0 for each loss hold the examples. The model, its gradients and the random state do not change. Takes the time of B
-    backward passes, on a copy of the model.
+    backward passes, on a copy of the model and without TF32.
 
     Raises ValueError for a model whose forward is replaced, TypeError for a batch of another kind.
     """
@@ -66,7 +68,7 @@ def verify(
     model = copy.deepcopy(model)
     report.checked = len(_trainable(model))
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with without_tf32(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = torch.seed()
         norms, sums, bound = _plain_loop(model, batch, per_example_losses, clipping=clipping, seed=seed)
         if not norms.isfinite().all():
@@ -147,7 +149,7 @@ def _compare(
         found = model.get_parameter(name).grad
         assert found is not None
         difference = (found.double() - expected).norm().item()
-        if not difference <= tolerance * expected.norm().item() + 1e-6 * bound * tolerance:
+        if not difference <= tolerance * (expected.norm().item() + FLOOR * bound):
             report.findings.append(
                 f"{name}: the clipped sum is off by {difference:.3g} of {expected.norm().item():.3g}"
             )

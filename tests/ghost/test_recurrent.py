@@ -166,7 +166,8 @@ def test_a_recurrent_layer_called_for_each_example_is_exact(kind):
 def test_dropout_between_recurrent_layers_is_exact_or_refused(kind):
     model = Reads(kind, batch_first=True, num_layers=2, dropout=0.5).double().train()
     assert_exact_or_refused(model, draw(3, 3, WIDTH))
-    assert_exact_alone(model.eval(), draw(3, 3, WIDTH))
+    with torch.backends.cudnn.flags(enabled=False):  # cuDNN differentiates recurrent layers in train mode alone
+        assert_exact_alone(model.eval(), draw(3, 3, WIDTH))
 
 
 class Packed(Reads):
@@ -178,7 +179,9 @@ class Packed(Reads):
         x, lengths = batch
         y = self.first(x)
         if self.together:
-            packed = pack_sequence([row[:length] for row, length in zip(y, lengths.tolist(), strict=True)], False)
+            rows = [row[:length] for row, length in zip(y, lengths.tolist(), strict=True)]
+            with torch.device("cpu"):  # where PyTorch needs the lengths
+                packed = pack_sequence(rows, enforce_sorted=False)
         else:
             packed = pack_padded_sequence(y, lengths.cpu(), batch_first=True, enforce_sorted=self.in_order)
         packed, state = self.layer(packed)

@@ -5,6 +5,7 @@ from collections import UserDict
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from memsave.ghost import GhostClipper, verify
 from memsave.ghost.rules import linear
@@ -24,6 +25,22 @@ def test_an_exact_model_is_reported_as_exact_and_not_changed():
     assert "norms and clipped sums of 4 parameters agree" in str(report)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_exact():
+    """That of the bias of attention's keys, which adds the same to all scores of a query."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=30, num_labels=2, **sizes)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids, labels = torch.randint(50, (8, 30)), torch.tensor([0, 1] * 4)
+
+    def losses(model, batch):
+        return F.cross_entropy(model(batch["ids"]).logits, batch["labels"], reduction="none")
+
+    report = verify(model, {"ids": ids, "labels": labels}, losses)
+    assert report.ok, report
 
 
 def test_a_loss_that_mixes_examples_is_found():

@@ -93,7 +93,7 @@ def _packed(
         own = [each[owners[sequence]] if is_copy else each for each, is_copy in zip(copies, followed, strict=True)]
         state = tuple(each[:, sequence : sequence + 1].contiguous() for each in states)
         index = torch.tensor(positions, device=data.device)
-        steps = torch.ones(len(positions), dtype=torch.long)
+        steps = torch.ones(len(positions), dtype=torch.long, device="cpu")
         outputs.append(operator.function(data[index], steps, state if is_tuple else state[0], own, *options))
         places += positions
     first, *rest = zip(*outputs, strict=True)
