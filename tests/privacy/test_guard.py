@@ -152,7 +152,7 @@ def test_gradients_of_the_last_step_must_be_cleared(empty):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_may_draw_batches_in_advance(workers):
     loop = Loop(batch_size=3)
-    loader = DataLoader(TensorDataset(torch.arange(12)), batch_sampler=loop.batches, num_workers=workers)
+    loader = DataLoader(TensorDataset(torch.arange(12, device="cpu")), batch_sampler=loop.batches, num_workers=workers)
     for _, (indices,) in zip(range(6), loader, strict=False):
         loop.backward(indices)
         loop.private.finish()

@@ -27,7 +27,7 @@ def test_every_word_of_a_secret_state_is_random():
 def test_secret_numbers_are_normal(device):
     draws = torch.randn(200_000, generator=secret_generator(device))
     assert draws.mean().abs() < 0.02
-    assert draws.std() == pytest.approx(1, abs=0.02)
+    assert draws.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_an_unknown_state_format_is_refused(monkeypatch):
@@ -90,8 +90,8 @@ def test_noise_has_the_standard_deviation_and_is_new_for_each_parameter_and_step
         steps.append((model.weight.grad - before).flatten())
     for step in steps:
         assert step.mean().abs() < 0.01
-        assert step.std() == pytest.approx(0.7, rel=0.01)
-        assert (step.abs() > 1.4).float().mean() == pytest.approx(0.0455, abs=0.004)  # two standard deviations
+        assert step.std().item() == pytest.approx(0.7, rel=0.01)
+        assert (step.abs() > 1.4).float().mean().item() == pytest.approx(0.0455, abs=0.004)  # two standard deviations
     assert torch.corrcoef(torch.stack(steps))[0, 1].abs() < 0.02
     assert [each.data_ptr() for each in noise._buffers] == buffers
     assert all(each.dtype == torch.float64 for each in noise._buffers)  # float32 normals end at 5.77
@@ -104,5 +104,5 @@ def test_large_parameters_are_noised_piece_by_piece(monkeypatch, device):
         parameter.grad = torch.zeros_like(parameter)
     GaussianNoise(list(model.parameters()), generator=seeded_generator(0, device)).add_(std=1.0)
     drawn = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert drawn.std() == pytest.approx(1, rel=0.05)
+    assert drawn.std().item() == pytest.approx(1, rel=0.05)
     assert len(drawn.unique()) == len(drawn)

@@ -33,8 +33,11 @@ class Lines:
 
 
 def line_model(dtype=torch.float64):
+    """The same weights on every device."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1)).to(dtype)
+    with torch.device("cpu"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1))
+    return model.to(torch.get_default_device(), dtype)
 
 
 def trainer(**options):

@@ -117,7 +117,7 @@ def test_prediction_covers_the_whole_volume(tiny):
 
 @pytest.mark.usefixtures("device")
 def test_the_loss_weight_halves_with_each_coarser_level():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     levels = [torch.randn(2, 3, size, size, size, generator=generator) for size in (8, 4, 2)]
     target = torch.rand(2, 3, 8, 8, 8, generator=generator) > 0.7
     expected = sum(
