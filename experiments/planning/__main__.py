@@ -23,7 +23,7 @@ from memsave.config.schema import Config
 from memsave.planning.fake_step import fake_step
 from memsave.planning.plan import calibration_of, make_plan, variation
 from memsave.planning.report import draw
-from memsave.profiler import MemoryRecorder, TrainingStep, allocator_peak, format_bytes, peak_on_fake
+from memsave.profiler import MemoryRecorder, allocator_peak, format_bytes, peak_on_fake
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 
@@ -82,32 +82,28 @@ def config_of(overrides: list[str]) -> Config:
     return to_objects(compose(overrides))
 
 
-def step_of(config: Config) -> TrainingStep:
-    return fake_step(config, device=CPU)
-
-
-def measured(config: Config) -> dict[str, int]:
+def measured(config: Config, *, device: torch.device = CPU) -> dict[str, int]:
     """(live bytes, bytes of the allocator) of the second real step."""
-    made = step_of(config)
+    made = fake_step(config, device=device)
     made.run()
     with MemoryRecorder(made.model, optimizer=made.optimizer) as recorder:
         made.run()
     live = recorder.report()
-    taken = allocator_peak(made.run)
+    taken = allocator_peak(made.run, device=device)
     assert taken is not None
     return {"measured_live_bytes": live.peak_bytes, "measured_allocator_bytes": live.start_bytes + taken}
 
 
-def compare(overrides: list[str]) -> dict[str, Any]:
+def compare(overrides: list[str], *, device: torch.device = CPU) -> dict[str, Any]:
     """Predicted and measured bytes of one config."""
     config = config_of(overrides)
-    calibration = calibration_of(config, definition_of(config).current_strategy(), CPU, progress=Progress())
-    predicted = peak_on_fake(lambda: step_of(config))
+    calibration = calibration_of(config, definition_of(config).current_strategy(), device, progress=Progress())
+    predicted = peak_on_fake(lambda: fake_step(config, device=device))
     row = {
         "overrides": overrides,
         "exact_bytes": predicted.peak_bytes,
         "calibrated_bytes": calibration.allocator_bytes(predicted),
-        **measured(config),
+        **measured(config, device=device),
     }
     row["error"] = row["calibrated_bytes"] / row["measured_allocator_bytes"] - 1
     print(overrides, f"{row['error']:+.2%}", flush=True)

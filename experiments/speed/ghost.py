@@ -92,7 +92,7 @@ def memsave(model: nn.Module, *, head: str = "chunked", **options: Any) -> Step:
 
 def with_positions(model: nn.Module, ids: Tensor) -> Tensor:
     """Each example's mean next-token loss, (B,), as Opacus can clip it."""
-    positions = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1).contiguous()
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 

@@ -1,0 +1,1 @@
+"""What memsave does on one GPU: exactness, memory and time."""
