@@ -1,5 +1,6 @@
 """Fixtures of all tests: the device, and tiny runs. Each process has one thread, set before torch is imported."""
 
+import gc
 import json
 import os
 from itertools import count
@@ -18,6 +19,18 @@ settings.load_profile("memsave")
 
 
 _numbers = count()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Modules and collected tests live until the end: the garbage collector need not visit their objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(5000, 10, 10)
+        gc.enable()
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

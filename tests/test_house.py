@@ -27,7 +27,18 @@ ALLOWED = {  # imports run downwards
     "tasks": {"tasks", "training", *CORE},
     "planning": {"planning", "tasks", "training", *CORE},
 }
-HEAVY = ("monai", "nibabel", "scipy", "matplotlib", "transformers", "peft", "opacus", "sacrebleu", "rouge_score")
+HEAVY = (
+    "torch._dynamo",
+    "monai",
+    "nibabel",
+    "scipy",
+    "matplotlib",
+    "transformers",
+    "peft",
+    "opacus",
+    "sacrebleu",
+    "rouge_score",
+)
 
 
 def imports(path):

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from memsave.config import ConfigError
 from memsave.config.compose import compose
 from memsave.resume import ResumedRun, resumed_run
-from memsave.run import continue_run
+from memsave.run import continue_run, execute
+from tests.support.tiny_configs import TINY_UNET
 
 
 def losses(folder):
@@ -17,11 +18,24 @@ def losses(folder):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """(folder of a run of four steps, folder of the cache with its phantoms)."""
+    folder, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache")
+    settings = ["trainer.steps=4", "trainer.checkpoint_every=2", "model.dropout=0.2", "profiler.compare=[]"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMSAVE_CACHE", str(cache))
+        assert execute(compose([*TINY_UNET, *settings]), folder, experiment="brats_rev") == 0
+    return folder, cache
+
+
 @pytest.fixture
-def killed(run):
+def killed(uninterrupted, tmp_path, monkeypatch):
     """(folder of a run that was killed in its fourth step, result and folder of the same run without interruption)."""
-    _, whole, folder = run("trainer.steps=4", "trainer.checkpoint_every=2", "model.dropout=0.2", name="whole")
-    cut = folder.parent / "cut"
+    folder, cache = uninterrupted
+    monkeypatch.setenv("MEMSAVE_CACHE", str(cache))
+    whole = json.loads((folder / "result.json").read_text())
+    cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     (cut / "result.json").unlink()
     shutil.rmtree(cut / "model")

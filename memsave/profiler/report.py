@@ -8,7 +8,7 @@ small numbers per event. Sizes are integer bytes; KiB, MiB and GiB appear only i
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class MemoryReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON types."""
-        return asdict(self)
+        lists = {key: [dict(vars(block)) for block in getattr(self, key)] for key in ("blocks", "history")}
+        return {**vars(self), **lists, "timeline": dict(vars(self.timeline))}  # asdict would copy every number
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MemoryReport":

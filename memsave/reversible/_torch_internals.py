@@ -1,12 +1,23 @@
 """All private API of PyTorch that `memsave.reversible` uses, in one place; tests/reversible/test_torch_internals.py."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 HOOK_REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def uncompiled(function: Function) -> Function:
+    """A decorator: torch.compile breaks the graph at calls of the function and does not compile what they call.
+
+    `torch.compiler.disable` does the same, but imports the compiler already where it decorates: two seconds.
+    """
+    return torch._disable_dynamo(function)  # type: ignore[return-value]
 
 
 def version_of(tensor: Tensor) -> int | None:

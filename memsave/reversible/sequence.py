@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from memsave.reversible._torch_internals import uncompiled
 from memsave.reversible.coupling import AdditiveCoupling, Stream
 from memsave.reversible.fused import ENGINES, RecomputableBranch, refusal
 from memsave.reversible.recompute_context import RecomputeContext, Step
@@ -105,7 +106,7 @@ class ReversibleSequence(nn.Module):
             return stream.merge()
         return self._recomputed(stream)
 
-    @torch.compiler.disable  # a compiled branch may save other tensors when it is rebuilt
+    @uncompiled  # a compiled branch may save other tensors when it is rebuilt
     def _recomputed(self, stream: Stream) -> Tensor:
         context = RecomputeContext()
         streams = self.run_steps(stream, context)

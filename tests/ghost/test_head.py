@@ -329,7 +329,7 @@ def test_fake_tensors_have_the_memory_peak_of_real_ones(passes):
 
 def test_logits_are_stored_only_within_the_memory_budget(monkeypatch):
     """Without a budget, no logits are stored; ignored positions take no memory."""
-    monkeypatch.setattr(logits, "BLOCK", 1000)
+    monkeypatch.setattr(logits, "BLOCK", 10_000)
     monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     torch.manual_seed(0)
     model, whole = Speaker(vocabulary=3000, width=4), draw(4, 50, vocabulary=3000, ignored=0.0)

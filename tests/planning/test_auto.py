@@ -24,9 +24,15 @@ BRATS = [*TINY_UNET, "memory=auto", "memory.engine=hooks", "data.crop_size=[32,3
 TEXT = ["experiment=gpt2_dp", *TINY_GPT2, "memory=auto"]
 
 
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path / "cache"))
+def cache(shared_cache, monkeypatch):
+    """One cache for all tests, and small calibration steps."""
+    monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
     monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 

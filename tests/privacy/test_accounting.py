@@ -170,7 +170,7 @@ def test_equal_runs_equal_one_run_of_all_their_steps(count, accountant):
 mechanisms = st.tuples(st.floats(0.3, 50), st.floats(1e-4, 1), st.integers(0, 500))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(runs=st.lists(mechanisms, min_size=1, max_size=4), more=mechanisms, delta=st.floats(1e-9, 1e-3))
 def test_another_run_never_makes_epsilon_smaller(runs, more, delta):
     how = {"delta": delta, "accountant": "rdp"}

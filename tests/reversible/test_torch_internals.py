@@ -8,6 +8,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memsave.reversible import _torch_internals as internals
 
 
+def test_uncompiled_breaks_the_graph():
+    @internals.uncompiled
+    def double(x):
+        seen.append(torch.compiler.is_compiling())
+        return x * 2
+
+    seen = []
+    compiled = torch.compile(lambda x: double(x + 1) + 1, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [5, 5]
+    assert seen == [False]
+
+
 def test_the_version_counts_changes_in_place_and_is_shared_by_detached_tensors():
     x = torch.zeros(2)
     version = internals.version_of(x)

@@ -8,6 +8,7 @@ TINY_UNET = [
     "model.channels=[8,16]",
     "model.blocks=[1,1]",
     "model.expansion=2",
+    "memory.chunks=2",
 ]
 
 TINY_GPT2 = [

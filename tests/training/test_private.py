@@ -28,6 +28,8 @@ from memsave.training.private import round_up
 from tests.support.linear_task import Lines, line_model, trainer
 from tests.support.tiny_configs import TINY_GPT2_DP
 
+QUICK = ["privacy.accountant=rdp", "profiler.compare=[]"]  # the exact accountant and a comparison take seconds
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -70,7 +72,8 @@ def test_a_run_reports_epsilon_and_releases_its_model(tmp_path, cache, capfd):
 
 @pytest.mark.parametrize(("delta", "warned"), [("null", True), ("1e-5", False)])
 def test_a_large_delta_is_reported(delta, warned, tmp_path, cache, capfd):
-    run([f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"], tmp_path / "run", cache)
+    settings = [*QUICK, f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"]
+    run(settings, tmp_path / "run", cache)
     words = "delta is 0.017 for 40 examples: with up to this probability the bound of epsilon fails"
     said = capfd.readouterr().err
     assert (f"warning: {words}" in said) == warned
@@ -170,7 +173,7 @@ def test_faults_after_the_last_step_keep_model_and_statement(part, tmp_path, cac
 
     monkeypatch.setattr(Generation, part, fail)
     with pytest.raises(RuntimeError, match="no such font") as failed:
-        run(["privacy.noise_multiplier=1.0", "trainer.evaluate_first=false"], tmp_path / "run", cache)
+        run([*QUICK, "privacy.noise_multiplier=1.0", "trainer.evaluate_first=false"], tmp_path / "run", cache)
     assert failed.value.outcome["privacy"]["steps"] == 3
     assert "The weights after 3 steps" in (tmp_path / "run" / "privacy.md").read_text()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
@@ -308,7 +311,7 @@ def command(cache, folder, *overrides):
         "privacy.seed=5",
         "privacy.noise_multiplier=1.0",
         "privacy.verify=false",
-        "profiler.compare=[]",
+        *QUICK,
     ]
     fixed = ["trainer.steps=12", "trainer.checkpoint_every=1", "trainer.evaluate_first=false", "trainer.device=cpu"]
     return [
