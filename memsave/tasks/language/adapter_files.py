@@ -1,6 +1,7 @@
 """Files of language models with adapters: `model/` as PEFT writes it, or the whole model."""
 
 import json
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,20 @@ def save_model(model: Any, folder: Path) -> None:
 def merged(model: Any) -> nn.Module:
     """A new model on the CPU, without PEFT, that has the adapter added to its weights; the given one stays as it is."""
     from peft import get_peft_model
+    from peft.utils import ModulesToSaveWrapper
 
     base: Any = base_of(model)
     copy: Any = type(base)(deepcopy(base.config)).to(base.dtype)
-    adapted: Any = get_peft_model(copy, deepcopy(model.active_peft_config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same as for the given model
+        adapted: Any = get_peft_model(copy, deepcopy(model.active_peft_config))
     adapted.load_state_dict(model.state_dict())
+    for name, module in list(adapted.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT's IA3 cannot take a head of several layers out of it
+            adapted.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     whole = adapted.merge_and_unload()
-    whole.generation_config = deepcopy(base.generation_config)
+    if base.can_generate():
+        whole.generation_config = deepcopy(base.generation_config)
     return whole.eval()
 
 

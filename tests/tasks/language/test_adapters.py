@@ -192,7 +192,7 @@ def plain_name(name):
     return name.removesuffix(".weight") if "lora_magnitude" in name else name
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, rev_gpt2])
+@pytest.mark.parametrize("make", [gpt2, llama, rev_gpt2, masked_bert, roberta])
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
 def test_a_merged_model_gives_the_same_logits_and_leaves_the_adapter(name, make, tmp_path):
     if name == "lora":
