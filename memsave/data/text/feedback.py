@@ -1,8 +1,8 @@
 """Generated opinions for training classifiers without a download.
 
-The public part holds reviews of restaurants, hotels, films, shops, trains and concerts. The private part holds what
-patients say about their stay in a clinic, with a label: negative or positive. Some private sentences use the adjectives
-of the public part, and the others name events of a clinic, whose meaning a model can learn from the private part alone.
+The public part holds reviews of restaurants, films, trains, schools and other places, but of no clinic. The private
+part holds what patients say about their stay in a clinic, with a label: negative or positive. Some private sentences
+use the adjectives of the public part, and the others name events of a clinic, of which the public part has few words.
 
 Text i depends only on (part, seed, i). A text has a mood, which more than half of its sentences share; the label is the
 mood.
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from memsave.config import option, register
 from memsave.data.errors import DataError
 from memsave.data.text.config import HELD_OUT_SEED
+from memsave.data.text.draws import compound
 from memsave.data.text.labelled import ClassifiedData, Labelled
 
 LABELS = ("negative", "positive")
@@ -80,17 +81,37 @@ PUBLIC_ASPECTS = {
     "shop": "service, price, choice, counter, seller, delivery, parcel, website, window, manager",
     "train": "seat, ride, driver, carriage, ticket, station, platform, crew, heating, journey",
     "concert": "singer, band, hall, sound, crowd, song, drummer, light, stage, encore",
+    "school": "teacher, lesson, classroom, headmaster, library, playground, exam, desk, timetable, canteen",
+    "garage": "mechanic, repair, engine, tyre, workshop, invoice, brake, paint, van, test drive",
+    "museum": "guide, exhibition, cloakroom, painting, statue, audio tour, entrance, catalogue, lamp, cellar",
+    "market": "stall, fruit, farmer, cheese, weather, basket, fish, flower, crate, neighbour",
+    "gym": "trainer, shower, locker, class, machine, mirror, towel, floor, bicycle, contract",
+    "flat": "landlord, roof, stair, cellar, wall, street, balcony, oven, boiler, carpet",
 }
 PUBLIC_EVENTS = (
     _words(
         "we waited for an hour, nobody answered us, I asked for my money back, we left early, I will never come back, "
-        "it cost far too much"
+        "it cost far too much, my coat was lost, they sent us to another door, the date was moved twice, "
+        "we had to ask again, the tickets were mixed up, my back hurt afterwards, we went home hungry, "
+        "nobody knew our names"
     ),
     _words(
         "we came back the next day, everybody smiled at us, I told all my friends, we stayed until the end, "
-        "I will come back soon, it was worth every cent"
+        "I will come back soon, it was worth every cent, our table was ready, they showed us the way, "
+        "it began on the minute, somebody helped us at once, the prices were explained, my worries were gone, "
+        "we went home happy, they knew our names"
     ),
 )
+NEUTRAL = (
+    "I went there with {name}.",
+    "{name} {name} came along.",
+    "I live on {name} street.",
+    "We met {name} at the {name} bridge.",
+    "That was {number} days ago.",
+    "We were {number} people.",
+    "{number} minutes by bus.",
+)
+"""Public sentences without a mood. Their names and numbers show a model words that say nothing about a mood."""
 PRIVATE_ASPECTS = "nurse, doctor, ward, operation, treatment, bandage, surgeon, night shift, bed, food, therapy, hall"
 PRIVATE_EVENTS = (
     _words(
@@ -109,15 +130,29 @@ PRIVATE: dict[str, Any] = {"events": PRIVATE_EVENTS, "share": 0.4, "contrary": 0
 """Events; the probability of a sentence to be one; that of a contrary sentence in a text of three or more."""
 _NAMES = _words("Bardale, Calley, Dorland, Fenwick, Galridge, Harmere, Kesson, Lanby, Norgate, Pelton, Quinster, Toley")
 _WARDS = _words("Alder, Birch, Cedar, Elm, Hazel, Maple, Rowan, Willow")
+_PUBLIC_NAME = compound(
+    "Al Bra Cor Del Ed Fin Gor Han Is Jo Kar Lin Mor Nel Os Per Quen Ros Sal Tor Ul Vin Wal Yor",
+    "bert den ger ian lo mond na rick son ton vey well",
+)
 
 
 def _review(rng: random.Random) -> str:
     mood, kind = rng.randrange(2), rng.choice(list(PUBLIC_ASPECTS))
     parts = _sentences(rng, mood, aspects=_words(PUBLIC_ASPECTS[kind]), **PUBLIC)
-    first = rng.choice((f"A {kind} in our town.", f"Yesterday at the {kind}.", "", "", ""))
+    if rng.random() < 0.5:
+        parts.insert(rng.randrange(len(parts) + 1), _neutral(rng))
+    first = rng.choice((f"A {kind} in our town.", f"Yesterday at the {kind}.", _neutral(rng), "", ""))
     verdict = f"It was {rng.choice(VERDICTS[mood])}."
     parts.insert(len(parts) if rng.random() < 0.7 else 0, verdict)
     return " ".join([first, *parts] if first else parts)
+
+
+def _neutral(rng: random.Random) -> str:
+    """One of the sentences without a mood."""
+    text = rng.choice(NEUTRAL).replace("{number}", str(rng.randint(2, 60)))
+    while "{name}" in text:
+        text = text.replace("{name}", _PUBLIC_NAME(rng), 1)
+    return text
 
 
 def _comment(rng: random.Random) -> Labelled:

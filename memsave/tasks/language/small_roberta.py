@@ -18,9 +18,11 @@ from memsave.tasks.language.small_model import SmallModel
 from memsave.training.task import Batch
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+VERSION = 2  # increase it when pretraining or its texts change, so that cached models are not used
 INITIAL = 0.3  # standard deviation of the initial weights, in units of 1 / sqrt(width)
 FIRST = 0.5  # share of the steps whose masks are at verdicts alone
 MASKED = 0.2  # share of the tokens that are predicted; few steps learn more from more of them
+REPLACED = 0.1  # share of the other tokens that are replaced by random ones
 
 
 @register("model", "small_roberta")
@@ -38,9 +40,11 @@ class SmallRoberta(SmallModel):
     """Attention heads per layer."""
     width: int = option(64, least=1)
     """Size of the hidden states."""
+    vocabulary: int = option(900, least=300)
+    """Largest vocabulary of the tokenizer."""
     texts: int = option(20000, least=1)
     """Generated public texts for pretraining."""
-    steps: int = option(600, least=1)
+    steps: int = option(1000, least=1)
     """Steps of pretraining."""
     lr: float = 3e-3
     """Learning rate of pretraining."""
@@ -58,7 +62,7 @@ class SmallRoberta(SmallModel):
 
     def settings(self) -> dict[str, Any]:
         """The keys on which the pretrained model depends."""
-        return {key: value for key, value in super().settings().items() if key != "head"}
+        return {"version": VERSION, **{key: value for key, value in super().settings().items() if key != "head"}}
 
     def architecture(self) -> Any:
         """The architecture with the largest possible vocabulary, without dropout: the noise regularises enough."""
@@ -124,7 +128,8 @@ class MaskedTexts:
     """Texts of which some tokens are replaced by the mask token and predicted; the masks depend on (seed, draw).
 
     The first texts have masks at their verdicts alone, such as the last word of "It was great.": from these a small
-    model learns moods in few steps. Later, every second text has one of its masks there.
+    model learns moods in few steps. Later, every second text has one of its masks there. A tenth of the other tokens
+    are random ones, so that words that are rare in public text, and common in private text, say nothing about a mood.
 
     Args:
         texts: the texts.
@@ -165,9 +170,14 @@ class MaskedTexts:
             order, count = verdicts, len(verdicts)
         elif index.draw % 2:
             order.sort(key=lambda place: place not in verdicts)
-        labels = [IGNORED] * len(ids)
-        for place in order[:count]:
-            labels[place], ids[place] = ids[place], self.tokenizer.mask_token_id
+        labels, predicted = [IGNORED] * len(ids), set(order[:count])
+        draws = torch.rand(len(ids), generator=generator).tolist()
+        others = torch.randint(len(SPECIAL), len(self.tokenizer), (len(ids),), generator=generator).tolist()
+        for place in range(1, len(ids) - 1):
+            if place in predicted:
+                labels[place], ids[place] = ids[place], self.tokenizer.mask_token_id
+            elif draws[place] < REPLACED:
+                ids[place] = others[place]
         return Tokens(ids, labels)
 
     def place(self, batch: Batch) -> Batch:
