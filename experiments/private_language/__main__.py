@@ -1,10 +1,10 @@
 """Private classification, dialogs and adapters on generated data: scores with and without privacy.
 
-    python -m experiments.private_language                          # all runs, about an hour on two cores
+    python -m experiments.private_language                          # all runs, about half an hour on two cores
     python -m experiments.private_language infilling-8 head-8       # only these; the others are kept
 
-Each run is `python -m memsave.run` with the overrides below, in a separate process. The seed of the noise comes from
-the operating system, so that scores of private runs vary slightly.
+Each run is `python -m memsave.run` with the overrides below, in a separate process; classifiers train with three seeds.
+The seed of the noise comes from the operating system, so that scores of private runs vary slightly.
 """
 
 import json
@@ -40,6 +40,7 @@ RUNS = {
     "bitfit-8": ("clinic visits, biases alone", [*RECORDS, "adapter=bitfit"]),
 }
 SCORES = {"accuracy": "accuracy", "mcc": "MCC", "perplexity": "perplexity", "word_f1": "word F1", "bleu": "BLEU"}
+SEEDS = 3  # of classifiers
 MEASURED = ["profiler.compare=[stored]", "profiler.compare_seconds=100000"]
 HERE = Path(__file__).parent
 
@@ -52,24 +53,35 @@ def main(arguments: list[str]) -> None:
     path = HERE / "results.json"
     rows: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
     for name in chosen:
-        overrides = RUNS[name][1]
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "memsave.run", *overrides, *MEASURED]
-            print(" ".join(["python", *command[1:]]), flush=True)
-            subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
-            rows[name] = {"overrides": overrides, "machine": machine(), **read(Path(folder))}
+        overrides, seeds = RUNS[name][1], SEEDS if name.startswith(tuple(OBJECTIVES)) else 1
+        first = run([*overrides, *MEASURED])
+        others = [run([*overrides, f"trainer.seed={seed}", "profiler.compare=[]"]) for seed in range(1, seeds)]
+        scores = [row["metrics"] for row in (first, *others)]
+        rows[name] = {"overrides": overrides, "machine": machine(), **first, "metrics": scores}
         rows = {each: rows[each] for each in RUNS if each in rows}
         keep(path, command="python -m experiments.private_language", results=rows)
     print(table(rows))
     insert(HERE / "README.md", name="private language", text=table(rows))
 
 
+def run(overrides: list[str]) -> dict[str, Any]:
+    """The kept entries of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "memsave.run", *overrides]
+        print(" ".join(["python", *command[1:]]), flush=True)
+        subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
+        return read(Path(folder))
+
+
 def table(rows: dict[str, dict]) -> str:
     """The Markdown table of all kept runs."""
     machines = list(dict.fromkeys(row["machine"] for row in rows.values()))
     parts = machines if len(machines) == 1 else [f"({number}) {each}" for number, each in enumerate(machines, 1)]
-    lines = ["| run | epsilon, delta | scores, before to after | time per step | peak live memory | over plain |"]
-    lines.append("|" + "---|" * 6)
+    lines = [
+        "| run | epsilon, delta | scores, before to after | time per step | whole run | peak live memory "
+        "| over plain |",
+        "|" + "---|" * 7,
+    ]
     for name, row in rows.items():
         of = f" ({machines.index(row['machine']) + 1})" if len(machines) > 1 else ""
         privacy, memory = row["privacy"], row["memory"]
@@ -80,14 +92,21 @@ def table(rows: dict[str, dict]) -> str:
         over = f"{peak / memory[PLAIN]['peak_bytes']:.2f}x" if PLAIN in memory else ""
         lines.append(
             f"| {RUNS[name][0]}{of} | {spent} | {_scores(row['metrics'])} | {row['step_seconds']:.2f} s "
-            f"| {format_bytes(peak)} | {over} |"
+            f"| {row['seconds']:.0f} s | {format_bytes(peak)} | {over} |"
         )
     return f"{'; '.join(parts)}:\n\n" + "\n".join(lines)
 
 
-def _scores(metrics: dict[str, float]) -> str:
-    known = {key: name for key, name in SCORES.items() if key in metrics}
-    return ", ".join(f"{name} {metrics[f'{key}_before']:.3g} to {metrics[key]:.3g}" for key, name in known.items())
+def _scores(seeds: list[dict[str, float]]) -> str:
+    """Each score before and after training: the mean over the seeds, and the lowest and highest in parentheses."""
+    known = {key: name for key, name in SCORES.items() if key in seeds[0]}
+    return ", ".join(f"{name} {_score(seeds, f'{key}_before')} to {_score(seeds, key)}" for key, name in known.items())
+
+
+def _score(seeds: list[dict[str, float]], key: str) -> str:
+    values = [metrics[key] for metrics in seeds]
+    low, high = min(values), max(values)
+    return f"{sum(values) / len(values):.3g}" + (f" ({low:.3g} to {high:.3g})" if high > low else "")
 
 
 if __name__ == "__main__":

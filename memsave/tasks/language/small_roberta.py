@@ -18,8 +18,8 @@ from memsave.tasks.language.small_model import SmallModel
 from memsave.training.task import Batch
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-VERSION = 2  # increase it when pretraining or its texts change, so that cached models are not used
-INITIAL = 0.3  # standard deviation of the initial weights, in units of 1 / sqrt(width)
+VERSION = 3  # increase it when pretraining or its texts change, so that cached models are not used
+INITIAL = 1.0  # standard deviation of the initial weights, times sqrt(width); with less, some seeds learn no mood
 FIRST = 0.5  # share of the steps whose masks are at verdicts alone
 MASKED = 0.2  # share of the tokens that are predicted; few steps learn more from more of them
 REPLACED = 0.1  # share of the other tokens that are replaced by random ones
