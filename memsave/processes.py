@@ -1,19 +1,167 @@
-"""Detection of several training processes, which memsave refuses: it trains in one process."""
+"""What training processes of one group need from each other: their number, sums of gradients, and shared decisions.
+
+Imports torch alone. Without a process group of several processes, every function here returns at once what a single
+process has. All processes of the group must call the same functions in the same order.
+"""
 
 import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
 
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which torchrun, mpirun and srun give the number of processes."""
+BUCKET_BYTES = 25 * 2**20
+"""Gradients are summed in buckets of about this size, because many small messages take longer than few large ones."""
 
 
-def several_processes() -> str | None:
-    """The beginning of an error message if this process is one of several; None if it is the only one."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return f"this process is one of {distributed.get_world_size()} of a process group"
+def process_count() -> int:
+    """The number of processes in the default group; 1 without a group."""
+    return distributed.get_world_size() if _has_group() else 1
+
+
+def process_rank() -> int:
+    """The rank of this process in the default group; 0 without a group."""
+    return distributed.get_rank() if _has_group() else 0
+
+
+def without_group() -> str | None:
+    """The beginning of an error message if a launcher started several processes that have no group; otherwise None."""
+    if _has_group():
+        return None
     for name in LAUNCHERS:
         number = os.environ.get(name, "")
         if number.isdigit() and int(number) > 1:
             return f"this process is one of several ({name}={number})"
     return None
+
+
+def several_processes() -> str | None:
+    """The beginning of an error message if this process is one of several; None if it is the only one."""
+    if process_count() > 1:
+        return f"this process is one of {process_count()} of a process group"
+    return without_group()
+
+
+def agree(*numbers: int) -> bool:
+    """Whether all processes have the same numbers."""
+    return _reduced([*numbers, *(-each for each in numbers)], distributed.ReduceOp.MAX) == [
+        *numbers,
+        *(-each for each in numbers),
+    ]
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """The items that this process takes: every W-th one, beginning with the number of its rank."""
+    return list(items[process_rank() :: process_count()])
+
+
+def gather_shares(mine: Sequence[T]) -> list[T]:
+    """The results for all items, in their order, on every process; `mine`: the results for the items of `share`."""
+    shares: list[Sequence[T]] = gather(list(mine))
+    count = len(shares)
+    total = sum(map(len, shares))
+    return [shares[number % count][number // count] for number in range(total)]
+
+
+def gather(value: T) -> list[T]:
+    """The value of each process, by rank, on every process."""
+    if process_count() == 1:
+        return [value]
+    found: list[Any] = [None] * process_count()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def broadcast(value: T) -> T:
+    """The value of rank 0."""
+    if process_count() == 1:
+        return value
+    content: list[Any] = [value if process_rank() == 0 else None]
+    distributed.broadcast_object_list(content, src=0)
+    return content[0]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return maximum(int(flag)) > 0
+
+
+def maximum(number: int) -> int:
+    """The largest of the processes' numbers."""
+    return _reduced([number], distributed.ReduceOp.MAX)[0]
+
+
+def totals(numbers: Sequence[int]) -> list[int]:
+    """The sums over the processes, number by number."""
+    return _reduced(list(numbers), distributed.ReduceOp.SUM)
+
+
+def _reduced(numbers: list[int], operation: Any) -> list[int]:
+    if process_count() == 1:
+        return numbers
+    content = torch.tensor(numbers, dtype=torch.int64, device=_device())
+    distributed.all_reduce(content, operation)
+    return content.tolist()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each `.grad` by its sum over all processes; a missing one counts as zero.
+
+    Gradients of parameters that FSDP shards stay as they are: FSDP has summed them. The sums are formed in the dtype of
+    the gradients.
+    """
+    if process_count() == 1:
+        return
+    whole = [p for p in parameters if p.requires_grad and not is_sharded(p)]
+    for parameter in whole:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([p.grad for p in whole if p.grad is not None]):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            distributed.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        distributed.all_reduce(flat)
+        for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Gradients of one dtype and device, together of at most about BUCKET_BYTES."""
+    waiting: list[Tensor] = []
+    size = 0
+    for grad in gradients:
+        own = grad.numel() * grad.element_size()
+        same = not waiting or (waiting[0].dtype, waiting[0].device) == (grad.dtype, grad.device)
+        if waiting and (not same or size + own > BUCKET_BYTES):
+            yield waiting
+            waiting, size = [], 0
+        waiting.append(grad)
+        size += own
+    if waiting:
+        yield waiting
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor, as under `fully_shard`."""
+    return "DTensor" in (type(tensor).__name__, type(tensor.data).__name__)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def _has_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _device() -> torch.device:
+    """A device on which the group can reduce a small tensor."""
+    backend = str(distributed.get_backend_config())
+    return torch.device("cpu" if "cpu" in backend or "gloo" in backend else "cuda")

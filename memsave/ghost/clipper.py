@@ -15,9 +15,12 @@ The arithmetic is in `gradients.py`, and the rule for each kind of layer in `rul
 
 import logging
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memsave.ghost import refusals
 from memsave.ghost._torch_internals import in_backward
@@ -33,6 +36,7 @@ from memsave.ghost.layer_patch import tensors_in
 from memsave.ghost.refusals import raise_refusals
 from memsave.ghost.rows import STANDARD
 from memsave.ghost.snapshot import StateSnapshot
+from memsave.processes import is_sharded, process_count, sum_gradients
 
 log = logging.getLogger("memsave.ghost")
 
@@ -63,6 +67,9 @@ class GhostClipper:
             argument, which may be inside a mapping or sequence.
         memory_budget: bytes that may be kept beyond (g, a) of each layer to save time: the logits of
             `linear_cross_entropy`, and formed gradients where Gram matrices take longer. `plan` says what was kept.
+
+    In several processes, each clips its own examples, which needs no communication; `sum_gradients` then adds the
+    clipped sums up, once per logical batch. An optimizer step before that is refused.
 
     Raises ValueError, with the name, for what cannot be clipped exactly.
     """
@@ -96,6 +103,7 @@ class GhostClipper:
         """The passes of the last backward; with passes="auto", None before the first one."""
         self._nonfinite: int | Tensor = 0
         self._unfinished = False
+        self._is_local_sum = False  # whether .grad is the sum of this process alone
         self._independence = IndependenceSchedule()
         self._following = Following()
         self._context: BackwardContext | None = None  # of the model's last forward
@@ -135,7 +143,7 @@ class GhostClipper:
                 "the last backward failed while it added to .grad, so that a part of its examples would count twice; "
                 "clear the gradients (optimizer.zero_grad()) and begin the logical batch again"
             )
-        refusals.refuse_several_processes()
+        refusals.refuse_without_group()
         self._drop_frozen_sums()
         if not len(losses):  # an empty Poisson batch: a step of noise alone
             norms, self._context, self.clipped = losses.detach(), None, losses.detach() < 0
@@ -144,7 +152,24 @@ class GhostClipper:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        self._is_local_sum = process_count() > 1
         return norms
+
+    def sum_gradients(self) -> None:
+        """Sum `.grad` over all processes, once per logical batch; every process must call it. One process: nothing."""
+        sum_gradients(self.parameters)
+        self._is_local_sum = False
+
+    def _refuse_step(self, optimizer: Optimizer) -> None:
+        """Raise ValueError for an optimizer step on the sum of this process alone."""
+        if not self._is_local_sum:
+            return
+        ours = {id(p) for p in self._attachment.trainable.values() if not is_sharded(p)}
+        if any(id(p) in ours and p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer.step() was called on the clipped sum of this process alone, so that the processes would "
+                "train different models; call clipper.sum_gradients() after the last backward of a batch"
+            )
 
     def _clip(self, losses: Tensor) -> Tensor:
         """Norms, clip factors, clipped sums; returns the norms (B,)."""
@@ -269,12 +294,14 @@ class GhostClipper:
 
     def attach(self) -> None:
         """Patch the model's layers, as the constructor does; for a clipper that was closed."""
-        refusals.refuse_several_processes()
+        refusals.refuse_without_group()
         self._independence.reset()
         self._following.reset()
         self._attachment.attach(self.model)
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._after_forward, always_call=True))
+        if process_count() > 1:
+            self._handles.append(register_optimizer_step_pre_hook(_step_pre_hook(ref(self))))
 
     def close(self) -> None:
         """Restore the model."""
@@ -398,3 +425,14 @@ class GhostClipper:
                 f"it, or use memsave.reversible or checkpoints with use_reentrant=False"
             )
         return context
+
+
+def _step_pre_hook(clipper: "ReferenceType[GhostClipper]") -> Any:
+    """A hook on all optimizers; the weak reference does not keep the clipper alive."""
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = clipper()
+        if alive is not None:
+            alive._refuse_step(optimizer)
+
+    return hook

@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointError
 
 from memsave.ghost import _torch_internals as internals
-from memsave.processes import several_processes
+from memsave.processes import without_group
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 OLD_UTILITIES = (
@@ -210,11 +210,14 @@ def refuse_used_elsewhere(
     )
 
 
-def refuse_several_processes() -> None:
-    """Raise ValueError in one of several processes: nothing would add up their clipped sums."""
-    found = several_processes()
+def refuse_without_group() -> None:
+    """Raise ValueError in one of several processes that have no process group: nothing could add up their sums."""
+    found = without_group()
     if found is not None:
-        raise ValueError(f"{found}, and each would clip and sum its own examples alone; start one process")
+        raise ValueError(
+            f"{found}, but they have no process group, so each would clip and sum its own examples alone; call "
+            f"torch.distributed.init_process_group() first"
+        )
 
 
 class GradientWritten(ValueError):

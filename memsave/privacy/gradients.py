@@ -21,7 +21,7 @@ from memsave.privacy.guard import Guard
 from memsave.privacy.noise import GaussianNoise
 from memsave.privacy.randomness import secret_generator, seeded_generator
 from memsave.privacy.sampling import poisson_batches
-from memsave.processes import several_processes
+from memsave.processes import without_group
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class PrivateGradients:
         secure_noise: bool = False,
         seed: int | None = None,
     ):
-        _refuse_several_processes()
+        _refuse_without_group()
         parameters = _trainable(model)
         self.model, self.mechanism = model, mechanism
         self.seeded = seed is not None
@@ -192,7 +192,7 @@ class PrivateGradients:
 
         Raises PrivacyError unless `backward` got one loss for each example of the current batch.
         """
-        _refuse_several_processes()
+        _refuse_without_group()
         self._refuse_other_parameters()
         if self.clipper.unfinished:
             raise PrivacyError(
@@ -312,12 +312,12 @@ class PrivateGradients:
             )
 
 
-def _refuse_several_processes() -> None:
-    found = several_processes()
+def _refuse_without_group() -> None:
+    found = without_group()
     if found is not None:
         raise PrivacyError(
-            f"{found}: each process would draw its own batches and noise, and together they would spend more than the "
-            f"accountant counts; start one process"
+            f"{found}, but they have no process group: each would draw its own batches and noise, and together they "
+            f"would spend more than the accountant counts; call torch.distributed.init_process_group() first"
         )
 
 
