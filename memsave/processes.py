@@ -5,7 +5,10 @@ process has. All processes of the group must call the same functions in the same
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import pickle
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +20,77 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which torchrun, mpirun and srun give the number of processes."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of about this size, because many small messages take longer than few large ones."""
+
+
+_alone = 0  # how many `alone` contexts are open
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process acts as if it were the only one: what it does needs nothing from the others."""
+    global _alone
+    _alone += 1
+    try:
+        yield
+    finally:
+        _alone -= 1
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raise on all processes the error that one of them raised within, with its traceback as a note.
+
+    If several failed, each raises its own error, and the others that of the lowest rank. What runs within must not
+    communicate, because a process that fails would not take part. An interrupt is raised by its own process alone.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if process_count() == 1:
+            raise
+        failed = error
+    if any_process(failed is not None):
+        first = next(each for each in gather(_portable(failed)) if each is not None)
+        raise pickle.loads(first) if failed is None else failed
+
+
+def _portable(error: Exception | None) -> bytes | None:
+    """The error for another process, with the traceback as a note; as a RuntimeError if it cannot be sent."""
+    if error is None:
+        return None
+    note = f"in process {process_rank()}:\n{''.join(traceback.format_exception(error))}"
+    sent: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+    try:
+        sent = pickle.loads(pickle.dumps(error))
+    except Exception:
+        pass
+    sent.add_note(note)
+    return pickle.dumps(sent)
+
+
+def on_main(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call the function on rank 0 alone; returns what it returned, on every process, or raises its error on all."""
+    found: Any = None
+    with together():
+        if process_rank() == 0:
+            with alone():
+                found = function(*args, **kwargs)
+    return broadcast(found)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let one process of each machine run what is within before the others, which then find what it has cached."""
+    first = process_count() == 1 or int(os.environ.get("LOCAL_RANK", process_rank())) == 0
+    if not first:
+        with together():
+            pass
+    with together():
+        yield
+    if first:
+        with together():
+            pass
 
 
 def process_count() -> int:
@@ -101,10 +175,15 @@ def totals(numbers: Sequence[int]) -> list[int]:
     return _reduced(list(numbers), distributed.ReduceOp.SUM)
 
 
-def _reduced(numbers: list[int], operation: Any) -> list[int]:
+def sums(numbers: Sequence[float]) -> list[float]:
+    """The sums over the processes in float64, number by number."""
+    return _reduced(list(numbers), distributed.ReduceOp.SUM, dtype=torch.float64)
+
+
+def _reduced(numbers: list[Any], operation: Any, *, dtype: torch.dtype = torch.int64) -> list[Any]:
     if process_count() == 1:
         return numbers
-    content = torch.tensor(numbers, dtype=torch.int64, device=_device())
+    content = torch.tensor(numbers, dtype=dtype, device=_device())
     distributed.all_reduce(content, operation)
     return content.tolist()
 
@@ -159,7 +238,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def _has_group() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not _alone and distributed.is_available() and distributed.is_initialized()
 
 
 def _device() -> torch.device:
