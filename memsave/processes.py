@@ -8,7 +8,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -51,20 +51,18 @@ def together() -> Iterator[None]:
             raise
         failed = error
     if any_process(failed is not None):
-        first = next(each for each in gather(_portable(failed)) if each is not None)
+        first = next(each for each in gather(portable(failed)) if each is not None)
         raise pickle.loads(first) if failed is None else failed
 
 
-def _portable(error: Exception | None) -> bytes | None:
-    """The error for another process, with the traceback as a note; as a RuntimeError if it cannot be sent."""
+def portable(error: Exception | None) -> bytes | None:
+    """The error in bytes for another process, with its traceback as a note; as a RuntimeError if it cannot be sent."""
     if error is None:
         return None
     note = f"in process {process_rank()}:\n{''.join(traceback.format_exception(error))}"
     sent: Exception = RuntimeError(f"{type(error).__name__}: {error}")
-    try:
+    with suppress(Exception):
         sent = pickle.loads(pickle.dumps(error))
-    except Exception:
-        pass
     sent.add_note(note)
     return pickle.dumps(sent)
 
@@ -96,6 +94,11 @@ def main_first() -> Iterator[None]:
 def process_count() -> int:
     """The number of processes in the default group; 1 without a group."""
     return distributed.get_world_size() if _has_group() else 1
+
+
+def group_size() -> int:
+    """The number of processes in the default group, also within `alone`."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def process_rank() -> int:
