@@ -108,7 +108,7 @@ def process_rank() -> int:
 
 def without_group() -> str | None:
     """The beginning of an error message if a launcher started several processes that have no group; otherwise None."""
-    if _has_group():
+    if distributed.is_available() and distributed.is_initialized():
         return None
     for name in LAUNCHERS:
         number = os.environ.get(name, "")

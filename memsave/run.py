@@ -39,7 +39,7 @@ from memsave.config.overrides import literal, override, parse
 from memsave.config.registry import conf_dir
 from memsave.failures import Failures, Interrupted, ProcessLost
 from memsave.leading import Run, end_followers, give_order, receive_order, start_processes
-from memsave.processes import process_rank
+from memsave.processes import group_size, process_rank
 from memsave.resume import ResumedRun, resumed_run
 from memsave.training.signals import interrupt_at_signals
 
@@ -274,6 +274,11 @@ def execute(
     """
     from memsave.training.run_folder import lock_folder
 
+    processes = _to_start(config)
+    if processes > 1:
+        job = {"config": config, "folder": folder.resolve(), "experiment": experiment}
+        job |= {"strategies": strategies, "request": request, "continued": continued}
+        return _launch(job, processes=processes)
     failures = Failures()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -285,6 +290,22 @@ def execute(
         return _print_error(_disk_message(folder, error), code=1)
     finally:
         failures.finish()
+
+
+def _to_start(config: DictConfig) -> int:
+    """The number of processes that this run must start; 1 if it is complete, or only plans."""
+    wanted = config.trainer.processes
+    return 1 if group_size() > 1 or wanted is None or config.mode == "plan" else int(wanted)
+
+
+def _launch(job: dict[str, Any], *, processes: int) -> int:
+    from memsave.launch import launch
+
+    try:
+        to_objects(job["config"])  # an error is reported once, before anything starts
+        return launch(job, processes=processes)
+    except ConfigError as error:
+        return _print_error(error, code=2)
 
 
 def _execute(
