@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from memsave.files import PREVIOUS, newest_folder, replace_folder
-from memsave.processes import gather, on_main, process_rank
+from memsave.processes import gather, on_main, process_count, process_rank
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State
 
@@ -72,6 +72,7 @@ def _write(state: State, folder: Path, *, random: dict[str, Tensor], private: di
     content = {
         "step": state.step,
         "run": state.run,
+        "processes": state.processes,
         "data": state.data,
         "optimizer": type(state.optimizer).__name__,
         "numbers": numbers,
@@ -121,6 +122,8 @@ def load(state: State, folder: Path) -> None:
     _restore_optimizer(state, tensors, content["numbers"])
     state.step = content["step"]
     state.run = content.get("run") or state.run
+    before = content.get("processes", [1])
+    state.processes = before if before[-1] == process_count() else [*before, process_count()]
     _restore_schedule(state)
 
 

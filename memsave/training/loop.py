@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.data.loader import Index, load_ahead, numbered, shuffled
 from memsave.privacy import PrivateGradients
-from memsave.processes import any_process, local_part, share, sum_gradients, sums, together, totals
+from memsave.processes import any_process, local_part, process_count, share, sum_gradients, sums, together, totals
 from memsave.training.ema import Ema
 from memsave.training.task import Batch, CountsTokens, Losses, Task, examples, split
 
@@ -61,6 +61,8 @@ class State:
     """The fingerprint of the raw data, which runs on the same data share."""
     frozen: str | None = None
     """The digest of the frozen parameters, which a checkpoint does not hold; None if all parameters train."""
+    processes: list[int] = field(default_factory=lambda: [process_count()])
+    """The number of processes; several numbers, in their order, if the run was continued with another one."""
     identity: dict[str, Any] = field(default_factory=dict)
     """The values that determine the batches, by config key; a checkpoint continues only with the same values."""
 
