@@ -27,6 +27,7 @@ from memsave.ghost.layer_patch import tensors_in
 from memsave.ghost.norm_hook import HookSpec, NormHook
 from memsave.ghost.refusals import Refusal, Refused
 from memsave.ghost.rows import RowSplit
+from memsave.processes import class_of
 
 Forward = Callable[[nn.Module, Any], Any]
 PAST_THE_HOOKS = (
@@ -190,7 +191,7 @@ def _report(model: nn.Module, observed: _Observed, refusals: list[Refusal], *, r
         if parameter in refused:
             verdict, why, remedy = REFUSED, refused[parameter].reason, refused[parameter].remedy
         elif not ran:
-            used_by = tuple(sorted({type(m).__name__ for _, m in places if rule_of_layer(m) is not None}))
+            used_by = tuple(sorted({class_of(m).__name__ for _, m in places if rule_of_layer(m) is not None}))
             used_by, why = (used_by, "") if used_by else (("operators",), FOLLOWED)
         elif parameter in reached:
             verdict, (why, remedy) = REFUSED, AFTER_A_REFUSAL if refused else PAST_THE_HOOKS
@@ -216,7 +217,7 @@ def _row(
         tuple(other for other, _ in others),
         tuple(parameter.shape),
         parameter.dtype,
-        type(owner).__name__,
+        class_of(owner).__name__,
         used_by,
         verdict,
         why,
