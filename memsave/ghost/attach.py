@@ -39,7 +39,7 @@ class Attachment:
         self.sharding.find(model)
         sharded = self.sharding.refusals(model, passes=self._clipper.passes, per_layer=self._per_layer)
         raise_refusals([*find_refusals(model), *sharded, *self._other_clippers(model)])
-        self.sharding.update()
+        self.sharding.update(model)
         self.sharding.sum_gradients()
         self.trainable = self._trainable_now(model)
         self._parameters = set(self.trainable.values())
@@ -70,8 +70,7 @@ class Attachment:
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the same parameters are trainable as when the layers were patched."""
-        self.sharding.find(model)
-        self.sharding.update()
+        self.sharding.update(model)
         now = self._trainable_now(model)
         return now.keys() == self.trainable.keys() and all(p is self.trainable[name] for name, p in now.items())
 

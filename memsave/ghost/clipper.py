@@ -192,7 +192,7 @@ class GhostClipper:
     def _clip(self, losses: Tensor, counted: Tensor | None) -> Tensor:
         """Norms, clip factors, clipped sums; returns the norms (B,)."""
         sharding = self._attachment.sharding
-        sharding.update()
+        sharding.update(self.model)
         sharding.refuse_unsynchronised()
         context = self._checked_context(losses)
         parameters = [p for p in self._attachment.trainable.values() if p.requires_grad]

@@ -53,28 +53,30 @@ class Sharding:
     def find(self, model: nn.Module) -> None:
         """Find the groups of the model, without any communication."""
         self.groups = internals.fsdp_groups(model)
-
-    def update(self) -> None:
-        """Find both copies of each parameter, gathering those that never were whole, and follow what is trainable."""
-        for group in self.groups:
-            if any(each.whole is None for each in group.parameters()):
-                group.module.unshard()
-                group.module.reshard()
         self._whole, self._shard, self._local = {}, {}, {}
         for group in self.groups:
             for each in group.parameters():
-                assert each.whole is not None
-                self._whole[id(each.shard)], self._shard[id(each.whole)] = each.whole, each.shard
-                self._local[id(each.shard)] = self._local[id(each.whole)] = each.local
-                self._follow(each.shard, each.whole)
+                if each.whole is not None:
+                    self._whole[id(each.shard)], self._shard[id(each.whole)] = each.whole, each.shard
+                    self._local[id(each.shard)] = self._local[id(each.whole)] = each.local
+
+    def update(self, model: nn.Module) -> None:
+        """Find both copies of each parameter, gathering those that never were whole, and follow what is trainable."""
+        self.find(model)
+        missing = [group for group in self.groups if any(each.whole is None for each in group.parameters())]
+        for group in missing:
+            group.module.unshard()
+            group.module.reshard()
+        if missing:
+            self.find(model)
+        for whole in self._whole.values():
+            self._follow(self.shard(whole), whole)
 
     def _follow(self, shard: nn.Parameter, whole: nn.Parameter) -> None:
-        """Freeze or unfreeze both copies if one of them was: whichever is in the module is the one that a user sees."""
-        before = self._trained.get(whole, shard.requires_grad)
-        now = shard.requires_grad if shard.requires_grad != before else whole.requires_grad
-        if whole not in self._trained:
-            now = shard.requires_grad
-        self._trained[whole] = now
+        """Freeze or unfreeze both copies if one of them was: a user sees the one that the module has at that time."""
+        before = self._trained.get(whole)
+        unchanged = before is not None and shard.requires_grad == before
+        now = self._trained[whole] = whole.requires_grad if unchanged else shard.requires_grad
         for each in (shard, whole):
             if each.requires_grad != now:
                 each.requires_grad_(now)

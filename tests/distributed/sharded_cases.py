@@ -95,7 +95,7 @@ def shard_branches(model):
 
 def unet(memory, **options):
     """memsave's U-Net on tiny volumes."""
-    return ReversibleUNet3d(1, 2, channels=(4, 6), blocks=2, expansion=2, memory=memory, **options)
+    return ReversibleUNet3d(1, 2, channels=(2, 4), blocks=(2, 1), expansion=2, memory=memory, **options)
 
 
 def voxel_losses(model, batch):
