@@ -219,8 +219,8 @@ class FsdpParameter(NamedTuple):
     shard: nn.Parameter
     """The DTensor, which has the `.grad` that an optimizer reads; registered in the module while that is sharded."""
     whole: nn.Parameter | None
-    """The gathered copy, which forwards and backwards use; registered in the module while that is unsharded. None before
-    the first time. It stays the same object, and its memory is freed and allocated again."""
+    """The gathered copy, which forwards and backwards use; registered in the module while that is unsharded. It stays
+    the same object, and its memory is freed and allocated again. None before the first time."""
     local: Tensor
     """The data of this process."""
     origin: int
@@ -269,11 +269,6 @@ class FsdpGroup:
     def dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
         """(of the gathered copies, of the reduction) in the group's policy; None: that of the parameter."""
         return self._group.mp_policy.param_dtype, self._group.mp_policy.reduce_dtype
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether the shards are in the memory of the CPU."""
-        return type(self._group.offload_policy).__name__ == "CPUOffloadPolicy"
 
     @property
     def reduces(self) -> bool:

@@ -178,7 +178,7 @@ class GhostClipper:
         sum_gradients(self.parameters)
         self._is_local_sum = False
 
-    def _refuse_step(self, optimizer: Optimizer) -> None:
+    def refuse_step(self, optimizer: Optimizer) -> None:
         """Raise ValueError for an optimizer step on the sum of this process alone."""
         if not self._is_local_sum:
             return
@@ -470,6 +470,6 @@ def _step_pre_hook(clipper: "ReferenceType[GhostClipper]") -> Any:
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         alive = clipper()
         if alive is not None:
-            alive._refuse_step(optimizer)
+            alive.refuse_step(optimizer)
 
     return hook

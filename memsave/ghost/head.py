@@ -54,9 +54,9 @@ def linear_cross_entropy(
     for parameter in (weight, bias):
         if parameter is not None and is_sharded(parameter):
             raise ValueError(
-                f"{NAME} got a parameter {tuple(parameter.shape)} that FSDP has sharded, because the head's own forward "
-                f"is over; leave the head to the fully_shard of the whole model, whose parameters stay whole after its "
-                f"forward, or shard it with reshard_after_forward=False"
+                f"{NAME} got a parameter {tuple(parameter.shape)} that FSDP has sharded, because the head's own "
+                f"forward is over; leave the head to the fully_shard of the whole model, whose parameters stay whole "
+                f"after its forward, or shard it with reshard_after_forward=False"
             )
     clipper, context = _clipper_of(weight, bias)
     if context is not None and not context.has_rows(targets):

@@ -11,9 +11,10 @@ with, the tensors to save, and a function from these and the output's gradient t
 
         return RuleOutput(inputs.args, inputs.kwargs, (inputs.input,), per_example_grads)
 
-A rule matches a class exactly (before `fully_shard`, which puts a subclass in its place), or by its qualified name if the class belongs to another library, because a subclass may
-compute something else. A rule that returns None leaves this call to `operator_trace.py`, which follows the operators of
-the layer's own forward, as for any layer without a rule.
+A rule matches a class exactly, or by its qualified name if the class belongs to another library, because a subclass may
+compute something else; the subclass that `fully_shard` puts in the place of a class is none. A rule that returns None
+leaves this call to `operator_trace.py`, which follows the operators of the layer's own forward, as for any layer
+without a rule.
 """
 
 from collections.abc import Callable

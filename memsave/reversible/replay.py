@@ -7,8 +7,8 @@ ends.
 
 Parameters and buffers are recorded by reference, not copied. A tensor that was *replaced* in between is put back for
 the replay. A tensor that was *changed in place* cannot be restored: the replay then raises an error, as autograd does.
-Only buffers that a forward updates, such as the statistics of BatchNorm, are copied. Parameters that FSDP has sharded are
-left to it: it puts whole copies in their place when the second evaluation calls the branch.
+Only buffers that a forward updates, such as the statistics of BatchNorm, are copied. Parameters that FSDP has sharded
+are left to it: it puts whole copies in their place when the second evaluation calls the branch.
 """
 
 from collections.abc import Iterable, Iterator

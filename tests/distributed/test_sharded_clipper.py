@@ -97,7 +97,7 @@ def training_with_layers_frozen_and_unfrozen_between_steps():
         frozen = [p for p in sharded.parameters() if not p.requires_grad]
         assert all(p.grad is None for p in frozen) and len(clipper.parameters) == 5 - len(frozen)
         for optimizer in optimizers:
-            with mock.patch.object(GhostClipper, "_refuse_step"):  # each process has the reference of the whole batch
+            with mock.patch.object(GhostClipper, "refuse_step"):  # each process has the reference of the whole batch
                 optimizer.step()
             optimizer.zero_grad()
         assert_same_parameters(sharded, plain)
@@ -206,7 +206,7 @@ def examples_that_are_not_counted_contribute_nothing():
         assert clipper.nonfinite == 0 and not clipper.clipped[-2:].any()
         for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
             assert torch.allclose(whole(one.grad), other.grad, atol=1e-12)
-    with pytest.raises(ValueError, match="counted=torch.zeros"):
+    with pytest.raises(ValueError, match=r"counted=torch\.zeros\(1\)"):
         clipper.backward(squares(sharded, x[:0]))
 
 
@@ -214,7 +214,7 @@ def padding_of_texts_on_one_process_alone():
     model = made(Case(gpt2, shard_blocks, lm_losses, texts))
     shard_blocks(model)
     clipper = GhostClipper(model, max_grad_norm=0.2)
-    ids, labels, mask = texts(2)
+    ids, _, mask = texts(2)
     mask[:] = 1
     if process_rank():
         mask[0, -2:] = 0
@@ -258,9 +258,11 @@ def the_reduction_is_restored():
     clipper = GhostClipper(model, max_grad_norm=0.2)
     assert all(group.reduction == (1.0, True) for group in fsdp_groups(model))
     clipper.close()
-    assert before == [(group.reduction, group.reduces_unused) for group in fsdp_groups(model)] == [
-        ((None, False), False)
-    ] * 3
+    assert (
+        before
+        == [(group.reduction, group.reduces_unused) for group in fsdp_groups(model)]
+        == [((None, False), False)] * 3
+    )
     squares(model, share(vectors(4))).sum().backward()
     assert model[0].weight.grad is not None
 
@@ -326,7 +328,7 @@ def options_that_cannot_be_exact_are_refused():
     torch.manual_seed(0)
     parallel = nn.Sequential(nn.Linear(3, 4))
     parallel[0].weight = nn.Parameter(distribute_tensor(parallel[0].weight.detach(), mesh["shards"], [Shard(0)]))
-    refused("0.weight is sharded over processes by something else", parallel)
+    refused(r"0\.weight is sharded over processes by something else", parallel)
     tied = gpt2()
     fully_shard(tied.transformer.wte)
     refused("shares a parameter with", fully_shard(tied))
@@ -344,7 +346,7 @@ def a_frozen_group_may_be_in_low_precision():
     clipper = GhostClipper(fully_shard(model), max_grad_norm=0.2)
     clipper.backward(squares(model, share(vectors(5))))
     model[0].requires_grad_(True)
-    with pytest.raises(ValueError, match="torch.autocast"):
+    with pytest.raises(ValueError, match=r"torch\.autocast"):
         model(share(vectors(5)))
 
 
@@ -399,7 +401,7 @@ def engines_of_sharded_branches():
     fully_shard(blocks[0].f)
     assert model.encoder[0].engines()[0] == "hooks"
     model.encoder[0].engine = "fused"
-    with pytest.raises(ValueError, match="f sharded by fully_shard, .* give engine='auto'"):
+    with pytest.raises(ValueError, match=r"f sharded by fully_shard, .* give engine='auto'"):
         model.encoder[0].engines()
 
 
