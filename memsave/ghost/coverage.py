@@ -27,6 +27,7 @@ from memsave.ghost.layer_patch import tensors_in
 from memsave.ghost.norm_hook import HookSpec, NormHook
 from memsave.ghost.refusals import Refusal, Refused
 from memsave.ghost.rows import RowSplit
+from memsave.ghost.sharding import refuse_sharded
 from memsave.processes import class_of
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -56,8 +57,9 @@ def coverage(
         forward: called with (model, batch) in place of the model, for other arguments; it may compute losses.
         batch_size: as of the GhostClipper.
 
-    Exceptions of the forward itself are raised.
+    Exceptions of the forward itself are raised, and ValueError for a sharded model.
     """
+    refuse_sharded(model, "coverage")
     observed = _Observed()
     refusals: list[Refusal] = []
     ran = batch is not None or forward is not None

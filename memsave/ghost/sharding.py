@@ -196,6 +196,12 @@ class Sharding:
                 )
 
 
+def refuse_sharded(model: nn.Module, name: str) -> None:
+    """Raise ValueError for a sharded model, of which `name` needs a copy or whole parameters."""
+    if internals.fsdp_groups(model):
+        raise ValueError(f"{name} needs whole parameters, but the model is sharded; call it before fully_shard")
+
+
 def _policies(group: FsdpGroup, name: str) -> Iterator[Refusal]:
     """Options of `fully_shard` under which sums would be rounded or incomplete."""
     trained = any(each.shard.requires_grad for each in group.parameters())

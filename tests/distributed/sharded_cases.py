@@ -29,6 +29,29 @@ def shard_linears(model):
         fully_shard(layer)
 
 
+class SequenceFirst(nn.Module):
+    """Blocks that have the examples in dimension 1, and a parameter that is no layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.positions = nn.Linear(3, 4), nn.Parameter(torch.randn(2, 1, 4))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0) for _ in range(2))
+
+    def forward(self, x):
+        """(B, 3) to (B, 4)."""
+        x = self.first(torch.stack((x, -x))) + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean(0)
+
+
+def shard_layers(model):
+    """Shard each of the layers, then the rest."""
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
 def squares(model, x):
     """(B,) losses of (B, 3)."""
     return model(x).square().sum(1)

@@ -13,10 +13,12 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper
+from memsave.ghost import GhostClipper, coverage, verify
 from memsave.ghost._torch_internals import fsdp_groups
-from memsave.processes import gather, process_rank
+from memsave.ghost.rule import registered_rule
+from memsave.processes import class_of, gather, process_rank
 from memsave.reversible import AdditiveCoupling, AffineCoupling, ReversibleSequence
 from tests.distributed.sharded_cases import (
     Case,
@@ -252,6 +254,57 @@ def memory_modes_of_shards_of_whole_levels():
     assert max(errors(Case(partial(unet, "reversible"), shard, voxel_losses, volumes, (3,)))) < 1e-10
 
 
+def layers_keep_their_rules():
+    model = sharded_mlp()
+    assert type(model[0]) is not nn.Linear and class_of(model[0]) is nn.Linear
+    assert registered_rule(model[0]) is registered_rule(nn.Linear(1, 1)) is not None
+    GhostClipper(model, max_grad_norm=0.2)
+    assert all("forward" in vars(model[number]) for number in (0, 2, 4))  # patched by their rule
+
+
+def a_backward_that_failed_while_adding_is_remembered():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(3, 3).double(), fully_shard(nn.Linear(3, 3).double())
+
+        def forward(self, x):
+            def run(y):
+                return self.inner(nn.functional.dropout(y))
+
+            return checkpoint(run, self.first(x), use_reentrant=False, preserve_rng_state=False)
+
+    model = fully_shard(Random())
+    clipper = GhostClipper(model, max_grad_norm=0.2)
+    with pytest.raises(ValueError, match="got other activations in the second pass"):
+        clipper.backward(squares(model, share(vectors(8))))
+    assert clipper.unfinished
+    with pytest.raises(ValueError, match="a part of its examples would count twice"):
+        clipper.backward(squares(model, share(vectors(8))))
+    torch.optim.SGD(clipper.parameters, lr=0.1).zero_grad()
+    assert not clipper.unfinished
+
+
+def a_backward_goes_on_after_a_refused_forward():
+    (plain, reference), (sharded, clipper) = pair()
+    sharded[3] = nn.BatchNorm1d(1).double()
+    with pytest.raises(ValueError, match="makes every example's gradient depend on the others"):
+        sharded(vectors(4))
+    sharded[3] = nn.Tanh()
+    sharded.reset_iter_state()  # as FSDP demands after an error in a forward
+    x = vectors(5)
+    reference.backward(squares(plain, x))
+    clipper.backward(squares(sharded, share(x)))
+    for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(whole(one.grad), other.grad, atol=1e-12)
+
+
+def reports_of_sharded_models_are_refused():
+    for name, report in (("verify", partial(verify, per_example_losses=squares)), ("coverage", coverage)):
+        with pytest.raises(ValueError, match=f"{name} needs whole parameters.*; call it before fully_shard"):
+            report(sharded_mlp(), vectors(2))
+
+
 def the_reduction_is_restored():
     model = sharded_mlp()
     before = [(group.reduction, group.reduces_unused) for group in fsdp_groups(model)]
@@ -429,6 +482,10 @@ CHECKS = [
     tied_layers_in_one_group_of_their_own,
     bfloat16_by_autocast,
     memory_modes_of_shards_of_whole_levels,
+    layers_keep_their_rules,
+    a_backward_that_failed_while_adding_is_remembered,
+    a_backward_goes_on_after_a_refused_forward,
+    reports_of_sharded_models_are_refused,
     the_reduction_is_restored,
     sums_after_the_reduction_are_refused,
     gradients_that_stay_whole_are_refused,

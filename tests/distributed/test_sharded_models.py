@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed.sharded_cases import (
     Case,
+    SequenceFirst,
     checkpointed_gpt2,
     errors,
     gpt2,
@@ -16,6 +17,7 @@ from tests.distributed.sharded_cases import (
     rev_gpt2,
     shard_blocks,
     shard_branches,
+    shard_layers,
     shard_linears,
     squares,
     texts,
@@ -37,6 +39,10 @@ CASES = {
     "mlp, automatic": LINEAR._replace(options={"clipping": "automatic"}),
     "mlp, a process has padding alone": LINEAR._replace(counts=(5, 1)),
     "mlp, layer by layer, padding alone": LINEAR._replace(counts=(1, 5), options=BY_LAYER),
+    "examples in dimension 1": LINEAR._replace(build=SequenceFirst, shard=shard_layers),
+    "examples in dimension 1, layer by layer": LINEAR._replace(
+        build=SequenceFirst, shard=shard_layers, options=BY_LAYER
+    ),
     "gpt2": GPT2,
     "gpt2, layer by layer": GPT2._replace(options=BY_LAYER),
     "gpt2, logits": GPT2._replace(losses=lm_losses_of_logits),
