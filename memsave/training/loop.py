@@ -244,7 +244,8 @@ def accumulate(
     that of the whole logical batch, and the returned loss this process's part of the mean over it (see `summed_loss`).
     Processes that share a sharded model take equally many micro-batches; one with too few repeats an example that does
     not count. Returns None if the logical batch is empty. In a private run, an example with a loss that is not finite
-    counts as zero in the mean, like its gradient in the sum. Never calls `.item()`: this function must run under FakeTensorMode.
+    counts as zero in the mean, like its gradient in the sum. Never calls `.item()`: this function must run under
+    FakeTensorMode.
     """
     own = examples(batch) if own is None else own
     count, sharded = totals([own])[0], is_sharded_model(model)
