@@ -2,21 +2,31 @@
 
 Imports torch alone. Without a process group of several processes, every function here returns at once what a single
 process has. All processes of the group must call the same functions in the same order.
+
+An error of one process would leave the others waiting. `together`, `map_shares` and `on_first` therefore raise it on
+every process.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which torchrun, mpirun and srun give the number of processes."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of about this size, because many small messages take longer than few large ones."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the group has ended, or does not answer."""
 
 
 def process_count() -> int:
@@ -68,13 +78,77 @@ def gather_shares(mine: Sequence[T]) -> list[T]:
     return [shares[number % count][number // count] for number in range(total)]
 
 
+def map_shares(function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    """[function(item) of each item], in their order, on every process; each process calls it for its share.
+
+    Raises the error of any process on every process; see `together`.
+    """
+    mine: list[T] = []
+    with together():
+        mine += map(function, share(items))
+    return gather_shares(mine)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Context at whose end every process raises if the code inside it raised an exception on any process.
+
+    A process with an exception raises it. The others raise a copy of that of the lowest rank, with a note, so that all
+    of them end in the same way. The code inside must not communicate, except by functions that raise on every process.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    copies = gather(error and _copied(error))
+    if error is not None:
+        raise error
+    for rank, other in enumerate(copies):
+        if other is not None:
+            other.add_note(f"raised by process {rank} of {process_count()}")
+            raise other
+
+
+def _copied(error: Exception) -> Exception:
+    """The error as other processes can receive it: a RuntimeError if it cannot be pickled."""
+    try:
+        return pickle.loads(pickle.dumps(error)) if process_count() > 1 else error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What the function returns on rank 0, which alone calls it, on every process; raises its error on every one."""
+    found: list[T] = []
+    with together():
+        if process_rank() == 0:
+            found.append(function())
+    return broadcast(found)[0]
+
+
 def gather(value: T) -> list[T]:
     """The value of each process, by rank, on every process."""
     if process_count() == 1:
         return [value]
     found: list[Any] = [None] * process_count()
-    distributed.all_gather_object(found, value)
+    _communicate(distributed.all_gather_object, found, value)
     return found
+
+
+def received(value: T) -> Iterator[T]:
+    """Yield the value of each process on rank 0, by rank; it holds one at a time. Other processes send, yield nothing.
+
+    Rank 0 must take all of them: a process waits until its value has been received.
+    """
+    if process_rank() != 0:
+        _communicate(distributed.send_object_list, [value], dst=0, device=_device())
+        return
+    yield value
+    for rank in range(1, process_count()):
+        content: list[Any] = [None]
+        _communicate(distributed.recv_object_list, content, src=rank, device=_device())
+        yield content.pop()
 
 
 def broadcast(value: T) -> T:
@@ -82,8 +156,25 @@ def broadcast(value: T) -> T:
     if process_count() == 1:
         return value
     content: list[Any] = [value if process_rank() == 0 else None]
-    distributed.broadcast_object_list(content, src=0)
+    _communicate(distributed.broadcast_object_list, content, src=0)
     return content[0]
+
+
+def wait_for_all() -> None:
+    """Return when every process has called it."""
+    gather(None)
+
+
+def _communicate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a function of `torch.distributed`. Raises ProcessLost if another process has ended."""
+    try:
+        function(*args, **kwargs)
+    except RuntimeError as error:
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> ProcessLost:
+    return ProcessLost(f"another process of the group has ended or does not answer ({str(error).splitlines()[0]})")
 
 
 def any_process(flag: bool) -> bool:
@@ -105,7 +196,7 @@ def _reduced(numbers: list[int], operation: Any) -> list[int]:
     if process_count() == 1:
         return numbers
     content = torch.tensor(numbers, dtype=torch.int64, device=_device())
-    distributed.all_reduce(content, operation)
+    _communicate(distributed.all_reduce, content, operation)
     return content.tolist()
 
 

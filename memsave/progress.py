@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from memsave.processes import process_rank
+
 SECONDS_BETWEEN_LINES = 10.0
 RECENT_STEPS = 50  # the time left is estimated from their speed
 
@@ -47,10 +49,13 @@ class _Console(Console):
 
 
 class Progress:
-    """Writes to standard error; standard output stays free for results."""
+    """Writes to standard error; standard output stays free for results.
+
+    Of several processes, only the first one writes, unless a console is given.
+    """
 
     def __init__(self, console: Console | None = None):
-        self.console = console or _Console(stderr=True, highlight=False)
+        self.console = console or _Console(stderr=True, highlight=False, quiet=process_rank() != 0)
 
     def say(self, line: str) -> None:
         """Print one line of text without markup."""
