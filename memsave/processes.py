@@ -89,6 +89,25 @@ def map_shares(function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     return gather_shares(mine)
 
 
+def map_in_rounds(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+    """Yield function(item) of each item, in their order, on every process; each process calls it once per round.
+
+    If some items raise an exception, the results before the first one come first, and then every process raises it.
+    """
+    count, rank = process_count(), process_rank()
+    for first in range(0, len(items), count):
+        mine: list[T] = []
+        error: Exception | None = None
+        try:
+            mine += map(function, items[first : first + count][rank : rank + 1])
+        except Exception as found:
+            error = found
+        for other, (results, copy) in enumerate(gather((mine, error and _copied(error)))):
+            if copy is not None:
+                raise error if error is not None and other == rank else _noted(copy, rank=other)
+            yield from results
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Context at whose end every process raises if the code inside it raised an exception on any process.
@@ -106,8 +125,12 @@ def together() -> Iterator[None]:
         raise error
     for rank, other in enumerate(copies):
         if other is not None:
-            other.add_note(f"raised by process {rank} of {process_count()}")
-            raise other
+            raise _noted(other, rank=rank)
+
+
+def _noted(error: Exception, *, rank: int) -> Exception:
+    error.add_note(f"raised by process {rank} of {process_count()}")
+    return error
 
 
 def _copied(error: Exception) -> Exception:
@@ -245,7 +268,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _has_group() -> bool:

@@ -13,7 +13,7 @@ import memsave
 PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
 LEAVES = {"_version", "arguments", "files", "processes", "progress", "random_state", "tf32"}
-"""Modules that import nothing of memsave."""
+"""Modules that import nothing else of memsave."""
 CORE = {"models", "data", "privacy", "config", *MECHANISMS, *LEAVES}
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},

@@ -139,6 +139,7 @@ class Segmentation:
 
         The processes of a group share the cases. All of them get the scores of every case, rank 0 gets the pictures.
         """
+        self.scores, self.pictures = {}, []
         numbers = range(len(self.held_out))
         lines = self.progress.lines(len(share(numbers)), unit="held-out case")
         own: list[tuple[int, Picture]] = []
