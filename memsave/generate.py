@@ -40,7 +40,7 @@ from memsave.data.errors import collecting_faults, made
 from memsave.data.text.tables import Row, check_encoding, read_rows
 from memsave.files import replacing
 from memsave.process_group import own_device
-from memsave.processes import map_in_rounds, on_first, together
+from memsave.processes import map_in_rounds, on_main, together
 from memsave.progress import Progress
 from memsave.tasks.language.answering import Answerer, load_answerer
 from memsave.training.signals import interrupt_at_signals
@@ -97,9 +97,9 @@ def generate_file(arguments: Arguments, *, progress: Progress) -> int:
         write_table(output, journal.answers)
         journal.path.unlink()
 
-    journal = on_first(opened)
+    journal = on_main(opened)
     _answer_all(inputs, answerer, journal, size=arguments.batch_size, progress=progress)
-    on_first(finish)
+    on_main(finish)
     count = len(inputs) + len(faults)
     progress.say(f"answered {len(inputs)} of {count} lines: {output}")
     return 1 if faults else 0
@@ -148,7 +148,7 @@ def _answer_all(
         return found[max(0, done - first) :]
 
     for first, found in zip(starts, map_in_rounds(answer, starts)):
-        on_first(partial(journal.add, found))
+        on_main(partial(journal.add, found))
         bar.advance(f"{min(first + size, len(inputs))} of {len(inputs)} lines")
 
 

@@ -42,7 +42,7 @@ from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.files import NOT_WRITABLE, replacing
 from memsave.process_group import own_device
-from memsave.processes import broadcast, on_first, process_count, process_rank, received, together
+from memsave.processes import broadcast, on_main, process_count, process_rank, received, together
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.progress import Progress
 from memsave.tasks.loading import load_unet
@@ -116,7 +116,7 @@ def predict_folder(arguments: Arguments, *, progress: Progress) -> int:
         if not found.cases or repeated:  # repeated ids would be written to one file
             raise DataError(faults[0])
         model = model.to(device)
-    output = on_first(lambda: _output_folder(arguments.output))
+    output = on_main(lambda: _output_folder(arguments.output))
     for fault in faults:
         progress.say(f"failed: {fault}")
     done, total = 0, len(found.cases) + len(found.incomplete)

@@ -3,12 +3,13 @@
 Imports torch alone. Without a process group of several processes, every function here returns at once what a single
 process has. All processes of the group must call the same functions in the same order.
 
-An error of one process would leave the others waiting. `together`, `map_shares` and `on_first` therefore raise it on
-every process.
+An error of one process would leave the others waiting. `together`, `on_main`, `map_shares` and `map_in_rounds` raise it
+on every process.
 """
 
 import os
 import pickle
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,6 +28,77 @@ BUCKET_BYTES = 25 * 2**20
 
 class ProcessLost(RuntimeError):
     """Another process of the group has ended, or does not answer."""
+
+
+_alone = 0  # how many `alone` contexts are open
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process acts as if it were the only one: what it does needs nothing from the others."""
+    global _alone
+    _alone += 1
+    try:
+        yield
+    finally:
+        _alone -= 1
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raise on all processes the error that one of them raised within, with its traceback as a note.
+
+    If several failed, each raises its own error, and the others that of the lowest rank. What runs within must not
+    communicate, because a process that fails would not take part. An interrupt is raised by its own process alone.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if process_count() == 1:
+            raise
+        failed = error
+    if any_process(failed is not None):
+        first = next(each for each in gather(_portable(failed)) if each is not None)
+        raise pickle.loads(first) if failed is None else failed
+
+
+def _portable(error: Exception | None) -> bytes | None:
+    """The error for another process, with the traceback as a note; as a RuntimeError if it cannot be sent."""
+    if error is None:
+        return None
+    note = f"in process {process_rank()}:\n{''.join(traceback.format_exception(error))}"
+    sent: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+    try:
+        sent = pickle.loads(pickle.dumps(error))
+    except Exception:
+        pass
+    sent.add_note(note)
+    return pickle.dumps(sent)
+
+
+def on_main(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call the function on rank 0 alone; returns what it returned, on every process, or raises its error on all."""
+    found: Any = None
+    with together():
+        if process_rank() == 0:
+            with alone():
+                found = function(*args, **kwargs)
+    return broadcast(found)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let one process of each machine run what is within before the others, which then find what it has cached."""
+    first = process_count() == 1 or int(os.environ.get("LOCAL_RANK", process_rank())) == 0
+    if not first:
+        with together():
+            pass
+    with together():
+        yield
+    if first:
+        with together():
+            pass
 
 
 def process_count() -> int:
@@ -101,53 +173,13 @@ def map_in_rounds(function: Callable[[Item], T], items: Sequence[Item]) -> Itera
         try:
             mine += map(function, items[first : first + count][rank : rank + 1])
         except Exception as found:
+            if count == 1:
+                raise
             error = found
-        for other, (results, copy) in enumerate(gather((mine, error and _copied(error)))):
-            if copy is not None:
-                raise error if error is not None and other == rank else _noted(copy, rank=other)
+        for other, (results, failed) in enumerate(gather((mine, _portable(error)))):
+            if failed is not None:
+                raise pickle.loads(failed) if error is None or other != rank else error
             yield from results
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Context at whose end every process raises if the code inside it raised an exception on any process.
-
-    A process with an exception raises it. The others raise a copy of that of the lowest rank, with a note, so that all
-    of them end in the same way. The code inside must not communicate, except by functions that raise on every process.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    copies = gather(error and _copied(error))
-    if error is not None:
-        raise error
-    for rank, other in enumerate(copies):
-        if other is not None:
-            raise _noted(other, rank=rank)
-
-
-def _noted(error: Exception, *, rank: int) -> Exception:
-    error.add_note(f"raised by process {rank} of {process_count()}")
-    return error
-
-
-def _copied(error: Exception) -> Exception:
-    """The error as other processes can receive it: a RuntimeError if it cannot be pickled."""
-    try:
-        return pickle.loads(pickle.dumps(error)) if process_count() > 1 else error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def on_first(function: Callable[[], T]) -> T:
-    """What the function returns on rank 0, which alone calls it, on every process; raises its error on every one."""
-    found: list[T] = []
-    with together():
-        if process_rank() == 0:
-            found.append(function())
-    return broadcast(found)[0]
 
 
 def gather(value: T) -> list[T]:
@@ -215,10 +247,15 @@ def totals(numbers: Sequence[int]) -> list[int]:
     return _reduced(list(numbers), distributed.ReduceOp.SUM)
 
 
-def _reduced(numbers: list[int], operation: Any) -> list[int]:
+def sums(numbers: Sequence[float]) -> list[float]:
+    """The sums over the processes in float64, number by number."""
+    return _reduced(list(numbers), distributed.ReduceOp.SUM, dtype=torch.float64)
+
+
+def _reduced(numbers: list[Any], operation: Any, *, dtype: torch.dtype = torch.int64) -> list[Any]:
     if process_count() == 1:
         return numbers
-    content = torch.tensor(numbers, dtype=torch.int64, device=_device())
+    content = torch.tensor(numbers, dtype=dtype, device=_device())
     _communicate(distributed.all_reduce, content, operation)
     return content.tolist()
 
@@ -268,11 +305,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor
 
 
 def _has_group() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not _alone and distributed.is_available() and distributed.is_initialized()
 
 
 def _device() -> torch.device:

@@ -144,6 +144,7 @@ class GhostClipper:
                 "clear the gradients (optimizer.zero_grad()) and begin the logical batch again"
             )
         refusals.refuse_without_group()
+        refusals.refuse_other_group(self._processes)
         self._drop_frozen_sums()
         if not len(losses):  # an empty Poisson batch: a step of noise alone
             norms, self._context, self.clipped = losses.detach(), None, losses.detach() < 0
@@ -152,7 +153,7 @@ class GhostClipper:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._is_local_sum = process_count() > 1
+        self._is_local_sum = self._processes > 1
         return norms
 
     def sum_gradients(self) -> None:
@@ -295,12 +296,13 @@ class GhostClipper:
     def attach(self) -> None:
         """Patch the model's layers, as the constructor does; for a clipper that was closed."""
         refusals.refuse_without_group()
+        self._processes = process_count()
         self._independence.reset()
         self._following.reset()
         self._attachment.attach(self.model)
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._after_forward, always_call=True))
-        if process_count() > 1:
+        if self._processes > 1:
             self._handles.append(register_optimizer_step_pre_hook(_step_pre_hook(ref(self))))
 
     def close(self) -> None:

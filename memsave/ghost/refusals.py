@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointError
 
 from memsave.ghost import _torch_internals as internals
-from memsave.processes import without_group
+from memsave.processes import process_count, without_group
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 OLD_UTILITIES = (
@@ -217,6 +217,15 @@ def refuse_without_group() -> None:
         raise ValueError(
             f"{found}, but they have no process group, so each would clip and sum its own examples alone; call "
             f"torch.distributed.init_process_group() first"
+        )
+
+
+def refuse_other_group(processes: int) -> None:
+    """Raise ValueError if the process group has another number of processes than when the clipper was attached."""
+    if process_count() != processes:
+        raise ValueError(
+            f"the clipper was attached in one of {processes} processes, and now there are {process_count()}; call "
+            f"torch.distributed.init_process_group() before you create it"
         )
 
 

@@ -3,9 +3,16 @@
     g = (sum_{b in batch} c_b grad(loss_b) + sigma C z) / (q n),    z ~ N(0, I)
 
 with the clip factors c_b of `memsave.ghost`, a Poisson batch of expected size q n, and noise once per batch.
+
+In several processes, all draw the same batches from one secret generator, and each takes every W-th example of a batch.
+Rank 0 adds the noise to its sum before the sums are added up, so that there is noise once. Where FSDP shards a
+parameter, the sum is sharded, too, and each process adds noise to its own shard, from its own secret generator. Both
+give the same mechanism, so epsilon does not depend on the number of processes.
 """
 
 import math
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +28,9 @@ from memsave.privacy.guard import Guard
 from memsave.privacy.noise import GaussianNoise
 from memsave.privacy.randomness import secret_generator, seeded_generator
 from memsave.privacy.sampling import poisson_batches
-from memsave.processes import without_group
+from memsave.processes import agree, broadcast, gather, process_count, process_rank, share, totals, without_group
+
+PRIME = 1_000_003  # between the known seeds of two processes
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,10 @@ class PrivateGradients:
     Another order raises PrivacyError (see `memsave.privacy.guard`): a number of losses other than that of the drawn
     batch, a batch without `finish`, or an optimizer step before it.
 
+    In several processes (torchrun, with torch.distributed initialised), the same loop runs in each of them: `batches`
+    yields the process's share of each batch, which may be empty, and `finish` sums the gradients of all. All processes
+    must call the constructor, `finish`, `state_dict`, `load_state_dict` and `rehearsal` together.
+
     Formal guarantees:
         The gradients of k steps together, and everything computed from them, are (mechanism.epsilon(k),
         mechanism.delta)-differentially private for adding or removing one example, if each loss depends only on its own
@@ -107,28 +120,35 @@ class PrivateGradients:
     ):
         _refuse_without_group()
         parameters = _trainable(model)
-        self.model, self.mechanism = model, mechanism
+        self.model, self.mechanism, self._seed = model, mechanism, seed
         self.seeded = seed is not None
         """Whether this run, or the run that it continues, had a known seed; it is then not private."""
         self.steps = 0
         """The number of steps with noise, which the accountant counts."""
         self.examples = 0
-        """The number of examples so far. Not private."""
+        """The number of examples so far, in all processes. Not private."""
         self.guard = Guard(parameters)
         self._closed = False
         self._clipped: int | Tensor = 0
         self._nonfinite: int | Tensor = 0
+        self._counted = (0, 0, 0)  # what is in the counts of all processes, at the last finish
         self._device = parameters[0].device
         self._sampling = _generator("cpu", None if seed is None else 2 * seed)
+        self._sampling.set_state(broadcast(self._sampling.get_state()))
+        self._digests: deque[int] = deque()
+        """A digest of each whole batch that was drawn and has no `finish` yet."""
         self._before_draws: deque[Tensor] = deque()
         """States of `_sampling` before each batch that was drawn and has no `finish` yet."""
         self._stream: object = None  # the iterator of `batches` that drew last
         self._several_streams = False  # whether the batches that wait for `finish` are of several iterators
         self._loads = 0  # calls of load_state_dict that discarded drawn batches
-        noise = _generator(self._device, None if seed is None else 2 * seed + 1)
-        self._noise = GaussianNoise(parameters, generator=noise, secure=secure_noise)
+        self._noise = GaussianNoise(parameters, generator=self._noise_generator(), secure=secure_noise)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
         self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, **options)
+
+    def _noise_generator(self) -> Generator:
+        """A new generator for the noise that this process adds; that of another process is independent of it."""
+        return _generator(self._device, None if self._seed is None else 2 * self._seed + 1 + PRIME * process_rank())
 
     @property
     def epsilon(self) -> float:
@@ -137,7 +157,7 @@ class PrivateGradients:
 
     @property
     def clipped(self) -> int:
-        """The number of examples with a clipped gradient so far. Not private, like every norm."""
+        """The number of examples with a clipped gradient so far, in all processes. Not private, like every norm."""
         return int(self._clipped)
 
     @property
@@ -146,7 +166,7 @@ class PrivateGradients:
         return int(self._nonfinite)
 
     def batches(self) -> Iterator[list[int]]:
-        """Endless Poisson batches of indices; each is drawn when it is requested.
+        """Endless Poisson batches of indices, or this process's share of each; each is drawn when it is requested.
 
         Batches may be requested ahead of their steps, by a loader that prefetches. `state_dict` holds the state before
         the first batch without `finish`, so that a continued run draws the batches that were requested and not used.
@@ -164,8 +184,10 @@ class PrivateGradients:
                     "iterate over a new PrivateGradients.batches()"
                 )
             before = self._sampling.get_state()
-            indices = next(draws)
+            batch = next(draws)
+            indices = share(batch)
             if self.guard.draw(len(indices)):
+                self._digests.append(zlib.crc32(array("q", batch).tobytes()))
                 self._several_streams = bool(self._before_draws) and (
                     self._several_streams or self._stream is not stream
                 )
@@ -190,7 +212,8 @@ class PrivateGradients:
     def finish(self) -> None:
         """Add noise to the sum, divide it by the expected batch size, and count the step; an empty batch is pure noise.
 
-        Raises PrivacyError unless `backward` got one loss for each example of the current batch.
+        In several processes, the sum is that of all of them. Raises PrivacyError unless `backward` got one loss for
+        each example of the current batch, or if the processes do not take the same step.
         """
         _refuse_without_group()
         self._refuse_other_parameters()
@@ -200,21 +223,42 @@ class PrivateGradients:
                 "gradients (optimizer.zero_grad()) and compute the logical batch again"
             )
         self.guard.before_finish()
+        self._count_examples()
         for parameter in self._noise.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._noise.add_(std=self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
+        self.clipper.sum_gradients()
         for parameter in self._noise.parameters:
             assert parameter.grad is not None
             parameter.grad.div_(self.mechanism.batch_size)
         self.steps += 1
         if self.guard.after_finish():
             self._before_draws.popleft()
+            self._digests.popleft()
+
+    def _count_examples(self) -> None:
+        """Make the counts those of all processes; PrivacyError if the processes are not at the same step and batch."""
+        if process_count() == 1:
+            return
+        if not agree(self.steps, self._digests[0] if self._digests else 0):
+            raise PrivacyError(
+                "the processes are not at the same step or drew different batches, so examples would be counted twice "
+                "or left out: let every process draw the same number of batches and call finish() for each, and load "
+                "the same state into all"
+            )
+        counts = (self.examples, self.clipped, self.nonfinite)
+        added = totals([now - before for now, before in zip(counts, self._counted, strict=True)])
+        self.examples, self._clipped, self._nonfinite = (
+            before + new for before, new in zip(self._counted, added, strict=True)
+        )
+        self._counted = (self.examples, self.clipped, self.nonfinite)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Within, steps on any batch may be measured, but not taken; afterwards counts and generators are as before."""
-        before = {**self.state_dict(), "sampling": self._sampling.get_state()}  # batches drawn ahead stay drawn
+        before = {**self._own_state(), "sampling": self._sampling.get_state()}  # batches drawn ahead stay drawn
+        counted = self._counted
         outer, self.guard.rehearsing = self.guard.rehearsing, True
         try:
             yield
@@ -222,6 +266,7 @@ class PrivateGradients:
             self.guard.rehearsing = outer
             self._drop_gradients()
             self._restore(before)
+            self._counted = counted
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -249,7 +294,16 @@ class PrivateGradients:
         self.clipper.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, mechanism and generators. As secret as the data: it foretells the noise."""
+        """Counts, mechanism and the generators of all processes. As secret as the data: it foretells the noise.
+
+        All processes must call it together, and get the same state; between `finish` and the next `backward`.
+        """
+        state = self._own_state()
+        if process_count() > 1:
+            state["noise"] = torch.stack(gather(state["noise"]))
+        return state
+
+    def _own_state(self) -> dict[str, Any]:
         return {
             "mechanism": asdict(self.mechanism),
             "steps": self.steps,
@@ -264,7 +318,11 @@ class PrivateGradients:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state; PrivacyError if its mechanism differs, because the accounting would be wrong."""
+        """Restore a saved state; PrivacyError if its mechanism differs, because the accounting would be wrong.
+
+        All processes must load the same state. If there are more processes than when it was saved, the others draw
+        their noise from new secret generators.
+        """
         current = {**asdict(self.mechanism), "clipping": self.clipper.clipping, "secure_noise": self._noise.secure}
         found = {**state["mechanism"], **{key: state[key] for key in ("clipping", "secure_noise")}}
         for key, value in current.items():
@@ -273,16 +331,22 @@ class PrivateGradients:
                     f"the checkpoint was made with {key}={found.get(key)}, and this run has {value}; continue with the "
                     f"same, because all steps are accounted for together"
                 )
-        if state["noise"].shape != self._noise.generator.get_state().shape:
+        streams = state["noise"] if state["noise"].dim() > 1 else state["noise"][None]
+        if streams[0].shape != self._noise.generator.get_state().shape:
             raise PrivacyError(
                 f"the checkpoint's noise was drawn on another type of device than {self._device}; continue on that type"
             )
+        rank = process_rank()
+        # a copy, because Generator.set_state crashes on a view with an offset (PyTorch 2.13)
+        own = streams[rank].clone() if rank < len(streams) else self._noise_generator().get_state()
         if self.guard.unnoised:  # a partial batch, which the state does not contain
             self._drop_gradients()
         self.guard.reset()
         self._loads += bool(self._before_draws)
         self._before_draws.clear()
-        self._restore(state)
+        self._digests.clear()
+        self._restore({**state, "noise": own})
+        self._counted = (self.examples, self.clipped, self.nonfinite)
 
     def _sampling_state(self) -> Tensor:
         """The generator's state before the first batch that has not been used."""

@@ -1,4 +1,7 @@
-"""Gaussian noise, added in place through one small buffer.
+"""Gaussian noise, added in place through one small buffer, to each gradient once.
+
+A gradient that is summed over several processes gets its noise in rank 0, before the sum. A sharded gradient gets it
+in each process, on that process's shard.
 
 Numbers are drawn in float64, because PyTorch's float32 normals on the CPU come from 24-bit uniforms and end at 5.77
 standard deviations. A value beyond would prove that an example was present, more often than delta permits.
@@ -8,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
+
+from memsave.processes import is_sharded, local_part, process_rank
 
 CHUNK = 2**20  # numbers drawn at a time: 8 MiB
 
@@ -31,11 +36,14 @@ class GaussianNoise:
         ]
 
     def add_(self, *, std: float) -> None:
-        """Add noise of standard deviation `std` to every gradient."""
+        """Add noise of standard deviation `std` to every gradient; to a whole one only in rank 0."""
         for parameter in self.parameters:
             assert parameter.grad is not None
-            parameter.grad = parameter.grad.contiguous()
-            for part in parameter.grad.view(-1).split(CHUNK):
+            if process_rank() > 0 and not is_sharded(parameter):
+                continue
+            if not is_sharded(parameter):
+                parameter.grad = parameter.grad.contiguous()
+            for part in local_part(parameter.grad).view(-1).split(CHUNK):
                 part.add_(self._draw(len(part), std))
 
     def _draw(self, count: int, std: float) -> Tensor:

@@ -21,7 +21,7 @@ def run_processes(count, function, *args):
         started = []
         for rank in range(count):
             mine, theirs = context.Pipe(duplex=False)
-            target = (theirs, Path(folder) / "store", rank, count, function, args)
+            target = (theirs, Path(folder) / "store", rank, count, pickle.dumps((function, args)))
             process = context.Process(target=_run, args=target, daemon=True)
             process.start()
             theirs.close()
@@ -47,10 +47,13 @@ def _answer(process, connection: Connection):
         return False, f"ended with exit code {process.exitcode} and without an answer"
 
 
-def _run(connection: Connection, store: Path, rank: int, count: int, function, args) -> None:
+def _run(connection: Connection, store: Path, rank: int, count: int, content: bytes) -> None:
+    import faulthandler
+
     import torch
     from torch import distributed
 
+    faulthandler.enable()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
@@ -61,6 +64,7 @@ def _run(connection: Connection, store: Path, rank: int, count: int, function, a
             world_size=count,
             timeout=timedelta(seconds=SECONDS),
         )
+        function, args = pickle.loads(content)
         answer = True, function(*args)
         distributed.barrier()
     except BaseException:

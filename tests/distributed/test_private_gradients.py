@@ -1,0 +1,168 @@
+"""PrivateGradients in several processes: the parameters after some steps are those of one process."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from memsave.ghost import GhostClipper
+from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.processes import process_rank, share
+from tests.support.distributed_models import EXAMPLES, MODELS, draw, losses_of, make_model
+from tests.support.processes import run_processes
+
+STEPS = 3
+
+
+def private_of(model, *, batch_size=4, noise=0.0, norm=2.5, seed=1, **options):
+    mechanism = Mechanism(EXAMPLES, batch_size, noise, norm, delta=1e-3)
+    return PrivateGradients(model, mechanism, seed=seed, **options)
+
+
+def take_steps(name, model, private, optimizer, steps=STEPS):
+    """Each step in micro-batches of two examples; returns the batches (of this process)."""
+    batches = []
+    for _, rows in zip(range(steps), private.batches()):
+        batches.append(rows)
+        for first in range(0, len(rows), 2):
+            private.backward(losses_of(name, model, rows[first : first + 2]))
+        private.finish()
+        optimizer.step()
+        optimizer.zero_grad()
+    return batches
+
+
+def trained(name, *, batch_size=4, noise=0.0):
+    """(parameters after the steps, counts, batches) of a private run."""
+    model = make_model(name)
+    private = private_of(model, batch_size=batch_size, noise=noise)
+    batches = take_steps(name, model, private, torch.optim.AdamW(model.parameters(), lr=0.01))
+    private.close()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights, (private.steps, private.examples, private.clipped, private.nonfinite), batches
+
+
+def trained_all():
+    found = {name: trained(name) for name in MODELS}
+    found["one example a batch"] = trained("mlp", batch_size=1)  # fewer than processes; some batches are empty
+    found["noise"] = trained("mlp", noise=1.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trained_all()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_parameters_are_those_of_one_process(alone, count):
+    ranks = run_processes(count, trained_all)
+    for key, (weights, counts, batches) in alone.items():
+        for rank in ranks:
+            torch.testing.assert_close(rank[key][0], weights, rtol=0, atol=1e-10)
+            assert torch.equal(rank[key][0], ranks[0][key][0])  # not only close: the processes must not drift apart
+            assert rank[key][1] == counts
+        shares = [rank[key][2] for rank in ranks]
+        assert [sorted(sum(step, [])) for step in zip(*shares)] == batches
+    assert any(not rows for rank in ranks for rows in rank["one example a batch"][2])
+    _, examples, clipped, _ = alone["gpt2"][1]
+    assert 0 < clipped < examples
+
+
+def noise_of(steps=400):
+    """(the sum of all steps' squared noise, the noise of the last step) of a gradient that is zero."""
+    model = nn.Linear(10, 10, bias=False, dtype=torch.float64)
+    private = PrivateGradients(model, Mechanism(EXAMPLES, 1, 2.0, 0.5, delta=1e-3))  # noise: 1.0 in all
+    total = 0.0
+    for _, rows in zip(range(steps), private.batches()):
+        if rows:
+            private.backward(model(draw(len(rows), 10)).sum(1) * 0)
+        private.finish()
+        total += float(model.weight.grad.square().sum())
+        last = model.weight.grad.clone()
+        model.zero_grad()
+    return total / (steps * 100), last
+
+
+def test_there_is_noise_once():
+    """Noise in each of two processes would have twice the variance."""
+    ranks = run_processes(2, noise_of)
+    assert torch.equal(ranks[0][1], ranks[1][1])
+    assert ranks[0][0] == pytest.approx(1.0, abs=5 * math.sqrt(2 / 40_000))
+
+
+def continued(state=None):
+    """Two steps with noise and secret generators, after loading a state; the state after them, then a third step."""
+    model = make_model("mlp")
+    private = private_of(model, noise=1.0, seed=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        private.load_state_dict(state["private"])
+    else:
+        take_steps("mlp", model, private, optimizer, steps=2)
+    saved = {
+        "model": {key: value.clone() for key, value in model.state_dict().items()},
+        "private": private.state_dict(),
+    }
+    batches = take_steps("mlp", model, private, optimizer, steps=1)
+    return saved, torch.cat([p.detach().flatten() for p in model.parameters()]), batches
+
+
+def test_a_run_resumes_with_any_number_of_processes():
+    first = run_processes(2, continued)
+    state = first[0][0]
+    assert all(torch.equal(state["private"]["noise"], rank[0]["private"]["noise"]) for rank in first)
+    assert len(set(map(bytes, state["private"]["noise"].numpy()))) == 2  # each process has a stream of its own
+    for count in (2, 3):
+        again = run_processes(count, continued, state)
+        assert sorted(sum(sum((rank[2] for rank in again), []), [])) == sorted(sum(sum((r[2] for r in first), []), []))
+        for rank in again:
+            torch.testing.assert_close(rank[1], first[0][1], rtol=0, atol=1e-12)
+    alone = continued(state)
+    torch.testing.assert_close(alone[1], first[0][1], rtol=0, atol=1e-12)
+
+
+def refusals():
+    found = {}
+
+    def note(name, function):
+        try:
+            function()
+        except ValueError as error:
+            found[name] = str(error)
+
+    model = make_model("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper.backward(losses_of("mlp", model, share(range(EXAMPLES))))
+    note("step before the sum", optimizer.step)
+    clipper.sum_gradients()
+    optimizer.step()
+    clipper.close()
+    optimizer.zero_grad()
+    private = private_of(model, batch_size=EXAMPLES)
+    batches = private.batches()
+    rows = next(batches)
+    if process_rank() == 1:
+        private._sampling.manual_seed(3)
+    private.backward(losses_of("mlp", model, rows))
+    private.finish()
+    optimizer.zero_grad()
+    private.mechanism = Mechanism(EXAMPLES, 4, 0.0, 2.5, delta=1e-3)
+    rows = next(private.batches())
+    for row in rows:
+        private.backward(losses_of("mlp", model, [row]))
+    note("other batches", private.finish)
+    private.close()
+    optimizer.zero_grad()
+    return found
+
+
+def test_processes_that_disagree_are_refused():
+    for found in run_processes(2, refusals):
+        assert "call clipper.sum_gradients()" in found["step before the sum"]
+        assert (
+            issubclass(PrivacyError, ValueError) and "not at the same step or drew different" in found["other batches"]
+        )
