@@ -1,9 +1,16 @@
 """Imported once by the server of `tests.support.processes`: what most functions that run in several processes need."""
 
+import monai.inferers
+import monai.transforms
 import torch.distributed.fsdp
-import transformers  # noqa: F401
+from transformers import BartForConditionalGeneration, GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401
 
-import memsave.privacy  # noqa: F401
+import memsave.experiment
+import memsave.privacy
+import memsave.tasks.language.classification
+import memsave.tasks.language.dialog
+import memsave.tasks.language.generation
+import memsave.tasks.segmentation.task
 from memsave.models import unet  # noqa: F401
 
 torch.set_num_threads(1)
