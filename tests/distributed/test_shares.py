@@ -71,7 +71,7 @@ def test_every_process_has_all_results_and_errors(count):
             assert found["shares", number] == list(range(number))
             assert found["mapped", number] == found["rounds", number] == [n * n for n in range(number)]
         assert found["one fails"] == (DataError, "item 1", int(rank != 1))
-        own = 2 if rank == 2 or count == 2 and rank == 0 else 1
+        own = 2 if rank == 2 or (count == 2 and rank == 0) else 1
         assert found["two fail"][:2] == (DataError, f"item {own}")
         kind = Unpicklable if rank == 1 else RuntimeError
         assert found["unpicklable"][0] is kind and "1 and x" in found["unpicklable"][1]
