@@ -225,11 +225,7 @@ def _communicate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Non
     try:
         function(*args, **kwargs)
     except RuntimeError as error:
-        raise _lost(error) from error
-
-
-def _lost(error: RuntimeError) -> ProcessLost:
-    return ProcessLost(f"another process of the group has ended or does not answer ({str(error).splitlines()[0]})")
+        raise ProcessLost("another process of the group has ended or does not answer") from error
 
 
 def any_process(flag: bool) -> bool:

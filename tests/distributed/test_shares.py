@@ -1,9 +1,11 @@
 """Shared items and their errors: every process gets all results in order, and the error of any process."""
 
 import pytest
+from torch import distributed
 
+from memsave import generate
 from memsave.data import DataError
-from memsave.processes import gather_shares, map_in_rounds, map_shares, process_rank, received, share
+from memsave.processes import ProcessLost, gather_shares, map_in_rounds, map_shares, process_rank, received, share
 from memsave.progress import Progress
 from tests.support.processes import run_processes
 
@@ -95,3 +97,22 @@ def is_quiet():
 def test_only_the_first_process_shows_progress():
     assert run_processes(2, is_quiet) == [False, True]
     assert not is_quiet()
+
+
+def lose_the_other():
+    if process_rank() == 1:
+        distributed.destroy_process_group()
+        return
+    map_shares(square, range(3))
+
+
+def test_a_process_that_ended_is_reported_to_the_others(monkeypatch, capsys):
+    with pytest.raises(AssertionError, match=r"(?s)rank 0:.*ProcessLost: another process of the group has ended"):
+        run_processes(2, lose_the_other)
+
+    def lost(*_, **__):
+        raise ProcessLost("another process has ended")
+
+    monkeypatch.setattr(generate, "generate_file", lost)
+    assert generate.main(["model=x", "input=y", "output=z"]) == 1
+    assert capsys.readouterr().err == "memsave: another process has ended\n"
