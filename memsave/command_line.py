@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from memsave.arguments import ArgumentError
 from memsave.config import ConfigError
 from memsave.data import DataError
+from memsave.failures import is_lost_connection
 from memsave.process_group import start_group, stop_group
-from memsave.processes import ProcessLost, process_rank, wait_for_all
+from memsave.processes import process_rank, wait_for_all
 
 
 def run_command(
@@ -41,12 +42,14 @@ def run_command(
     except ConfigError as error:  # of start_group: there is no first process
         print(f"memsave: {error}", file=sys.stderr)
         return 2
-    except ProcessLost as error:
-        _print_first(f"memsave: {error}")
-        return 1
     except KeyboardInterrupt:
         _print_first(interrupted)
         return 130
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        _print_first("memsave: another process of this command has ended (killed, or out of memory)")
+        return 1
     finally:
         if started:
             stop_group()

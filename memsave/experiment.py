@@ -19,10 +19,13 @@ from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
+from memsave.process_group import own_device
+from memsave.processes import any_process, gather, main_first, maximum, on_main, process_count, process_rank, together
 from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_html
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
+from memsave.training.distributed import start_alike
 from memsave.training.ledger import RunLedger, describe_others
 from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
@@ -43,15 +46,15 @@ def run_experiment(
     """
     if config.profiler.process and not return_freed_memory():
         progress.say("malloc is not glibc's and may keep freed memory: the memory of the process will look larger")
-    device = choose_device(config.trainer.device)
+    device = own_device(choose_device(config.trainer.device), key="trainer.device")
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
     if config.budget == "auto":
-        config = config.changed({"budget": str(free_bytes(device))})
-    config = choose_memory(config, folder, device, progress=progress)
+        config = config.changed({"budget": str(-maximum(-free_bytes(device)))})
+    config = on_main(choose_memory, config, folder, device, progress=progress)
     if config.mode == "plan":
-        return plan_experiment(config, folder, device, strategies=strategies, progress=progress)
-    config, planned = fit_to_budget(config, folder, device, progress=progress)
+        return on_main(plan_experiment, config, folder, device, strategies=strategies, progress=progress)
+    config, planned = on_main(fit_to_budget, config, folder, device, progress=progress)
     config, state, task = _prepared(config, device, progress=progress)
     ledger = RunLedger(state, folder, steps=config.trainer.steps, say=progress.say)
     if line := describe_others(ledger.other_runs(steps=config.trainer.steps)):
@@ -61,7 +64,8 @@ def run_experiment(
     except BaseException as error:
         spent = privacy_result(config, state, unit=task.unit, other_runs=ledger.other_runs)
         with suppress(OSError):  # the error may be a full disk
-            write_statement(spent, folder)
+            if process_rank() == 0:
+                write_statement(spent, folder)
         known = {"data": _data(state, task), "privacy": spent}
         error.outcome = {**planned, **known, **getattr(error, "outcome", {})}  # type: ignore[attr-defined]
         raise
@@ -86,20 +90,22 @@ def _trained(
         ledger.start()
         loss = _train(config, state, task, folder, log=log, monitor=monitor, ledger=ledger, progress=progress)
     except OverBudget as stop:
-        stop.outcome = {"memory": _write_memory(config, folder, monitor.last, measured)}
+        stop.outcome = {"memory": on_main(_write_memory, config, folder, monitor.last, measured)}
         raise
     _release(config, state, task, folder)
     spent = privacy_result(config, state, unit=task.unit, other_runs=ledger.other_runs)
-    write_statement(spent, folder)
+    on_main(write_statement, spent, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
-    memory = _write_memory(config, folder, monitor.worst, measured)
+    memory = on_main(_write_memory, config, folder, monitor.worst, measured)
+    if process_count() > 1:
+        memory["peak_bytes_by_process"] = gather(monitor.worst and monitor.worst.peak_bytes)
     if monitor.process_peak is not None:
         memory |= {"process_peak_bytes": monitor.process_peak, "process_start_bytes": monitor.process_start}
         start = format_bytes(monitor.process_start or 0)
         progress.say(
             f"Peak memory of the process during training: {format_bytes(monitor.process_peak)}, {start} before"
         )
-    task.show(folder)
+    on_main(task.show, folder)
     for line in _last_lines(config, task, scores, measured, memory):
         progress.say(line)
     if spent is not None:
@@ -109,6 +115,7 @@ def _trained(
     return {
         "data": _data(state, task),
         "metrics": {"loss": loss, **scores, **first},
+        **({"processes": process_count()} if process_count() > 1 else {}),
         "seconds_per_step": median(monitor.seconds) if monitor.seconds else None,
         **({"tokens_per_second": median(monitor.token_rates)} if monitor.token_rates else {}),
         "memory": memory,
@@ -119,7 +126,7 @@ def _trained(
 def _release(config: Config, state: State, task: Task, folder: Path) -> None:
     """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
-        task.release(config.adapter.released(state.model), folder / "model")
+        on_main(lambda: task.release(config.adapter.released(state.model), folder / "model"))
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
@@ -129,8 +136,10 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     """
     torch.manual_seed(config.trainer.seed)
     progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.option}, on {device}")
-    model, tokenizer = make_model(config, progress=progress)
-    task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
+    with main_first():  # data and small models are generated once, and cached
+        model, tokenizer = make_model(config, progress=progress)
+        task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
+    start_alike(model, task, seed=config.trainer.seed)
     progress.say(task.describe_counts())
     config = config.changed({"trainer.steps": config.trainer.steps_for(task.size), "trainer.epochs": None})
     trainer = config.trainer
@@ -144,7 +153,8 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
         "set of training data": task.fingerprint,
     }
     if trainer.resume:
-        checkpoint.load(state, Path(trainer.resume).expanduser())
+        with together():
+            checkpoint.load(state, Path(trainer.resume).expanduser())
         if state.step > trainer.steps:
             raise ConfigError(f"trainer.steps is {trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {trainer.steps}")
@@ -213,7 +223,8 @@ def _train(
             log.write({**_logged(done), **spent})
             monitor.add(done)
             bar.advance(_note(done, spent))
-            stop, excess, last = stopping(), monitor.excess(done.step), done.step == trainer.steps
+            stop, excess = _reasons_to_stop(stopping(), monitor.excess(done.step))
+            last = done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
@@ -234,6 +245,15 @@ def _train(
                 break
     monitor.process_peak = process_peak() if config.profiler.process else None
     return loss
+
+
+def _reasons_to_stop(stop: bool, excess: str | None) -> tuple[bool, str | None]:
+    """(whether any process got a signal, a sentence of one whose step exceeded the budget); the same on all processes.
+
+    A signal may arrive in one process earlier than in another.
+    """
+    stop, exceeded = any_process(stop), any_process(excess is not None)
+    return stop, next(each for each in gather(excess) if each is not None) if exceeded else None
 
 
 def _logged(done: StepResult) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from memsave.config import ConfigError
-from memsave.processes import process_count, process_rank, without_group
+from memsave.processes import gather, process_count, process_rank, without_group
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
@@ -41,7 +41,7 @@ def start_group() -> bool:
 
 
 def stop_group() -> None:
-    """End the group. Other processes that still wait for this one get ProcessLost."""
+    """End the group. Collectives of processes that still wait for this one then fail."""
     distributed.destroy_process_group()
 
 
@@ -62,3 +62,15 @@ def own_device(device: torch.device, *, key: str = "device") -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def refuse_differences(values: dict[str, object]) -> None:
+    """Raise ConfigError on all processes if one of the values differs between them; the keys name them."""
+    every = gather(values)
+    for rank, other in enumerate(every):
+        for key, value in every[0].items():
+            if other[key] != value:
+                raise ConfigError(
+                    f"the processes disagree about {key}: process {rank} differs from process 0; start all of them "
+                    f"with the same command, code and data"
+                )

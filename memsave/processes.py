@@ -11,7 +11,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +24,6 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which torchrun, mpirun and srun give the number of processes."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of about this size, because many small messages take longer than few large ones."""
-
-
-class ProcessLost(RuntimeError):
-    """Another process of the group has ended, or does not answer."""
 
 
 _alone = 0  # how many `alone` contexts are open
@@ -59,20 +55,18 @@ def together() -> Iterator[None]:
             raise
         failed = error
     if any_process(failed is not None):
-        first = next(each for each in gather(_portable(failed)) if each is not None)
+        first = next(each for each in gather(portable(failed)) if each is not None)
         raise pickle.loads(first) if failed is None else failed
 
 
-def _portable(error: Exception | None) -> bytes | None:
-    """The error for another process, with the traceback as a note; as a RuntimeError if it cannot be sent."""
+def portable(error: Exception | None) -> bytes | None:
+    """The error in bytes for another process, with its traceback as a note; as a RuntimeError if it cannot be sent."""
     if error is None:
         return None
     note = f"in process {process_rank()}:\n{''.join(traceback.format_exception(error))}"
     sent: Exception = RuntimeError(f"{type(error).__name__}: {error}")
-    try:
+    with suppress(Exception):
         sent = pickle.loads(pickle.dumps(error))
-    except Exception:
-        pass
     sent.add_note(note)
     return pickle.dumps(sent)
 
@@ -106,6 +100,11 @@ def process_count() -> int:
     return distributed.get_world_size() if _has_group() else 1
 
 
+def group_size() -> int:
+    """The number of processes in the default group, also within `alone`."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def process_rank() -> int:
     """The rank of this process in the default group; 0 without a group."""
     return distributed.get_rank() if _has_group() else 0
@@ -113,7 +112,7 @@ def process_rank() -> int:
 
 def without_group() -> str | None:
     """The beginning of an error message if a launcher started several processes that have no group; otherwise None."""
-    if _has_group():
+    if distributed.is_available() and distributed.is_initialized():
         return None
     for name in LAUNCHERS:
         number = os.environ.get(name, "")
@@ -176,7 +175,7 @@ def map_in_rounds(function: Callable[[Item], T], items: Sequence[Item]) -> Itera
             if count == 1:
                 raise
             error = found
-        for other, (results, failed) in enumerate(gather((mine, _portable(error)))):
+        for other, (results, failed) in enumerate(gather((mine, portable(error)))):
             if failed is not None:
                 raise pickle.loads(failed) if error is None or other != rank else error
             yield from results
@@ -187,7 +186,7 @@ def gather(value: T) -> list[T]:
     if process_count() == 1:
         return [value]
     found: list[Any] = [None] * process_count()
-    _communicate(distributed.all_gather_object, found, value)
+    distributed.all_gather_object(found, value)
     return found
 
 
@@ -197,12 +196,12 @@ def received(value: T) -> Iterator[T]:
     Rank 0 must take all of them: a process waits until its value has been received.
     """
     if process_rank() != 0:
-        _communicate(distributed.send_object_list, [value], dst=0, device=_device())
+        distributed.send_object_list([value], dst=0, device=_device())
         return
     yield value
     for rank in range(1, process_count()):
         content: list[Any] = [None]
-        _communicate(distributed.recv_object_list, content, src=rank, device=_device())
+        distributed.recv_object_list(content, src=rank, device=_device())
         yield content.pop()
 
 
@@ -211,21 +210,13 @@ def broadcast(value: T) -> T:
     if process_count() == 1:
         return value
     content: list[Any] = [value if process_rank() == 0 else None]
-    _communicate(distributed.broadcast_object_list, content, src=0)
+    distributed.broadcast_object_list(content, src=0)
     return content[0]
 
 
 def wait_for_all() -> None:
     """Return when every process has called it."""
     gather(None)
-
-
-def _communicate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call a function of `torch.distributed`. Raises ProcessLost if another process has ended."""
-    try:
-        function(*args, **kwargs)
-    except RuntimeError as error:
-        raise ProcessLost("another process of the group has ended or does not answer") from error
 
 
 def any_process(flag: bool) -> bool:
@@ -252,7 +243,7 @@ def _reduced(numbers: list[Any], operation: Any, *, dtype: torch.dtype = torch.i
     if process_count() == 1:
         return numbers
     content = torch.tensor(numbers, dtype=dtype, device=_device())
-    _communicate(distributed.all_reduce, content, operation)
+    distributed.all_reduce(content, operation)
     return content.tolist()
 
 

@@ -6,6 +6,7 @@
     python -m memsave.run -m experiment=brats_rev memory=stored,checkpoint,reversible
     python -m memsave.run experiment=brats_rev mode=plan budget=16GiB vary=volume
     python -m memsave.run trainer.resume=outputs/brats_rev/2026-01-31_10-00-00
+    torchrun --nproc_per_node=2 -m memsave.run experiment=brats_rev
 
 Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or over budget, 130 interrupted. A sweep
 continues after a failed job and then exits with 1. Repeated with the same hydra.sweep.dir, it skips finished jobs.
@@ -36,7 +37,9 @@ from memsave.config import ConfigError
 from memsave.config.compose import compose, load_schemas, to_objects
 from memsave.config.overrides import literal, override, parse
 from memsave.config.registry import conf_dir
-from memsave.processes import several_processes
+from memsave.failures import Failures, Interrupted, ProcessLost
+from memsave.leading import Run, end_followers, give_order, receive_order, start_processes
+from memsave.processes import group_size, process_rank
 from memsave.resume import ResumedRun, resumed_run
 from memsave.training.signals import interrupt_at_signals
 
@@ -55,20 +58,35 @@ def main() -> None:
     """Run the command line, and exit with its exit code."""
     sys.argv[1:] = [literal(argument) for argument in sys.argv[1:]]
     try:
-        _refuse_several_processes()
+        start_processes(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(_print_error(error, code=2))
+    if process_rank() > 0:
+        sys.exit(follow())
+    code = 1
+    try:
+        code = _lead()
+    finally:
+        end_followers(code)
+    sys.exit(code)
+
+
+def _lead() -> int:
+    """Run the command line in the only process, or in rank 0; returns the exit code."""
+    try:
         resumed = resumed_run(sys.argv[1:])
         if resumed is not None:
             interrupt_at_signals()  # replaces the handler of startup.py
-            sys.exit(continue_run(resumed))
+            return continue_run(resumed)
         check_overrides(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(_print_error(error, code=2))
+        return _print_error(error, code=2)
     if {"--help", "-h"} & set(sys.argv):
         print(
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config/schema.py; --cfg job prints the config that the overrides "
             "select."
         )
-        sys.exit(0)
+        return 0
     interrupt_at_signals()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the handlers below print one sentence
     try:
@@ -77,22 +95,44 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         if REPORTED not in stop.args:
             print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except ConfigError as error:
-        sys.exit(_print_error(error, code=2))
+        return _print_error(error, code=2)
     except OSError as error:
-        sys.exit(_print_error(f"the output folder cannot be created ({error}); give another by hydra.run.dir=", code=2))
+        return _print_error(f"the output folder cannot be created ({error}); give another by hydra.run.dir=", code=2)
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_print_error(str(error).splitlines()[0], code=2))
-    sys.exit(_exit_code)
+        return _print_error(str(error).splitlines()[0], code=2)
+    return _exit_code
 
 
-def _refuse_several_processes() -> None:
-    found = several_processes()
-    if found is not None:
-        raise ConfigError(
-            f"{found}, and each of them would write to the same folder; start one process, without torchrun or srun"
-        )
+def follow() -> int:
+    """Take part in the run of rank 0, which alone writes and reports; returns the exit code."""
+    interrupt_at_signals()
+    failures = Failures()
+    try:
+        order = receive_order()
+    except (Exception, KeyboardInterrupt):  # rank 0 has ended
+        return 1
+    if order.run is None:
+        return order.code
+    return _take_part(order.run, failures)
+
+
+def _take_part(run: Run, failures: Failures) -> int:
+    from memsave.experiment import run_experiment
+    from memsave.progress import Progress
+
+    try:
+        run_experiment(run.config, run.folder, strategies=run.strategies, progress=Progress())
+        return 0
+    except KeyboardInterrupt:
+        failures.leave(Interrupted())
+        return 130
+    except Exception as error:
+        cause = failures.cause(error)
+        if failures.leave(cause):
+            print(f"memsave: {cause}", file=sys.stderr)
+        return 1
 
 
 def continue_run(resumed: ResumedRun) -> int:
@@ -234,19 +274,48 @@ def execute(
     """
     from memsave.training.run_folder import lock_folder
 
+    processes = _to_start(config)
+    if processes > 1:
+        job = {"config": config, "folder": folder.resolve(), "experiment": experiment}
+        job |= {"strategies": strategies, "request": request, "continued": continued}
+        return _launch(job, processes=processes)
+    failures = Failures()
     try:
-        _refuse_several_processes()
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder), _restore_on_failure(folder) if continued else nullcontext():
-            return _execute(config, folder, experiment=experiment, strategies=strategies, request=request)
+            return _execute(config, folder, failures, experiment=experiment, strategies=strategies, request=request)
     except ConfigError as error:
         return _print_error(error, code=2)
     except OSError as error:
         return _print_error(_disk_message(folder, error), code=1)
+    finally:
+        failures.finish()
+
+
+def _to_start(config: DictConfig) -> int:
+    """The number of processes that this run must start; 1 if it is complete, or only plans."""
+    wanted = config.trainer.processes
+    return 1 if group_size() > 1 or wanted is None or config.mode == "plan" else int(wanted)
+
+
+def _launch(job: dict[str, Any], *, processes: int) -> int:
+    from memsave.launch import launch
+
+    try:
+        to_objects(job["config"])  # an error is reported once, before anything starts
+        return launch(job, processes=processes)
+    except ConfigError as error:
+        return _print_error(error, code=2)
 
 
 def _execute(
-    config: DictConfig, folder: Path, *, experiment: str, strategies: list[str] | None, request: str | None
+    config: DictConfig,
+    folder: Path,
+    failures: Failures,
+    *,
+    experiment: str,
+    strategies: list[str] | None,
+    request: str | None,
 ) -> int:
     from memsave.files import write_json
     from memsave.progress import Progress
@@ -255,7 +324,7 @@ def _execute(
     started = time.perf_counter()
     (folder / "result.json").unlink(missing_ok=True)
     write_config(config, folder, request=request or request_digest(config), experiment=experiment)
-    status, code, outcome = _attempt(config, folder, strategies=strategies)
+    status, code, outcome = _attempt(config, folder, failures, strategies=strategies)
     result = {
         "status": status,
         "experiment": experiment,
@@ -283,20 +352,31 @@ def output_files(folder: Path) -> list[str]:
     return [f"{name}/" if (folder / name).is_dir() else name for name in OUTPUT_FILES if (folder / name).exists()]
 
 
-def _attempt(config: DictConfig, folder: Path, *, strategies: list[str] | None) -> tuple[str, int, dict[str, Any]]:
+def _attempt(
+    config: DictConfig, folder: Path, failures: Failures, *, strategies: list[str] | None
+) -> tuple[str, int, dict[str, Any]]:
     """(status, exit code, entries of the result) of the run."""
     try:
         from memsave.experiment import run_experiment
         from memsave.progress import Progress
 
-        return "ok", 0, run_experiment(to_objects(config), folder, strategies=strategies, progress=Progress())
+        run = Run(to_objects(config), folder.resolve(), strategies)
+        give_order(run)
+        return "ok", 0, run_experiment(run.config, folder, strategies=strategies, progress=Progress())
     except KeyboardInterrupt as stop:
-        saved = (folder / "checkpoint").exists()
-        print(f"interrupted; continue with {_resume(folder)}" if saved else "interrupted", file=sys.stderr)
-        return "interrupted", 130, getattr(stop, "outcome", {})
+        return _interrupted(folder, stop)
     except Exception as error:
-        status, code, message = _explain(error, config, folder)
+        cause = failures.cause(error)
+        if isinstance(cause, Interrupted):
+            return _interrupted(folder, error)
+        status, code, message = _explain(cause, config, folder)
         return status, _print_error(message, code=code), {"error": message, **getattr(error, "outcome", {})}
+
+
+def _interrupted(folder: Path, stop: BaseException) -> tuple[str, int, dict[str, Any]]:
+    saved = (folder / "checkpoint").exists()
+    print(f"interrupted; continue with {_resume(folder)}" if saved else "interrupted", file=sys.stderr)
+    return "interrupted", 130, getattr(stop, "outcome", {})
 
 
 def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
@@ -314,6 +394,8 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
         return "failed", 2, f"{error} Then continue with {_resume(folder)}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
         return "failed", 2, str(error)
+    if isinstance(error, ProcessLost):
+        return "failed", 1, f"{error}; continue with {_resume(folder)}" if saved else str(error)
     if isinstance(error, TrainingError):
         return "failed", 1, str(error)
     task = definition_of(to_objects(config))  # not earlier: the error may be that the config is not valid
@@ -329,7 +411,7 @@ def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, i
         return "oom", 3, f"the step does not fit into memory; try {', '.join(task.less_memory())}"
     if isinstance(error, OverBudget):
         return "over_budget", 3, f"{error}; try {', '.join(task.less_memory())}"
-    (folder / "error.txt").write_text(traceback.format_exc())
+    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
     remedy = f"; after fixing it, continue with {_resume(folder)}" if saved else ""
     return "failed", 1, f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'}){remedy}"
 
@@ -378,7 +460,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def _print_error(error: object, *, code: int) -> int:
-    print(f"memsave: {error}", file=sys.stderr)
+    if process_rank() == 0:
+        print(f"memsave: {error}", file=sys.stderr)
     return code
 
 

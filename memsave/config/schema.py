@@ -233,6 +233,10 @@ class TrainerConfig(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = option(0, least=0)
     """Seed of the initial weights, of dropout and of the order of the examples."""
+    processes: int | None = option(None, least=1)
+    """Processes that the run starts, each with a share of every batch; null under torchrun; a plan is for them."""
+    parallel: str = option("auto", choices=("auto", "ddp", "fsdp"))
+    """With several processes, ddp keeps the whole model in each, and fsdp a part of it; auto means ddp."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, or cuda:NUMBER."""
     precision: str = option("float32", choices=("float32", "bfloat16", "float16"))

@@ -16,7 +16,7 @@ class OverBudget(RuntimeError):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the GPU, or the memory that this process can still allocate on the CPU."""
+    """Free memory of the GPU, or the memory that this process can still allocate on the CPU: its share, of several."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -28,4 +28,4 @@ def free_bytes(device: torch.device) -> int:
     most, used = (group / name for name in ("memory.max", "memory.current"))
     if most.is_file() and most.read_text().strip().isdigit():
         limits.append(int(most.read_text()) - int(used.read_text()))
-    return min(limits)
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

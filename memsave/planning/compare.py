@@ -13,6 +13,7 @@ import torch
 from memsave.config.schema import Config, PrivacyConfig
 from memsave.planning.budget import free_bytes
 from memsave.planning.fake_step import fake_step
+from memsave.processes import on_main, process_count
 from memsave.profiler import format_bytes, parse_bytes, peak_on_fake
 from memsave.progress import Progress
 from memsave.training.loop import State, first_batch
@@ -30,11 +31,17 @@ def compare_modes(config: Config, state: State, task: Task, *, progress: Progres
         return {}
     progress.say(f"measuring one step as {', '.join(modes)}, in about {limit:g} s at most (profiler.compare_seconds)")
     start = time.monotonic()
+    if config.trainer.batch_size < process_count():
+        progress.say("  not measured: there are fewer examples in a batch than processes")
+        return {}
     batch = first_batch(task, config.trainer)  # in a private run it has the expected size
     device = next(state.model.parameters()).device
     free = free_bytes(device)  # before the first mode: the next mode can use memory that malloc keeps
 
     def refuse(mode: str, seconds: float) -> str | None:
+        return on_main(why_not, mode, seconds)
+
+    def why_not(mode: str, seconds: float) -> str | None:
         left = max(0.0, limit - (time.monotonic() - start))
         if seconds > left:
             return f"it would take about {seconds:.0f} s, and {left:.0f} s are left; mode=plan predicts its memory"

@@ -4,6 +4,7 @@ Model, optimizer, clipping, noise and the code of the loop are those of the run.
 and no content.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
+from memsave.processes import group_size
 from memsave.profiler import TrainingStep, parse_bytes
 from memsave.tasks.definition import definition_of
 from memsave.training.loop import accumulate, make_state, update
@@ -64,10 +66,10 @@ def fake_step(
 
 
 def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
-    """The losses of the task, and a logical batch with enough micro-batches to reach the peak of memory."""
+    """The losses of the task, and a process's share of a batch, as far as it is needed to reach the peak of memory."""
     trainer, task = config.trainer, definition_of(config)
-    micro = trainer.micro_batch_size or trainer.batch_size
-    count = min(trainer.batch_size, MICRO_BATCHES * micro)
+    own = math.ceil(trainer.batch_size / group_size())
+    count = min(own, MICRO_BATCHES * (trainer.micro_batch_size or own))
     return DummyTask(task.per_example_losses, task.dummy_batch(count=count, device=device))
 
 

@@ -6,6 +6,9 @@
 
 A checkpoint replaces the last one atomically, and the last one stays as `checkpoint.previous`: a run that is killed at
 any moment leaves a complete checkpoint. The checkpoint of a private run reveals its noise and must stay secret.
+
+In several processes, rank 0 writes it, with the random states of all; another number of processes can continue it. All
+processes must see the folder.
 """
 
 import hashlib
@@ -19,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from memsave.files import PREVIOUS, newest_folder, replace_folder
+from memsave.processes import gather, on_main, process_count, process_rank
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State
 
@@ -35,17 +39,40 @@ class CheckpointError(ValueError):
 
 
 def save(state: State, folder: Path) -> None:
-    """Write the state to `folder` and replace the checkpoint there."""
-    replace_folder(folder, lambda draft: _write(state, draft))
+    """Write the state to `folder` and replace the checkpoint there; all processes must call it together."""
+    random = _random_states(state.model)
+    private = None if state.private is None else state.private.state_dict()
+    on_main(replace_folder, folder, lambda draft: _write(state, draft, random=random, private=private))
 
 
-def _write(state: State, folder: Path) -> None:
+def _random_states(model: nn.Module) -> dict[str, Tensor]:
+    """The states of the default generators of all processes, as "random/cpu" of rank 0 and "random/1/cpu" of rank 1."""
+    named = {}
+    for rank, states in enumerate(gather(get_random_state(model))):
+        named.update({f"{RANDOM}{_of_rank(rank)}{kind}": each for kind, each in states.items()})
+    return named
+
+
+def _of_rank(rank: int) -> str:
+    return f"{rank}/" if rank else ""
+
+
+def _restore_random_state(model: nn.Module, states: dict[str, Tensor]) -> None:
+    """Set the generators of this process; they stay as they are if the checkpoint has none for its rank."""
+    prefix = _of_rank(process_rank())
+    own = {key.removeprefix(prefix): each for key, each in states.items() if key.startswith(prefix)}
+    own = {key: each for key, each in own.items() if "/" not in key}
+    if own:
+        set_random_state(model, own)
+
+
+def _write(state: State, folder: Path, *, random: dict[str, Tensor], private: dict[str, Any] | None) -> None:
     save_file(_unique_tensors(state.model), folder / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
-    random = {RANDOM + kind: random for kind, random in get_random_state(state.model).items()}
     content = {
         "step": state.step,
         "run": state.run,
+        "processes": state.processes,
         "data": state.data,
         "optimizer": type(state.optimizer).__name__,
         "numbers": numbers,
@@ -55,8 +82,8 @@ def _write(state: State, folder: Path) -> None:
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "private": None,
     }
-    if state.private is not None:
-        private = state.private.state_dict()
+    if private is not None:
+        private = dict(private)
         generators = {PRIVATE + key: private.pop(key) for key in list(private) if isinstance(private[key], Tensor)}
         content["private"], tensors = private, {**tensors, **generators}
         (folder / "SECRET.txt").write_text(SECRET)
@@ -91,10 +118,12 @@ def load(state: State, folder: Path) -> None:
         state.scaler.load_state_dict(content["scaler"])
     best = content["best"]
     state.best = None if best is None else (best[0], best[1])
-    set_random_state(state.model, _take(tensors, RANDOM))
+    _restore_random_state(state.model, _take(tensors, RANDOM))
     _restore_optimizer(state, tensors, content["numbers"])
     state.step = content["step"]
     state.run = content.get("run") or state.run
+    before = content.get("processes", [1])
+    state.processes = before if before[-1] == process_count() else [*before, process_count()]
     _restore_schedule(state)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from memsave.data.cache import cache_root
 from memsave.files import write_json
 from memsave.privacy import epsilon_of
+from memsave.processes import process_rank
 from memsave.training.loop import State
 from memsave.training.private import round_up, why_no_guarantee
 from memsave.training.spending import Spending, Total, check_mechanism, once, total_or_none
@@ -82,7 +83,7 @@ class RunLedger:
 
     def update(self, *, ended: bool = False) -> None:
         """Write the steps taken so far; a run that has not started has no entry."""
-        if self.state.private is None or self.broken or not self.started:
+        if self.state.private is None or self.broken or not self.started or process_rank() > 0:
             return
         entry = {
             **asdict(self.own(steps=max(self._before, self.state.private.steps))),

@@ -7,7 +7,8 @@
         optimizer.step()                                     # private: after noise, once per logical batch
 
 The model decides how activations are kept (`memory=`). The micro-batch size changes memory and time, and the order in
-which dropout draws random numbers; it changes nothing else.
+which dropout draws random numbers; it changes nothing else. The same holds for the number of processes: each takes a
+share of every logical batch, and the gradients are summed once per batch.
 """
 
 import math
@@ -26,8 +27,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from memsave.config.schema import OptimizerConfig, TrainerConfig
-from memsave.data.loader import load_ahead, numbered, shuffled
+from memsave.data.loader import Index, load_ahead, numbered, shuffled
 from memsave.privacy import PrivateGradients
+from memsave.processes import any_process, local_part, process_count, share, sum_gradients, sums, together, totals
 from memsave.training.ema import Ema
 from memsave.training.task import Batch, CountsTokens, Losses, Task, examples, split
 
@@ -59,6 +61,8 @@ class State:
     """The fingerprint of the raw data, which runs on the same data share."""
     frozen: str | None = None
     """The digest of the frozen parameters, which a checkpoint does not hold; None if all parameters train."""
+    processes: list[int] = field(default_factory=lambda: [process_count()])
+    """The number of processes; several numbers, in their order, if the run was continued with another one."""
     identity: dict[str, Any] = field(default_factory=dict)
     """The values that determine the batches, by config key; a checkpoint continues only with the same values."""
 
@@ -132,26 +136,36 @@ def run_steps(
     """
     if state.step >= config.steps:
         return
-    for batch, tokens in batches_of(state, task, config, workers=workers):
+    batches = batches_of(state, task, config, workers=workers)
+    while True:
+        with together():
+            found = next(batches, None)
+        if found is None:
+            raise TrainingError(f"the batches ended after step {state.step}, but the run has {config.steps} steps")
+        batch, tokens = found
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with monitor(state.step + 1):
-            mean = accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler)
-            loss = None if mean is None else mean.item()
+            loss = summed_loss(accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler))
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; lower trainer.optimizer.lr (now {lr:g}) and look at "
                     f"the data of that batch"
                 )
             update(state)
-            if state.private is not None and not all(bool(p.isfinite().all()) for p in state.model.parameters()):
+            if state.private is not None and not _are_finite(state.model):
                 raise TrainingError(
                     f"parameters are not finite after step {state.step}; lower trainer.optimizer.lr (now {lr:g})"
                 )
+        tokens = None if tokens is None else totals([tokens])[0]
         yield StepResult(state.step, loss, lr, time.perf_counter() - started, tokens)
         if state.step == config.steps:
             return
-    raise TrainingError(f"the batches ended after step {state.step}, but the run has {config.steps} steps")
+
+
+def _are_finite(model: nn.Module) -> bool:
+    """Whether all parameters are finite, in all processes."""
+    return not any_process(not all(bool(local_part(p.detach()).isfinite().all()) for p in model.parameters()))
 
 
 def update(state: State) -> None:
@@ -171,13 +185,14 @@ def update(state: State) -> None:
 def batches_of(
     state: State, task: Task, config: TrainerConfig, *, workers: int = 0
 ) -> Iterator[tuple[Batch, int | None]]:
-    """The remaining logical batches on the device, each with its tokens: shuffled epochs, or Poisson samples.
+    """This process's share of the remaining logical batches, on the device: of shuffled epochs, or Poisson samples.
 
-    A private run takes Poisson samples. `workers` threads load batches in advance. Tokens are counted before the batch
-    is moved, so that counting never waits for the device; a task without tokens has None.
+    A private run takes Poisson samples. `workers` threads load batches in advance. Each batch comes with its number of
+    tokens, counted before the batch is moved, so that counting never waits for the device; None for other tasks.
     """
     if state.private is None:
-        batches = shuffled(task.size, batch_size=config.batch_size, seed=config.seed, start=state.step)
+        whole = shuffled(task.size, batch_size=config.batch_size, seed=config.seed, start=state.step)
+        batches: Iterator[list[Index]] = map(share, whole)
     else:
         batches = numbered(state.private.batches(), size=task.size, start=state.step)
     remaining = islice(batches, config.steps - state.step)  # must not draw a batch for which there is no step
@@ -186,8 +201,8 @@ def batches_of(
 
 
 def first_batch(task: Task, config: TrainerConfig) -> Batch:
-    """The first logical batch of the shuffled epochs, on the device."""
-    return task.place(task.load(next(shuffled(task.size, batch_size=config.batch_size, seed=config.seed))))
+    """This process's share of the first logical batch of the shuffled epochs, on the device."""
+    return task.place(task.load(share(next(shuffled(task.size, batch_size=config.batch_size, seed=config.seed)))))
 
 
 def accumulate(
@@ -201,27 +216,45 @@ def accumulate(
 ) -> Tensor | None:
     """Accumulate the gradient of a logical batch in `.grad` over its micro-batches; returns the mean loss, a scalar.
 
-    Returns None for an empty batch. In a private run, an example with a loss that is not finite counts as zero in the
-    mean, like its gradient in the sum. Never calls `.item()`: this function must run under FakeTensorMode.
+    In several processes, `batch` is the share of this one. The gradient is that of the whole logical batch, and the
+    returned loss this process's part of the mean over it (see `summed_loss`). Returns None if the logical batch is
+    empty. In a private run, an example with a loss that is not finite counts as zero in the mean, like its gradient in
+    the sum. Never calls `.item()`: this function must run under FakeTensorMode.
     """
-    count = examples(batch)
-    sums = []
-    for micro in split(batch, config.micro_batch_size):
-        with autocast(model, config.precision):
-            losses = task.per_example_losses(model, micro)  # (B,)
-        if losses.shape != (examples(micro),):
-            raise TrainingError(
-                f"per_example_losses returned shape {tuple(losses.shape)} for {examples(micro)} examples; return "
-                f"one loss per example"
-            )
-        if private is None:
-            sums.append(backward(losses, count, scaler=scaler))
-        else:
-            private.backward(losses)
-            sums.append(losses.detach().nan_to_num(0, 0, 0).sum())
-    if private is not None:
+    count = totals([examples(batch)])[0]
+    found = []
+    with together():
+        for micro in split(batch, config.micro_batch_size):
+            losses = micro_batch_losses(model, task, micro, config)
+            if private is None:
+                found.append(backward(losses, count, scaler=scaler))
+            else:
+                private.backward(losses)
+                found.append(losses.detach().nan_to_num(0, 0, 0).sum())
+    if private is None:
+        sum_gradients(model.parameters())
+    else:
         private.finish()
-    return torch.stack(sums).double().sum() / count if count else None
+    if not count:
+        return None
+    return torch.stack(found).double().sum() / count if found else torch.zeros((), dtype=torch.float64)
+
+
+def summed_loss(part: Tensor | None) -> float | None:
+    """The mean loss of a logical batch, from each process's part of it; None for an empty batch."""
+    return None if part is None else sums([part.item()])[0]
+
+
+def micro_batch_losses(model: nn.Module, task: Losses, micro: Batch, config: TrainerConfig) -> Tensor:
+    """The losses (B,) of a micro-batch; TrainingError if the task returns another shape."""
+    with autocast(model, config.precision):
+        losses = task.per_example_losses(model, micro)
+    if losses.shape != (examples(micro),):
+        raise TrainingError(
+            f"per_example_losses returned shape {tuple(losses.shape)} for {examples(micro)} examples; return "
+            f"one loss per example"
+        )
+    return losses
 
 
 def backward(losses: Tensor, count: int, *, scaler: GradScaler | None = None) -> Tensor:

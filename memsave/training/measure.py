@@ -17,7 +17,7 @@ from memsave.models.language import is_checkpointing, set_checkpointing
 from memsave.models.padding import base_of
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak, format_bytes
 from memsave.random_state import get_random_state, set_random_state
-from memsave.training.loop import State, accumulate, autocast, evaluating
+from memsave.training.loop import State, accumulate, autocast, evaluating, summed_loss
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.task import Batch, Task, examples, split
 
@@ -115,8 +115,9 @@ class _Steps:
         try:
             with private.paused() if private is not None and plain else nullcontext():
                 loss = accumulate(model, self.task, self.batch, self.config, private=None if plain else private)
-            assert loss is not None
-            return loss.item()
+            mean = summed_loss(loss)
+            assert mean is not None
+            return mean
         finally:
             self.state.optimizer.zero_grad(set_to_none=True)
 

@@ -15,6 +15,7 @@ from memsave.data.loader import Index
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT
+from memsave.processes import is_sharded
 from memsave.profiler import parse_bytes
 from memsave.progress import Progress
 from memsave.training.checkpoint import read_noise_multiplier
@@ -177,6 +178,8 @@ def privacy_result(
         "clipped_fraction": private.clipped / max(1, private.examples),
         "secure_noise": privacy.secure_noise,
         "seeded": private.seeded,
+        "processes": state.processes,
+        "sharded": any(is_sharded(p) for p in state.model.parameters()),
         "nonfinite_examples": private.nonfinite,
         "run": state.run,
         "other_runs": other_runs(steps=private.steps),
@@ -237,7 +240,7 @@ without it (e to the power of epsilon), except with probability delta.{practice}
 {spent["max_grad_norm"]:g}, and Gaussian noise with a standard deviation of {spent["noise_multiplier"]:.4g} times this
 norm was added to the sum. Opacus's {spent["accountant"].upper()} accountant computed epsilon for adding or removing one
 example.
-{early}
+{_processes(spent)}{early}
 **What it assumes.** The loss of each example depends only on this example. Noise and batches come from generators that
 are seeded by the operating system and are not cryptographic. The noise {hardened}
 hardened against attacks on the gaps between floating-point numbers.
@@ -249,6 +252,18 @@ hardened against attacks on the gaps between floating-point numbers.
 **Other runs.** This statement covers one run. {_other_runs(spent["other_runs"])}
 Every run on the same data spends more privacy, including runs that only tried settings. Runs on other machines, and
 runs without privacy, are not in the ledger; `python -m memsave.account FOLDER...` adds up any folders of runs.
+"""
+
+
+def _processes(spent: dict[str, Any]) -> str:
+    """A paragraph about the processes of the run; empty if there was one."""
+    counts = spent["processes"]
+    if counts == [1]:
+        return ""
+    where = "each added the noise to its own part of it" if spent["sharded"] else "the noise was added to it once"
+    return f"""
+**Processes.** The run had {", then ".join(map(str, counts))} processes. Each step had one batch for all of them, drawn
+from one secret generator. Their clipped gradients were summed, and {where}. This does not change epsilon.
 """
 
 

@@ -1,15 +1,13 @@
 """Imported once by the server of `tests.support.processes`: what most functions that run in several processes need."""
 
-import monai.inferers  # noqa: F401
+import nibabel  # noqa: F401
 import torch.distributed.fsdp
 from transformers import BartForConditionalGeneration, GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401
 
 import memsave.experiment
-import memsave.privacy
 import memsave.tasks.language.classification
 import memsave.tasks.language.dialog
 import memsave.tasks.language.generation
 import memsave.tasks.segmentation.task  # noqa: F401
-from memsave.models import unet  # noqa: F401
 
 torch.set_num_threads(1)

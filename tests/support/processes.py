@@ -1,37 +1,43 @@
 """Run a function in several processes of one gloo group, started from a server that has imported torch once."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
-import tempfile
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 PRELOADED = ["tests.support.preloaded"]
 SECONDS = 120.0  # after that, a hanging process is killed and the test fails
 
 
-def run_processes(count, function, *args):
-    """[function(*args) of each rank]; `function` is one of a test module. Raises AssertionError if one fails."""
+def run_processes(count, function, *args, group=True):
+    """[function(*args) of each rank]; `function` is one of a test module. Raises AssertionError if one fails.
+
+    group: start the process group; otherwise the function finds the environment of torchrun, and may start it.
+    """
+    from torch import distributed
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory() as folder:
-        started = []
-        for rank in range(count):
-            mine, theirs = context.Pipe(duplex=False)
-            target = (theirs, Path(folder) / "store", rank, count, pickle.dumps((function, args)))
-            process = context.Process(target=_run, args=target, daemon=True)
-            process.start()
-            theirs.close()
-            started.append((process, mine))
-        try:
-            answers = [_answer(process, mine) for process, mine in started]
-        finally:
-            for process, _ in started:
-                process.kill()
-                process.join()
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent
+    started = []
+    for rank in range(count):
+        mine, theirs = context.Pipe(duplex=False)
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        target = (theirs, {key: str(value) for key, value in environment.items()}, group)
+        process = context.Process(target=_run, args=(*target, pickle.dumps((function, args))), daemon=True)
+        process.start()
+        theirs.close()
+        started.append((process, mine))
+    try:
+        answers = [_answer(process, mine) for process, mine in started]
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.join()
     failed = [f"rank {rank}:\n{content}" for rank, (ok, content) in enumerate(answers) if not ok]
     assert not failed, "\n".join(failed)
     return [content for _, content in answers]
@@ -47,26 +53,20 @@ def _answer(process, connection: Connection):
         return False, f"ended with exit code {process.exitcode} and without an answer"
 
 
-def _run(connection: Connection, store: Path, rank: int, count: int, content: bytes) -> None:
-    import faulthandler
-
+def _run(connection: Connection, environment, group: bool, content: bytes) -> None:
     import torch
     from torch import distributed
 
     faulthandler.enable()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        distributed.init_process_group(
-            "gloo",
-            store=distributed.FileStore(str(store), count),
-            rank=rank,
-            world_size=count,
-            timeout=timedelta(seconds=SECONDS),
-        )
         function, args = pickle.loads(content)
+        if group:
+            distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
         answer = True, function(*args)
-        distributed.barrier()
+        if group:
+            distributed.barrier()
     except BaseException:
         answer = False, traceback.format_exc()
     connection.send_bytes(pickle.dumps(answer))
