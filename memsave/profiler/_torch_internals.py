@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch._C._profiler import _EventType
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode  # no public name exists, though the docs recommend it
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # no public name exists, though the docs recommend it
+    _disable_current_modes,
+)
 
 __all__ = [
     "NEEDS_VALUES",
@@ -16,12 +19,15 @@ __all__ = [
     "allocations",
     "current_node_number",
     "fake_modes",
+    "gathered_copies",
     "graph_task",
     "inner_tensors",
     "is_fake_mode_active",
     "is_wrapper",
     "next_node_number",
     "register_first_accumulate_grad_hook",
+    "unrecorded_waits",
+    "watch_resizes",
 ]
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -65,8 +71,22 @@ def is_wrapper(kind: type) -> bool:
 
 
 def inner_tensors(tensor: Any) -> list[torch.Tensor]:
-    """The tensors inside a wrapper (see `is_wrapper`)."""
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    """The tensors inside a wrapper (see `is_wrapper`); a DTensor also names its mesh, which is no tensor."""
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [each for each in parts if isinstance(each, torch.Tensor)]
+
+
+def gathered_copies(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole copy) of each parameter that `fully_shard` manages and has gathered before.
+
+    No public name exists for them. A copy stays the same tensor; its storage has no bytes while it is sharded.
+    """
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for each in group.fsdp_params:
+                    for tensor in each.all_gather_outputs:
+                        yield f"{name}.{each._module_info.param_name}", tensor
 
 
 def allocations(profile: torch.profiler.profile) -> Iterator[tuple[int, int, int]]:
@@ -98,4 +118,49 @@ def register_first_accumulate_grad_hook(
     hooks.clear()  # autograd runs the hooks in dict order and ignores `move_to_end`
     remove = parameter.register_post_accumulate_grad_hook(hook).remove
     hooks.update(others)
+    return remove
+
+
+def watch_resizes(function: Callable[[torch.UntypedStorage], None]) -> Callable[[], None]:
+    """Call the function after Python code resizes a storage, as FSDP does; returns its remover.
+
+    No operator runs for it, and no hook exists. The method is inherited from C++, so it is replaced on the class.
+    """
+    kind: Any = torch.UntypedStorage
+    before = kind.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        result = before(storage, size)
+        function(storage)
+        return result
+
+    def remove() -> None:
+        if own is None:
+            del kind.resize_
+        else:
+            kind.resize_ = own
+
+    own = vars(kind).get("resize_")
+    kind.resize_ = resize_
+    return remove
+
+
+def unrecorded_waits() -> Callable[[], None]:
+    """Let no mode see what `Work.wait` runs; returns the function that undoes it.
+
+    gloo reduces in tensors of its own, which it copies from there; they are the workspace of a collective.
+    """
+    if not torch.distributed.is_available():
+        return lambda: None
+    kind: Any = torch.distributed.Work
+    before = kind.wait
+
+    def wait(work: Any, *args: Any) -> Any:
+        with _disable_current_modes():
+            return before(work, *args)
+
+    def remove() -> None:
+        kind.wait = before
+
+    kind.wait = wait
     return remove

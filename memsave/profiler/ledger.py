@@ -127,6 +127,12 @@ class Ledger:
         for storage, view in storages_of(tensor):
             self._record(storage, view, born=True)
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Record the new size of a known storage, which something else than an operator has changed."""
+        ref = self._alive.get(id(storage))
+        if ref is not None:
+            self._change(ref.block, storage.nbytes())
+
     def close(self) -> None:
         """Stop recording: blocks that are alive now get no death."""
         self._alive.clear()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 COLOURS = {
     "parameter": "#5b6770",
+    "gathered": "#7d9a86",
     "buffer": "#b9bfc4",
     "optimizer": "#8fa1ad",
     "gradient": "#4f81a8",

@@ -9,6 +9,7 @@ parameter. Categories are therefore assigned when the recorder exits:
 | category | which blocks |
 |---|---|
 | parameter, buffer | those of the model |
+| gathered | whole copies of parameters that FSDP shards |
 | gradient | `.grad` of the model's parameters, seen at start and end, on accumulation, at optimizer steps |
 | optimizer | tensors in the optimizer's state and options |
 | input | existed before the first event (or came from outside), and was used |
@@ -17,9 +18,11 @@ parameter. Categories are therefore assigned when the recorder exits:
 
 The first matching line applies, so the categories are disjoint and add up to the total in every state.
 
-**Not recorded:** memory inside an operator (the workspace of a convolution), which `allocator_peak` measures; a storage
-resized without an operator (`UntypedStorage.resize_`) until an operator uses it; allocations by other libraries. Sizes
-are those of storages, without the allocator's rounding.
+**Not recorded:** memory inside an operator or a collective (the workspace of a convolution, buffers of gloo), which
+`allocator_peak` measures, and allocations by other libraries. Sizes are those of storages, without the allocator's rounding.
+
+**Sharded models** (`fully_shard`): of parameters, gradients and optimizer state, this process's shards count. The whole
+copies that FSDP gathers for a module, and frees by resizing their storages, are "gathered".
 
 **Fake tensors** have storages of the true size without memory. All statements above hold for them, in either order of
 the two modes. Their sizes are those of the real run if PyTorch's fake kernels are accurate: on the CPU, for example,
@@ -41,9 +44,12 @@ from torch import nn
 from memsave.profiler._torch_internals import (
     TorchDispatchMode,
     fake_modes,
+    gathered_copies,
     graph_task,
     is_wrapper,
     register_first_accumulate_grad_hook,
+    unrecorded_waits,
+    watch_resizes,
 )
 from memsave.profiler.ledger import Block, Ledger, tensors_in
 from memsave.profiler.phases import PhaseTracker
@@ -101,6 +107,8 @@ class MemoryRecorder(TorchDispatchMode):
             for name, parameter in self._model.named_parameters():
                 if parameter.requires_grad and parameter.is_leaf:
                     undo.callback(self._watch_gradient(name, parameter))
+            undo.callback(watch_resizes(self._ledger.resized))
+            undo.callback(unrecorded_waits())
             for mode in fake_modes(self._model.parameters()):
                 # For a fake model the tensors that the step creates from nothing must be fake, too.
                 undo.enter_context(mode)
@@ -172,6 +180,8 @@ class MemoryRecorder(TorchDispatchMode):
             yield "parameter", name, parameter
         for name, buffer in self._model.named_buffers():
             yield "buffer", name, buffer
+        for name, copy in gathered_copies(self._model):
+            yield "gathered", name, copy
         for name, parameter in self._model.named_parameters():
             if parameter.grad is not None:
                 yield "gradient", name, parameter.grad

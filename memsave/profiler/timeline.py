@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
-CATEGORIES = ("parameter", "buffer", "optimizer", "gradient", "input", "activation", "temporary")
+CATEGORIES = ("parameter", "gathered", "buffer", "optimizer", "gradient", "input", "activation", "temporary")
 
 
 @dataclass(frozen=True)

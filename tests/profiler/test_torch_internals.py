@@ -89,3 +89,17 @@ def test_a_dispatch_mode_sees_operators_below_autograd():
     with Seeing():
         x.sin().sum().backward()
     assert {torch.ops.aten.sin.default, torch.ops.aten.cos.default} <= set(seen)
+
+
+def test_resizes_of_storages_are_seen_until_the_watch_ends():
+    seen, storage = [], torch.zeros(4).untyped_storage()
+    before = torch.UntypedStorage.resize_
+    remove = internals.watch_resizes(lambda each: seen.append(each.nbytes()))
+    inner = internals.watch_resizes(lambda each: seen.append(-each.nbytes()))
+    storage.resize_(8)
+    inner()
+    storage.resize_(0)
+    remove()
+    storage.resize_(4)
+    assert seen == [8, -8, 0]
+    assert torch.UntypedStorage.resize_ is before and "resize_" not in vars(torch.UntypedStorage)
