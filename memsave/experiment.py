@@ -20,7 +20,16 @@ from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
 from memsave.process_group import own_device
-from memsave.processes import any_process, gather, main_first, maximum, on_main, process_count, process_rank, together
+from memsave.processes import (
+    alone,
+    any_process,
+    gather,
+    main_first,
+    maximum,
+    on_main,
+    process_count,
+    process_rank,
+)
 from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_html
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
@@ -31,8 +40,17 @@ from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement
 from memsave.training.monitor import MemoryMonitor
-from memsave.training.private import EpsilonMonitor, describe, make_private, privacy_result, round_up, write_statement
+from memsave.training.private import (
+    EpsilonMonitor,
+    describe,
+    make_mechanism,
+    make_private,
+    privacy_result,
+    round_up,
+    write_statement,
+)
 from memsave.training.process import process_bytes, process_peak, reset_process_peak, return_freed_memory
+from memsave.training.sharding import full_tensors, is_sharded_model, shard_model, wants_sharding, whole
 from memsave.training.signals import stop_requested
 from memsave.training.task import Task, data_fingerprint
 
@@ -126,7 +144,25 @@ def _trained(
 def _release(config: Config, state: State, task: Task, folder: Path) -> None:
     """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
-        on_main(lambda: task.release(config.adapter.released(state.model), folder / "model"))
+        model = whole_copy(config, state.model)
+        on_main(lambda: task.release(config.adapter.released(model), folder / "model"))
+
+
+def whole_copy(config: Config, model: nn.Module) -> nn.Module:
+    """The model itself, or, of a sharded one, a whole model with its weights in rank 0, on the CPU."""
+    if not is_sharded_model(model):
+        return model
+    main = process_rank() == 0
+    tensors = full_tensors(dict(model.named_parameters()) | dict(model.named_buffers()), keep=main)
+    if not main:
+        return model
+    with alone(), torch.random.fork_rng(devices=[]):
+        copy, _ = make_model(config, progress=Progress(silent=True))
+    named = dict(copy.named_parameters()) | dict(copy.named_buffers())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            named[name].copy_(tensor)
+    return copy.eval() if not model.training else copy
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
@@ -143,18 +179,20 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     progress.say(task.describe_counts())
     config = config.changed({"trainer.steps": config.trainer.steps_for(task.size), "trainer.epochs": None})
     trainer = config.trainer
-    private = make_private(config, model, task, progress=progress)
+    frozen = checkpoint.digest_of_frozen(model)
+    mechanism = make_mechanism(config, model, task, progress=progress)
+    if wants_sharding(trainer):
+        shard_model(model, device)
+    private = make_private(config, model, mechanism)
     state = make_state(model, trainer, private=private)
-    state.data = data_fingerprint(task)
-    state.frozen = checkpoint.digest_of_frozen(model)
+    state.data, state.frozen = data_fingerprint(task), frozen
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
         "set of training data": task.fingerprint,
     }
     if trainer.resume:
-        with together():
-            checkpoint.load(state, Path(trainer.resume).expanduser())
+        checkpoint.load(state, Path(trainer.resume).expanduser())
         if state.step > trainer.steps:
             raise ConfigError(f"trainer.steps is {trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {trainer.steps}")
@@ -192,7 +230,8 @@ def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, pr
     if not config.trainer.evaluate_first or state.step:
         return {}
     progress.say("evaluating before training")
-    before = {f"{name}_before": score for name, score in task.evaluate(state.model).items()}
+    with whole(state.model):
+        before = {f"{name}_before": score for name, score in task.evaluate(state.model).items()}
     log.write({"step": state.step, **before})
     return before
 
@@ -273,7 +312,7 @@ def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress)
     """The scores after the last step."""
     progress.say("evaluating on the held-out data")
     started = time.perf_counter()
-    with averaged(state):
+    with averaged(state), whole(state.model):
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores, "seconds": time.perf_counter() - started})
     return scores
@@ -295,7 +334,7 @@ def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path)
 
 def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:
     """Score the held-out data during training; False after `trainer.patience` evaluations without a better score."""
-    with averaged(state):
+    with averaged(state), whole(state.model):
         scores = task.evaluate(state.model)
     log.write({"step": state.step, **scores})
     name = task.goal.removeprefix("-")

@@ -58,19 +58,41 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
     A process that is killed at any moment leaves a complete folder, which `newest_folder` finds.
     """
-    draft, previous = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + PREVIOUS)
+    draft = start_draft(folder)
+    try:
+        write(draft)
+        finish_draft(folder)
+    except BaseException:
+        drop_draft(folder)
+        raise
+
+
+def start_draft(folder: Path) -> Path:
+    """Create the empty folder whose files will replace `folder` (see `replace_folder`)."""
+    draft = draft_of(folder)
     newest = newest_folder(folder)
     if newest != folder:
         newest.rename(folder)
     shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-        write(draft)
-        for path in (*draft.iterdir(), draft):
-            flush(path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)  # on a full disk it would take the space of the run's result
-        raise
+    draft.mkdir(parents=True)
+    return draft
+
+
+def draft_of(folder: Path) -> Path:
+    """The path of the draft."""
+    return folder.with_name(folder.name + ".new")
+
+
+def drop_draft(folder: Path) -> None:
+    """Delete the draft: on a full disk it would take the space of the run's result."""
+    shutil.rmtree(draft_of(folder), ignore_errors=True)
+
+
+def finish_draft(folder: Path) -> None:
+    """Flush the draft to the disk, and put it in the place of `folder`, which becomes `.previous`."""
+    draft, previous = draft_of(folder), folder.with_name(folder.name + PREVIOUS)
+    for path in (*draft.rglob("*"), draft):
+        flush(path)
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)

@@ -9,6 +9,7 @@ on every process.
 
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -292,8 +293,22 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor itself."""
-    sharded: Any = tensor
-    return sharded.to_local() if is_sharded(tensor) else tensor
+    found: Any = tensor
+    return found.to_local() if is_sharded(tensor) else tensor
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if nothing has imported it, no module can be one of its own
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class; before `fully_shard`, which puts a subclass of its own in its place."""
+    kinds = type(module).__mro__
+    if not is_fully_sharded(module):
+        return kinds[0]
+    return kinds[1 + max(number for number, kind in enumerate(kinds) if kind.__name__ == "FSDPModule")]
 
 
 def _has_group() -> bool:

@@ -51,8 +51,9 @@ class _Console(Console):
 class Progress:
     """Writes to standard error, of several processes only rank 0; standard output stays free for results."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or _Console(stderr=True, highlight=False, quiet=process_rank() > 0)
+    def __init__(self, console: Console | None = None, *, silent: bool = False):
+        quiet = silent or process_rank() > 0
+        self.console = console or _Console(stderr=True, highlight=False, quiet=quiet)
 
     def say(self, line: str) -> None:
         """Print one line of text without markup."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten  # no public function flattens nested arguments
 from torch.utils.weak import WeakIdKeyDictionary  # tensors compare by value, so a plain weak dictionary fails
 
+from memsave.processes import is_fully_sharded
+
 __all__ = [
     "BatchNorm",
+    "FsdpGroup",
+    "FsdpParameter",
     "InstanceNorm",
     "TorchFunctionMode",
     "WeakIdKeyDictionary",
     "convolution_weight_grad",
     "current_backward",
     "forward_pre_hooks",
+    "fsdp_groups",
     "gradient_hooks",
     "in_backward",
     "is_batched",
@@ -206,3 +211,94 @@ def without_overrides(function: Callable[..., Any]) -> Callable[..., Any]:
     inside = FunctionType(code, names, function.__name__, defaults)
     inside.__kwdefaults__ = function.__kwdefaults__
     return inside
+
+
+class FsdpParameter(NamedTuple):
+    """A parameter that `fully_shard` manages."""
+
+    shard: nn.Parameter
+    """The DTensor, which has the `.grad` that an optimizer reads; registered in the module while that is sharded."""
+    whole: nn.Parameter | None
+    """The gathered copy, which forwards and backwards use; registered in the module while that is unsharded. It stays
+    the same object, and its memory is freed and allocated again. None before the first time."""
+    local: Tensor
+    """The data of this process."""
+    origin: int
+    """The same number for all parameters that were one before they were sharded."""
+    is_dtensor: bool
+    """Whether it was a DTensor before, as under tensor parallelism."""
+
+
+class FsdpGroup:
+    """Parameters that `fully_shard` gathers and reduces together, with what its public API does not show."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    @property
+    def module(self) -> Any:
+        """The module, or the first of those, on which `fully_shard` was called."""
+        return self._group.modules[0]
+
+    def parameters(self) -> Iterator[FsdpParameter]:
+        """The parameters of the group."""
+        for each in self._group.fsdp_params:
+            whole = getattr(each, "_unsharded_param", None)
+            yield FsdpParameter(
+                each.sharded_param, whole, each._sharded_local_tensor, each._orig_param_uid, each.is_dtensor
+            )
+
+    @property
+    def is_unsharded(self) -> bool:
+        """Whether the gathered copies have their memory now."""
+        return self._group.is_unsharded
+
+    @property
+    def mesh_size(self) -> int:
+        """The number of processes that hold shards; 0 if some hold copies, or if the mesh has several dimensions."""
+        mesh = self._group.mesh_info.mesh
+        is_plain = type(self._group.mesh_info).__name__ == "FSDPMeshInfo" and mesh.ndim == 1
+        return mesh.size() if is_plain else 0
+
+    @property
+    def reshards_to_fewer(self) -> bool:
+        """Whether a forward leaves the group sharded over a part of the processes."""
+        return self._group._use_post_forward_mesh
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """(of the gathered copies, of the reduction) in the group's policy; None: that of the parameter."""
+        return self._group.mp_policy.param_dtype, self._group.mp_policy.reduce_dtype
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a backward reduces the gradients, unlike after `set_requires_gradient_sync(False)`."""
+        return self._group.reduce_grads
+
+    @property
+    def reduction(self) -> tuple[float | None, bool]:
+        """(the number by which sums of gradients are divided, None for that of processes; whether they are sums)."""
+        return self._group.gradient_divide_factor, self._group.force_sum_reduction_for_comms
+
+    @reduction.setter
+    def reduction(self, value: tuple[float | None, bool]) -> None:
+        self._group.gradient_divide_factor, self._group.force_sum_reduction_for_comms = value
+
+    @property
+    def reduces_unused(self) -> bool:
+        """Whether a backward reduces zeros for a parameter without a gradient."""
+        return self._group.reduce_scatter_unused_params
+
+    @reduces_unused.setter
+    def reduces_unused(self, value: bool) -> None:
+        self._group.reduce_scatter_unused_params = value
+
+
+def fsdp_groups(model: nn.Module) -> list[FsdpGroup]:
+    """The groups of a model, in the order of its modules."""
+    groups: dict[int, FsdpGroup] = {}
+    for module in model.modules():
+        if is_fully_sharded(module):
+            for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+                groups.setdefault(id(group), FsdpGroup(group))
+    return list(groups.values())

@@ -12,6 +12,7 @@ from memsave.ghost.layer_patch import LayerPatch
 from memsave.ghost.owners import clear_owner, clipper_of, set_owner
 from memsave.ghost.refusals import Refusal, raise_refusals
 from memsave.ghost.rule import Rule, registered_rule
+from memsave.ghost.sharding import Sharding
 
 
 class Attachment:
@@ -27,24 +28,29 @@ class Attachment:
         self.trainable: dict[str, nn.Parameter] = {}
         """The trainable parameters by name."""
         self.groups: Groups | None = None
+        self.sharding = Sharding()
+        """What FSDP shards; of those parameters, `trainable` has the whole copies."""
         self._clipper, self._direct, self._per_layer = clipper, direct, per_layer
         self._parameters: set[Tensor] = set()
         self._patches: list[LayerPatch] = []
 
     def attach(self, model: nn.Module) -> None:
         """Patch the layers with trainable parameters; raises one ValueError for all that cannot be clipped."""
-        refused = [*find_refusals(model), *self._other_clippers(model)]
-        raise_refusals(refused)
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.sharding.find(model)
+        sharded = self.sharding.refusals(model, passes=self._clipper.passes, per_layer=self._per_layer)
+        raise_refusals([*find_refusals(model), *sharded, *self._other_clippers(model)])
+        self.sharding.update(model)
+        self.sharding.sum_gradients()
+        self.trainable = self._trainable_now(model)
         self._parameters = set(self.trainable.values())
-        self.groups = groups_by_layer(model) if self._per_layer else None
+        self.groups = groups_by_layer(model, copy_of=self.sharding.whole) if self._per_layer else None
         if not self._direct:
             self._patches = patch_layers(self._clipper, model)
             set_owner(self._clipper, self.trainable.values())
 
     def _other_clippers(self, model: nn.Module) -> Iterator[Refusal]:
         for name, parameter in model.named_parameters():
-            if clipper_of(parameter) not in (None, self._clipper):
+            if clipper_of(self.sharding.whole(parameter)) not in (None, self._clipper):
                 yield Refusal(name, "", "has another GhostClipper attached", "close() that one first")
 
     def detach(self) -> None:
@@ -52,18 +58,30 @@ class Attachment:
         for patch in self._patches:
             patch.detach()
         clear_owner(self._clipper)
+        self.sharding.restore()
         self._patches, self.trainable = [], {}
 
     @property
     def has_rules(self) -> bool:
         """Whether every trainable parameter belongs to a layer that is patched."""
-        patched = {p for patch in self._patches for p in patch.module.parameters(recurse=False)}
+        own = (p for patch in self._patches for p in patch.module.parameters(recurse=False))
+        patched = {self.sharding.whole(p) for p in own}
         return patched >= set(self.trainable.values())
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the same parameters are trainable as when the layers were patched."""
-        now = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.sharding.update(model)
+        now = self._trainable_now(model)
         return now.keys() == self.trainable.keys() and all(p is self.trainable[name] for name, p in now.items())
+
+    def _trainable_now(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        named = ((name, self.sharding.whole(p)) for name, p in model.named_parameters())
+        return {name: p for name, p in named if p.requires_grad}
+
+    @property
+    def summed(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, as an optimizer has them: their `.grad` has the clipped sums."""
+        return {name: self.sharding.shard(p) for name, p in self.trainable.items()}
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether it was a trainable parameter when the layers were patched."""

@@ -80,6 +80,8 @@ class BackwardContext:
         """Called with the arguments of each norm hook: output, spec, saved tensors, parameters."""
         self.trace: Any = None
         """The OperatorTrace that follows the forward, or None."""
+        self.before_backward: Callable[[], None] = lambda: None
+        """Called before each backward."""
         self.recomputes = False
         """Whether some activations are recomputed in the backward."""
         self._layers_without_grad: set[str] = set()
@@ -202,6 +204,7 @@ class BackwardContext:
     @contextmanager
     def _backward_of(self, losses: Tensor) -> Iterator[None]:
         """Inside, one backward of the losses runs; its number lets the hooks recognise an inner backward."""
+        self.before_backward()
         self._backward = None
 
         def record(_: Tensor) -> None:

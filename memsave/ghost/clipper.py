@@ -14,6 +14,7 @@ The arithmetic is in `gradients.py`, and the rule for each kind of layer in `rul
 """
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -30,13 +31,14 @@ from memsave.ghost.direct import add_clipped_gradient
 from memsave.ghost.example_rows import ExampleRows, current_example_rows
 from memsave.ghost.following import Following
 from memsave.ghost.gradients import has_values, safe_sqrt
-from memsave.ghost.groups import clip_factors
-from memsave.ghost.independence import IndependenceSchedule, layers_reached
+from memsave.ghost.groups import clip_factors, only_counted
+from memsave.ghost.independence import IndependenceSchedule, layers_reached, raised_together, same_number
 from memsave.ghost.layer_patch import tensors_in
 from memsave.ghost.refusals import raise_refusals
 from memsave.ghost.rows import STANDARD
+from memsave.ghost.sharding import EMPTY_SHARE, INCOMPLETE_GROUPS
 from memsave.ghost.snapshot import StateSnapshot
-from memsave.processes import is_sharded, process_count, sum_gradients
+from memsave.processes import is_sharded, local_part, process_count, sum_gradients
 
 log = logging.getLogger("memsave.ghost")
 
@@ -70,6 +72,10 @@ class GhostClipper:
 
     In several processes, each clips its own examples, which needs no communication; `sum_gradients` then adds the
     clipped sums up, once per logical batch. An optimizer step before that is refused.
+
+    A model sharded by `torch.distributed.fsdp.fully_shard` needs two passes or "per_layer". Each backward then adds the
+    sum over all processes to the shards' `.grad`. All processes must run the same forwards and backwards; one without
+    examples takes any, and counts none (see `backward`, and `sharding.py`).
 
     Raises ValueError, with the name, for what cannot be clipped exactly.
     """
@@ -115,15 +121,15 @@ class GhostClipper:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, each once."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """The trainable parameters, each once; the shards of those that FSDP shards."""
+        return [self._attachment.sharding.shard(p) for p in self.model.parameters() if p.requires_grad]
 
     @property
     def unfinished(self) -> bool:
         """Whether a backward failed while it added to `.grad`, which since then contains a part of its sum."""
         if self._unfinished:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._unfinished = any(bool(grad.any()) for grad in grads)
+            shards = [self._attachment.sharding.shard(p) for p in self.model.parameters()]
+            self._unfinished = any(bool(local_part(p.grad).any()) for p in shards if p.grad is not None)
         return self._unfinished
 
     @property
@@ -131,12 +137,22 @@ class GhostClipper:
         """The number of examples so far whose norm was not finite; they contributed zero."""
         return int(self._nonfinite)
 
-    def backward(self, losses: Tensor) -> Tensor:
-        """Add the clipped sum to `.grad`; returns the norms (B,) before clipping. `losses` (B,): the last forward's."""
+    def backward(self, losses: Tensor, *, counted: Tensor | None = None) -> Tensor:
+        """Add the clipped sum to `.grad`; returns the norms (B,) before clipping.
+
+        Args:
+            losses: (B,), those of the last forward.
+            counted: (B,), zero for an example that must contribute nothing, such as padding of the batch; None counts
+                all.
+        """
         if losses.dim() != 1 or not (losses.requires_grad or not len(losses)):
             raise ValueError(
                 f"losses have shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}; give one loss per "
                 f"example, shape (B,), with its graph"
+            )
+        if counted is not None and counted.shape != losses.shape:
+            raise ValueError(
+                f"counted has shape {tuple(counted.shape)} for {len(losses)} losses; give one number per example"
             )
         if self.unfinished:
             raise ValueError(
@@ -147,9 +163,11 @@ class GhostClipper:
         refusals.refuse_other_group(self._processes)
         self._drop_frozen_sums()
         if not len(losses):  # an empty Poisson batch: a step of noise alone
+            if self._attachment.sharding:
+                raise ValueError(EMPTY_SHARE)
             norms, self._context, self.clipped = losses.detach(), None, losses.detach() < 0
         else:
-            norms = self._clip_directly(losses) if self.passes == "direct" else self._clip(losses)
+            norms = self._clip_directly(losses, counted) if self.passes == "direct" else self._clip(losses, counted)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -161,37 +179,44 @@ class GhostClipper:
         sum_gradients(self.parameters)
         self._is_local_sum = False
 
-    def _refuse_step(self, optimizer: Optimizer) -> None:
+    def refuse_step(self, optimizer: Optimizer) -> None:
         """Raise ValueError for an optimizer step on the sum of this process alone."""
         if not self._is_local_sum:
             return
-        ours = {id(p) for p in self._attachment.trainable.values() if not is_sharded(p)}
+        ours = {id(p) for p in self._attachment.summed.values() if not is_sharded(p)}
         if any(id(p) in ours and p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "optimizer.step() was called on the clipped sum of this process alone, so that the processes would "
                 "train different models; call clipper.sum_gradients() after the last backward of a batch"
             )
 
-    def _clip(self, losses: Tensor) -> Tensor:
+    def _clip(self, losses: Tensor, counted: Tensor | None) -> Tensor:
         """Norms, clip factors, clipped sums; returns the norms (B,)."""
+        sharding = self._attachment.sharding
+        sharding.update(self.model)
+        sharding.refuse_unsynchronised()
         context = self._checked_context(losses)
         parameters = [p for p in self._attachment.trainable.values() if p.requires_grad]
         self._choose_passes(context)
+        context.ledger.counted, context.before_backward = counted, sharding.before_each_backward()
         adding = done = False
         try:
             squared = self._squared_norms(context, losses, parameters)
             with torch.no_grad(), torch.autocast(context.probe.device.type, enabled=False):
+                if sharding and context.ledger.has_remaining_groups:
+                    raise ValueError(INCOMPLETE_GROUPS)
                 context.ledger.clip_remaining_groups()
                 norms = safe_sqrt(torch.zeros_like(context.probe) if squared is None else squared)
-                factors = (
-                    self._clip_factors(norms) if self._attachment.groups is None else context.ledger.lowest_factors
-                )
-                self._record(norms, factors)
+                factors = context.ledger.lowest_factors
+                if self._attachment.groups is None:
+                    factors = only_counted(self._clip_factors(norms), counted)
+                self._record(norms, factors, counted)
                 adding = True
                 if self._attachment.groups is None and self.chosen_passes == 1:
                     context.add_clipped_sums(factors)
             if self.chosen_passes == 2:
-                context.add_clipped_sums_in_second_backward(losses, parameters, factors)
+                with sharding.reducing_sums():
+                    context.add_clipped_sums_in_second_backward(losses, parameters, factors)
             done = True
         except refusals.GradientWritten:
             adding = True
@@ -205,28 +230,33 @@ class GhostClipper:
 
     def _squared_norms(self, context: BackwardContext, losses: Tensor, parameters: list[nn.Parameter]) -> Tensor | None:
         """The squared norms (B,), after the checks that make them exact; None if there are no trainable parameters."""
-        unwritten = (
-            self._attachment.trainable if self._attachment.groups is None else {}
-        )  # groups add their sums in this backward
+        by_group = self._attachment.groups is not None  # groups add their sums in this backward
+        unwritten = [] if by_group else [*self._attachment.trainable.items(), *self._attachment.summed.items()]
         with refusals.checkpoint_errors_explained(), refusals.written_gradients_refused(unwritten):
             self._check_independence(context, losses)
-            squared, of_parameters = context.measure_norms(losses, parameters, keep_gradients=self.chosen_passes == 1)
-        refusals.refuse_used_elsewhere(self.model, parameters, of_parameters)
+            with self._attachment.sharding.reducing_sums() if by_group else nullcontext():
+                squared, of_parameters = context.measure_norms(
+                    losses, parameters, keep_gradients=self.chosen_passes == 1
+                )
+        refusals.refuse_used_elsewhere(self._attachment.trainable, parameters, of_parameters)
         if squared is None and parameters:
             raise ValueError("the losses depend on no trainable layer of the model's last forward; give its own losses")
         return squared
 
     def _check_independence(self, context: BackwardContext, losses: Tensor) -> None:
         """Raise ValueError if the losses of some examples have gradients in other examples' rows."""
-        if context.batch_size < 2 or not has_values(losses):
-            return
-        unchecked = context.layers - self._independence.checked
-        kind = self._independence.next_check(unchecked=bool(unchecked) and bool(unchecked & layers_reached(losses)))
-        if kind:
-            subsets = self._independence.subsets(kind, len(losses), losses.device)
-            self._independence.evaluate(context.check_independence(losses, subsets))
+        subsets: list[Tensor] = []
+        if context.batch_size > 1 and has_values(losses):
+            unchecked = context.layers - self._independence.checked
+            kind = self._independence.next_check(unchecked=bool(unchecked) and bool(unchecked & layers_reached(losses)))
+            subsets = list(self._independence.subsets(kind, len(losses), losses.device)) if kind else []
+        if self._attachment.sharding:
+            subsets = same_number(subsets, len(losses), losses.device)
+        if subsets:
+            with raised_together() if self._attachment.sharding else nullcontext():
+                self._independence.evaluate(context.check_independence(losses, subsets))
 
-    def _clip_directly(self, losses: Tensor) -> Tensor:
+    def _clip_directly(self, losses: Tensor, counted: Tensor | None) -> Tensor:
         """passes="direct": form the gradient of the only loss, and clip it; returns its norm (1,)."""
         if len(losses) != 1:
             raise ValueError(f"passes='direct' is for one example, not {len(losses)}; set the micro-batch to 1")
@@ -239,13 +269,18 @@ class GhostClipper:
             self._checked_context(losses)
         done = False
         try:
-            squared, lowest = add_clipped_gradient(losses, self.parameters, self._attachment.groups, self._clip_factors)
+            squared, lowest = add_clipped_gradient(
+                losses,
+                self.parameters,
+                self._attachment.groups,
+                lambda norms: only_counted(self._clip_factors(norms), counted),
+            )
             done = True
         finally:
             self._unfinished |= not done
             self._context, self._snapshot = None, None
         norms = safe_sqrt(squared)
-        self._record(norms, lowest)
+        self._record(norms, lowest, counted)
         return norms
 
     def _clip_factors(self, norms: Tensor) -> Tensor:
@@ -257,9 +292,10 @@ class GhostClipper:
         )
         return clip_factors(norms, bound, clipping=self.clipping)
 
-    def _record(self, norms: Tensor, factors: Tensor) -> None:
-        self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
-        self.clipped = factors < 1
+    def _record(self, norms: Tensor, factors: Tensor, counted: Tensor | None) -> None:
+        every = torch.ones_like(norms, dtype=torch.bool) if counted is None else counted != 0
+        self._nonfinite = self._nonfinite + (~norms.isfinite() & every).sum()
+        self.clipped = (factors < 1) & every
 
     def _checked_context(self, losses: Tensor) -> BackwardContext:
         """The context of the last forward, if these can be its losses and nothing in it was refused."""
@@ -278,6 +314,8 @@ class GhostClipper:
     def _passes_and_reason(self, context: BackwardContext) -> tuple[int, str]:
         if self._attachment.groups is not None:
             return 1, "each layer's sum is formed during the backward"
+        if self._attachment.sharding:
+            return 2, "FSDP reduces the gradients of each module during the backward"
         if not context.recomputes:
             return 1, "activations are stored"
         # for one example, only its gradient is kept, and it becomes the sum if there is no .grad yet
@@ -329,7 +367,7 @@ class GhostClipper:
 
     def _drop_frozen_sums(self) -> None:
         """Drop the sum of a parameter that was frozen since: it would move the parameter without noise."""
-        for name, parameter in self._attachment.trainable.items():
+        for name, parameter in self._attachment.summed.items():
             if not parameter.requires_grad and parameter.grad is not None:
                 log.warning("%s was frozen after it got a clipped sum, which is dropped", name)
                 parameter.grad = None
@@ -346,9 +384,8 @@ class GhostClipper:
             return
         self._reattach_if_changed(model)
         modules = list(model.named_modules())
-        raise_refusals(
-            [*refusals.batch_statistics(modules), *refusals.gradient_hooks(self._attachment.trainable.items())]
-        )
+        trained = [*self._attachment.trainable.items(), *self._attachment.summed.items()]
+        raise_refusals([*refusals.batch_statistics(modules), *refusals.gradient_hooks(trained)])
         first, grouped = next(tensors_in([*args, *kwargs.values()]), None), current_example_rows()
         self._context = BackwardContext(
             self._new_probe(first, grouped),
@@ -360,7 +397,7 @@ class GhostClipper:
         self._forward_is_running = True
         if self._independence.begin_forward(module for _, module in modules):
             self._following.reset()
-        self._snapshot = StateSnapshot(modules)
+        self._snapshot = StateSnapshot(modules, shard_of=self._attachment.sharding.local)
         if self.passes != "direct":
             inputs = tensors_in([*args, *kwargs.values()])
             trainable, has_rules = self._attachment.trainable, self._attachment.has_rules
@@ -435,6 +472,6 @@ def _step_pre_hook(clipper: "ReferenceType[GhostClipper]") -> Any:
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         alive = clipper()
         if alive is not None:
-            alive._refuse_step(optimizer)
+            alive.refuse_step(optimizer)
 
     return hook

@@ -27,6 +27,8 @@ from memsave.ghost.layer_patch import tensors_in
 from memsave.ghost.norm_hook import HookSpec, NormHook
 from memsave.ghost.refusals import Refusal, Refused
 from memsave.ghost.rows import RowSplit
+from memsave.ghost.sharding import refuse_sharded
+from memsave.processes import class_of
 
 Forward = Callable[[nn.Module, Any], Any]
 PAST_THE_HOOKS = (
@@ -55,8 +57,9 @@ def coverage(
         forward: called with (model, batch) in place of the model, for other arguments; it may compute losses.
         batch_size: as of the GhostClipper.
 
-    Exceptions of the forward itself are raised.
+    Exceptions of the forward itself are raised, and ValueError for a sharded model.
     """
+    refuse_sharded(model, "coverage")
     observed = _Observed()
     refusals: list[Refusal] = []
     ran = batch is not None or forward is not None
@@ -190,7 +193,7 @@ def _report(model: nn.Module, observed: _Observed, refusals: list[Refusal], *, r
         if parameter in refused:
             verdict, why, remedy = REFUSED, refused[parameter].reason, refused[parameter].remedy
         elif not ran:
-            used_by = tuple(sorted({type(m).__name__ for _, m in places if rule_of_layer(m) is not None}))
+            used_by = tuple(sorted({class_of(m).__name__ for _, m in places if rule_of_layer(m) is not None}))
             used_by, why = (used_by, "") if used_by else (("operators",), FOLLOWED)
         elif parameter in reached:
             verdict, (why, remedy) = REFUSED, AFTER_A_REFUSAL if refused else PAST_THE_HOOKS
@@ -216,7 +219,7 @@ def _row(
         tuple(other for other, _ in others),
         tuple(parameter.shape),
         parameter.dtype,
-        type(owner).__name__,
+        class_of(owner).__name__,
         used_by,
         verdict,
         why,

@@ -9,7 +9,7 @@ the group is kept. A group consists of the trainable parameters of one layer; la
 group.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,17 +42,25 @@ class Groups:
         return max_grad_norm / max(1, len(self.members)) ** 0.5
 
 
-def groups_by_layer(model: nn.Module) -> Groups:
-    """One group for each module that owns trainable parameters; modules that share a parameter form one group."""
+def groups_by_layer(model: nn.Module, *, copy_of: Callable[[nn.Parameter], nn.Parameter] = lambda p: p) -> Groups:
+    """One group for each module that owns trainable parameters; modules that share a parameter form one group.
+
+    `copy_of`: which copy of a sharded parameter is clipped.
+    """
     found: list[dict[nn.Parameter, None]] = []
     for module in model.modules():
-        merged = dict.fromkeys(p for p in module.parameters(recurse=False) if p.requires_grad)
+        merged = dict.fromkeys(copy_of(p) for p in module.parameters(recurse=False) if p.requires_grad)
         disjoint = [group for group in found if not merged.keys() & group.keys()]
         for group in found:
             if merged.keys() & group.keys():
                 merged = group | merged
         found = [*disjoint, merged] if merged else found
     return Groups.of(found)
+
+
+def only_counted(factors: Tensor, counted: Tensor | None) -> Tensor:
+    """The factors (B,), zero for examples whose `counted` (B,) is zero; None counts all."""
+    return factors if counted is None else torch.where(counted != 0, factors, 0.0)
 
 
 def clip_factors(norms: Tensor, bound: float, *, clipping: str) -> Tensor:

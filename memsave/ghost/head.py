@@ -19,6 +19,7 @@ from memsave.ghost.logits import LogitGradients, TargetPositions, scan
 from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
 from memsave.ghost.owners import clipper_of
 from memsave.ghost.rows import RowSplit
+from memsave.processes import is_sharded
 
 NAME = "linear_cross_entropy"
 
@@ -50,6 +51,13 @@ def linear_cross_entropy(
     backward. The logits do not exist: to scale them, scale `hidden`; for any other change, compute them yourself.
     """
     _check(hidden, weight, targets, bias, ignore_index, soft_cap)
+    for parameter in (weight, bias):
+        if parameter is not None and is_sharded(parameter):
+            raise ValueError(
+                f"{NAME} got a parameter {tuple(parameter.shape)} that FSDP has sharded, because the head's own "
+                f"forward is over; leave the head to the fully_shard of the whole model, whose parameters stay whole "
+                f"after its forward, or shard it with reshard_after_forward=False"
+            )
     clipper, context = _clipper_of(weight, bias)
     if context is not None and not context.has_rows(targets):
         raise ValueError(

@@ -11,6 +11,7 @@ may mix examples later (in another mode, or in batches of another order), quick 
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from memsave.ghost.refusals import refuse_dependent_examples
 from memsave.ghost.rows import RowSplit
+from memsave.processes import any_process, maximum
 
 MAX_COMPLETE_CHECKS = 8  # in a row without a newly checked layer; after that, quick checks
 MAX_INTERVAL = 256  # the largest number of backwards between two quick checks
@@ -107,6 +109,24 @@ class IndependenceSchedule:
         if checked - self.checked:
             self._complete_checks = 0
         self.checked |= checked
+
+
+def same_number(subsets: list[Tensor], batch_size: int, device: torch.device) -> list[Tensor]:
+    """The subsets, and as many empty ones as make their number that of every process."""
+    missing = maximum(len(subsets)) - len(subsets)
+    return subsets + [torch.zeros(batch_size, dtype=torch.bool, device=device)] * missing
+
+
+@contextmanager
+def raised_together() -> Iterator[None]:
+    """Raise in all processes if one raises ValueError inside: otherwise the others would wait for it."""
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    if any_process(error is not None):
+        raise error or ValueError("examples are not independent in another process, whose error names the layer")
 
 
 def layers_reached(losses: Tensor) -> set[str]:

@@ -16,6 +16,7 @@ from memsave.ghost.parameter_swap import parameters_are_swapped, swapped_paramet
 from memsave.ghost.refusals import LayerRefused, Refusal
 from memsave.ghost.rows import STANDARD, Lost, Rows, RowSplit
 from memsave.ghost.rule import LayerInputs, Rule, RuleOutput
+from memsave.processes import class_of, is_sharded
 
 KEEP_THE_BATCH = (
     "keep the batch in dimension 0 of its output (expand to the batch what is the same for all examples), or freeze it"
@@ -67,11 +68,7 @@ class LayerPatch:
             return self.original(*args, **kwargs)
         foreign = [name for name, p in trainable.items() if not self.clipper.holds(p)]
         if foreign:
-            self._refuse(
-                context,
-                f"has another tensor in the place of its {foreign[0]} (torch.func.functional_call does that)",
-                "call the model with its own parameters",
-            )
+            self._refuse(context, *_reason_of(foreign[0], trainable[foreign[0]]))
             return self.original(*args, **kwargs)
         trace = context.trace
         if trace is not None and _is_followed(trace, args, kwargs):
@@ -92,7 +89,7 @@ class LayerPatch:
             if trace is None:
                 self._refuse(context, "has no rule for this call, unlike in the first forward", ATTACH_AGAIN)
             return self.original(*args, **kwargs)
-        context.record_use(self.name, trainable.values(), by=type(self.module).__name__)
+        context.record_use(self.name, trainable.values(), by=class_of(self.module).__name__)
         with swapped_parameters(self.module, {name: p.detach() for name, p in trainable.items()}):
             output = self.original(*rule_output.args, **rule_output.kwargs)
         return self._with_norm_hook(context, rule_output, output, trainable)
@@ -184,6 +181,15 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (Mapping, list, tuple)):
             yield from tensors_in(value)
+
+
+def _reason_of(name: str, parameter: Tensor) -> tuple[str, str]:
+    """Why a parameter in a layer is none of the model's, and the remedy."""
+    if is_sharded(parameter):
+        reason = f"runs while its {name} is sharded, because the forward of the module that FSDP shards is not called"
+        return reason, "call that module, or shard the modules that are called"
+    reason = f"has another tensor in the place of its {name} (torch.func.functional_call does that)"
+    return reason, "call the model with its own parameters"
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

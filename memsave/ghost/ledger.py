@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memsave.ghost.gradient_products import ActivationGramCache, cheapest_form, held_bytes, inner_products, magnitude
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_values, safe_sqrt
-from memsave.ghost.groups import Groups
+from memsave.ghost.groups import Groups, only_counted
 
 ROUNDING = 4  # rounding error of Gram entries, each a product of two sums, in units of the last digit
 
@@ -52,6 +52,8 @@ class Ledger:
         """The smallest clip factor of any group, (B,)."""
         self.clipped_groups: set[int] = set()
         """The groups whose sums were added to `.grad`."""
+        self.counted: Tensor | None = None
+        """(B,), zero for an example that contributes nothing; None if all contribute."""
         self._clip_factors_of = clip_factors_of
         self._gram_cache = ActivationGramCache()
         self._magnitudes: dict[nn.Parameter, Tensor] = {}
@@ -107,9 +109,14 @@ class Ledger:
 
     def _clip_group(self, groups: Groups, group: int) -> None:
         self.clipped_groups.add(group)
-        factors = self._clip_factors_of(safe_sqrt(self._squared_of_group.pop(group)))
+        factors = only_counted(self._clip_factors_of(safe_sqrt(self._squared_of_group.pop(group))), self.counted)
         self.lowest_factors = torch.minimum(self.lowest_factors, factors)
         self.add_clipped_sums(groups.members[group], factors)
+
+    @property
+    def has_remaining_groups(self) -> bool:
+        """Whether the backward has begun a group, and did not complete it."""
+        return bool(self._squared_of_group)
 
     def clip_remaining_groups(self) -> None:
         """Clip the groups that the backward has not completed, because the losses do not depend on some use."""

@@ -217,7 +217,7 @@ class OperatorTrace(internals.TorchFunctionMode):
     ) -> None:
         name, args = operator.name, operator.args
         in_place = bool(args) and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__")))
-        outputs = [args[0]] if in_place else list(tensors_among((output,)))
+        outputs = list(tensors_among((args[0],) if in_place else (output,)))
         if not outputs or internals.is_batched(outputs[0]):
             return
         if given:

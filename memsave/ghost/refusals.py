@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointError
 
 from memsave.ghost import _torch_internals as internals
-from memsave.processes import process_count, without_group
+from memsave.processes import class_of, local_part, process_count, without_group
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 OLD_UTILITIES = (
@@ -46,7 +46,7 @@ class Refusal:
     @classmethod
     def of(cls, name: str, module: nn.Module, reason: str, remedy: str) -> "Refusal":
         """The refusal of a module."""
-        return cls(name or "the model", type(module).__name__, reason, remedy)
+        return cls(name or "the model", class_of(module).__name__, reason, remedy)
 
 
 class LayerRefused(Exception):
@@ -111,11 +111,6 @@ def wrapped(model: nn.Module) -> Iterator[Refusal]:
                 "",
                 "was compiled before the GhostClipper was attached, so its layers would run without it",
                 "attach to the module that is not compiled (model._orig_mod of torch.compile), and compile after that",
-            )
-    for name, parameter in model.named_parameters():
-        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            yield Refusal(
-                name, "", "is sharded over processes, so its norms would not be exact", "give an unsharded model"
             )
 
 
@@ -192,10 +187,10 @@ def refuse_dependent_examples(mixed: Mapping[str, bool]) -> None:
 
 
 def refuse_used_elsewhere(
-    model: nn.Module, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+    trainable: Mapping[str, nn.Parameter], parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
 ) -> None:
     """Raise ValueError for parameters that have an ordinary gradient: it passed no norm hook."""
-    names = {p: name for name, p in model.named_parameters()}
+    names = {p: name for name, p in trainable.items()}
     raise_refusals(
         Refusal(
             names[parameter],
@@ -233,14 +228,17 @@ class GradientWritten(ValueError):
     """The backward itself wrote `.grad`, unclipped."""
 
 
+def _version(grad: Tensor | None) -> int:
+    return 0 if grad is None else internals.version(local_part(grad))
+
+
 @contextmanager
-def written_gradients_refused(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def written_gradients_refused(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[None]:
     """Raise GradientWritten at the end if `.grad` was written inside, as by a backward inside the backward."""
-    before = {name: (p.grad, internals.version(p.grad)) for name, p in parameters.items() if p.grad is not None}
+    before = [(name, p, p.grad, _version(p.grad)) for name, p in parameters]
     yield
-    for name, parameter in parameters.items():
-        grad, version = before.get(name, (None, 0))
-        if parameter.grad is not grad or (grad is not None and internals.version(grad) != version):
+    for name, parameter, grad, version in before:
+        if parameter.grad is not grad or _version(grad) != version:
             raise GradientWritten(
                 f"the backward wrote the gradient of {name} by itself, unclipped (a backward inside the backward does "
                 f"that); freeze it, or use memsave.reversible or checkpoints with use_reentrant=False"

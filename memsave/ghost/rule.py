@@ -12,8 +12,9 @@ with, the tensors to save, and a function from these and the output's gradient t
         return RuleOutput(inputs.args, inputs.kwargs, (inputs.input,), per_example_grads)
 
 A rule matches a class exactly, or by its qualified name if the class belongs to another library, because a subclass may
-compute something else. A rule that returns None leaves this call to `operator_trace.py`, which follows the operators of
-the layer's own forward, as for any layer without a rule.
+compute something else; the subclass that `fully_shard` puts in the place of a class is none. A rule that returns None
+leaves this call to `operator_trace.py`, which follows the operators of the layer's own forward, as for any layer
+without a rule.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import Gradient
+from memsave.processes import class_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def register_rule(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
 
 def registered_rule(layer: nn.Module) -> Rule | None:
     """The rule registered for the layer's class, or None."""
-    kind = type(layer)
+    kind = class_of(layer)
     name = f"{kind.__module__}.{kind.__qualname__}"
     matching = (rule for pattern, rule in _BY_NAME.items() if fnmatchcase(name, pattern))
     return _BY_CLASS.get(kind) or next(matching, None)

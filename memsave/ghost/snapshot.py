@@ -5,7 +5,7 @@ it. In-place operations increase a tensor's version. Writes through `.data` do n
 values of a small buffer, and a sample of any other tensor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,18 @@ class _Entry:
 
 
 class StateSnapshot:
-    """The buffers and parameters of a model before a forward; `modules` are the model's modules with their names."""
+    """The buffers and parameters of a model before a forward; `modules` are the model's modules with their names.
 
-    def __init__(self, modules: Iterable[tuple[str, nn.Module]]):
+    `shard_of`: the data of this process of a sharded parameter. The module has another copy of it while it computes,
+    and what a forward writes into that copy is lost.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[tuple[str, nn.Module]],
+        *,
+        shard_of: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ):
         self._entries: list[_Entry] = []
         self._buffers: list[tuple[str, nn.Module, set[str]]] = []
         """By module, the names of the buffers in its state_dict."""
@@ -53,6 +62,9 @@ class StateSnapshot:
                     if tensor is None or id(tensor) in seen:
                         continue
                     seen.add(id(tensor))
+                    shard = shard_of(tensor)
+                    if shard is not None:
+                        registry, tensor = {key: shard}, shard
                     name, size = f"{path}.{key}" if path else key, WHOLE if kind == "buffer" else SAMPLE
                     version = None if id(tensor) in rewritten else internals.version(tensor)
                     sample = _sample(tensor, size)

@@ -12,6 +12,7 @@ from memsave.ghost.clipper import GhostClipper
 from memsave.ghost.groups import Groups, clip_factors, groups_by_layer
 from memsave.ghost.layer_patch import LayerPatch
 from memsave.ghost.refusals import source_of
+from memsave.ghost.sharding import refuse_sharded
 from memsave.tf32 import without_tf32
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -56,8 +57,9 @@ def verify(
     0 for each loss hold the examples. The model, its gradients and the random state do not change. Takes the time of B
     backward passes, on a copy of the model and without TF32.
 
-    Raises ValueError for a model whose forward is replaced, TypeError for a batch of another kind.
+    Raises ValueError for a model that is sharded or whose forward is replaced, TypeError for a batch of another kind.
     """
+    refuse_sharded(model, "verify")
     _refuse_replaced_forwards(model)
     report = ClippingReport()
     try:

@@ -16,7 +16,8 @@ from memsave.ghost.gradients import has_values
 from memsave.models.language import HEADS, IGNORED
 from memsave.models.own_head import own_head
 from memsave.models.padding import base_of, check_same
-from memsave.models.trial import has_passed, note_passed, trial
+from memsave.models.trial import has_passed, needed_by_any, note_passed, trial
+from memsave.processes import class_of
 
 TRIAL_TOKENS = 8
 """Tokens of the decoder in the trial of the encoder's padding."""
@@ -79,16 +80,16 @@ def _check_padding(model: nn.Module, input_ids: Tensor, mask: Tensor, before: Te
     kept = mask != 0
     padding = torch.where(kept.any(1), (~kept).sum(1), 0)
     row = int(padding.argmax())
-    if not padding[row]:
+    if not needed_by_any(model, bool(padding[row])):
         return
-    rows, alone = slice(row, row + 1), kept[row]
+    rows, alone = slice(row, row + 1), kept[row] if kept[row].any() else torch.ones_like(kept[row])
     start, options = before[rows, :TRIAL_TOKENS], {"use_cache": False}
     inputs = {"input_ids": input_ids[rows], "attention_mask": mask[rows]}
     shorter = {key: value[:, alone] for key, value in inputs.items()}
     with trial(model):
         padded = model(**inputs, decoder_input_ids=start, **options).logits
         plain = model(**shorter, decoder_input_ids=start, **options).logits
-    name = type(base_of(model)).__name__
+    name = class_of(base_of(model)).__name__
     remedy = "make batches of examples of one length"
     check_same(padded, plain, f"padding of the encoder's input changes the logits of {name}", remedy=remedy)
     note_passed(model, check)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.reversible import AdditiveCoupling, ReversibleSequence, Stream
+from memsave.reversible.steps import refuse_sharded
 
 MEMORY_MODES = ("stored", "checkpoint", "reversible")
 
@@ -26,8 +27,9 @@ def run_blocks(sequence: nn.Module, x: Tensor, *, memory: str) -> Tensor:
         return sequence(x)
     assert isinstance(sequence, ReversibleSequence)
     stream = Stream.split(x, grid=sequence.grid)
-    for block in sequence.blocks:
+    for number, block in enumerate(sequence.blocks):
         assert isinstance(block, AdditiveCoupling)
+        refuse_sharded(block, name=f"block {number}")
         stream = _checkpointed(block, stream)
     return stream.merge()
 

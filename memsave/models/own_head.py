@@ -17,6 +17,7 @@ from memsave.ghost.gradients import has_values, upcast
 from memsave.models.padding import base_of
 from memsave.models.stand_in import CAPS, FACTORS, REMEDY, Change, StandIn, change_of, close, named
 from memsave.models.trial import has_passed, note_passed, trial
+from memsave.processes import class_of
 
 TRIAL_LENGTH = 16  # tokens of the forward with real logits
 
@@ -27,10 +28,10 @@ def own_head(model: Any, inputs: dict[str, Any]) -> tuple[nn.Linear, Tensor, flo
     With virtual tokens of PEFT, the input has their positions, too: (B, V + T, d).
     """
     linear = _trained(model.get_output_embeddings())
-    name = f"the head of {type(base_of(model)).__name__}"
-    if type(linear) is not nn.Linear:
+    name = f"the head of {class_of(base_of(model)).__name__}"
+    if class_of(linear) is not nn.Linear:
         of_peft = "Linear of PEFT" if isinstance(linear, nn.Module) and hasattr(linear, "base_layer") else ""
-        raise ValueError(f"{name} is a {of_peft or type(linear).__name__} and no Linear; {REMEDY}")
+        raise ValueError(f"{name} is a {of_peft or class_of(linear).__name__} and no Linear; {REMEDY}")
     config = getattr(model, "config", None)
     state = (named(config, FACTORS), named(config, CAPS))
     confirmed = has_passed(model, "head", state)

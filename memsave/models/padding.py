@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost.gradients import has_values
-from memsave.models.trial import has_passed, note_passed, trial
+from memsave.models.trial import has_passed, needed_by_any, note_passed, trial
+from memsave.processes import class_of
 
 TRIAL_TOKENS = 8  # in the trial, with at most as much padding
 TOLERANCE = {
@@ -37,16 +38,17 @@ def positions(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor | Non
     runs = kept[:, 0] + (kept[:, 1:] & ~kept[:, :-1]).sum(1)  # of consecutive ones
     rows = {"left": (runs > 0) & ~kept[:, 0], "right": (runs == 1) & kept[:, 0] & ~kept[:, -1]}
     torn, left, right = torch.stack([(runs > 1).any(), *(each.any() for each in rows.values())]).tolist()
-    name = type(base_of(model)).__name__
+    name = class_of(base_of(model)).__name__
     if left and torn:
         row = int((runs > 1).nonzero()[0])
         raise ValueError(f"attention_mask has zeros on the left, and between ones in row {row}; {REMEDIES['left']}")
     if left and "position_ids" not in inspect.signature(type(base_of(model)).forward).parameters:
         raise ValueError(f"attention_mask has zeros on the left, and {name} takes no position_ids; {REMEDIES['left']}")
     for side, found in (("left", left), ("right", right)):
-        if found and not has_passed(model, f"padding on the {side}"):
-            row = int((rows[side] * kept.sum(1)).argmax())
-            _try(model, input_ids[row], kept[row], side=side, name=name)
+        if not has_passed(model, f"padding on the {side}") and needed_by_any(model, found):
+            row = int(((rows[side] if found else 1) * kept.sum(1)).argmax())
+            tokens = kept[row] if kept[row].any() else torch.ones_like(kept[row])
+            _try(model, input_ids[row], tokens, side=side, name=name)
             note_passed(model, f"padding on the {side}")
     return numbered(mask) if left else None
 

@@ -70,6 +70,8 @@ class StandIn(Tensor):
     with_grad: bool
     eps: float
     """The largest machine epsilon of its dtypes so far."""
+    hidden: Tensor
+    """The head's input."""
 
     @classmethod
     def of(cls, hidden: Tensor, head: str, *, vocabulary: int) -> "StandIn":
@@ -81,6 +83,7 @@ class StandIn(Tensor):
         leaf.requires_grad_(torch.is_grad_enabled())
         made = leaf.as_subclass(cls)
         made.head, made.steps, made.leaf, made.with_grad = head, (), leaf, leaf.requires_grad
+        made.hidden = hidden
         made.eps, made.logits_shape = torch.finfo(hidden.dtype).eps, torch.Size((*hidden.shape[:-1], vocabulary))
         return made
 
@@ -93,6 +96,10 @@ class StandIn(Tensor):
         with DisableTorchFunction():
             if name in CASTS and args and not isinstance(args[0], StandIn):
                 return func(*args, **kwargs)  # a cast of another tensor to the dtype of the stand-in
+            if name == "_base":
+                return None  # logits are no view
+            if name == "register_hook" and _gathers(args[1]):  # the backward goes on from the head's input
+                return mine.hidden.register_hook(args[1]) if mine.hidden.requires_grad else None
             if name in SHAPES:
                 logits = torch.empty(mine.logits_shape, dtype=mine.dtype, device="meta")
                 return func(*tree_map(lambda each: logits if each is mine else each, args), **kwargs)
@@ -106,7 +113,7 @@ class StandIn(Tensor):
                 mine._refuse(f"are changed by `{name}` to {found.dtype}, grad enabled: {torch.is_grad_enabled()}")
             made = found.as_subclass(cls)
             made.head, made.leaf, made.with_grad = mine.head, mine.leaf, mine.with_grad
-            made.logits_shape = mine.logits_shape
+            made.logits_shape, made.hidden = mine.logits_shape, mine.hidden
             made.steps = mine.steps if step is None else (*mine.steps, step)
             made.eps = max(mine.eps, torch.finfo(found.dtype).eps)
         return made
@@ -164,6 +171,11 @@ class StandIn(Tensor):
                 (node,) = before
             if node is None or node.variable is not self.leaf:
                 self._refuse("have no gradient")
+
+
+def _gathers(hook: Any) -> bool:
+    """Whether a gradient hook is the one by which FSDP gathers parameters; it returns the gradient unchanged."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
 
 
 def _is_zero(each: Any) -> bool:

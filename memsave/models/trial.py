@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memsave.processes import any_process, is_fully_sharded
+
 _passed = WeakIdKeyDictionary()  # model -> {name of a check: the state in which the model passed it}
 
 
@@ -24,6 +26,11 @@ def trial(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def needed_by_any(model: nn.Module, needed: bool) -> bool:
+    """Whether this process needs a trial, or any other if the model is sharded: all must then run its forwards."""
+    return any_process(needed) if any(map(is_fully_sharded, model.modules())) else needed
 
 
 def has_passed(model: nn.Module, check: str, state: Any = None) -> bool:

@@ -14,7 +14,7 @@ import math
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +28,18 @@ from memsave.privacy.guard import Guard
 from memsave.privacy.noise import GaussianNoise
 from memsave.privacy.randomness import secret_generator, seeded_generator
 from memsave.privacy.sampling import poisson_batches
-from memsave.processes import agree, broadcast, gather, process_count, process_rank, share, totals, without_group
+from memsave.processes import (
+    agree,
+    broadcast,
+    gather,
+    is_sharded,
+    maximum,
+    process_count,
+    process_rank,
+    share,
+    totals,
+    without_group,
+)
 
 PRIME = 1_000_003  # between the known seeds of two processes
 
@@ -141,6 +152,9 @@ class PrivateGradients:
         """States of `_sampling` before each batch that was drawn and has no `finish` yet."""
         self._stream: object = None  # the iterator of `batches` that drew last
         self._several_streams = False  # whether the batches that wait for `finish` are of several iterators
+        self.is_sharded = any(map(is_sharded, parameters))
+        """Whether the processes share a sharded model, so that they must run the same forwards and backwards."""
+        self._is_filler = False  # whether the micro-batch in use only makes the numbers equal
         self._loads = 0  # calls of load_state_dict that discarded drawn batches
         self._noise = GaussianNoise(parameters, generator=self._noise_generator(), secure=secure_noise)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
@@ -195,19 +209,41 @@ class PrivateGradients:
                 self._before_draws.append(before)
             yield indices
 
-    def backward(self, losses: Tensor) -> None:
+    def micro_batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[list[int]]:
+        """Split a batch of `batches` into micro-batches of at most `size` examples; call `backward` once for each.
+
+        Processes that share a sharded model (`fully_shard`) must run the same forwards. Each therefore gets as many
+        micro-batches as the one with the most; one that has no more examples gets example 0, which `backward` does not
+        count.
+        """
+        step = max(1, size or len(indices))
+        parts = [list(indices[first : first + step]) for first in range(0, len(indices), step)]
+        yield from parts
+        for _ in range(self.is_sharded and maximum(len(parts)) - len(parts)):
+            self._is_filler = True
+            yield [0]
+            self._is_filler = False
+
+    def backward(self, losses: Tensor, *, counted: Tensor | None = None) -> None:
         """Add the clipped sum of a micro-batch's gradients; `losses` (B,) are those of examples of the current batch.
+
+        `counted`: (B,), False for an example that is not of the batch, but only there so that processes that share a
+        sharded model run the same forwards (see `micro_batches`); None counts all.
 
         Raises PrivacyError if there are more losses than examples in the batch.
         """
+        if self._is_filler:
+            counted = torch.zeros_like(losses, dtype=torch.bool)
+        count = len(losses) if counted is None else int((counted != 0).sum())
         self._refuse_other_parameters()
-        self.guard.before_backward(len(losses))
-        norms = self.clipper.backward(losses)
-        self.guard.after_backward(len(norms))
-        self.examples += len(norms)
+        self.guard.before_backward(count)
+        norms = self.clipper.backward(losses, counted=counted)
+        self.guard.after_backward(count)
+        self.examples += count
         assert self.clipper.clipped is not None
         self._clipped = self._clipped + self.clipper.clipped.sum()
-        self._nonfinite = self._nonfinite + (~norms.isfinite()).sum()
+        nonfinite = ~norms.isfinite() if counted is None else ~norms.isfinite() & (counted != 0)
+        self._nonfinite = self._nonfinite + nonfinite.sum()
 
     def finish(self) -> None:
         """Add noise to the sum, divide it by the expected batch size, and count the step; an empty batch is pure noise.
@@ -366,7 +402,7 @@ class PrivateGradients:
             parameter.grad = None
 
     def _refuse_other_parameters(self) -> None:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = self.clipper.parameters
         if len(trainable) != len(self._noise.parameters) or any(
             one is not other for one, other in zip(trainable, self._noise.parameters, strict=True)
         ):

@@ -19,7 +19,8 @@ parameter. Categories are therefore assigned when the recorder exits:
 The first matching line applies, so the categories are disjoint and add up to the total in every state.
 
 **Not recorded:** memory inside an operator or a collective (the workspace of a convolution, buffers of gloo), which
-`allocator_peak` measures, and allocations by other libraries. Sizes are those of storages, without the allocator's rounding.
+`allocator_peak` measures, and allocations by other libraries. Sizes are those of storages, without the allocator's
+rounding.
 
 **Sharded models** (`fully_shard`): of parameters, gradients and optimizer state, this process's shards count. The whole
 copies that FSDP gathers for a module, and frees by resizing their storages, are "gathered".

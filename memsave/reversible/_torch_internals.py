@@ -43,6 +43,16 @@ def has_running_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase)
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, in whose place FSDP registers another one while the module runs."""
+    return "DTensor" in (type(tensor).__name__, type(tensor.data).__name__)
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the module: its class is then another one; importing FSDP takes time."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
 def hooks_of(module: nn.Module) -> Iterator[Any]:
     """The forward and backward hooks registered on the module; there is no public way to list them."""
     for registry in HOOK_REGISTRIES:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible._torch_internals import hooks_of
+from memsave.reversible._torch_internals import hooks_of, is_fully_sharded
 from memsave.reversible.coupling import AdditiveCoupling, Stream
 from memsave.reversible.recompute_context import Rebuild, RecomputeContext
 from memsave.reversible.stream_nodes import anchor_like
@@ -127,6 +127,10 @@ def refusal(coupling: nn.Module) -> str | None:
     for name, branch in (("f", coupling.f), ("g", coupling.g)):
         if not isinstance(branch, RecomputableBranch):
             return f"has a {type(branch).__name__} as {name}, which cannot recompute itself"
+        for inner, module in branch.named_modules():
+            if is_fully_sharded(module):
+                where = ".".join(filter(None, (name, inner)))
+                return f"has {where} sharded by fully_shard, which would not gather what the fused engine reads"
         reason = branch.refusal()
         if reason is not None:
             return f"cannot recompute {name}: {reason}"

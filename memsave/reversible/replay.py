@@ -7,7 +7,8 @@ ends.
 
 Parameters and buffers are recorded by reference, not copied. A tensor that was *replaced* in between is put back for
 the replay. A tensor that was *changed in place* cannot be restored: the replay then raises an error, as autograd does.
-Only buffers that a forward updates, such as the statistics of BatchNorm, are copied.
+Only buffers that a forward updates, such as the statistics of BatchNorm, are copied. Parameters that FSDP has sharded
+are left to it: it puts whole copies in their place when the second evaluation calls the branch.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from memsave.random_state import RandomSource, random_sources
-from memsave.reversible._torch_internals import has_running_statistics, storage_id, tensor_registries, version_of
+from memsave.reversible._torch_internals import (
+    has_running_statistics,
+    is_shard,
+    storage_id,
+    tensor_registries,
+    version_of,
+)
 
 SMALL_BUFFER = 4096  # elements; see `_may_be_updated`
 
@@ -73,7 +80,7 @@ class Replay:
             for module in modules
             for registry in tensor_registries(module)
             for key, tensor in registry.items()
-            if tensor is not None
+            if tensor is not None and not is_shard(tensor)
         ]
         self.lazy = [(registry, key) for registry, key, lazy in tensors if lazy]
         self.tensors = [TensorState.of(registry, key) for registry, key, lazy in tensors if not lazy]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memsave.reversible._torch_internals import version_of
+from memsave.reversible._torch_internals import is_fully_sharded, version_of
 from memsave.reversible.coupling import LOW_PRECISION, AdditiveCoupling, Coupling, Stream
 from memsave.reversible.fused import FusedHalfStep
 from memsave.reversible.recompute_context import Rebuild, RecomputeContext, Step
@@ -113,8 +113,18 @@ class WholeStep(NamedTuple):
         return Stream.split(y, stream.dtype)
 
 
+def refuse_sharded(block: nn.Module, *, name: str) -> None:
+    """Raise ValueError for a block that FSDP shards as a whole: it is not called, so that FSDP would not gather it."""
+    if is_fully_sharded(block):
+        raise ValueError(
+            f"{name} of a ReversibleSequence is sharded by fully_shard as a whole, but the sequence calls the modules "
+            f"inside it; call fully_shard on these (f and g of a coupling), or on the sequence"
+        )
+
+
 def steps_of(block: nn.Module, *, name: str, fused: bool = False) -> list[Step]:
     """The steps of a block, with the fused engine or with hooks; TypeError if the block cannot be inverted."""
+    refuse_sharded(block, name=name)
     kind = type(block)
     if fused:
         assert isinstance(block, AdditiveCoupling)

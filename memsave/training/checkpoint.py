@@ -8,11 +8,14 @@ A checkpoint replaces the last one atomically, and the last one stays as `checkp
 any moment leaves a complete checkpoint. The checkpoint of a private run reveals its noise and must stay secret.
 
 In several processes, rank 0 writes it, with the random states of all; another number of processes can continue it. All
-processes must see the folder.
+processes must see the folder. Of a sharded model, each process writes its part by torch.distributed.checkpoint:
+
+    checkpoint/shards/                 parameters, buffers, optimizer state and average, in place of the tensors above
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memsave.files import PREVIOUS, newest_folder, replace_folder
-from memsave.processes import gather, on_main, process_count, process_rank
+from memsave.files import PREVIOUS, draft_of, drop_draft, finish_draft, newest_folder, replace_folder, start_draft
+from memsave.processes import gather, is_sharded, on_main, process_count, process_rank, together
 from memsave.random_state import get_random_state, set_random_state
+from memsave.training import shards
 from memsave.training.loop import State
+from memsave.training.sharding import copy_shard, is_sharded_model
 
 NAME = "checkpoint"
-RANDOM, PRIVATE, EMA = "random/", "private/", "ema/"
+RANDOM, PRIVATE, EMA, MODEL, OPTIMIZER = "random/", "private/", "ema/", "model/", "optimizer/"
+SHARDS = "shards"
 REPLACED = ".original_module."  # modules that PEFT keeps beside their trained copies and does not use
 SECRET = """This folder is as secret as the training data: it holds the state of the random generators that draw the
 noise and the batches. Only the folder model/ may be released.
@@ -42,7 +48,29 @@ def save(state: State, folder: Path) -> None:
     """Write the state to `folder` and replace the checkpoint there; all processes must call it together."""
     random = _random_states(state.model)
     private = None if state.private is None else state.private.state_dict()
-    on_main(replace_folder, folder, lambda draft: _write(state, draft, random=random, private=private))
+    if not is_sharded_model(state.model):
+        on_main(replace_folder, folder, lambda draft: _write(state, draft, random=random, private=private))
+        return
+    on_main(start_draft, folder)
+    try:
+        shards.write(_tensors(state), draft_of(folder) / SHARDS)
+        on_main(_write, state, draft_of(folder), random=random, private=private)
+        on_main(finish_draft, folder)
+    except BaseException:
+        if process_rank() == 0:
+            drop_draft(folder)
+        raise
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    """The tensors that a sharded model has in parts: "model/NAME", "optimizer/NAME/STATE" and "ema/NAME"."""
+    optimizer, _ = _optimizer_state(state)
+    average = {} if state.ema is None else state.ema.average
+    return {
+        **{MODEL + name: tensor for name, tensor in _unique_tensors(state.model).items()},
+        **{OPTIMIZER + key: tensor for key, tensor in optimizer.items()},
+        **{EMA + name: tensor for name, tensor in average.items()},
+    }
 
 
 def _random_states(model: nn.Module) -> dict[str, Tensor]:
@@ -67,8 +95,12 @@ def _restore_random_state(model: nn.Module, states: dict[str, Tensor]) -> None:
 
 
 def _write(state: State, folder: Path, *, random: dict[str, Tensor], private: dict[str, Any] | None) -> None:
-    save_file(_unique_tensors(state.model), folder / "model.safetensors")
     tensors, numbers = _optimizer_state(state)
+    average = {} if state.ema is None else {EMA + name: tensor for name, tensor in state.ema.average.items()}
+    if is_sharded_model(state.model):
+        tensors, average = {}, {}
+    else:
+        save_file(_unique_tensors(state.model), folder / "model.safetensors")
     content = {
         "step": state.step,
         "run": state.run,
@@ -87,19 +119,27 @@ def _write(state: State, folder: Path, *, random: dict[str, Tensor], private: di
         generators = {PRIVATE + key: private.pop(key) for key in list(private) if isinstance(private[key], Tensor)}
         content["private"], tensors = private, {**tensors, **generators}
         (folder / "SECRET.txt").write_text(SECRET)
-    average = {} if state.ema is None else {EMA + name: tensor for name, tensor in state.ema.average.items()}
     save_file({**tensors, **average, **random}, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load(state: State, folder: Path) -> None:
-    """Restore what `save` wrote into `state`.
+    """Restore what `save` wrote into `state`; all processes must call it together.
 
     `folder` is the checkpoint's folder or the run's. Raises CheckpointError if the checkpoint is missing, unreadable
     or of another run.
     """
-    folder = _checkpoint_in(folder)
-    content, model, tensors = _read(folder)
+    with together():
+        folder = _checkpoint_in(folder)
+        content, tensors = _read(folder)
+    if (folder / SHARDS).is_dir():
+        tensors |= shards.read(folder / SHARDS, like=_tensors(state), others=_optimizer_tensor_like(state))
+    with together():
+        _restore(state, content, tensors, folder=folder)
+
+
+def _restore(state: State, content: dict[str, Any], tensors: dict[str, Tensor], *, folder: Path) -> None:
+    model = _take(tensors, MODEL)
     _check_model(model, expected=_unique_tensors(state.model), folder=folder)
     _check_run(state, content, folder=folder)
     if content.get("frozen") != state.frozen:
@@ -109,17 +149,18 @@ def load(state: State, folder: Path) -> None:
     generators = _take(tensors, PRIVATE)
     if state.private is not None:
         state.private.load_state_dict({**content["private"], **generators})
-    state.model.load_state_dict(model, strict=False)  # tied parameters are stored under one of their names
+    for name, tensor in _unique_tensors(state.model).items():
+        copy_shard(tensor, model[name])
     average = _take(tensors, EMA)
     if state.ema is not None:
         for name, tensor in state.ema.average.items():
-            tensor.copy_(average.get(name, model.get(name, tensor)))
+            copy_shard(tensor, average.get(name, model.get(name, tensor)))
     if state.scaler is not None and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     best = content["best"]
     state.best = None if best is None else (best[0], best[1])
     _restore_random_state(state.model, _take(tensors, RANDOM))
-    _restore_optimizer(state, tensors, content["numbers"])
+    _restore_optimizer(state, _take(tensors, OPTIMIZER), content["numbers"])
     state.step = content["step"]
     state.run = content.get("run") or state.run
     before = content.get("processes", [1])
@@ -151,8 +192,8 @@ def _checkpoint_in(folder: Path) -> Path:
     return newest_folder(folder)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """(content of state.json, tensors of the model, other tensors)."""
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(content of state.json, tensors by the keys of `_tensors`, and those of generators)."""
     if not (folder / "state.json").is_file():
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's folder, or its checkpoint/")
     try:
@@ -160,7 +201,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Te
         content["step"] = int(content["step"])
         for key in ("optimizer", "numbers", "private", "identity", "best"):
             content[key]
-        return content, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+        path = folder / "model.safetensors"
+        model = {} if (folder / SHARDS).is_dir() else {MODEL + name: each for name, each in load_file(path).items()}
+        others = load_file(folder / "optimizer.safetensors")
+        named = (EMA, RANDOM, PRIVATE)
+        return content, model | {
+            key if key.startswith(named) else OPTIMIZER + key: each for key, each in others.items()
+        }
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         previous = folder.with_name(folder.name + PREVIOUS)
         other = f"the previous one, {previous}" if previous.exists() else "another"
@@ -210,8 +257,8 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             continue
+        key = (id(tensor) if is_sharded(tensor) else tensor.data_ptr(), tuple(tensor.shape))
         tensor = tensor.detach()
-        key = (tensor.data_ptr(), tuple(tensor.shape))
         if not tensor.numel() or key not in seen:
             named[name] = tensor.contiguous()
             seen.add(key)
@@ -248,8 +295,22 @@ def _restore_optimizer(state: State, tensors: dict[str, Tensor], numbers: dict[s
         name, _, state_name = key.rpartition("/")
         parameter = parameters[name]
         if isinstance(value, Tensor) and value.dim():
-            value = value.to(parameter.device)
+            like = torch.zeros_like(parameter, dtype=value.dtype)
+            copy_shard(like, value)
+            value = like
         state.optimizer.state[parameter][state_name] = value
+
+
+def _optimizer_tensor_like(state: State) -> Callable[[str, torch.Size], Tensor]:
+    """By key and shape, a tensor for one of the optimizer's: with the shards of its parameter, or whole."""
+    parameters = dict(state.model.named_parameters())
+
+    def like(key: str, shape: torch.Size) -> Tensor:
+        name = key.removeprefix(OPTIMIZER).rpartition("/")[0]
+        found = parameters.get(name)
+        return torch.zeros(shape) if found is None or found.shape != shape else torch.zeros_like(found)
+
+    return like
 
 
 def _restore_schedule(state: State) -> None:

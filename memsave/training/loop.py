@@ -14,6 +14,7 @@ share of every logical batch, and the gradients are summed once per batch.
 import math
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,8 +30,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from memsave.config.schema import OptimizerConfig, TrainerConfig
 from memsave.data.loader import Index, load_ahead, numbered, shuffled
 from memsave.privacy import PrivateGradients
-from memsave.processes import any_process, local_part, process_count, share, sum_gradients, sums, together, totals
+from memsave.processes import (
+    any_process,
+    local_part,
+    maximum,
+    process_count,
+    share,
+    sum_gradients,
+    sums,
+    together,
+    totals,
+)
 from memsave.training.ema import Ema
+from memsave.training.sharding import is_sharded_model
 from memsave.training.task import Batch, CountsTokens, Losses, Task, examples, split
 
 
@@ -142,11 +154,12 @@ def run_steps(
             found = next(batches, None)
         if found is None:
             raise TrainingError(f"the batches ended after step {state.step}, but the run has {config.steps} steps")
-        batch, tokens = found
+        batch, own, tokens = found
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with monitor(state.step + 1):
-            loss = summed_loss(accumulate(state.model, task, batch, config, private=state.private, scaler=state.scaler))
+            options: dict[str, Any] = {"own": own, "private": state.private, "scaler": state.scaler}
+            loss = summed_loss(accumulate(state.model, task, batch, config, **options))
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; lower trainer.optimizer.lr (now {lr:g}) and look at "
@@ -184,11 +197,12 @@ def update(state: State) -> None:
 
 def batches_of(
     state: State, task: Task, config: TrainerConfig, *, workers: int = 0
-) -> Iterator[tuple[Batch, int | None]]:
-    """This process's share of the remaining logical batches, on the device: of shuffled epochs, or Poisson samples.
+) -> Iterator[tuple[Batch, int, int | None]]:
+    """This process's share of the remaining logical batches: (batch on the device, its examples, their tokens).
 
-    A private run takes Poisson samples. `workers` threads load batches in advance. Each batch comes with its number of
-    tokens, counted before the batch is moved, so that counting never waits for the device; None for other tasks.
+    They are shuffled epochs, or the Poisson samples of a private run. `workers` threads load batches in advance. Tokens
+    are counted before the batch is moved, so that counting never waits for the device; a task without tokens has None.
+    For a sharded model, an empty share is loaded as one example that does not count (see `accumulate`).
     """
     if state.private is None:
         whole = shuffled(task.size, batch_size=config.batch_size, seed=config.seed, start=state.step)
@@ -196,8 +210,17 @@ def batches_of(
     else:
         batches = numbered(state.private.batches(), size=task.size, start=state.step)
     remaining = islice(batches, config.steps - state.step)  # must not draw a batch for which there is no step
-    for batch in load_ahead(task.load, remaining, workers=workers):
-        yield task.place(batch), task.count_tokens(batch) if isinstance(task, CountsTokens) else None
+    sizes: deque[int] = deque()
+
+    def noted() -> Iterator[list[Index]]:
+        for indices in remaining:
+            sizes.append(len(indices))
+            yield indices or ([Index(0, 0)] if is_sharded_model(state.model) else [])
+
+    for batch in load_ahead(task.load, noted(), workers=workers):
+        own = sizes.popleft()
+        tokens = task.count_tokens(batch) if isinstance(task, CountsTokens) else None
+        yield task.place(batch), own, tokens if own or tokens is None else 0
 
 
 def first_batch(task: Task, config: TrainerConfig) -> Batch:
@@ -211,26 +234,37 @@ def accumulate(
     batch: Batch,
     config: TrainerConfig,
     *,
+    own: int | None = None,
     private: PrivateGradients | None = None,
     scaler: GradScaler | None = None,
 ) -> Tensor | None:
     """Accumulate the gradient of a logical batch in `.grad` over its micro-batches; returns the mean loss, a scalar.
 
-    In several processes, `batch` is the share of this one. The gradient is that of the whole logical batch, and the
-    returned loss this process's part of the mean over it (see `summed_loss`). Returns None if the logical batch is
-    empty. In a private run, an example with a loss that is not finite counts as zero in the mean, like its gradient in
-    the sum. Never calls `.item()`: this function must run under FakeTensorMode.
+    In several processes, `batch` is the share of this one: its first `own` examples, by default all. The gradient is
+    that of the whole logical batch, and the returned loss this process's part of the mean over it (see `summed_loss`).
+    Processes that share a sharded model take equally many micro-batches; one with too few repeats an example that does
+    not count. Returns None if the logical batch is empty. In a private run, an example with a loss that is not finite
+    counts as zero in the mean, like its gradient in the sum. Never calls `.item()`: this function must run under FakeTensorMode.
     """
-    count = totals([examples(batch)])[0]
+    own = examples(batch) if own is None else own
+    count, sharded = totals([own])[0], is_sharded_model(model)
+    micros = list(split({key: value[:own] for key, value in batch.items()}, config.micro_batch_size))
+    fillers = maximum(len(micros)) - len(micros) if sharded else 0
     found = []
-    with together():
-        for micro in split(batch, config.micro_batch_size):
+    with nullcontext() if sharded else together():  # a sharded model communicates within
+        for micro in micros:
             losses = micro_batch_losses(model, task, micro, config)
             if private is None:
                 found.append(backward(losses, count, scaler=scaler))
             else:
                 private.backward(losses)
                 found.append(losses.detach().nan_to_num(0, 0, 0).sum())
+        for _ in range(fillers):
+            losses = micro_batch_losses(model, task, next(split(batch, 1)), config)
+            if private is None:
+                backward(losses * 0, count)
+            else:
+                private.backward(losses, counted=torch.zeros_like(losses, dtype=torch.bool))
     if private is None:
         sum_gradients(model.parameters())
     else:

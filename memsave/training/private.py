@@ -43,8 +43,8 @@ This statement does not cover that.
 """
 
 
-def make_private(config: Config, model: nn.Module, task: Task, *, progress: Progress) -> PrivateGradients | None:
-    """Calibrated clipping, noise and sampling for this run; None without privacy.
+def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Progress) -> Mechanism | None:
+    """Calibrated clipping, noise and sampling for this run; None without privacy. The model is whole.
 
     Raises ConfigError if a resumed run would exceed `privacy.target_epsilon`, and TrainingError if `privacy.verify`
     finds that clipping is not exact.
@@ -87,6 +87,14 @@ def make_private(config: Config, model: nn.Module, task: Task, *, progress: Prog
         progress.say(f"planned: epsilon = {round_up(planned, '.2f')} after {trainer.steps} steps")
     if privacy.verify and privacy.passes != "direct":
         _verify(model, task, privacy, progress=progress)
+    return mechanism
+
+
+def make_private(config: Config, model: nn.Module, mechanism: Mechanism | None) -> PrivateGradients | None:
+    """The private gradients of the model, which may be sharded; None without privacy."""
+    privacy = config.privacy
+    if mechanism is None or not isinstance(privacy, GhostPrivacy):
+        return None
     return PrivateGradients(
         model,
         mechanism,

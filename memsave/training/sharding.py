@@ -7,19 +7,30 @@ the other runs, and not averaged. Evaluation gathers the whole model, so that ea
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from memsave.processes import is_sharded
+from memsave.config.schema import TrainerConfig
+from memsave.processes import is_fully_sharded, is_sharded, local_part, process_count
 from memsave.reversible import AdditiveCoupling
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the model over the processes of the mesh, in place; its parameters move to the device of the mesh."""
+
+def wants_sharding(config: TrainerConfig) -> bool:
+    """Whether this run shards its model."""
+    return config.parallel == "fsdp" and process_count() > 1
+
+
+def shard_model(model: nn.Module, device: torch.device, *, mesh: "DeviceMesh | None" = None) -> None:
+    """Shard the model in place, over the processes of the mesh, or over all."""
+    from torch.distributed.device_mesh import init_device_mesh  # both take a second
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh or init_device_mesh(device.type, (process_count(),))
     for unit in units(model):
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -33,9 +44,7 @@ def units(model: nn.Module) -> Iterator[nn.Module]:
     for child in model.children():
         if isinstance(child, AdditiveCoupling):
             yield from (child.f, child.g)
-        elif not isinstance(model, nn.ModuleList) or not any(True for _ in child.children()):
-            yield from units(child)
-        elif any(isinstance(each, AdditiveCoupling) for each in child.modules()):
+        elif not isinstance(model, nn.ModuleList) or not any(True for _ in child.children()) or _has_couplings(child):
             yield from units(child)
         elif type(child).forward is nn.Module.forward:  # it is never called, but its children are
             yield from child.children()
@@ -43,14 +52,18 @@ def units(model: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def _has_couplings(module: nn.Module) -> bool:
+    return any(isinstance(each, AdditiveCoupling) for each in module.modules())
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules on which `fully_shard` was called."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if is_fully_sharded(module)]
 
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether the model is sharded."""
-    return isinstance(model, FSDPModule)
+    return is_fully_sharded(model)
 
 
 @contextmanager
@@ -80,15 +93,16 @@ def full_tensors(named: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def copy_shard(target: Tensor, full: Tensor) -> None:
-    """Write this process's part of a whole tensor into a sharded one; a tensor that is not sharded gets all of it."""
+@torch.no_grad()
+def copy_shard(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor, whole or with the same shards, into one that may be sharded: each process its own part."""
     if not is_sharded(target):
-        target.copy_(full)
+        target.copy_(source)
         return
     from torch.distributed.tensor import distribute_tensor
 
     part: Any = target
-    full = full.to(part.to_local().device, part.dtype)
-    shard: Any = distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=None)
-    with torch.no_grad():
-        part.to_local().copy_(shard.to_local())
+    local: Any = part.to_local()
+    if not is_sharded(source):
+        source = distribute_tensor(source.to(local.device), part.device_mesh, part.placements, src_data_rank=None)
+    local.copy_(local_part(source))

@@ -242,10 +242,38 @@ def test_models_of_several_processes_are_refused_and_the_module_inside_is_not(on
         with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*the module inside"):
             GhostClipper(model, max_grad_norm=1.0)
         assert_exact(model.module, draw(4, 4), losses_of)
-        sharded = small()
-        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"0\.weight, .* is sharded over processes"):
-            GhostClipper(sharded, max_grad_norm=1.0)
+        sharded, plain, x = fully_shard(small(), mesh=init_device_mesh("cpu", (1,))).eval(), small().eval(), draw(4, 4)
+        norms = [GhostClipper(each, max_grad_norm=0.1).backward(losses_of(each, x)) for each in (sharded, plain)]
+        torch.testing.assert_close(*norms)
+        for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+
+
+@pytest.mark.parametrize(
+    "options", [{"passes": 1}, {"passes": 2}, {"clipping": "automatic"}, {"clipping": "per_layer"}], ids=str
+)
+def test_examples_that_are_not_counted_contribute_nothing(options):
+    plain, padded = small().eval(), small().eval()
+    x = draw(4, 4)
+    reference, clipper = (GhostClipper(model, max_grad_norm=0.1, **options) for model in (plain, padded))
+    right = reference.backward(plain(x).square().sum(1))
+    more = torch.cat([torch.full_like(x[:1], torch.nan), x, 100 * x[:1]])
+    norms = clipper.backward(padded(more).square().sum(1), counted=torch.tensor([0, 1, 1, 1, 1, 0]))
+    torch.testing.assert_close(norms[1:-1], right)
+    assert norms[0].isnan() and norms[-1] > 0
+    assert clipper.nonfinite == 0
+    assert clipper.clipped.tolist() == [False, *reference.clipped.tolist(), False]
+    for one, other in zip(padded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    with pytest.raises(ValueError, match=r"counted has shape \(3,\) for 4 losses; give one number per example"):
+        clipper.backward(losses_of(padded, x), counted=torch.ones(3))
+
+
+def test_a_single_example_that_is_not_counted_adds_zeros():
+    model = small()
+    clipper = GhostClipper(model, max_grad_norm=0.1, passes="direct")
+    assert clipper.backward(losses_of(model, draw(1, 4)), counted=torch.zeros(1)) > 0
+    assert not any(p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("passes", [1, 2, "direct"])

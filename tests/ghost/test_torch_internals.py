@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -329,3 +331,95 @@ def test_views_are_recognised():
     x = torch.ones(2, 2)
     assert internals.is_view(x[0])
     assert not internals.is_view(x * 2)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A tied pair and a frozen layer, sharded over a group of one process."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model[2], mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    yield fully_shard(model, mesh=mesh)
+    distributed.destroy_process_group()
+
+
+def test_groups_of_fsdp_have_both_copies_of_each_parameter(sharded):
+    root, last = internals.fsdp_groups(sharded)
+    assert isinstance(root, internals.FsdpGroup)
+    assert (root.module, last.module) == (sharded, sharded[2])
+    (tied,) = root.parameters()
+    assert isinstance(tied, internals.FsdpParameter)
+    assert tied.shard is sharded[0].weight is sharded[1].weight
+    assert tied.whole is None and not tied.is_dtensor and not root.is_unsharded
+    sharded.unshard()
+    assert root.is_unsharded and not last.is_unsharded
+    (tied,) = root.parameters()
+    whole, data = tied.whole, tied.whole.detach().clone()
+    assert whole is sharded[0].weight is sharded[1].weight and torch.equal(tied.local, data)
+    version = internals.version(whole)
+    sharded.reshard()
+    assert not root.is_unsharded and sharded[0].weight is tied.shard and not whole.untyped_storage().size()
+    sharded.unshard()
+    assert next(root.parameters()).whole is whole and torch.equal(whole, data) and internals.version(whole) == version
+    tied.shard.requires_grad_(False)
+    assert whole.requires_grad
+    sharded.reshard()
+    sharded.unshard()
+    assert not whole.requires_grad  # from now on as the shard
+
+
+def test_parameters_that_were_one_have_the_same_origin(sharded):
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    one.weight = other.weight
+    model = nn.Sequential(one, other)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(one, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    origins = [each.origin for group in internals.fsdp_groups(model) for each in group.parameters()]
+    assert len(origins) == 4 and len(set(origins)) == 3
+
+
+def test_the_options_of_a_group_of_fsdp(sharded):
+    root, last = internals.fsdp_groups(sharded)
+    assert root.dtypes == (None, None) and last.dtypes == (torch.bfloat16, None)
+    assert root.mesh_size == 1 and not root.reshards_to_fewer
+    copies = nn.Linear(2, 2)
+    fully_shard(copies, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards")))
+    assert internals.fsdp_groups(copies)[0].mesh_size == 0
+    assert root.reduces
+    sharded.set_requires_gradient_sync(False)
+    assert not root.reduces and not last.reduces
+
+
+def test_the_reduction_of_a_group_of_fsdp(sharded):
+    root, _ = internals.fsdp_groups(sharded)
+    assert root.reduction == (None, False) and not root.reduces_unused
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+    sharded.set_reduce_scatter_unused_params(True)
+    assert root.reduction == (1.0, True) and root.reduces_unused
+    root.reduction, root.reduces_unused = (4.0, True), False
+    assert root.reduction == (4.0, True) and not root.reduces_unused
+    of_factor = []
+    for factor in (1.0, 2.0):
+        root.reduction = (factor, True)
+        sharded(torch.ones(1, 3)).sum().backward()
+        of_factor.append(sharded[0].weight.grad.full_tensor())
+        sharded.zero_grad()
+    assert (of_factor[0].abs() >= 2 * of_factor[1].abs()).all() and of_factor[0].any()
+
+
+def test_a_gradient_is_reduced_where_the_backward_reaches_the_inputs_or_ends(sharded):
+    sharded[2].weight.requires_grad_(True)
+    x = torch.ones(1, 3, requires_grad=True)
+    root, last = internals.fsdp_groups(sharded)
+    y = sharded(x)
+    assert root.is_unsharded and not last.is_unsharded
+    (grad,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert grad.shape == (1, 3) and sharded[0].weight.grad is None and not root.is_unsharded
+    y.sum().backward()
+    assert all(p.grad is not None for p in sharded.parameters())
+    assert all(each.whole.grad is None for group in (root, last) for each in group.parameters())

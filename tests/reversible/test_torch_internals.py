@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from memsave.reversible import _torch_internals as internals
 
@@ -63,3 +65,17 @@ def test_all_kinds_of_hooks_are_listed():
     module.register_full_backward_hook(backward := lambda *_: None)
     module.register_full_backward_pre_hook(backward_pre := lambda *_: None)
     assert set(internals.hooks_of(module)) == {forward, forward_pre, backward, backward_pre}
+
+
+def test_shards_and_sharded_modules_are_recognised(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(2, 2))
+        assert not internals.is_fully_sharded(model) and not internals.is_shard(model[0].weight)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert internals.is_fully_sharded(model) and not internals.is_fully_sharded(model[0])
+        assert internals.is_shard(model[0].weight)
+        model.unshard()
+        assert not internals.is_shard(model[0].weight)
+    finally:
+        distributed.destroy_process_group()
