@@ -39,7 +39,7 @@ class Failures:
 
     def cause(self, error: Exception) -> Exception:
         """The error that ended the run: this one, or another process's if this one only says that it left the group."""
-        if not self._several or not _is_lost_connection(error):
+        if not self._several or not is_lost_connection(error):
             return error
         with suppress(Exception):  # torchrun may have ended
             if self._store.check([FAILED]):
@@ -74,7 +74,7 @@ class Failures:
                 self._store.set(FINISHED, "1")
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Whether a collective failed because another process left the group."""
     if isinstance(error, distributed.DistError):
         return True

@@ -10,6 +10,10 @@
     encoding    of the input (default utf-8)
     device      auto, cpu or cuda (default auto)
 
+Several processes, each with a GPU of its own, share the batches:
+
+    torchrun --nproc_per_node=4 -m memsave.generate model=... input=... output=...
+
 A line that cannot be used is named and left out. The answers so far are kept in OUTPUT.partial.jsonl: after an
 interruption, the same command continues there. Exit codes: 0 all lines were answered, 1 some were left out, 2 bad
 input, 130 interrupted.
@@ -22,6 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,8 @@ from memsave.data import DataError
 from memsave.data.errors import collecting_faults, made
 from memsave.data.text.tables import Row, check_encoding, read_rows
 from memsave.files import replacing
+from memsave.process_group import own_device
+from memsave.processes import map_in_rounds, on_main, together
 from memsave.progress import Progress
 from memsave.tasks.language.answering import Answerer, load_answerer
 from memsave.training.signals import interrupt_at_signals
@@ -69,22 +76,30 @@ def generate_file(arguments: Arguments, *, progress: Progress) -> int:
     """Answer every line of the input; returns the exit code."""
     from memsave.experiment import choose_device
 
-    source, output = _checked_files(arguments)
-    device = choose_device(arguments.device, key="device")
-    answerer = load_answerer(Path(arguments.model).expanduser(), device=device)
-    with collecting_faults() as faults:
-        rows = read_rows(source, encoding=arguments.encoding, key="encoding", plain=answerer.column)
-        inputs = list(made(rows, lambda row: (row, answerer.read(row))))
-    for fault in faults:
-        progress.say(f"left out: {fault}")
-    if not inputs:
-        raise DataError(f"{source} has no line that can be used: {faults[0]}")
-    _check_columns([row for row, _ in inputs], answerer)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal.of(output, settings=_settings(arguments, source, answerer), rows=[row for row, _ in inputs])
+    with together():
+        source, output = _checked_files(arguments)
+        device = own_device(choose_device(arguments.device, key="device"))
+        answerer = load_answerer(Path(arguments.model).expanduser(), device=device)
+        with collecting_faults() as faults:
+            rows = read_rows(source, encoding=arguments.encoding, key="encoding", plain=answerer.column)
+            inputs = list(made(rows, lambda row: (row, answerer.read(row))))
+        for fault in faults:
+            progress.say(f"left out: {fault}")
+        if not inputs:
+            raise DataError(f"{source} has no line that can be used: {faults[0]}")
+        _check_columns([row for row, _ in inputs], answerer)
+
+    def opened() -> Journal:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return Journal.of(output, settings=_settings(arguments, source, answerer), rows=[row for row, _ in inputs])
+
+    def finish() -> None:
+        write_table(output, journal.answers)
+        journal.path.unlink()
+
+    journal = on_main(opened)
     _answer_all(inputs, answerer, journal, size=arguments.batch_size, progress=progress)
-    write_table(output, journal.answers)
-    journal.path.unlink()
+    on_main(finish)
     count = len(inputs) + len(faults)
     progress.say(f"answered {len(inputs)} of {count} lines: {output}")
     return 1 if faults else 0
@@ -115,18 +130,26 @@ def _check_columns(rows: Sequence[Row], answerer: Answerer) -> None:
 def _answer_all(
     inputs: Sequence[tuple[Row, Any]], answerer: Answerer, journal: "Journal", *, size: int, progress: Progress
 ) -> None:
-    """Answer the inputs that the journal lacks, in batches that do not depend on where it begins."""
+    """Answer the inputs that the journal lacks, in batches that do not depend on where it begins.
+
+    In each round, every process answers one batch, and the first one adds the answers to its journal. If a batch fails,
+    the answers to the batches before it are kept.
+    """
     done = len(journal.answers)
     if done:
         progress.say(f"continuing after {done} of {len(inputs)} lines")
-    starts = range(done - done % size, len(inputs), size)
+    starts = range(done - done % size, len(inputs), size) if done < len(inputs) else range(0)
     bar = progress.lines(len(starts), unit="batch")
-    for first in starts if done < len(inputs) else ():
+
+    def answer(first: int) -> list[dict[str, Any]]:
         part = inputs[first : first + size]
         answers = answerer.answer([each for _, each in part])
-        found = [{LINE: row.line, **row.values, **answer} for (row, _), answer in zip(part, answers, strict=True)]
-        journal.add(found[max(0, done - first) :])
-        bar.advance(f"{first + len(part)} of {len(inputs)} lines")
+        found = [{LINE: row.line, **row.values, **each} for (row, _), each in zip(part, answers, strict=True)]
+        return found[max(0, done - first) :]
+
+    for first, found in zip(starts, map_in_rounds(answer, starts)):
+        on_main(partial(journal.add, found))
+        bar.advance(f"{min(first + size, len(inputs))} of {len(inputs)} lines")
 
 
 @dataclass

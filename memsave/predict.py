@@ -14,6 +14,10 @@
     budget      limit of the live memory that a case may take, such as 16GiB
     device      auto, cpu or cuda (default auto)
 
+Several processes, each with a GPU of its own, share the cases:
+
+    torchrun --nproc_per_node=4 -m memsave.predict checkpoint=... input=... output=...
+
 A case that fails or lacks a file is reported, and the other cases are segmented. Exit codes: 0 all cases were
 segmented, 1 some failed, 2 bad input, 130 interrupted.
 """
@@ -36,8 +40,9 @@ from memsave.arguments import names_in, parse_arguments
 from memsave.command_line import run_command
 from memsave.config import ConfigError
 from memsave.data import DataError
-from memsave.data.volumes.schemes import LabelScheme
 from memsave.files import NOT_WRITABLE, replacing
+from memsave.process_group import own_device
+from memsave.processes import broadcast, on_main, process_count, process_rank, received, together
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.progress import Progress
 from memsave.tasks.loading import load_unet
@@ -46,6 +51,7 @@ from memsave.training.memory_error import is_out_of_memory
 from memsave.training.signals import interrupt_at_signals
 
 if TYPE_CHECKING:
+    from memsave.data.volumes.layouts import Case
     from memsave.tasks.segmentation.unet_config import UNetConfig
 
 OVERLAP = "a number from 0 to below 1, such as 0.5"
@@ -97,43 +103,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def predict_folder(arguments: Arguments, *, progress: Progress) -> int:
     """Segment every case of the input folder; returns the exit code."""
-    from memsave.data.volumes.dataset import Volumes
     from memsave.data.volumes.layouts import duplicates, scan
-    from memsave.data.volumes.nifti import read_header
     from memsave.experiment import choose_device
-    from memsave.tasks.segmentation.inference import without_small
 
-    model = load_unet(Path(arguments.checkpoint).expanduser())
-    config, options = model.config, _options(arguments, model.config)
-    kwargs = _scan_kwargs(arguments, config)
-    device = choose_device(arguments.device, key="device")
-    found = scan(arguments.input, **kwargs, labelled=False)
-    repeated = duplicates(found.cases)
-    faults = found.faults + repeated
-    if not found.cases or repeated:  # repeated ids would be written to one file
-        raise DataError(faults[0])
-    output = _output_folder(arguments.output)
+    with together():
+        model = load_unet(Path(arguments.checkpoint).expanduser())
+        options, kwargs = _options(arguments, model.config), _scan_kwargs(arguments, model.config)
+        device = own_device(choose_device(arguments.device, key="device"))
+        found = scan(arguments.input, **kwargs, labelled=False)
+        repeated = duplicates(found.cases)
+        faults = found.faults + repeated
+        if not found.cases or repeated:  # repeated ids would be written to one file
+            raise DataError(faults[0])
+        model = model.to(device)
+    output = on_main(lambda: _output_folder(arguments.output))
     for fault in faults:
         progress.say(f"failed: {fault}")
-    model = model.to(device)
+    done, total = 0, len(found.cases) + len(found.incomplete)
+    for number, (case, labels) in enumerate(_segmented(found.cases, model, options, device=device), start=1):
+        path = output / f"{case.id}.nii.gz"
+        reason = labels if isinstance(labels, str) else _written(path, labels, case)
+        done += reason is None
+        said = str(path) if reason is None else f"{case.id} failed: {reason}"
+        progress.say(f"{number} of {len(found.cases)}: {said}")
+    progress.say(f"segmented {done} of {total} cases into {output}")
+    return broadcast(1 if done < total or faults else 0)
+
+
+def _segmented(
+    cases: Sequence["Case"], model: Any, options: Options, *, device: torch.device
+) -> Iterator[tuple["Case", np.ndarray | str]]:
+    """Yield each case with its labels, or with the reason why it failed; on the first process, in order.
+
+    In each round, every process segments one case and the first one receives the results, of which it holds one.
+    """
+    count, rank = process_count(), process_rank()
+    for first in range(0, len(cases), count):
+        part = cases[first : first + count]
+        mine: np.ndarray | str = ""
+        if rank < len(part):
+            try:
+                mine = _segment_case(part[rank], model, options, device=device)
+            except Exception as error:  # any error of one case is reported, and the others continue
+                mine = _reason(error)
+        for other, found in enumerate(received(mine)):  # takes all: a process waits until its value is received
+            if other < len(part):
+                yield part[other], found
+
+
+def _segment_case(case: "Case", model: Any, options: Options, *, device: torch.device) -> np.ndarray:
+    """The labels (X, Y, Z) uint8 of a case on the grid of its files."""
+    from memsave.data.volumes.dataset import Volumes
+    from memsave.data.volumes.nifti import read_header
+    from memsave.data.volumes.reader import labels_of
+    from memsave.tasks.segmentation.inference import without_small
+
+    config = model.config
     precision = config.precision
     precision = "float32" if precision == "float16" and device.type != "cuda" else precision
-    failed, total = len(found.incomplete), len(found.cases) + len(found.incomplete)
-    for number, case in enumerate(found.cases, start=1):
-        try:
-            reference = read_header(case.images[0])  # read first: writing the result needs it
-            volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=config.spacing)[0]
-            with autocast(model, precision):
-                masks = segment(model, volume, options, device=device)
-            masks = without_small(masks, case.scheme.names, smallest_et=config.smallest_et)
-            path = output / f"{case.id}.nii.gz"
-            write_labels(path, masks, scheme=case.scheme, reference=reference)
-            progress.say(f"{number} of {len(found.cases)}: {path}")
-        except Exception as error:  # any error of one case is reported, and the others continue
-            failed += 1
-            progress.say(f"{number} of {len(found.cases)}: {case.id} failed: {_reason(error)}")
-    progress.say(f"segmented {total - failed} of {total} cases into {output}")
-    return 1 if failed or faults else 0
+    read_header(case.images[0])  # first: writing the result needs it
+    volume = Volumes([replace(case, label=None)], scheme=case.scheme, spacing=config.spacing)[0]
+    with autocast(model, precision):
+        masks = segment(model, volume, options, device=device)
+    masks = without_small(masks, case.scheme.names, smallest_et=config.smallest_et)
+    return labels_of(masks, case.scheme).numpy()
+
+
+def _written(path: Path, labels: np.ndarray, case: "Case") -> str | None:
+    """Write the labels of a case; returns the reason if this fails."""
+    from memsave.data.volumes.nifti import read_header
+
+    try:
+        write_labels(path, labels, reference=read_header(case.images[0]))
+    except Exception as error:  # as in `_segmented`
+        return _reason(error)
+    return None
 
 
 def _output_folder(path: str) -> Path:
@@ -194,17 +238,14 @@ def _reflections() -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations((1, 2, 3), count) for count in range(4))
 
 
-def write_labels(path: Path, masks: Tensor, *, scheme: LabelScheme, reference: Any) -> None:
-    """Write boolean masks (R, X, Y, Z) as one NIfTI file of the scheme's labels, with the geometry of `reference`.
+def write_labels(path: Path, labels: np.ndarray, *, reference: Any) -> None:
+    """Write labels (X, Y, Z) uint8 as a NIfTI file with the geometry of `reference`.
 
     `reference` is an image of the case (`memsave.data.volumes.nifti.read_header`). The file keeps its whole header,
     because programs differ in which of the two affines of a header they read.
     """
     import nibabel
 
-    from memsave.data.volumes.reader import labels_of
-
-    labels = labels_of(masks, scheme).squeeze(0).numpy()
     image = type(reference)(labels, reference.affine, reference.header, dtype=np.uint8)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of an intensity
     image.header["descrip"], image.header["intent_code"] = b"", 0

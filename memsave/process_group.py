@@ -41,7 +41,7 @@ def start_group() -> bool:
 
 
 def stop_group() -> None:
-    """End the group. Other processes that still wait for this one get ProcessLost."""
+    """End the group. Collectives of processes that still wait for this one then fail."""
     distributed.destroy_process_group()
 
 

@@ -2,6 +2,9 @@
 
 Imports torch alone. Without a process group of several processes, every function here returns at once what a single
 process has. All processes of the group must call the same functions in the same order.
+
+An error of one process would leave the others waiting. `together`, `on_main`, `map_shares` and `map_in_rounds` raise it
+on every process.
 """
 
 import os
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which torchrun, mpirun and srun give the number of processes."""
@@ -146,6 +150,38 @@ def gather_shares(mine: Sequence[T]) -> list[T]:
     return [shares[number % count][number // count] for number in range(total)]
 
 
+def map_shares(function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    """[function(item) of each item], in their order, on every process; each process calls it for its share.
+
+    Raises the error of any process on every process; see `together`.
+    """
+    mine: list[T] = []
+    with together():
+        mine += map(function, share(items))
+    return gather_shares(mine)
+
+
+def map_in_rounds(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+    """Yield function(item) of each item, in their order, on every process; each process calls it once per round.
+
+    If some items raise an exception, the results before the first one come first, and then every process raises it.
+    """
+    count, rank = process_count(), process_rank()
+    for first in range(0, len(items), count):
+        mine: list[T] = []
+        error: Exception | None = None
+        try:
+            mine += map(function, items[first : first + count][rank : rank + 1])
+        except Exception as found:
+            if count == 1:
+                raise
+            error = found
+        for other, (results, failed) in enumerate(gather((mine, portable(error)))):
+            if failed is not None:
+                raise pickle.loads(failed) if error is None or other != rank else error
+            yield from results
+
+
 def gather(value: T) -> list[T]:
     """The value of each process, by rank, on every process."""
     if process_count() == 1:
@@ -155,6 +191,21 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def received(value: T) -> Iterator[T]:
+    """Yield the value of each process on rank 0, by rank; it holds one at a time. Other processes send, yield nothing.
+
+    Rank 0 must take all of them: a process waits until its value has been received.
+    """
+    if process_rank() != 0:
+        distributed.send_object_list([value], dst=0, device=_device())
+        return
+    yield value
+    for rank in range(1, process_count()):
+        content: list[Any] = [None]
+        distributed.recv_object_list(content, src=rank, device=_device())
+        yield content.pop()
+
+
 def broadcast(value: T) -> T:
     """The value of rank 0."""
     if process_count() == 1:
@@ -162,6 +213,11 @@ def broadcast(value: T) -> T:
     content: list[Any] = [value if process_rank() == 0 else None]
     distributed.broadcast_object_list(content, src=0)
     return content[0]
+
+
+def wait_for_all() -> None:
+    """Return when every process has called it."""
+    gather(None)
 
 
 def any_process(flag: bool) -> bool:

@@ -22,7 +22,7 @@ from memsave.data.volumes.dataset import Volumes
 from memsave.data.volumes.layouts import MODALITIES, find_cases
 from memsave.data.volumes.metrics import region_scores
 from memsave.data.volumes.nifti import read_header
-from memsave.data.volumes.reader import read_label, regions
+from memsave.data.volumes.reader import labels_of, read_label, regions
 from memsave.data.volumes.schemes import SCHEMES
 from memsave.predict import main, write_labels
 from memsave.tasks.segmentation.unet_config import UNetConfig
@@ -284,7 +284,7 @@ def test_both_affines_of_the_header_are_kept(tmp_path):
     mask = torch.zeros(1, 4, 5, 6, dtype=torch.bool)
     mask[0, 1, 2, 3] = True
     reference = read_header(tmp_path / "A_t1ce.nii.gz")
-    write_labels(tmp_path / "A.nii.gz", mask, scheme=SCHEMES["binary"], reference=reference)
+    write_labels(tmp_path / "A.nii.gz", labels_of(mask, SCHEMES["binary"]).numpy(), reference=reference)
     written, read = nibabel.load(tmp_path / "A.nii.gz"), nibabel.load(tmp_path / "A_t1ce.nii.gz")
     assert written.get_data_dtype() == np.uint8 and written.header["cal_max"] == 0
     np.testing.assert_array_equal(written.get_fdata(), mask[0].numpy())

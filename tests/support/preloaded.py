@@ -2,7 +2,12 @@
 
 import nibabel  # noqa: F401
 import torch.distributed.fsdp
+from transformers import BartForConditionalGeneration, GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401
 
-from memsave.tasks.segmentation import task  # noqa: F401
+import memsave.experiment
+import memsave.tasks.language.classification
+import memsave.tasks.language.dialog
+import memsave.tasks.language.generation
+import memsave.tasks.segmentation.task  # noqa: F401
 
 torch.set_num_threads(1)

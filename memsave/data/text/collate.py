@@ -1,10 +1,12 @@
 """Examples as tokens, and batches of them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 IGNORED = -100  # the label that transformers ignores
 
@@ -19,6 +21,11 @@ class Tokens(NamedTuple):
 
 Example = list[Tokens]
 """The rows of one example: one, or the chunks of a long text."""
+
+
+def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """The items in batches of `size`; the last one may be smaller."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def collate(examples: Sequence[Example], *, pad: int) -> dict[str, Tensor]:

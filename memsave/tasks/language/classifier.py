@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from memsave.data.fingerprint import fingerprint_of
 from memsave.data.loader import Index
+from memsave.data.text.collate import in_batches
 from memsave.data.text.label_metrics import confusion_matrix, label_scores
 from memsave.data.text.labelled import Labelled
 from memsave.data.text.templates import Encoded, Template, Text, collate_texts, encode_texts, label_word_tokens
 from memsave.models.label_words import label_word_logits
 from memsave.models.padding import positions
+from memsave.processes import map_shares
 from memsave.tasks.language.confusion import draw_confusion
 from memsave.tasks.language.task import LanguageTask
 from memsave.training.loop import autocast, evaluating
@@ -78,18 +80,24 @@ def classify(
     pad: int,
     precision: str = "float32",
     device: torch.device,
+    shared: bool = False,
 ) -> np.ndarray:
-    """(N, L): the probability of each label for each text. Texts of similar length share a batch."""
+    """(N, L): the probability of each label for each text. Texts of similar length share a batch.
+
+    With `shared`, each process of the group computes a share of the batches, and gets all results.
+    """
+
+    def probabilities(part: Sequence[int]) -> np.ndarray:
+        """Those of the texts with these numbers."""
+        batch = collate_texts([texts[number] for number in part], pad=pad)
+        placed = {key: value.to(device) for key, value in batch.items()}
+        return classifier_logits(model, placed, kind=kind, words=words).float().softmax(1).cpu().numpy()
+
     order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
-    rows: dict[int, np.ndarray] = {}
+    batches = in_batches(order, BATCH)
     with evaluating(model), autocast(model, precision):
-        for first in range(0, len(order), BATCH):
-            part = order[first : first + BATCH]
-            batch = collate_texts([texts[number] for number in part], pad=pad)
-            placed = {key: value.to(device) for key, value in batch.items()}
-            found = classifier_logits(model, placed, kind=kind, words=words).float().softmax(1)
-            rows |= dict(zip(part, found.cpu().numpy(), strict=True))
-    return np.stack([rows[number] for number in range(len(texts))])
+        found = map_shares(probabilities, batches) if shared else list(map(probabilities, batches))
+    return np.concatenate(found)[np.argsort(order)]
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,7 @@ class Classification(LanguageTask):
             pad=self.tokenizer.pad_token_id,
             precision=self.precision,
             device=self.device,
+            shared=True,
         )
         labels = [each.label for each in self.held_out]
         confusion = confusion_matrix(labels, probabilities.argmax(1).tolist(), count=len(self.objective.labels))

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from memsave.data.text.collate import prompts
+from memsave.data.text.collate import in_batches, prompts
 from memsave.models.encoder_decoder import is_encoder_decoder
 from memsave.models.virtual_tokens import generate
+from memsave.processes import map_shares
 
 BATCH = 32
 
@@ -38,8 +39,8 @@ def write_texts(
         device: of the model.
     """
     is_pair = is_encoder_decoder(model)
-    for first in range(0, len(tokens), batch_size):
-        batch = prompts(tokens[first : first + batch_size], pad=tokenizer.pad_token_id, right=is_pair)
+    for part in in_batches(tokens, batch_size):
+        batch = prompts(part, pad=tokenizer.pad_token_id, right=is_pair)
         length = 0 if is_pair else batch["input_ids"].shape[1]
         out = generate(
             model,
@@ -52,3 +53,12 @@ def write_texts(
         )
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
         yield from (text.strip() for text in texts)
+
+
+def write_texts_together(model: Any, tokenizer: Any, tokens: Sequence[list[int]], **options: Any) -> list[str]:
+    """The texts of `write_texts` on every process; the processes share its batches, which stay the same."""
+
+    def write(batch: Sequence[list[int]]) -> list[str]:
+        return list(write_texts(model, tokenizer, batch, **options, batch_size=BATCH))
+
+    return [text for texts in map_shares(write, in_batches(tokens, BATCH)) for text in texts]

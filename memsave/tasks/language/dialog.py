@@ -24,7 +24,7 @@ from memsave.data.text.tables import Row
 from memsave.data.text.word_f1 import word_f1
 from memsave.progress import Progress
 from memsave.tasks.definition import option_of
-from memsave.tasks.language.decoding import write_texts
+from memsave.tasks.language.decoding import write_texts, write_texts_together
 from memsave.tasks.language.definition import LanguageDefinition, LanguageTaskConfig
 from memsave.tasks.language.pretrained import Purpose
 from memsave.tasks.language.task import LanguageTask, dummy_batch, text_losses
@@ -178,7 +178,7 @@ class DialogTask(LanguageTask):
         tokens = [encode_context(each, self.form, limit=self.context_tokens) for each in contexts]
         options: dict[str, Any] = {"new_tokens": self.task.new_tokens, "beams": self.task.beams, "ends": self.form.ends}
         with evaluating(model), autocast(model, self.precision):
-            return list(write_texts(model, self.tokenizer, tokens, **options, device=self.device))
+            return write_texts_together(model, self.tokenizer, tokens, **options, device=self.device)
 
     @property
     def context_tokens(self) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from memsave.data.loader import Index
-from memsave.data.text.collate import IGNORED, Example, collate
+from memsave.data.text.collate import IGNORED, Example, collate, in_batches
 from memsave.models.language import causal_lm_losses
+from memsave.processes import map_shares
 from memsave.tasks.language.adapter_files import save_model
 from memsave.training.loop import autocast, evaluating
 from memsave.training.task import Batch
@@ -86,16 +87,18 @@ class LanguageTask:
         return text_losses(model, batch, head=self.head)
 
     def perplexity(self, model: nn.Module) -> float:
-        """exp(mean cross-entropy) over the target tokens of the held-out examples."""
-        total, count = 0.0, 0
+        """exp(mean cross-entropy) over the target tokens of the held-out examples, whose batches processes share."""
+
+        def sums(part: Sequence[Example]) -> tuple[float, int]:
+            """(sum of the losses of the target tokens of a batch, their number)."""
+            batch = self.place(self.collate(part))
+            targets = self.count_targets(batch)
+            return (self.per_example_losses(model, batch) * targets).sum().item(), int(targets.sum())
+
         held_out = [[row] for example in self.held_out_examples for row in example]  # long examples take less memory
         with evaluating(model), autocast(model, self.precision):
-            for first in range(0, len(held_out), EVALUATION_BATCH):
-                part = held_out[first : first + EVALUATION_BATCH]
-                batch = self.place(self.collate(part))
-                targets = self.count_targets(batch)
-                total += (self.per_example_losses(model, batch) * targets).sum().item()
-                count += int(targets.sum())
+            found = map_shares(sums, in_batches(held_out, EVALUATION_BATCH))
+        total, count = sum(loss for loss, _ in found), sum(targets for _, targets in found)
         return math.exp(min(total / count, 50.0)) if count else math.nan
 
     def prompt_format(self) -> dict[str, Any]:

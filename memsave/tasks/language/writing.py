@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from memsave.tasks.language.decoding import write_texts
+from memsave.tasks.language.decoding import write_texts_together
 from memsave.tasks.language.task import LanguageTask
 from memsave.training.loop import autocast, evaluating
 
@@ -56,7 +56,7 @@ class WritingTask(LanguageTask):
         tokens = [self.encode_prompt(prompt) for prompt in prompts]
         options: dict[str, Any] = {"max_length": self.max_length, "beams": self.beams}
         with evaluating(model), autocast(model, self.precision):
-            texts = list(write_texts(model, self.tokenizer, tokens, **options, device=self.device))
+            texts = write_texts_together(model, self.tokenizer, tokens, **options, device=self.device)
         return dict(zip(prompts, texts, strict=True))
 
     def show(self, folder: Path) -> list[Path]:

@@ -8,6 +8,8 @@ sliding window and scored by Dice and HD95 per region, on their original grid.
 import csv
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from memsave.data.volumes.lesion_metrics import lesion_region_scores
 from memsave.data.volumes.metrics import region_scores
 from memsave.data.volumes.reader import labels_of, regions
 from memsave.data.volumes.transforms import resample
+from memsave.processes import map_shares, received, share
 from memsave.progress import Progress
 from memsave.tasks.segmentation.inference import predict, without_small
 from memsave.tasks.segmentation.losses import case_losses
@@ -70,7 +73,7 @@ class Segmentation:
         )
         self.held_out = Volumes(held_out, spacing=data.spacing)
         self.scheme = self.held_out.scheme
-        self.pictures: list[Picture] = []  # of the last evaluation
+        self.pictures: list[Picture] = []  # of the last evaluation; on rank 0
         self.scores: dict[str, dict[str, float]] = {}  # of the last evaluation, by case
 
     unit = "one patient: all crops of one case in a step have one loss"
@@ -132,18 +135,30 @@ class Segmentation:
         return case_losses(model, batch, scheme=self.scheme)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Means over the held-out cases: Dice and HD95 (mm) of each region, and Dice averaged over the regions."""
+        """Means over the held-out cases: Dice and HD95 (mm) of each region, and Dice averaged over the regions.
+
+        The processes of a group share the cases. All of them get the scores of every case, rank 0 gets the pictures.
+        """
         self.scores, self.pictures = {}, []
-        lines = self.progress.lines(len(self.held_out), unit="held-out case")
-        for number in range(len(self.held_out)):
-            self._score(model, number)
-            lines.advance(self.held_out.cases[number].id)
+        numbers = range(len(self.held_out))
+        lines = self.progress.lines(len(share(numbers)), unit="held-out case")
+        own: list[tuple[int, Picture]] = []
+
+        def score(number: int) -> tuple[str, dict[str, float]]:
+            name, scores, drawn = self._score(model, number)
+            own.extend([(number, drawn)] if drawn else [])
+            lines.advance(name)
+            return name, scores
+
+        self.scores = dict(map_shares(score, numbers))
+        pictures = sorted(chain.from_iterable(received(own)), key=itemgetter(0))
+        self.pictures = [each for _, each in pictures]
         names = next(iter(self.scores.values()))
         mean = {key: sum(score[key] for score in self.scores.values()) / len(self.scores) for key in names}
         return {"dice": sum(mean[f"dice_{name}"] for name in self.scheme.names) / len(self.scheme.names), **mean}
 
-    def _score(self, model: nn.Module, number: int) -> None:
-        """Segment a held-out case and store its scores."""
+    def _score(self, model: nn.Module, number: int) -> tuple[str, dict[str, float], Picture | None]:
+        """Segment a held-out case: its id, its scores, and a picture of the first ones."""
         volume = self.held_out[number]
         with autocast(model, self.precision):
             prediction = self.predict(model, volume)
@@ -152,9 +167,8 @@ class Segmentation:
         scores = region_scores(prediction, truth, **kwargs)
         if self.data.lesion_wise:
             scores |= lesion_region_scores(prediction, truth, **kwargs)
-        self.scores[volume["id"]] = scores
-        if len(self.pictures) < PICTURES:
-            self.pictures.append(picture(volume, truth, prediction, scores, self.held_out.modalities))
+        drawn = picture(volume, truth, prediction, scores, self.held_out.modalities) if number < PICTURES else None
+        return volume["id"], scores, drawn
 
     def predict(self, model: nn.Module, volume: Item) -> Tensor:
         """Boolean regions (R, X, Y, Z) of a volume of `Volumes`, on the original grid of the case."""
@@ -164,7 +178,7 @@ class Segmentation:
         return regions(labels_of(found, self.scheme), scheme=self.scheme)
 
     def show(self, folder: Path) -> list[Path]:
-        """Write `overlay.png` with some cases of the last evaluation, and `scores.csv` with all of them."""
+        """Write `overlay.png` with some cases of the last evaluation, and `scores.csv` with all of them; on rank 0."""
         path, table = folder / "overlay.png", folder / TABLE
         draw_overlay(self.pictures, path)
         with table.open("w", newline="") as file:

@@ -10,7 +10,7 @@ from memsave.data.volumes.dataset import Volumes, restore
 from memsave.data.volumes.layouts import find_cases
 from memsave.data.volumes.nifti import read_header
 from memsave.data.volumes.orientation import Orientation
-from memsave.data.volumes.reader import regions
+from memsave.data.volumes.reader import labels_of, regions
 from memsave.predict import write_labels
 
 EVERY = [
@@ -72,8 +72,8 @@ def test_restored_predictions_match_the_label_on_the_original_grid(write, tmp_pa
     for codes in ("LPS", "RAS", "SAL"):
         (case,) = write(codes)
         item = Volumes([case])[0]
-        known = {"scheme": case.scheme, "reference": read_header(case.images[0])}
-        write_labels(tmp_path / f"{codes}.nii.gz", restore(item["label"].bool(), item), **known)
+        labels = labels_of(restore(item["label"].bool(), item), case.scheme).numpy()
+        write_labels(tmp_path / f"{codes}.nii.gz", labels, reference=read_header(case.images[0]))
         written = nibabel.load(tmp_path / f"{codes}.nii.gz")
         voxels = np.argwhere(np.asarray(written.dataobj) == 1)
         places.append(sorted(map(tuple, (voxels @ written.affine[:3, :3].T + written.affine[:3, 3]).round(4))))

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +21,7 @@ from memsave.data.text.templates import Template, Text, encode_texts, template_o
 from memsave.ghost import GhostClipper, verify
 from memsave.run import execute
 from memsave.tasks.definition import definition_of
+from memsave.tasks.language import classifier
 from memsave.tasks.language.classifier import Classification, Objective, classify, spread
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.small_roberta import SmallRoberta, small_roberta, train_masked_tokenizer
@@ -124,6 +126,15 @@ def test_scores_files_and_release(kind, tokenizers, tmp_path):
     options = {"kind": prompt["objective"], "words": words, "pad": tokenizer.pad_token_id}
     found = classify(loaded.double(), encoded, **options, device=torch.device("cpu"))
     assert found == pytest.approx(task.evaluations[-1].probabilities, abs=1e-4)
+
+
+def test_probabilities_are_in_the_order_of_the_texts(tokenizers, monkeypatch):
+    """Batches have texts of similar length."""
+    task, model = make("infilling", tokenizers)
+    options = {"kind": "infilling", "words": task.words, "pad": task.tokenizer.pad_token_id}
+    alone = [classify(model, [each], **options, device=torch.device("cpu"))[0] for each in task.held_out_texts]
+    monkeypatch.setattr(classifier, "BATCH", 4)
+    assert classify(model, task.held_out_texts, **options, device=torch.device("cpu")) == pytest.approx(np.stack(alone))
 
 
 def test_counts_name_labels_and_cuts(tokenizers):
