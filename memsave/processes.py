@@ -122,13 +122,6 @@ def without_group() -> str | None:
     return None
 
 
-def several_processes() -> str | None:
-    """The beginning of an error message if this process is one of several; None if it is the only one."""
-    if process_count() > 1:
-        return f"this process is one of {process_count()} of a process group"
-    return without_group()
-
-
 def agree(*numbers: int) -> bool:
     """Whether all processes have the same numbers."""
     return _reduced([*numbers, *(-each for each in numbers)], distributed.ReduceOp.MAX) == [
