@@ -75,6 +75,8 @@ def portable(error: Exception | None) -> bytes | None:
 def on_main(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call the function on rank 0 alone; returns what it returned, on every process, or raises its error on all."""
     found: Any = None
+    if process_count() == 1:
+        return function(*args, **kwargs)
     with together():
         if process_rank() == 0:
             with alone():
@@ -177,8 +179,8 @@ def map_in_rounds(function: Callable[[Item], T], items: Sequence[Item]) -> Itera
 
 def gather(value: T) -> list[T]:
     """The value of each process, by rank, on every process."""
-    if process_count() == 1:
-        return [value]
+    if process_count() == 1 or _is_pretended():
+        return [value] * process_count()
     found: list[Any] = [None] * process_count()
     distributed.all_gather_object(found, value)
     return found
@@ -201,7 +203,7 @@ def received(value: T) -> Iterator[T]:
 
 def broadcast(value: T) -> T:
     """The value of rank 0."""
-    if process_count() == 1:
+    if process_count() == 1 or _is_pretended():
         return value
     content: list[Any] = [value if process_rank() == 0 else None]
     distributed.broadcast_object_list(content, src=0)
@@ -236,6 +238,8 @@ def sums(numbers: Sequence[float]) -> list[float]:
 def _reduced(numbers: list[Any], operation: Any, *, dtype: torch.dtype = torch.int64) -> list[Any]:
     if process_count() == 1:
         return numbers
+    if _is_pretended():
+        return [process_count() * each for each in numbers] if operation == distributed.ReduceOp.SUM else numbers
     content = torch.tensor(numbers, dtype=dtype, device=_device())
     distributed.all_reduce(content, operation)
     return content.tolist()
@@ -306,6 +310,11 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 def _has_group() -> bool:
     return not _alone and distributed.is_available() and distributed.is_initialized()
+
+
+def _is_pretended() -> bool:
+    """Whether the group only pretends several processes, to plan for them: all have what this one has."""
+    return distributed.get_backend() == "fake"
 
 
 def _device() -> torch.device:

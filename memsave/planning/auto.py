@@ -15,6 +15,7 @@ from memsave.config import Config
 from memsave.planning.budget import OverBudget
 from memsave.planning.fake_step import fake_step
 from memsave.planning.plan import calibration_of
+from memsave.planning.pretend import plan_alone
 from memsave.profiler import (
     Calibration,
     MemoryEstimate,
@@ -36,17 +37,23 @@ def choose_memory(config: Config, folder: Path, device: torch.device, *, progres
     """
     if config.memory.mode != "auto" or config.memory.levels is not None:
         return config
+    chosen, line = plan_alone(_cheapest_that_fits, config, device)
+    progress.say(line)
+    write_config(chosen, folder)
+    return chosen
+
+
+def _cheapest_that_fits(config: Config, device: torch.device) -> tuple[Config, str]:
+    """(the config with the choice, a line about it)."""
     assert config.budget is not None
     budget, smallest = parse_bytes(config.budget), []
     for choice in definition_of(config).memory_choices(device):
-        calibration = _calibration(choice, device, progress=progress)
+        calibration = _calibration(choice, device, progress=Progress())
         chosen, estimate = _fit(choice, device, calibration, budget=budget)
         smallest.append(estimate.total)
         if chosen is not None:
             what, need = definition_of(chosen).describe_memory(), format_bytes(estimate.total)
-            progress.say(f"memory=auto: {what}; {need} predicted of {config.budget}")
-            write_config(chosen, folder)
-            return chosen
+            return chosen, f"memory=auto: {what}; {need} predicted of {config.budget}"
     raise OverBudget(
         f"no strategy to keep activations fits into {format_bytes(budget)}: the smallest one needs a budget of "
         f"{format_bytes(min(smallest))}, predicted"

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from memsave.config.schema import Config, GhostPrivacy
+from memsave.planning.pretend import pretended_mesh
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
-from memsave.processes import group_size
+from memsave.processes import process_count
 from memsave.profiler import TrainingStep, parse_bytes
 from memsave.tasks.definition import definition_of
 from memsave.training.loop import accumulate, make_state, update
+from memsave.training.sharding import shard_model, wants_sharding
 from memsave.training.task import Batch
 
 MICRO_BATCHES = 2  # enough to reach the peak: existing gradients plus new activations
@@ -53,6 +55,8 @@ def fake_step(
     """
     with device:  # fake parameters cannot be moved to it later
         model = config.adapter.apply(definition_of(config).make_fake_model(architecture=architecture))
+    if wants_sharding(config.trainer):
+        shard_model(model, device, mesh=pretended_mesh())
     task = dummy_task(config, device=device)
     private: Any = PerSampleGradBaseline(model) if per_sample_gradients else _private(config, model)
     state = make_state(model, config.trainer)
@@ -68,7 +72,7 @@ def fake_step(
 def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
     """The losses of the task, and a process's share of a batch, as far as it is needed to reach the peak of memory."""
     trainer, task = config.trainer, definition_of(config)
-    own = math.ceil(trainer.batch_size / group_size())
+    own = math.ceil(trainer.batch_size / process_count())
     count = min(own, MICRO_BATCHES * (trainer.micro_batch_size or own))
     return DummyTask(task.per_example_losses, task.dummy_batch(count=count, device=device))
 

@@ -8,6 +8,7 @@ import torch
 from memsave.config import Config
 from memsave.planning.budget import OverBudget
 from memsave.planning.plan import Plan, make_plan, variation
+from memsave.planning.pretend import plan_alone
 from memsave.planning.report import draw, lines, markdown
 from memsave.profiler import format_bytes, write_html
 from memsave.progress import Progress
@@ -22,7 +23,7 @@ def plan_experiment(
 
     Raises OverBudget if the config's own strategy does not fit at any size.
     """
-    plan = make_plan(config, device, strategies=strategies, progress=progress)
+    plan = plan_alone(make_plan, config, device, strategies=strategies)
     (folder / "plan.md").write_text(markdown(plan))
     draw(plan, folder / "plan.png")
     steps = {f"{row.strategy} {row.size or ''}".strip(): row.need.report for row in plan.rows}
@@ -44,7 +45,7 @@ def fit_to_budget(
     """
     if config.budget is None or not (config.vary or definition_of(config).static_shapes):
         return config, {}
-    plan = make_plan(config, device, strategies=[definition_of(config).current_strategy()], progress=progress)
+    plan = plan_alone(make_plan, config, device, strategies=[definition_of(config).current_strategy()])
     entry = {"plan": plan.as_dict()}
     if plan.vary is None:
         assert plan.budget is not None

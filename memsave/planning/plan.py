@@ -9,6 +9,7 @@ clipping. A small real step, once per machine and model family, calibrates what 
 """
 
 import datetime
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ import torch
 from memsave.config import Config
 from memsave.data.cache import cache_root
 from memsave.planning.fake_step import fake_step
+from memsave.processes import alone, process_count
 from memsave.profiler import Calibration, MemoryEstimate, SearchResult, calibrate, largest, parse_bytes, peak_on_fake
 from memsave.profiler.calibration import TrainingStep, read_calibrations, write_calibration
 from memsave.progress import Progress
 from memsave.tasks.definition import PER_SAMPLE, Variation, definition_of
 from memsave.training.result import hardware, versions
+from memsave.training.sharding import wants_sharding
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,15 @@ class Plan:
     """The row of the strategy of the config."""
     fixed: str = ""
     """The sizes that the plan does not vary, such as 2 at once."""
+    processes: str = ""
+    """Whose bytes these are, such as each of 8 processes (fsdp); empty for a single process."""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry `plan` of `result.json`."""
         return {
             "predicted": "on fake tensors",
             "vary": self.vary,
+            **({"processes": self.processes} if self.processes else {}),
             "fixed": self.fixed,
             "budget_bytes": self.budget,
             "strategy": self.own.strategy,
@@ -103,16 +109,27 @@ class Plan:
         }
 
 
-def make_plan(config: Config, device: torch.device, *, strategies: list[str] | None = None, progress: Progress) -> Plan:
+def make_plan(
+    config: Config, device: torch.device, *, strategies: list[str] | None = None, progress: Progress | None = None
+) -> Plan:
     """The plan with one row for each of `strategies`, or for each strategy that the task compares."""
+    progress = progress or Progress()
     budget = None if config.budget is None else parse_bytes(config.budget)
     task = definition_of(config)
     rows = []
-    for name in task.strategies() if strategies is None else strategies:
+    for name in strategies or task.strategies():
+        if name == PER_SAMPLE and wants_sharding(config.trainer):
+            progress.say(f"{name} is left out: it needs whole gradients, and trainer.parallel=fsdp shards them")
+            continue
         progress.say(f"planning {name}, on fake tensors")
         rows.append(_row(config, name, budget=budget, device=device, progress=progress))
     own = next(row for row in rows if row.strategy == task.current_strategy())
-    return Plan(config.vary, budget, rows, own, fixed_sizes(config))
+    return Plan(config.vary, budget, rows, own, fixed_sizes(config), _described_processes(config))
+
+
+def _described_processes(config: Config) -> str:
+    count, sharded = process_count(), wants_sharding(config.trainer)
+    return "" if count == 1 else f"each of {count} processes ({'fsdp' if sharded else 'ddp'})"
 
 
 def variation(config: Config) -> Variation:
@@ -125,7 +142,8 @@ def variation(config: Config) -> Variation:
 def fixed_sizes(config: Config) -> str:
     """The sizes that the plan does not vary: examples per micro-batch, and the size of an example."""
     trainer = config.trainer
-    batch = [] if config.vary == "batch" else [f"{trainer.micro_batch_size or trainer.batch_size} at once"]
+    share = math.ceil(trainer.batch_size / process_count())
+    batch = [] if config.vary == "batch" else [f"{trainer.micro_batch_size or share} at once"]
     return ", ".join([*batch, *definition_of(config).fixed_sizes()])
 
 
@@ -180,7 +198,8 @@ def calibration_of(config: Config, strategy: str, device: torch.device, *, progr
         return Calibration(workspace_ratio=found["workspace_ratio"])
     progress.say(f"  calibrating {strategy} by a small real step; the result is cached in {path}")
     small, architecture = task.small_config()
-    calibration = calibrate(lambda: _step(small, strategy, device, architecture=architecture), device=device)
+    with alone():  # the workspace of operators does not depend on the other processes
+        calibration = calibrate(lambda: _step(small, strategy, device, architecture=architecture), device=device)
     if calibration is None:
         return Calibration()
     notes = {"date": datetime.date.today().isoformat(), "torch": versions()["torch"]}

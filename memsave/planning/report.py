@@ -18,7 +18,7 @@ def lines(plan: Plan) -> Iterator[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield f"each step: {plan.fixed}"
+    yield f"each step: {_fixed(plan)}"
     yield (
         "exact: live tensors, predicted on fake tensors; calibrated: exact plus the workspace of operators; "
         "calibrated plus reserve must fit"
@@ -34,9 +34,14 @@ def markdown(plan: Plan) -> str:
         peak = row.need.report.peak_by_category
         rows.append("| " + " | ".join([*_cells(plan, row), *(format_bytes(peak[name]) for name in names)]) + " |")
     budget = "" if plan.budget is None else f" in {format_bytes(plan.budget)}"
-    return f"# What fits{budget}\n\nPredicted on fake tensors; nothing was trained. Each step: {plan.fixed}.\n\n" + (
+    return f"# What fits{budget}\n\nPredicted on fake tensors; nothing was trained. Each step: {_fixed(plan)}.\n\n" + (
         "\n".join(rows) + "\n"
     )
+
+
+def _fixed(plan: Plan) -> str:
+    """The sizes of a step, and whose bytes these are."""
+    return ", ".join(filter(None, [plan.fixed, plan.processes and f"bytes of {plan.processes}"]))
 
 
 def _heads(plan: Plan) -> list[str]:
@@ -101,7 +106,7 @@ def draw(plan: Plan, path: Path) -> None:
     figure.text(0.02, top, title, fontsize=12.5, color=INK, weight="bold")
     figure.text(
         *(0.98, 1 - 0.3 / figure.get_figheight()),
-        f"{plan.fixed}; predicted on fake tensors",
+        f"{_fixed(plan)}; predicted on fake tensors",
         fontsize=9,
         color=FAINT,
         ha="right",
