@@ -244,9 +244,8 @@ class FsdpGroup:
         """The parameters of the group."""
         for each in self._group.fsdp_params:
             whole = getattr(each, "_unsharded_param", None)
-            yield FsdpParameter(
-                each.sharded_param, whole, each._sharded_local_tensor, each._orig_param_uid, each.is_dtensor
-            )
+            origin = getattr(each, "_orig_param_uid", id(each))  # before PyTorch 2.13 it does not exist
+            yield FsdpParameter(each.sharded_param, whole, each._sharded_local_tensor, origin, each.is_dtensor)
 
     @property
     def is_unsharded(self) -> bool:
@@ -287,7 +286,7 @@ class FsdpGroup:
     @property
     def reduces_unused(self) -> bool:
         """Whether a backward reduces zeros for a parameter without a gradient."""
-        return self._group.reduce_scatter_unused_params
+        return getattr(self._group, "reduce_scatter_unused_params", False)  # before PyTorch 2.13 it does not exist
 
     @reduces_unused.setter
     def reduces_unused(self, value: bool) -> None:
@@ -299,6 +298,8 @@ def fsdp_groups(model: nn.Module) -> list[FsdpGroup]:
     groups: dict[int, FsdpGroup] = {}
     for module in model.modules():
         if is_fully_sharded(module):
-            for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+            found = getattr(state, "_fsdp_param_groups", None)  # before PyTorch 2.13 there is one group or None
+            for group in filter(None, [state._fsdp_param_group] if found is None else found):
                 groups.setdefault(id(group), FsdpGroup(group))
     return list(groups.values())

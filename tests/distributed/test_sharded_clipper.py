@@ -105,6 +105,21 @@ def training_with_layers_frozen_and_unfrozen_between_steps():
         assert_same_parameters(sharded, plain)
 
 
+def the_sum_of_a_layer_that_was_frozen_since_is_dropped():
+    (plain, reference), (sharded, clipper) = pair()
+    for _ in range(2):
+        x = vectors(5)
+        reference.backward(squares(plain, x))
+        clipper.backward(squares(sharded, share(x)))
+        for model in (plain, sharded):
+            model[0].requires_grad_(False)
+            model[4].requires_grad_(False)
+    for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.allclose(whole(one.grad), other.grad, atol=1e-12)
+    assert sharded[0].weight.grad is None and sharded[4].weight.grad is None
+
+
 def layers_frozen_while_the_root_is_whole():
     (plain, reference), (sharded, clipper) = pair()
     with torch.no_grad():
@@ -470,6 +485,7 @@ def couplings_that_are_sharded_are_refused():
 CHECKS = [
     the_norm_pass_reduces_nothing,
     training_with_layers_frozen_and_unfrozen_between_steps,
+    the_sum_of_a_layer_that_was_frozen_since_is_dropped,
     layers_frozen_while_the_root_is_whole,
     gradients_are_dtensors_also_of_unused_layers,
     layers_that_only_some_processes_use,
