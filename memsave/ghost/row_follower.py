@@ -45,6 +45,7 @@ MOVING = names(
 """Operators whose outputs consist of elements of their first argument."""
 RESHAPING_IN_PLACE = names("squeeze_ unsqueeze_ t_ transpose_ swapaxes_ swapdims_ as_strided_ resize_ set_")
 """After these the tensor does not have the shape any more that its Rows were for."""
+LIKE_OTHERS = {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}
 UNCLEAR = names("as_strided as_strided_copy view_copy permute_copy transpose_copy t_copy")
 """Operators that move elements in a way that the numbers of the examples cannot show."""
 JOINING = names("cat concat concatenate stack")
@@ -163,6 +164,9 @@ class RowFollower:
         rows: Rows,
         count: int,
     ) -> Sequence[Rows | None]:
+        if name in LIKE_OTHERS:  # of the other tensor only the shape counts
+            name = LIKE_OTHERS[name]
+            function, args = getattr(Tensor, name), (x, tuple(args[1].shape))
         if name == "__getitem__" and rows.dim == 0 and isinstance(args[1], Tensor) and args[1].dim():
             index = args[1]
             if index.dtype in (torch.bool, torch.uint8):
@@ -201,8 +205,8 @@ class RowFollower:
                 # other modes pad the last dimensions, by elements of the same row
                 return [rows if rows.dim < len(shape) - len(amounts) // 2 else None]
             rest, kwargs = rest[:1], {**{k: v for k, v in kwargs.items() if k == "pad"}, "value": -1}
-        if name in ("view", "view_as"):  # the numbers are not contiguous
-            function = Tensor.reshape if name == "view" else Tensor.reshape_as
+        if name == "view":  # the numbers are not contiguous
+            function = Tensor.reshape
         with internals.unobserved(), torch.no_grad():
             numbers = example_numbers(shape, rows)
             result = function(numbers, *on_the_cpu(rest), **on_the_cpu(kwargs))

@@ -5,6 +5,7 @@ no unit, such as embeddings and heads, is gathered for the whole step. Gradients
 the other runs, and not averaged. Evaluation gathers the whole model, so that each process can evaluate its own share.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ def shard_model(model: nn.Module, device: torch.device, *, mesh: "DeviceMesh | N
     from torch.distributed.device_mesh import init_device_mesh  # both take a second
     from torch.distributed.fsdp import fully_shard
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # no loss of memsave changes what a model returns
     mesh = mesh or init_device_mesh(device.type, (process_count(),))
     for unit in units(model):
         fully_shard(unit, mesh=mesh)
