@@ -29,21 +29,27 @@ CONFIGS = {
 }
 
 
-def recorded(config, device):
-    """(peak bytes, by category) of a step after two others: the first ones of a clipper also check examples."""
+def recorded(config, device, *, times=1):
+    """(peak bytes, by category) of a step after two others: the first ones of a clipper also check examples.
+
+    times: of so many steps the smallest; a thread of gloo may hold a tensor a little longer.
+    """
     step = fake_step(config, device=device)
     step.run()
     step.run()
-    with MemoryRecorder(step.model, optimizer=step.optimizer) as recorder:
-        step.run()
-    report = recorder.report()
-    return report.peak_bytes, report.peak_by_category
+    found = []
+    for _ in range(times):
+        with MemoryRecorder(step.model, optimizer=step.optimizer) as recorder:
+            step.run()
+        report = recorder.report()
+        found.append((report.peak_bytes, report.peak_by_category))
+    return min(found, key=lambda each: each[0])
 
 
 def measured(configs):
     """What each config's step holds in a real process, without a check of the examples, which come at random steps."""
     IndependenceSchedule.next_check = lambda self, unchecked: ""
-    return {name: recorded(config, CPU) for name, config in configs.items()}
+    return {name: recorded(config, CPU, times=3) for name, config in configs.items()}
 
 
 def predicted(config, device):
