@@ -218,8 +218,9 @@ class PrivateGradients:
         """
         step = max(1, size or len(indices))
         parts = [list(indices[first : first + step]) for first in range(0, len(indices), step)]
+        fillers = maximum(len(parts)) - len(parts) if self.is_sharded else 0
         yield from parts
-        for _ in range(self.is_sharded and maximum(len(parts)) - len(parts)):
+        for _ in range(fillers):
             self._is_filler = True
             yield [0]
             self._is_filler = False

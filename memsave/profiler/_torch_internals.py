@@ -83,7 +83,9 @@ def gathered_copies(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, module in model.named_modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            state: Any = module._get_fsdp_state()
+            found = getattr(state, "_fsdp_param_groups", None)  # before PyTorch 2.13 there is one group or None
+            for group in filter(None, [state._fsdp_param_group] if found is None else found):
                 for each in group.fsdp_params:
                     for tensor in each.all_gather_outputs:
                         yield f"{name}.{each._module_info.param_name}", tensor

@@ -9,7 +9,8 @@ from torch import nn
 
 from memsave.ghost import GhostClipper
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
-from memsave.processes import process_rank, share
+from memsave.processes import process_count, process_rank, share
+from memsave.training.sharding import full_tensors, shard_model
 from tests.support.distributed_models import EXAMPLES, MODELS, draw, losses_of, make_model
 from tests.support.processes import run_processes
 
@@ -26,28 +27,35 @@ def take_steps(name, model, private, optimizer, steps=STEPS):
     batches = []
     for _, rows in zip(range(steps), private.batches()):
         batches.append(rows)
-        for first in range(0, len(rows), 2):
-            private.backward(losses_of(name, model, rows[first : first + 2]))
+        for micro in private.micro_batches(rows, 2):
+            private.backward(losses_of(name, model, micro))
         private.finish()
         optimizer.step()
         optimizer.zero_grad()
     return batches
 
 
-def trained(name, *, batch_size=4, noise=0.0):
+def trained(name, *, sharded, batch_size=4, noise=0.0):
     """(parameters after the steps, counts, batches) of a private run."""
     model = make_model(name)
+    if sharded and process_count() > 1:
+        shard_model(model, torch.device("cpu"))
     private = private_of(model, batch_size=batch_size, noise=noise)
-    batches = take_steps(name, model, private, torch.optim.AdamW(model.parameters(), lr=0.01))
+    batches = take_steps(name, model, private, torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False))
     private.close()
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    whole = full_tensors(dict(model.named_parameters()), keep=True)
+    weights = torch.cat([each.flatten() for each in whole.values()])
     return weights, (private.steps, private.examples, private.clipped, private.nonfinite), batches
 
 
 def trained_all():
-    found = {name: trained(name) for name in MODELS}
-    found["one example a batch"] = trained("mlp", batch_size=1)  # fewer than processes; some batches are empty
-    found["noise"] = trained("mlp", noise=1.0)
+    """What `trained` returns, by (sharded, name)."""
+    found = {}
+    for sharded in (False, True):
+        found |= {(sharded, name): trained(name, sharded=sharded) for name in MODELS}
+        one = trained("mlp", sharded=sharded, batch_size=1)  # fewer than processes; some batches are empty
+        found[sharded, "one example a batch"] = one
+    found[False, "noise"] = trained("mlp", sharded=False, noise=1.0)
     return found
 
 
@@ -66,31 +74,35 @@ def test_the_parameters_are_those_of_one_process(alone, count):
             assert rank[key][1] == counts
         shares = [rank[key][2] for rank in ranks]
         assert [sorted(chain(*step)) for step in zip(*shares)] == batches
-    assert any(not rows for rank in ranks for rows in rank["one example a batch"][2])
-    _, examples, clipped, _ = alone["gpt2"][1]
+    assert any(not rows for rank in ranks for rows in rank[True, "one example a batch"][2])
+    _, examples, clipped, _ = alone[True, "gpt2"][1]
     assert 0 < clipped < examples
 
 
-def noise_of(steps=400):
-    """(the sum of all steps' squared noise, the noise of the last step) of a gradient that is zero."""
-    model = nn.Linear(10, 10, bias=False, dtype=torch.float64)
+def noise_of(sharded, steps=400):
+    """(the variance of the noise over all steps, the last noise) of a gradient that is zero."""
+    model = nn.Linear(10, 9, bias=False, dtype=torch.float64)
+    if sharded:
+        shard_model(model, torch.device("cpu"))
     private = PrivateGradients(model, Mechanism(EXAMPLES, 1, 2.0, 0.5, delta=1e-3))  # noise: 1.0 in all
     total = 0.0
     for _, rows in zip(range(steps), private.batches()):
-        if rows:
-            private.backward(model(draw(len(rows), 10)).sum(1) * 0)
+        for micro in private.micro_batches(rows):
+            private.backward(model(draw(len(micro), 10)).sum(1) * 0)
         private.finish()
-        total += float(model.weight.grad.square().sum())
-        last = model.weight.grad.clone()
+        last = full_tensors({"": model.weight.grad}, keep=True)[""].clone()
+        total += float(last.square().sum())
         model.zero_grad()
-    return total / (steps * 100), last
+    return total / (steps * last.numel()), last
 
 
-def test_there_is_noise_once():
-    """Noise in each of two processes would have twice the variance."""
-    ranks = run_processes(2, noise_of)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_there_is_noise_once(sharded):
+    """Noise in each of two processes would have twice the variance; shards with one stream would have equal noise."""
+    ranks = run_processes(2, noise_of, sharded)
     assert torch.equal(ranks[0][1], ranks[1][1])
-    assert ranks[0][0] == pytest.approx(1.0, abs=5 * math.sqrt(2 / 40_000))
+    assert len(ranks[0][1].unique()) == ranks[0][1].numel()
+    assert ranks[0][0] == pytest.approx(1.0, abs=5 * math.sqrt(2 / 36_000))
 
 
 def continued(state=None):

@@ -15,8 +15,14 @@ from tests.support.processes import run_processes
 from tests.support.tiny_configs import TINY_GPT2_DP, TINY_UNET
 
 UNET = [*TINY_UNET, "trainer.batch_size=3", "trainer.steps=4", "trainer.checkpoint_every=2", "profiler.compare=[]"]
-PRIVATE = ["trainer.steps=3", "privacy.seed=3", "privacy.noise_multiplier=0.5", "profiler.compare=[stored]"]
-TEXT = [*TINY_GPT2_DP, *PRIVATE, "trainer.checkpoint_every=2", "trainer.precision=float32"]
+PRIVATE = [
+    "trainer.steps=3",
+    "privacy.seed=3",
+    "privacy.noise_multiplier=0",
+    "trainer.optimizer.schedule=constant",
+    "profiler.compare=[stored]",
+]
+TEXT = [*TINY_GPT2_DP, *PRIVATE, "trainer.checkpoint_every=2", "profiler.compare=[stored]"]
 
 
 def command(folder, arguments, fault=None):
@@ -39,6 +45,14 @@ def command(folder, arguments, fault=None):
 def run(count, folder, *arguments, fault=None):
     """[(exit code, what was said)] of each rank."""
     return run_processes(count, command, folder, [*arguments, "hydra.run.dir=run"], fault, group=False)
+
+
+def model_of(folder):
+    """All weights that a run released."""
+    from safetensors.torch import load_file
+
+    found = load_file(folder / "model" / "model.safetensors")
+    return torch.cat([found[name].flatten().double() for name in sorted(found)]).numpy()
 
 
 def result(folder):
@@ -67,9 +81,11 @@ def folder(alone, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "count"), [("unet", 2), ("text", 3)])
-def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count):
-    ranks = run(count, folder, *(UNET if name == "unet" else TEXT))
+@pytest.mark.parametrize(
+    ("name", "count", "parallel"), [("unet", 2, "ddp"), ("unet", 3, "fsdp"), ("text", 3, "ddp"), ("text", 2, "fsdp")]
+)
+def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count, parallel):
+    ranks = run(count, folder, *(UNET if name == "unet" else TEXT), f"trainer.parallel={parallel}")
     assert [code for code, _ in ranks] == [0] * count, ranks
     assert [said for _, said in ranks[1:]] == [""] * (count - 1)  # only rank 0 speaks
     found, losses = result(folder)
@@ -80,6 +96,8 @@ def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count):
         assert found["metrics"][key] == pytest.approx(score, rel=1e-3), key
     assert len(found["memory"]["peak_bytes_by_process"]) == count
     assert {path.name for path in (folder / "run").iterdir()} == {path.name for path in (alone[0] / name).iterdir()}
+    assert (folder / "run/checkpoint/shards").exists() == (parallel == "fsdp")
+    assert model_of(folder / "run") == pytest.approx(model_of(alone[0] / name), abs=1e-5)
     if name == "text":
         assert found["privacy"]["epsilon"] == expected["privacy"]["epsilon"]
         assert found["privacy"]["clipped_fraction"] == expected["privacy"]["clipped_fraction"]
@@ -87,13 +105,17 @@ def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count):
 
 
 def test_a_run_resumes_with_another_number_of_processes(alone, folder):
-    assert run(2, folder, *TEXT, "trainer.steps=2", fault=None)[0][0] == 0
-    for steps, count in ((3, 1),):
-        ranks = run(count, folder, "trainer.resume=run", f"trainer.steps={steps}")
+    """Two processes with a sharded model, then three, then one with the whole model, then two with whole models."""
+    steps = {1: (2, "fsdp"), 2: (3, "fsdp"), 3: (1, "ddp")}
+    for step, (count, parallel) in steps.items():
+        start = TEXT if step == 1 else ["trainer.resume=run"]
+        ranks = run(count, folder, *start, f"trainer.steps={step}", f"trainer.parallel={parallel}")
         assert ranks[0][0] == 0, ranks
     found, losses = result(folder)
-    assert losses == pytest.approx(alone[1]["text"][1], rel=1e-2)  # the schedule had fewer steps at first
-    assert found["privacy"]["processes"] == [2, 1]
+    assert losses == pytest.approx(alone[1]["text"][1], rel=1e-5)
+    assert found["privacy"]["processes"] == [2, 3, 1]
+    text = (folder / "run" / "privacy.md").read_text()
+    assert "No privacy" in text  # it has a seed
 
 
 def bad_data():

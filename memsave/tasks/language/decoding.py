@@ -50,6 +50,7 @@ def write_texts(
             max_new_tokens=new_tokens or max(1, max_length - length),
             eos_token_id=list(ends) or tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=False,  # each process writes its own texts; a sharded model is whole meanwhile
         )
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
         yield from (text.strip() for text in texts)
