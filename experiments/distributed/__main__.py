@@ -1,7 +1,7 @@
 """Live bytes per process and time per step of one process and of several.
 
-    python -m experiments.distributed              # 1 and 2 processes; on GPUs also 4, 8, ... as there are
-    python -m experiments.distributed --quick      # small sizes; nothing is written
+python -m experiments.distributed              # 1 and 2 processes; on GPUs also 4, 8, ... as there are
+python -m experiments.distributed --quick      # small sizes; nothing is written
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from experiments.distributed.measure import work
-from experiments.distributed.picture import draw
+from experiments.distributed.picture import draw, fullest, label
 from experiments.distributed.problems import EXAMPLES
 from experiments.record import insert, keep, machine
 from memsave.profiler import CATEGORIES, format_bytes
@@ -54,14 +54,13 @@ def measured(*, rounds: int, quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for processes in group_sizes():
         print(f"a group of {processes} processes", flush=True)
-        first = processes == 2
         with tempfile.TemporaryDirectory() as folder:
-            target = partial(work, first=first, rounds=rounds, quick=quick)
+            target = partial(work, rounds=rounds, quick=quick)
             spawn(target, (processes, folder), nprocs=processes)
             found = json.loads((Path(folder) / f"rows-{processes}.json").read_text())
         for name, each in found.items():
             rows = results.setdefault(name, {"title": each["title"], "rows": {}})["rows"]
-            rows |= {key: row for key, row in each["rows"].items() if first or row["processes"] > 1}
+            rows |= {key: row for key, row in each["rows"].items() if processes == 2 or row["processes"] > 1}
     return results
 
 
@@ -69,30 +68,28 @@ def table(results: dict[str, Any], *, categories: tuple[str, ...] = SHOWN) -> st
     """One table for each problem, with columns for these categories of bytes."""
     lines = [f"{machine().replace('1 threads', '1 thread per process')}:"]
     for each in results.values():
-        heads = [each["title"], "processes", "peak per process", *categories]
-        heads += ["time per step", "over plain, one process", "losses within", "first gradient within"]
+        heads = [each["title"], "processes", "peak per process, over plain", *categories]
+        heads += ["time per step", "over plain", "losses within", "first gradient within"]
         lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in each["rows"].values():
-            label = f"{row['way']}, {row['parallel']}" if row["parallel"] else row["way"]
-            lines.append(f"| {' | '.join([label, str(row['processes']), *cells(row, categories)])} |")
+            found = cells(row, categories, first=each["rows"]["plain, one process"])
+            lines.append(f"| {' | '.join([label(row), str(row['processes']), *found])} |")
     failures = [
-        f"- {row['way']}, {row['parallel'] or 'one process'}: `{row['error']}`"
-        for each in results.values()
-        for row in each["rows"].values()
-        if "error" in row
+        f"- {key}: `{row['error']}`" for each in results.values() for key, row in each["rows"].items() if "error" in row
     ]
     return "\n".join([*lines, "", "These failed, in their own words:", "", *failures] if failures else lines)
 
 
-def cells(row: dict[str, Any], categories: tuple[str, ...]) -> list[str]:
+def cells(row: dict[str, Any], categories: tuple[str, ...], *, first: dict[str, Any]) -> list[str]:
     """Bytes, those of the process with the most; times; and differences from the one-process run."""
     if "error" in row:
         return [f"failed: {row['error'].partition(':')[0]}", *[""] * (len(categories) + 4)]
-    peak = max(row["peaks"], key=lambda each: sum(each.values()))
-    sizes = [format_bytes(sum(peak.values())), *(format_bytes(peak[name]) for name in categories)]
+    peak, over = fullest(row), sum(fullest(row).values()) / sum(fullest(first).values())
+    sizes = [f"{format_bytes(sum(peak.values()))}, {over:.2f}x", *(format_bytes(peak[name]) for name in categories)]
     times = [f"{row['seconds']:.2f} s", f"{row['time_over_plain']:.2f}x"]
-    differences = [row["largest_relative_loss_difference"], row["relative_gradient_difference"]]
-    return sizes + times + [f"{each:.0e}" if each else "equal" for each in differences]
+    keys = ("largest_relative_loss_difference", "relative_gradient_difference")
+    differences = [f"{row[key]:.0e}" if row[key] else "equal" for key in keys if key in row] or ["", ""]
+    return sizes + times + differences
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=5)
 NOISELESS = 4  # steps of which losses are compared
 
 
-def work(rank: int, processes: int, folder: str, *, first: bool, rounds: int, quick: bool) -> None:
+def work(rank: int, processes: int, folder: str, *, rounds: int, quick: bool) -> None:
     """The work of one process; rank 0 writes the rows of all problems as JSON into the folder."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Opacus and FSDP warn of hooks and views in every process
@@ -37,7 +37,7 @@ def work(rank: int, processes: int, folder: str, *, first: bool, rounds: int, qu
     )
     device = own_device(torch.device("cuda" if cuda else "cpu"))
     found = {
-        name: {"title": str(problem), "rows": measure(problem, processes=processes, first=first, rounds=rounds)}
+        name: {"title": str(problem), "rows": measure(problem, processes=processes, rounds=rounds)}
         for name, problem in problems(device, quick=quick).items()
     }
     if rank == 0:
@@ -46,9 +46,9 @@ def work(rank: int, processes: int, folder: str, *, first: bool, rounds: int, qu
     distributed.destroy_process_group()
 
 
-def measure(problem: Problem, *, processes: int, first: bool, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(problem: Problem, *, processes: int, rounds: int) -> dict[str, dict[str, Any]]:
     """By name of the variant, complete on rank 0: bytes of each process, seconds, and differences from one process."""
-    chosen = variants(problem, processes=processes, first=first)
+    chosen = variants(problem, processes=processes)
     rows: dict[str, dict[str, Any]] = {}
     running: dict[Variant, Training] = {}
     gradients: dict[Variant, Tensor] = {}
@@ -74,9 +74,9 @@ def measure(problem: Problem, *, processes: int, first: bool, rounds: int) -> di
         row["rounds"] = seconds[variant]
         row["seconds"] = median(seconds[variant])
         row["time_over_plain"] = median([a / b for a, b in zip(seconds[variant], seconds[plain], strict=True)])
-        losses = zip(row["losses"], rows[reference.name]["losses"], strict=True)
-        row["largest_relative_loss_difference"] = max(abs(a - b) / abs(b) for a, b in losses)
-        if process_rank() == 0:
+        if reference in running and process_rank() == 0:
+            losses = zip(row["losses"], rows[reference.name]["losses"], strict=True)
+            row["largest_relative_loss_difference"] = max(abs(a - b) / abs(b) for a, b in losses)
             right = gradients[reference]
             row["relative_gradient_difference"] = float((gradients[variant] - right).norm() / right.norm())
         say(variant, f"{row['seconds']:.2f} s, {row['time_over_plain']:.2f}x")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from experiments.distributed.variants import APART
 from memsave.profiler import CATEGORIES, format_bytes
 from memsave.profiler.plot import COLOURS, FAINT, INK
 
@@ -14,7 +15,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    panels = [(each["title"], [row for row in each["rows"].values() if "peaks" in row]) for each in results.values()]
+    panels = [
+        (each["title"], [row for row in each["rows"].values() if "peaks" in row and row["parallel"] != APART])
+        for each in results.values()
+    ]
     heights = [len(rows) + 1.2 for _, rows in panels]
     figure = Figure(figsize=(9.5, 0.8 + 0.34 * sum(heights)), dpi=160, facecolor="white", layout="constrained")
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
@@ -38,7 +42,12 @@ def draw_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
             left += size
         ratio = "" if row is rows[0] else f"  {left * UNIT / first:.2f}x"
         axes.text(left, place, f" {format_bytes(round(left * UNIT))}{ratio}", va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=9, color=INK)
+    axes.set_yticks(
+        range(len(rows)),
+        [f"{label(row)}, {row['processes']}" if row["parallel"] else f"{label(row)}, one process" for row in rows],
+        fontsize=9,
+        color=INK,
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.22 * max(sum(fullest(row).values()) for row in rows) / UNIT)
     axes.set_xlabel("MiB per process at its peak", fontsize=9, color=FAINT)
@@ -50,7 +59,8 @@ def draw_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def label(row: dict[str, Any]) -> str:
-    return f"{row['way']}, {row['parallel']} x{row['processes']}" if row["parallel"] else f"{row['way']}, one process"
+    """The way and how the processes share it."""
+    return f"{row['way']}, {row['parallel']}" if row["parallel"] else row["way"]
 
 
 def fullest(row: dict[str, Any]) -> dict[str, int]:

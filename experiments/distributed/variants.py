@@ -38,6 +38,10 @@ def adamw(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
 
 
+APART = "apart"
+"""Each process trains on its share and sends nothing, which is no training of one model: the control for the times."""
+
+
 def network(problem: Problem, parallel: str) -> nn.Module:
     model = problem.network()
     if parallel == "fsdp":
@@ -53,7 +57,8 @@ def plain(problem: Problem, parallel: str) -> Training:
     def step() -> float:
         loss = problem.losses(model, share(range(EXAMPLES))).sum() / EXAMPLES
         loss.backward()
-        sum_gradients(model.parameters())
+        if parallel != APART:
+            sum_gradients(model.parameters())
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -151,23 +156,28 @@ class Variant:
 
     way: str
     parallel: str
-    """"" in one process, otherwise ddp or fsdp."""
+    """"" in one process, otherwise ddp, fsdp or `APART`."""
     processes: int
 
     @property
     def name(self) -> str:
         """Its row in the results."""
-        return f"{self.way}, {self.parallel or 'one process'}" + (f", {self.processes}" if self.parallel else "")
+        return f"{self.way}, {self.parallel}, {self.processes}" if self.parallel else f"{self.way}, one process"
 
     @property
-    def reference(self) -> "Variant":
-        """The one-process variant that arrives at the same numbers."""
-        return Variant("plain" if self.way == "plain" else "memsave, private", "", 1)
+    def reference(self) -> "Variant | None":
+        """The one-process variant that must arrive at the same numbers; of Opacus in one process, that of memsave."""
+        if self.parallel == APART:
+            return None
+        if self.parallel:
+            return Variant(self.way, "", 1)
+        return Variant("memsave, private", "", 1) if self.way.startswith("Opacus") else None
 
 
-def variants(problem: Problem, *, processes: int, first: bool) -> list[Variant]:
-    """Those of one process, then those of several; after the first group, of one process only the references."""
+def variants(problem: Problem, *, processes: int) -> list[Variant]:
+    """Those of one process, which the others are compared with, and those of several."""
     ways = [way for way in WAYS if isinstance(problem, Language) or not way.startswith("Opacus")]
-    found = [Variant(way, "", 1) for way in ways if first or not way.startswith("Opacus")]
+    found = [Variant(way, "", 1) for way in ways]
     found += [Variant(way, "ddp", processes) for way in ways]
-    return found + [Variant(way, "fsdp", processes) for way in ways if way != "Opacus, hooks"]
+    found += [Variant(way, "fsdp", processes) for way in ways if way != "Opacus, hooks"]
+    return [*found, Variant("plain", APART, processes)]
