@@ -22,7 +22,7 @@ from memsave.profiler import CATEGORIES, format_bytes
 
 HERE = Path(__file__).parent
 ROUNDS = 9
-SHOWN = tuple(name for name in CATEGORIES if name not in ("buffer", "input"))
+SHOWN = tuple(name for name in CATEGORIES if name != "buffer")  # there are none
 
 
 def main() -> None:
@@ -86,7 +86,8 @@ def cells(row: dict[str, Any], categories: tuple[str, ...], *, first: dict[str, 
         return [f"failed: {row['error'].partition(':')[0]}", *[""] * (len(categories) + 4)]
     peak, over = fullest(row), sum(fullest(row).values()) / sum(fullest(first).values())
     sizes = [f"{format_bytes(sum(peak.values()))}, {over:.2f}x", *(format_bytes(peak[name]) for name in categories)]
-    times = [f"{row['seconds']:.2f} s", f"{row['time_over_plain']:.2f}x"]
+    ratios = [a / b for a, b in zip(row["rounds"], first["rounds"])]
+    times = [f"{row['seconds']:.2f} s", f"{row['time_over_plain']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"]
     keys = ("largest_relative_loss_difference", "relative_gradient_difference")
     differences = [f"{row[key]:.0e}" if row[key] else "equal" for key in keys if key in row] or ["", ""]
     return sizes + times + differences
