@@ -1,0 +1,1 @@
+"""Live bytes and time of a step in several processes."""
