@@ -146,13 +146,14 @@ def gather_shares(mine: Sequence[T]) -> list[T]:
 
 
 def map_shares(function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-    """[function(item) of each item], in their order, on every process; each process calls it for its share.
+    """[function(item) of each item], in their order, on every process; each process calls it for its share, `alone`.
 
     Raises the error of any process on every process; see `together`.
     """
+    own = share(items)
     mine: list[T] = []
-    with together():
-        mine += map(function, share(items))
+    with together(), alone():
+        mine += map(function, own)
     return gather_shares(mine)
 
 
@@ -166,7 +167,8 @@ def map_in_rounds(function: Callable[[Item], T], items: Sequence[Item]) -> Itera
         mine: list[T] = []
         error: Exception | None = None
         try:
-            mine += map(function, items[first : first + count][rank : rank + 1])
+            with alone():
+                mine += map(function, items[first : first + count][rank : rank + 1])
         except Exception as found:
             if count == 1:
                 raise
@@ -265,6 +267,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         distributed.all_reduce(flat)
         for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(total.view_as(grad))
+        del flat, total  # before the next bucket is put together
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -15,10 +15,12 @@ from typing import Any
 from memsave.config.schema import TrainerConfig
 from memsave.models.language import is_checkpointing, set_checkpointing
 from memsave.models.padding import base_of
+from memsave.processes import alone
 from memsave.profiler import MemoryRecorder, MemoryReport, allocator_peak, format_bytes
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training.loop import State, accumulate, autocast, evaluating, summed_loss
 from memsave.training.memory_error import is_out_of_memory
+from memsave.training.sharding import whole
 from memsave.training.task import Batch, Task, examples, split
 
 FORWARDS = 4  # estimated time of a step in forwards: forward, recomputation, and a backward of two
@@ -128,7 +130,7 @@ class _Steps:
         """
         model, micro = self.state.model, next(split(self.batch, self.config.micro_batch_size))
         seconds = math.inf
-        with evaluating(model), autocast(model, self.config.precision):
+        with whole(model), alone(), evaluating(model), autocast(model, self.config.precision):
             for _ in range(2):
                 started = time.perf_counter()
                 self.task.per_example_losses(model, micro).sum().item()

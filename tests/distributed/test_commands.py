@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -181,13 +180,3 @@ def test_torchrun_starts_two_processes_of_predict(unet, tmp_path):
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "several") == files_of(tmp_path / "alone") != {}
     assert done.stderr.count("segmented 4 of 4 cases") == 1 and done.stdout == ""
-
-
-def test_torchrun_starts_two_processes_of_generate(writer, tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"{name} ({age}):\n" for name, age in PEOPLE))
-    given = [f"model={writer}", f"input={tmp_path / 'a.txt'}", "batch_size=1"]
-    assert generate.main([*given, f"output={tmp_path / 'alone.jsonl'}", "device=cpu"]) == 0
-    done = torchrun("generate", *given, f"output={tmp_path / 'several.jsonl'}")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "several.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
-    assert len(re.findall("answered 5 of 5 lines", done.stderr)) == 1

@@ -20,11 +20,9 @@ TEXT = ["experiment=gpt2_dp", "model=rev_gpt2", *TINY_GPT2, "model.head=logits"]
 FSDP = "trainer.parallel=fsdp"
 CONFIGS = {
     "unet ddp": [*UNET, "memory.engine=hooks"],
-    "unet fsdp": [*UNET, FSDP, "memory.engine=hooks"],
     "unet fsdp checkpoint ema": [*UNET, FSDP, "memory=checkpoint", "trainer.ema=0.9"],
     "gpt2 fsdp": [*TEXT, FSDP, "privacy=none"],
     "gpt2 ddp private": [*TEXT],
-    "gpt2 fsdp private": [*TEXT, FSDP],
     "gpt2 fsdp private reversible": [*TEXT, FSDP, "memory=reversible", "trainer.micro_batch_size=null"],
 }
 

@@ -14,7 +14,7 @@ from memsave.training.sharding import full_tensors, shard_model
 from tests.support.distributed_models import EXAMPLES, MODELS, draw, losses_of, make_model
 from tests.support.processes import run_processes
 
-STEPS = 3
+STEPS = 2
 
 
 def private_of(model, *, batch_size=4, noise=0.0, norm=2.5, seed=1, **options):
@@ -49,10 +49,11 @@ def trained(name, *, sharded, batch_size=4, noise=0.0):
 
 
 def trained_all():
-    """What `trained` returns, by (sharded, name)."""
+    """What `trained` returns, by (sharded, name); whole models in three processes only of one kind."""
     found = {}
     for sharded in (False, True):
-        found |= {(sharded, name): trained(name, sharded=sharded) for name in MODELS}
+        names = MODELS if sharded or process_count() < 3 else ["mlp"]
+        found |= {(sharded, name): trained(name, sharded=sharded) for name in names}
         one = trained("mlp", sharded=sharded, batch_size=1)  # fewer than processes; some batches are empty
         found[sharded, "one example a batch"] = one
     found[False, "noise"] = trained("mlp", sharded=False, noise=1.0)
@@ -67,7 +68,8 @@ def alone():
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_parameters_are_those_of_one_process(alone, count):
     ranks = run_processes(count, trained_all)
-    for key, (weights, counts, batches) in alone.items():
+    for key in ranks[0]:
+        weights, counts, batches = alone[key]
         for rank in ranks:
             torch.testing.assert_close(rank[key][0], weights, rtol=0, atol=1e-10)
             assert torch.equal(rank[key][0], ranks[0][key][0])  # not only close: the processes must not drift apart
@@ -79,7 +81,7 @@ def test_the_parameters_are_those_of_one_process(alone, count):
     assert 0 < clipped < examples
 
 
-def noise_of(sharded, steps=400):
+def noise_of(sharded, steps=200):
     """(the variance of the noise over all steps, the last noise) of a gradient that is zero."""
     model = nn.Linear(10, 9, bias=False, dtype=torch.float64)
     if sharded:
@@ -102,7 +104,7 @@ def test_there_is_noise_once(sharded):
     ranks = run_processes(2, noise_of, sharded)
     assert torch.equal(ranks[0][1], ranks[1][1])
     assert len(ranks[0][1].unique()) == ranks[0][1].numel()
-    assert ranks[0][0] == pytest.approx(1.0, abs=5 * math.sqrt(2 / 36_000))
+    assert ranks[0][0] == pytest.approx(1.0, abs=5 * math.sqrt(2 / 18_000))
 
 
 def continued(state=None):
