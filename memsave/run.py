@@ -324,27 +324,33 @@ def _execute(
     started = time.perf_counter()
     (folder / "result.json").unlink(missing_ok=True)
     write_config(config, folder, request=request or request_digest(config), experiment=experiment)
-    status, code, outcome = _attempt(config, folder, failures, strategies=strategies)
-    result = {
-        "status": status,
-        "experiment": experiment,
-        "seconds": round(time.perf_counter() - started, 2),
-        "seconds_per_step": None,
-        "data": {},
-        "metrics": {},
-        "memory": {},
-        "privacy": None,
-        **outcome,
-        "versions": versions(),
-    }
-    try:
-        write_json(folder / "result.json", result)
-    except OSError as error:
-        reported = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
-        return code if reported else _print_error(_disk_message(folder, error), code=code or 1)
-    shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
-    Progress().say(f"{status} after {result['seconds']:.0f} s; results in {shown}: {', '.join(output_files(folder))}")
-    return code
+
+    def end(status: str, code: int, outcome: dict[str, Any]) -> int:
+        result = {
+            "status": status,
+            "experiment": experiment,
+            "seconds": round(time.perf_counter() - started, 2),
+            "seconds_per_step": None,
+            "data": {},
+            "metrics": {},
+            "memory": {},
+            "privacy": None,
+            **outcome,
+            "versions": versions(),
+        }
+        try:
+            write_json(folder / "result.json", result)
+        except OSError as error:
+            reported = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
+            return code if reported else _print_error(_disk_message(folder, error), code=code or 1)
+        shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
+        files = ", ".join(output_files(folder))
+        Progress().say(f"{status} after {result['seconds']:.0f} s; results in {shown}: {files}")
+        return code
+
+    with failures.watched(lambda error: end(*_failed(error, config, folder))):
+        reached = _attempt(config, folder, failures, strategies=strategies)
+    return end(*reached)
 
 
 def output_files(folder: Path) -> list[str]:
@@ -366,11 +372,16 @@ def _attempt(
     except KeyboardInterrupt as stop:
         return _interrupted(folder, stop)
     except Exception as error:
-        cause = failures.cause(error)
-        if isinstance(cause, Interrupted):
-            return _interrupted(folder, error)
-        status, code, message = _explain(cause, config, folder)
-        return status, _print_error(message, code=code), {"error": message, **getattr(error, "outcome", {})}
+        status, code, outcome = _failed(failures.cause(error), config, folder)
+        return status, code, {**outcome, **getattr(error, "outcome", {})}
+
+
+def _failed(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]]:
+    """Print a sentence about the error; returns (status, exit code, entries of the result)."""
+    if isinstance(error, Interrupted):
+        return _interrupted(folder, error)
+    status, code, message = _explain(error, config, folder)
+    return status, _print_error(message, code=code), {"error": message, **getattr(error, "outcome", {})}
 
 
 def _interrupted(folder: Path, stop: BaseException) -> tuple[str, int, dict[str, Any]]:

@@ -19,6 +19,7 @@ def check(config: Config) -> None:
         getattr(section, "validate", lambda: None)()
     _check_privacy(config)
     _check_memory(config)
+    _check_sharding(config)
     task.validate()
     _check_variation(config)
 
@@ -52,6 +53,23 @@ def _check_memory(config: Config) -> None:
                 f"adapter={config.adapter.kind} does not work with memory={mode}{private}; give "
                 f"memory={listed(modes)}, and profiler.compare=[{','.join(modes)}]"
             )
+
+
+def _check_sharding(config: Config) -> None:
+    if config.trainer.parallel != "fsdp":
+        return
+    privacy = config.privacy
+    if isinstance(privacy, GhostPrivacy) and privacy.passes in (1, "direct"):
+        raise ConfigError(
+            f"trainer.parallel=fsdp sums gradients before privacy.passes={privacy.passes} has clipped them; give "
+            f"privacy.passes=auto, or trainer.parallel=ddp"
+        )
+    if config.memory.engine == "fused":
+        raise ConfigError(
+            "memory.engine=fused reads weights that trainer.parallel=fsdp has not gathered; give memory.engine=auto"
+        )
+    if config.trainer.precision == "float16":
+        raise ConfigError("trainer.precision=float16 scales gradients that are whole; give bfloat16 with fsdp")
 
 
 def _check_variation(config: Config) -> None:

@@ -172,16 +172,17 @@ def terminated():
 
 def full_disk():
     """Rank 0 cannot write its second checkpoint."""
+    from memsave import files
     from memsave.training import checkpoint
 
-    write = checkpoint.replace_folder
+    start = files.start_draft
 
-    def fail(folder, content):
+    def fail(folder):
         if folder.exists():
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-        write(folder, content)
+        return start(folder)
 
-    checkpoint.replace_folder = fail
+    files.start_draft = checkpoint.start_draft = fail
 
 
 FAULTS = {  # fault: (exit code, sentence, step of the checkpoint)
@@ -192,10 +193,14 @@ FAULTS = {  # fault: (exit code, sentence, step of the checkpoint)
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_of_any_process_ends_all_with_one_sentence(folder, fault):
+@pytest.mark.parametrize(
+    ("fault", "parallel"),
+    [*((fault, "ddp") for fault in FAULTS), (full_disk, "fsdp")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_fault_of_any_process_ends_all_with_one_sentence(folder, fault, parallel):
     code, sentence, step = FAULTS[fault]
-    ranks = run(2, folder, *UNET, fault=fault)
+    ranks = run(2, folder, *UNET, f"trainer.parallel={parallel}", fault=fault)
     assert ranks[0][0] == code and ranks[1][0] != 0, ranks
     assert ranks[0][1].count(sentence) == 1 and not ranks[1][1], ranks
     status = json.loads((folder / "run" / "result.json").read_text())["status"]
@@ -214,6 +219,16 @@ def test_a_killed_process_ends_the_others(folder):
     found, _ = result(folder)
     assert found["status"] == "failed" and "another process of this run ended" in found["error"]
     assert "trainer.resume=" in found["error"]
+
+
+def test_a_process_that_fails_while_others_wait_for_it_ends_them(folder):
+    """Rank 0 waits for parameters of the other process, so that a thread of it must report the error."""
+    with pytest.raises(AssertionError, match=r"rank 0:\nended with exit code 1") as error:
+        run(2, folder, *UNET, "trainer.parallel=fsdp", fault=fails)
+    assert "rank 1" not in str(error.value)  # it ended in order, after rank 0 had reported its error
+    found = json.loads((folder / "run" / "result.json").read_text())
+    assert found["status"] == "failed" and "ZeroDivisionError: division by zero" in found["error"]
+    assert "in process 1" in (folder / "run" / "error.txt").read_text()
 
 
 def other_command(folder):
