@@ -1,8 +1,8 @@
 """How a process that fails tells the others, which may wait for it in a collective.
 
 A failed process writes its error to torchrun's store, which outlives the process group. A thread of rank 0 finds it
-there, also while rank 0 waits in a collective that will not end, and reports it. The failed process waits for that before
-it ends, because torchrun terminates all processes as soon as one has ended with an error.
+there, also while rank 0 waits in a collective that will not end, and reports it. The failed process waits for that
+before it ends, because torchrun terminates all processes as soon as one has ended with an error.
 """
 
 import os

@@ -86,12 +86,12 @@ def on_main(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let one process of each machine run what is within before the others, which then find what it has cached."""
+    """Let one process of each machine run what is within, alone, before the others, which find what it has cached."""
     first = process_count() == 1 or int(os.environ.get("LOCAL_RANK", process_rank())) == 0
     if not first:
         with together():
             pass
-    with together():
+    with together(), alone():
         yield
     if first:
         with together():

@@ -87,6 +87,8 @@ def folder(alone, tmp_path):
     ("name", "count", "parallel"), [("unet", 2, "ddp"), ("unet", 3, "fsdp"), ("text", 3, "ddp"), ("text", 2, "fsdp")]
 )
 def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count, parallel):
+    if (name, parallel) == ("text", "fsdp"):  # with an empty cache: one process pretrains the small model
+        (folder / "cache").unlink()
     ranks = run(count, folder, *(UNET if name == "unet" else TEXT), f"trainer.parallel={parallel}")
     assert [code for code, _ in ranks] == [0] * count, ranks
     assert [said for _, said in ranks[1:]] == [""] * (count - 1)  # only rank 0 speaks

@@ -93,7 +93,7 @@ def test_a_dispatch_mode_sees_operators_below_autograd():
 
 def test_resizes_of_storages_are_seen_until_the_watch_ends():
     seen, storage = [], torch.zeros(4).untyped_storage()
-    before = torch.UntypedStorage.resize_
+    before = torch.UntypedStorage.resize_, vars(torch.UntypedStorage).get("resize_")
     remove = internals.watch_resizes(lambda each: seen.append(each.nbytes()))
     inner = internals.watch_resizes(lambda each: seen.append(-each.nbytes()))
     storage.resize_(8)
@@ -102,4 +102,4 @@ def test_resizes_of_storages_are_seen_until_the_watch_ends():
     remove()
     storage.resize_(4)
     assert seen == [8, -8, 0]
-    assert torch.UntypedStorage.resize_ is before and "resize_" not in vars(torch.UntypedStorage)
+    assert before == (torch.UntypedStorage.resize_, vars(torch.UntypedStorage).get("resize_"))
