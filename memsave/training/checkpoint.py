@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -133,7 +134,10 @@ def load(state: State, folder: Path) -> None:
         folder = _checkpoint_in(folder)
         content, tensors = _read(folder)
     if (folder / SHARDS).is_dir():
-        tensors |= shards.read(folder / SHARDS, like=_tensors(state), others=_optimizer_tensor_like(state))
+        try:
+            tensors |= shards.read(folder / SHARDS, like=_tensors(state), others=_optimizer_tensor_like(state))
+        except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
+            raise _unreadable(folder, error) from error
     with together():
         _restore(state, content, tensors, folder=folder)
 
@@ -209,9 +213,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             key if key.startswith(named) else OPTIMIZER + key: each for key, each in others.items()
         }
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        previous = folder.with_name(folder.name + PREVIOUS)
-        other = f"the previous one, {previous}" if previous.exists() else "another"
-        raise CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from {other}") from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    previous = folder.with_name(folder.name + PREVIOUS)
+    other = f"the previous one, {previous}" if previous.exists() else "another"
+    return CheckpointError(f"the checkpoint in {folder} cannot be read ({error}); continue from {other}")
 
 
 def _check_model(model: dict[str, Tensor], *, expected: dict[str, Tensor], folder: Path) -> None:

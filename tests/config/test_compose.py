@@ -11,6 +11,9 @@ EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.y
 BRATS = "experiment=brats_rev"
 
 
+FSDP = ["trainer.parallel=fsdp"]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_starts_with_its_command(name):
     lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
@@ -90,6 +93,15 @@ def test_the_memory_option_sets_the_mode(memory):
         (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
         (["privacy=direct"], r"passes=direct processes one example at a time; give trainer\.micro_batch_size=1"),
+        (
+            ["privacy=direct", *FSDP, "trainer.micro_batch_size=1"],
+            r"fsdp sums gradients before privacy\.passes=direct has",
+        ),
+        (
+            ["memory=reversible", "memory.engine=fused", *FSDP],
+            r"fused reads weights .* not gathered; give memory\.engine=",
+        ),
+        (["trainer.precision=float16", *FSDP], r"scales gradients that are whole; give bfloat16"),
         (["privacy=ghosts"], r"privacy=ghosts is not known; choose one of .*did you mean ghost\?"),
         (["trainer.micro_batch_size=0"], r"micro_batch_size is 0; it must be at least 1"),
         (["data.cache_bytes=-1"], "at least 0"),

@@ -122,6 +122,15 @@ def test_a_run_resumes_with_another_number_of_processes(alone, folder):
     assert "No privacy" in text  # it has a seed
 
 
+def test_a_damaged_part_of_a_checkpoint_is_refused(folder):
+    assert run(2, folder, *UNET, "trainer.parallel=fsdp")[0][0] == 0
+    part = folder / "run" / "checkpoint" / "shards" / "__1_0.distcp"
+    part.write_bytes(part.read_bytes()[:100])
+    ((code, said),) = run(1, folder, "trainer.resume=run", "trainer.steps=6")
+    assert code == 2 and "cannot be read" in said and "checkpoint.previous" in said, said
+    assert run(1, folder, "trainer.resume=run/checkpoint.previous", "trainer.steps=6")[0][0] == 0
+
+
 def bad_data():
     """Process 1 alone cannot read a case of the third step."""
     from memsave.data import DataError
