@@ -162,7 +162,7 @@ def whole_copy(config: Config, model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, tensor in tensors.items():
             named[name].copy_(tensor)
-    return copy.eval() if not model.training else copy
+    return copy.train(model.training)
 
 
 def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:

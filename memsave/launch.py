@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError
+from memsave.training.signals import SIGNALS
 
 JOB, CODE = "job", "code"
 FIRST_PORT, PORTS = 29_500, 1_000
@@ -94,7 +95,7 @@ def _run_agent(nodes: Nodes, folder: str, *, per_node: int) -> bool:
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
     """Restore the handlers of signals at the end; the agent replaces them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
     try:
         yield
     finally:
@@ -105,8 +106,7 @@ def _own_signal_handlers() -> Iterator[None]:
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
     """The agent logs nothing: what a user needs to know, rank 0 says."""
-    log = logging.getLogger("torch.distributed.elastic")
-    before, log.disabled = logging.root.manager.disable, True
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield

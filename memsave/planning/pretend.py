@@ -4,6 +4,7 @@ PyTorch's process group "fake" returns from each collective at once, with the co
 tensors, which have no content, a step then allocates what a real process would. Rank 0 holds the largest shards.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -71,7 +72,5 @@ def _call(function: Callable[..., T], config: Config, device: torch.device, coun
 
 def _without_launcher() -> None:
     """Let a new process not look like one of several that have no group."""
-    import os
-
     for name in (*LAUNCHERS, "RANK", "LOCAL_RANK"):
         os.environ.pop(name, None)
