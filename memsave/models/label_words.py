@@ -81,7 +81,9 @@ def _is_confirmed(
                 found = _from_chosen_rows(model, linear, one, position[:1], words)
             except (RuntimeError, IndexError, ValueError, TypeError):
                 found = expected[:0]
-        note_passed(model, "label words" if _close(found, expected) else "label words from all logits")
+        same = _close(found, expected)
+        note_passed(model, "label words" if same else "label words from all logits")
+        return same
     return has_passed(model, "label words")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memsave.processes import any_process, is_fully_sharded
+from memsave.processes import any_process, group_size, is_fully_sharded, process_count
 
 _passed = WeakIdKeyDictionary()  # model -> {name of a check: the state in which the model passed it}
 
@@ -30,7 +30,11 @@ def trial(model: nn.Module) -> Iterator[None]:
 
 def needed_by_any(model: nn.Module, needed: bool) -> bool:
     """Whether this process needs a trial, or any other if the model is sharded: all must then run its forwards."""
-    return any_process(needed) if any(map(is_fully_sharded, model.modules())) else needed
+    return any_process(needed) if _is_sharded(model) else needed
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(map(is_fully_sharded, model.modules()))
 
 
 def has_passed(model: nn.Module, check: str, state: Any = None) -> bool:
@@ -40,5 +44,11 @@ def has_passed(model: nn.Module, check: str, state: Any = None) -> bool:
 
 
 def note_passed(model: nn.Module, check: str, state: Any = None) -> None:
-    """Record that this model instance passed the check in this state."""
+    """Record that this model instance passed the check in this state.
+
+    What a process finds alone, while it evaluates its share, is not recorded for a sharded model: the others would then
+    still need the trial, and wait for this process to take part.
+    """
+    if process_count() != group_size() and _is_sharded(model):
+        return
     _passed.setdefault(model, {})[check] = state

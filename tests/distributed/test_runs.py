@@ -286,3 +286,33 @@ def drawn_after_start():
     torch.manual_seed(0)
     start_alike(model, SimpleNamespace(fingerprint="same"), seed=0)
     return model.weight[0, 0].item(), torch.rand(1).item()
+
+
+def loaded_shares():
+    """The examples that this process loads in each of five steps of a plain run."""
+    from types import SimpleNamespace
+
+    from memsave.training.loop import batches_of
+
+    seen = []
+    task = SimpleNamespace(
+        size=7, load=lambda indices: seen.append([each.example for each in indices]), place=lambda batch: batch
+    )
+    state = SimpleNamespace(private=None, model=torch.nn.Linear(1, 1), step=0)
+    config = SimpleNamespace(batch_size=3, seed=0, steps=5)
+    assert len(list(batches_of(state, task, config))) == 5
+    return seen
+
+
+def test_each_example_of_a_batch_is_in_one_process():
+    whole = loaded_shares()
+    first, second = run_processes(2, loaded_shares)
+    assert [a + b for a, b in zip(first, second)] == [[one, three, two] for one, two, three in whole]
+
+
+def test_a_trial_of_one_process_alone_is_repeated_by_all(folder):
+    """There is one batch of held-out texts, so that only rank 0 evaluates before it trains a sharded model."""
+    from tests.support.tiny_configs import TINY_ROBERTA
+
+    ranks = run(2, folder, "experiment=roberta_dp", *TINY_ROBERTA, "trainer.parallel=fsdp")
+    assert [code for code, _ in ranks] == [0, 0], ranks
