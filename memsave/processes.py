@@ -113,6 +113,11 @@ def process_rank() -> int:
     return distributed.get_rank() if _has_group() else 0
 
 
+def own_seed(seed: int) -> int:
+    """A seed for what must differ between the processes; in rank 0, and without a group, it is `seed`."""
+    return seed + 1_000_003 * process_rank()
+
+
 def without_group() -> str | None:
     """The beginning of an error message if a launcher started several processes that have no group; otherwise None."""
     if distributed.is_available() and distributed.is_initialized():

@@ -12,11 +12,9 @@ Exit codes: 0 ok, 1 failed, 2 bad input or configuration, 3 out of memory or ove
 continues after a failed job and then exits with 1. Repeated with the same hydra.sweep.dir, it skips finished jobs.
 """
 
-import errno
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -37,8 +35,10 @@ from memsave.config import ConfigError
 from memsave.config.compose import compose, load_schemas, to_objects
 from memsave.config.overrides import literal, override, parse
 from memsave.config.registry import conf_dir
-from memsave.failures import Failures, Interrupted, ProcessLost
-from memsave.leading import Run, end_followers, give_order, receive_order, start_processes
+from memsave.failures import Failures
+from memsave.following import follow
+from memsave.leading import Run, end_followers, give_order, start_processes
+from memsave.outcome import disk_message, failed, interrupted, print_error
 from memsave.processes import group_size, process_rank
 from memsave.resume import ResumedRun, resumed_run
 from memsave.training.signals import interrupt_at_signals
@@ -60,7 +60,7 @@ def main() -> None:
     try:
         start_processes(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(_print_error(error, code=2))
+        sys.exit(print_error(error, code=2))
     if process_rank() > 0:
         sys.exit(follow())
     code = 1
@@ -80,7 +80,7 @@ def _lead() -> int:
             return continue_run(resumed)
         check_overrides(sys.argv[1:])
     except ConfigError as error:
-        return _print_error(error, code=2)
+        return print_error(error, code=2)
     if {"--help", "-h"} & set(sys.argv):
         print(
             f"{__doc__}\nKeys: {conf_dir()}, memsave/config/schema.py; --cfg job prints the config that the overrides "
@@ -97,42 +97,12 @@ def _lead() -> int:
             print("interrupted", file=sys.stderr)
         return 130
     except ConfigError as error:
-        return _print_error(error, code=2)
+        return print_error(error, code=2)
     except OSError as error:
-        return _print_error(f"the output folder cannot be created ({error}); give another by hydra.run.dir=", code=2)
+        return print_error(f"the output folder cannot be created ({error}); give another by hydra.run.dir=", code=2)
     except (HydraException, OmegaConfBaseException) as error:
-        return _print_error(str(error).splitlines()[0], code=2)
+        return print_error(str(error).splitlines()[0], code=2)
     return _exit_code
-
-
-def follow() -> int:
-    """Take part in the run of rank 0, which alone writes and reports; returns the exit code."""
-    interrupt_at_signals()
-    failures = Failures()
-    try:
-        order = receive_order()
-    except (Exception, KeyboardInterrupt):  # rank 0 has ended
-        return 1
-    if order.run is None:
-        return order.code
-    return _take_part(order.run, failures)
-
-
-def _take_part(run: Run, failures: Failures) -> int:
-    from memsave.experiment import run_experiment
-    from memsave.progress import Progress
-
-    try:
-        run_experiment(run.config, run.folder, strategies=run.strategies, progress=Progress())
-        return 0
-    except KeyboardInterrupt:
-        failures.leave(Interrupted())
-        return 130
-    except Exception as error:
-        cause = failures.cause(error)
-        if failures.leave(cause):
-            print(f"memsave: {cause}", file=sys.stderr)
-        return 1
 
 
 def continue_run(resumed: ResumedRun) -> int:
@@ -178,7 +148,7 @@ def job(config: DictConfig) -> None:
         try:
             refuse_second_run(folder, resume=config.trainer.resume)
         except ConfigError as error:  # Hydra would add a line to the message
-            _exit_code = _print_error(error, code=2)
+            _exit_code = print_error(error, code=2)
             return
         code = _exit_code = execute(config, folder, experiment=experiment)
     else:
@@ -246,7 +216,7 @@ class SweepEnd(Callback):
         folder = Path(config.hydra.sweep.dir)
         bad = [job for job in collect(folder) if job.status != "ok"]
         for job in bad:
-            _print_error(f"{job.status}: {job.folder}", code=1)
+            print_error(f"{job.status}: {job.folder}", code=1)
         if bad:
             again = override("hydra.sweep.dir", folder)
             print(f"repeat the command with {again} to run the missing jobs", file=sys.stderr)
@@ -285,9 +255,9 @@ def execute(
         with lock_folder(folder), _restore_on_failure(folder) if continued else nullcontext():
             return _execute(config, folder, failures, experiment=experiment, strategies=strategies, request=request)
     except ConfigError as error:
-        return _print_error(error, code=2)
+        return print_error(error, code=2)
     except OSError as error:
-        return _print_error(_disk_message(folder, error), code=1)
+        return print_error(disk_message(folder, error), code=1)
     finally:
         failures.finish()
 
@@ -305,7 +275,7 @@ def _launch(job: dict[str, Any], *, processes: int) -> int:
         to_objects(job["config"])  # an error is reported once, before anything starts
         return launch(job, processes=processes)
     except ConfigError as error:
-        return _print_error(error, code=2)
+        return print_error(error, code=2)
 
 
 def _execute(
@@ -342,13 +312,13 @@ def _execute(
             write_json(folder / "result.json", result)
         except OSError as error:
             reported = "cannot be written" in str(outcome.get("error"))  # the run ended for the same reason
-            return code if reported else _print_error(_disk_message(folder, error), code=code or 1)
+            return code if reported else print_error(disk_message(folder, error), code=code or 1)
         shown = folder if not folder.is_relative_to(Path.cwd()) else folder.relative_to(Path.cwd())
         files = ", ".join(output_files(folder))
         Progress().say(f"{status} after {result['seconds']:.0f} s; results in {shown}: {files}")
         return code
 
-    with failures.watched(lambda error: end(*_failed(error, config, folder))):
+    with failures.watched(lambda error: end(*failed(error, config, folder))):
         reached = _attempt(config, folder, failures, strategies=strategies)
     return end(*reached)
 
@@ -370,80 +340,10 @@ def _attempt(
         give_order(run)
         return "ok", 0, run_experiment(run.config, folder, strategies=strategies, progress=Progress())
     except KeyboardInterrupt as stop:
-        return _interrupted(folder, stop)
+        return interrupted(folder, stop)
     except Exception as error:
-        status, code, outcome = _failed(failures.cause(error), config, folder)
+        status, code, outcome = failed(failures.cause(error), config, folder)
         return status, code, {**outcome, **getattr(error, "outcome", {})}
-
-
-def _failed(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, dict[str, Any]]:
-    """Print a sentence about the error; returns (status, exit code, entries of the result)."""
-    if isinstance(error, Interrupted):
-        return _interrupted(folder, error)
-    status, code, message = _explain(error, config, folder)
-    return status, _print_error(message, code=code), {"error": message, **getattr(error, "outcome", {})}
-
-
-def _interrupted(folder: Path, stop: BaseException) -> tuple[str, int, dict[str, Any]]:
-    saved = (folder / "checkpoint").exists()
-    print(f"interrupted; continue with {_resume(folder)}" if saved else "interrupted", file=sys.stderr)
-    return "interrupted", 130, getattr(stop, "outcome", {})
-
-
-def _explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int, str]:
-    """(status, exit code, one sentence) of an error."""
-    from memsave.data import DataError
-    from memsave.planning.budget import OverBudget
-    from memsave.privacy import PrivacyError
-    from memsave.tasks.definition import definition_of
-    from memsave.training.checkpoint import CheckpointError
-    from memsave.training.loop import TrainingError
-    from memsave.training.memory_error import is_out_of_memory
-
-    saved = (folder / "checkpoint").exists()
-    if isinstance(error, DataError) and saved:
-        return "failed", 2, f"{error} Then continue with {_resume(folder)}"
-    if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
-        return "failed", 2, str(error)
-    if isinstance(error, ProcessLost):
-        return "failed", 1, f"{error}; continue with {_resume(folder)}" if saved else str(error)
-    if isinstance(error, TrainingError):
-        return "failed", 1, str(error)
-    task = definition_of(to_objects(config))  # not earlier: the error may be that the config is not valid
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        extra = {"tensorboard": "tensorboard", "nilearn": "mni"}.get(package, task.pip_extra)
-        wanted = package if extra is None else f"'memsave[{extra}]'"
-        message = f"the package {package} is not installed; install it with: pip install {wanted}"
-        return "failed", 2, message
-    if _is_disk_fault(error, folder):
-        return "failed", 1, _disk_message(folder, error)
-    if is_out_of_memory(error):
-        return "oom", 3, f"the step does not fit into memory; try {', '.join(task.less_memory())}"
-    if isinstance(error, OverBudget):
-        return "over_budget", 3, f"{error}; try {', '.join(task.less_memory())}"
-    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-    remedy = f"; after fixing it, continue with {_resume(folder)}" if saved else ""
-    return "failed", 1, f"{type(error).__name__}: {error} (traceback: {folder / 'error.txt'}){remedy}"
-
-
-def _is_disk_fault(error: BaseException, folder: Path) -> bool:
-    """Whether the disk is full or the folder is not writable; safetensors raises an error without an errno."""
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
-        return str(error.filename).startswith(str(folder))
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
-
-
-def _disk_message(folder: Path, error: BaseException) -> str:
-    cause = getattr(error, "strerror", None) or "no space is left on the device"
-    path = getattr(error, "filename", None) or folder
-    remedy = f", then continue with {_resume(folder)}" if (folder / "checkpoint").exists() else ""
-    return f"{path} cannot be written ({cause}); free space or give another folder by hydra.run.dir={remedy}"
-
-
-def _resume(folder: Path) -> str:
-    return override("trainer.resume", folder)
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -468,12 +368,6 @@ def check_overrides(arguments: Sequence[str]) -> None:
     for number, choices in enumerate(options):
         for choice in choices[1:]:
             compose([*first[:number], choice, *first[number + 1 :]])
-
-
-def _print_error(error: object, *, code: int) -> int:
-    if process_rank() == 0:
-        print(f"memsave: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ import pickle
 import sys
 from pathlib import Path
 
+from memsave.following import follow
 from memsave.launch import CODE, JOB
 from memsave.leading import end_followers
 from memsave.process_group import start_group
 from memsave.processes import process_rank
-from memsave.run import execute, follow
+from memsave.run import execute
 from memsave.training.signals import interrupt_at_signals
 
 

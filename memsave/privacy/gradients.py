@@ -34,14 +34,13 @@ from memsave.processes import (
     gather,
     is_sharded,
     maximum,
+    own_seed,
     process_count,
     process_rank,
     share,
     totals,
     without_group,
 )
-
-PRIME = 1_000_003  # between the known seeds of two processes
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class PrivateGradients:
 
     def _noise_generator(self) -> Generator:
         """A new generator for the noise that this process adds; that of another process is independent of it."""
-        return _generator(self._device, None if self._seed is None else 2 * self._seed + 1 + PRIME * process_rank())
+        return _generator(self._device, None if self._seed is None else own_seed(2 * self._seed + 1))
 
     @property
     def epsilon(self) -> float:

@@ -4,10 +4,8 @@ import torch
 from torch import distributed, nn
 
 from memsave.process_group import refuse_differences
-from memsave.processes import process_count, process_rank
+from memsave.processes import own_seed, process_count, process_rank
 from memsave.training.task import Task
-
-STRIDE = 1_000_003  # between the seeds of two processes
 
 
 def start_alike(model: nn.Module, task: Task, *, seed: int) -> None:
@@ -22,4 +20,4 @@ def start_alike(model: nn.Module, task: Task, *, seed: int) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         distributed.broadcast(tensor.detach(), src=0)
     if process_rank() > 0:
-        torch.manual_seed(seed + STRIDE * process_rank())
+        torch.manual_seed(own_seed(seed))
