@@ -19,6 +19,7 @@ from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
+from memsave.privacy.monitor import EpsilonMonitor
 from memsave.process_group import own_device
 from memsave.processes import (
     alone,
@@ -41,7 +42,6 @@ from memsave.training.loop import State, StepResult, averaged, make_state, run_s
 from memsave.training.measure import PLAIN, Measurement
 from memsave.training.monitor import MemoryMonitor
 from memsave.training.private import (
-    EpsilonMonitor,
     describe,
     make_mechanism,
     make_private,
@@ -250,7 +250,7 @@ def _train(
     """Take the steps, log them, save checkpoints; returns the last loss, or None if no step was left."""
     trainer = config.trainer
     loss: float | None = None
-    epsilon_monitor = EpsilonMonitor(state.private, steps=trainer.steps)
+    epsilon_monitor = None if state.private is None else EpsilonMonitor(state.private, steps=trainer.steps)
     if config.profiler.process:
         reset_process_peak()
         monitor.process_start = process_bytes()
@@ -258,7 +258,7 @@ def _train(
         for done in _save_on_data_error(
             run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder
         ):
-            loss, spent = done.loss, epsilon_monitor.metrics()
+            loss, spent = done.loss, {} if epsilon_monitor is None else epsilon_monitor.metrics()
             log.write({**_logged(done), **spent})
             monitor.add(done)
             bar.advance(_note(done, spent))

@@ -208,6 +208,12 @@ def received(value: T) -> Iterator[T]:
         yield content.pop()
 
 
+def broadcast_model(model: nn.Module) -> None:
+    """Give the parameters and buffers of rank 0 to all processes."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        distributed.broadcast(tensor.detach(), src=0)
+
+
 def broadcast(value: T) -> T:
     """The value of rank 0."""
     if process_count() == 1 or _is_pretended():

@@ -13,7 +13,7 @@ from memsave.privacy import epsilon_of_runs
 from memsave.run import is_done
 from memsave.training.private import round_up
 from memsave.training.result import read_request, request_digest, write_config
-from tests.support.commands import run_command
+from tests.support.commands import run_command, run_interpreter
 from tests.support.run_folders import write_run
 from tests.support.tiny_configs import TINY_UNET
 
@@ -155,8 +155,8 @@ def test_a_sweep_over_budgets_is_collected_and_not_repeated(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["-m", *TINY_UNET, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
     arguments += ["memory.engine=hooks"]
-    arguments += ["hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    first = run_command(tmp_path, *arguments)
+    arguments += ["hydra.sweep.dir=sweep"]
+    first = run_interpreter(tmp_path, *arguments, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert first.returncode == 1
     assert "over_budget: sweep/0" in first.stderr
     assert "repeat the command with hydra.sweep.dir=sweep to run the missing jobs" in first.stderr

@@ -1,15 +1,14 @@
 """The package of docs/extending.md, installed outside of memsave: its data set, model and task run like our own."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.commands import run_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 RDP = ["privacy.accountant=rdp"]  # the exact accountant takes seconds
@@ -30,13 +29,7 @@ def installed(tmp_path_factory):
 
 
 def memsave(installed, *arguments, module="memsave.run", cwd):
-    root = str(Path(__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(installed), root, os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return run_command(cwd, *arguments, module=module, PYTHONPATH=str(installed))
 
 
 def result_in(folder):

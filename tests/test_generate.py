@@ -2,12 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -24,6 +20,7 @@ from memsave.generate import main
 from memsave.tasks.language.answering import TextAnswerer, load_answerer
 from memsave.tasks.language.documents import Documents
 from memsave.tasks.language.generation import GenerationConfig
+from tests.support.commands import Command
 from tests.support.released_texts import KNOWN, PEOPLE, PROMPT, model_of, task_of, tokenizer_of
 
 
@@ -235,19 +232,18 @@ def test_a_killed_command_continues(released, tmp_path):
     """kill -9 at any moment leaves a journal from which the same command continues."""
     (tmp_path / "a.jsonl").write_text(JSONL * 8)
     files = [f"model={released[0]}", f"input={tmp_path / 'a.jsonl'}", f"output={tmp_path / 'out.jsonl'}"]
-    command = [sys.executable, "-m", "memsave.generate", *files, "batch_size=1", "device=cpu"]
+    arguments = [*files, "batch_size=1", "device=cpu"]
     partial = tmp_path / "out.jsonl.partial.jsonl"
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    running = Command(tmp_path, *arguments, module="memsave.generate")
     end = time.monotonic() + 120
-    while running.poll() is None and time.monotonic() < end:
+    while running.process.is_alive() and time.monotonic() < end:
         if partial.exists() and partial.read_bytes().count(b"\n") > 3:
             break
         time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running.kill()
     done = partial.read_bytes().count(b"\n") - 1
     assert 0 < done < 40
-    assert main(command[3:]) == 0
+    assert main(arguments) == 0
     rows = rows_of(tmp_path / "out.jsonl")
     assert [row["line"] for row in rows] == list(range(1, 41))
     assert texts(rows) == texts(rows[:5]) * 8

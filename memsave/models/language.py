@@ -1,5 +1,6 @@
 """The per-example losses of any causal language model: each is normalised by the example's own tokens."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def causal_lm_losses(
     *,
     attention_mask: Tensor | None = None,
     head: str = "chunked",
+    others: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """(B,): the mean cross-entropy over each example's target tokens; zero for an example without targets.
 
@@ -37,6 +39,7 @@ def causal_lm_losses(
         attention_mask: of the same shape, zero at padding on the right or on the left. The loss equals that of the
             example without padding. The first token after padding is no target. Rows of zeros do not exist.
         head: "chunked" never computes all logits (B, T, V) at once; "logits" uses the logits of the model.
+        others: further inputs of the model's forward, for input_ids (B, T).
 
     Raises ValueError if padding changes the model's logits, and for targets at padding. With head="chunked" also raises
     ValueError if the head is no `nn.Linear`, or if the model changes the logits by more than a factor or a soft cap
@@ -45,7 +48,7 @@ def causal_lm_losses(
     if head not in HEADS:
         raise ValueError(f"head is {head!r}; choose one of {', '.join(HEADS)}")
     if input_ids.dim() == 2:
-        losses, counts = _row_losses(model, input_ids, labels, attention_mask, head=head)
+        losses, counts = _row_losses(model, input_ids, labels, attention_mask, head=head, others=others or {})
         return losses / counts.clamp(min=1)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     batch_size, chunks = input_ids.shape[:2]
@@ -54,19 +57,26 @@ def causal_lm_losses(
     of_row = (rows // chunks).tolist() if has_values(exists) else [b for b in range(batch_size) for _ in range(chunks)]
     with example_rows(of_row, examples=batch_size):
         chosen = (each.flatten(0, 1)[rows] for each in (input_ids, labels, mask))
-        losses, counts = _row_losses(model, *chosen, head=head)
+        losses, counts = _row_losses(model, *chosen, head=head, others={})
     example = torch.tensor(of_row, device=mask.device)
     total = losses.new_zeros(batch_size).index_add(0, example, losses)
     return total / counts.new_zeros(batch_size).index_add(0, example, counts).clamp(min=1)
 
 
 def _row_losses(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, *, head: str
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    head: str,
+    others: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(sums of the cross-entropy over the targets of each row (R,), numbers of targets (R,)) of a batch (R, T)."""
-    inputs, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, labels[:, 1:]
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **others}
+    targets = labels[:, 1:]
     if attention_mask is not None:
-        position_ids = positions(model, input_ids, attention_mask)
+        position_ids = None if "position_ids" in others else positions(model, input_ids, attention_mask)
         inputs |= {} if position_ids is None else {"position_ids": position_ids}
         targets = _after_tokens(targets, attention_mask)
     if head == "chunked":

@@ -1,10 +1,10 @@
 """The start of a run of several processes: equal weights and data in all of them, and random numbers of their own."""
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from memsave.process_group import refuse_differences
-from memsave.processes import own_seed, process_count, process_rank
+from memsave.processes import broadcast_model, own_seed, process_count, process_rank
 from memsave.training.task import Task
 
 
@@ -17,7 +17,6 @@ def start_alike(model: nn.Module, task: Task, *, seed: int) -> None:
         return
     shapes = [(name, tuple(each.shape), str(each.dtype)) for name, each in model.state_dict().items()]
     refuse_differences({"the training data": task.fingerprint, "the model's parameters": shapes})
-    for tensor in [*model.parameters(), *model.buffers()]:
-        distributed.broadcast(tensor.detach(), src=0)
+    broadcast_model(model)
     if process_rank() > 0:
         torch.manual_seed(own_seed(seed))

@@ -32,7 +32,6 @@ NOT_PRIVATE = (
     "the number of training examples, which privacy.md states: it is assumed to be public",
 )
 
-LOOKAHEAD = 1.2  # epsilon grows with the root of the steps, so the logged bound is at most about 10% too high
 LARGE_EPSILON = 20.0
 PRACTICE = f"""
 In practice, an epsilon above {LARGE_EPSILON:g} protects nobody."""
@@ -122,28 +121,6 @@ def _verify(model: nn.Module, task: Task, privacy: GhostPrivacy, *, progress: Pr
     report = verify(model, tensors, task.per_example_losses, **options)
     if not report.ok:
         raise TrainingError(f"clipping would not be exact: {'; '.join(report.findings)}")
-
-
-class EpsilonMonitor:
-    """An upper bound of the epsilon spent so far: the epsilon of up to `LOOKAHEAD` times the steps taken.
-
-    PRV accounting takes up to a second, so epsilon is computed only when the steps exceed those of the last bound.
-    """
-
-    def __init__(self, private: PrivateGradients | None, *, steps: int):
-        self.private = None if private is None or private.seeded else private
-        self.steps = steps
-        self._bound_steps, self._epsilon = 0, 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """`epsilon` for a line of the log; empty if the run has no guarantee."""
-        if self.private is None:
-            return {}
-        taken = self.private.steps
-        if taken > self._bound_steps:
-            self._bound_steps = max(taken, min(int(LOOKAHEAD * taken), self.steps))
-            self._epsilon = self.private.mechanism.epsilon(self._bound_steps)
-        return {"epsilon": self._epsilon} if self._epsilon < math.inf else {}
 
 
 def why_no_guarantee(*, noise_multiplier: float, epsilon: float, seeded: bool = False) -> str | None:

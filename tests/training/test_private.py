@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -25,6 +23,7 @@ from memsave.tasks.language.generation import Generation
 from memsave.training import checkpoint
 from memsave.training.loop import TrainingError, make_state, run_steps
 from memsave.training.private import round_up
+from tests.support.commands import Command
 from tests.support.linear_task import Lines, line_model, trainer
 from tests.support.tiny_configs import TINY_GPT2_DP
 
@@ -314,24 +313,22 @@ def command(cache, folder, *overrides):
         *QUICK,
     ]
     fixed = ["trainer.steps=12", "trainer.checkpoint_every=1", "trainer.evaluate_first=false", "trainer.device=cpu"]
-    return [
-        *(sys.executable, "-m", "memsave.run", *tiny, *fixed, f"model.cache={cache}", f"hydra.run.dir={folder}"),
-        *overrides,
-    ]
+    folder.mkdir(exist_ok=True)
+    return Command(folder, *tiny, *fixed, f"model.cache={cache}", f"hydra.run.dir={folder}", *overrides)
 
 
 def test_a_killed_run_resumes_bit_for_bit_and_counts_no_step_twice(tmp_path, cache):
     whole, killed, resumed = tmp_path / "whole", tmp_path / "killed", tmp_path / "resumed"
-    subprocess.run(command(cache, whole), check=True, capture_output=True)
-    process = subprocess.Popen(command(cache, killed), stderr=subprocess.DEVNULL)
+    assert command(cache, whole).wait().returncode == 0
+    process = command(cache, killed)
     log = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not log.is_file() or len(log.read_text().splitlines()) < 4):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait().returncode == -9
     assert not (killed / "result.json").exists()
-    subprocess.run(command(cache, resumed, f"trainer.resume={killed / 'checkpoint'}"), check=True, capture_output=True)
+    assert command(cache, resumed, f"trainer.resume={killed / 'checkpoint'}").wait().returncode == 0
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, resumed)]
     assert [each["privacy"]["steps"] for each in results] == [12, 12]
     assert results[0]["metrics"] == results[1]["metrics"]

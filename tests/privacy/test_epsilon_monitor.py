@@ -1,7 +1,7 @@
 """The epsilon that a private run logs while it trains."""
 
 from memsave.privacy import Mechanism, PrivateGradients
-from memsave.training.private import LOOKAHEAD, EpsilonMonitor
+from memsave.privacy.monitor import LOOKAHEAD, EpsilonMonitor
 from tests.support.linear_task import line_model
 
 

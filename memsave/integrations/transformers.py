@@ -1,0 +1,461 @@
+"""Private training with the Trainer of transformers, or with a class of one's own that is derived from it.
+
+    trainer = PrivateTrainer(
+        model=model, args=args, train_dataset=data,
+        privacy=PrivacyArguments(target_epsilon=3.0, target_delta=1e-5, max_grad_norm=0.1, micro_batch_size=8),
+    )
+    trainer.train()
+
+One step of the Trainer is one logical batch, drawn by Poisson sampling, whose expected size is that of the Trainer's
+arguments: per_device_train_batch_size x gradient_accumulation_steps x processes. It is split into micro-batches, each
+example's gradient is clipped, and noise is added once. `PrivateTrainerMixin` does the same for a subclass:
+
+    class PrivateSFTTrainer(PrivateTrainerMixin, SFTTrainer): ...
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Trainer
+from transformers.trainer_callback import EarlyStoppingCallback
+
+from memsave.models.model_losses import model_losses
+from memsave.privacy import Mechanism, PrivacyError, PrivateGradients, default_delta, noise_multiplier_for
+from memsave.privacy.monitor import EpsilonMonitor
+from memsave.processes import broadcast_model, process_count
+
+STATE_FILE = "privacy_state.pt"
+"""In a checkpoint of the Trainer: counts, mechanism and the secret state of the generators."""
+
+Inputs = dict[str, Any]
+MicroBatch = tuple[int, Inputs]
+"""(number of examples, what the collator made of them)."""
+PerExampleLosses = Callable[[Any, Tensor | None], Tensor]
+"""(outputs of the model, labels) -> (B,)."""
+
+
+@dataclass(frozen=True)
+class PrivacyArguments:
+    """How the Trainer trains privately; give `target_epsilon` or `noise_multiplier`."""
+
+    target_epsilon: float | None = None
+    """The epsilon that all steps together spend; the noise is calibrated to it."""
+    noise_multiplier: float | None = None
+    """sigma, in place of `target_epsilon`."""
+    target_delta: float | None = None
+    """None takes n^-1.1 for n examples."""
+    max_grad_norm: float = 0.1
+    """C: each example's gradient is clipped to this norm."""
+    micro_batch_size: int | None = None
+    """Examples in one forward; changes memory and time, and nothing else. None takes per_device_train_batch_size."""
+    accountant: str = "prv"
+    """prv or rdp."""
+    clipping: str = "flat"
+    """flat, automatic or per_layer; see `GhostClipper`."""
+    passes: str | int = "auto"
+    """1, 2, auto or direct; see `GhostClipper`."""
+    memory_budget: int = 0
+    """Bytes that may be kept to save time; see `GhostClipper`."""
+    head: str = "chunked"
+    """chunked or logits; see `causal_lm_losses`."""
+    secure_noise: bool = False
+    """Noise that protects against attacks on floating-point numbers; see `GaussianNoise`."""
+    seed: int | None = None
+    """None draws secret seeds; a number is for tests and not private."""
+
+    def __post_init__(self) -> None:
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise PrivacyError("give either target_epsilon or noise_multiplier to PrivacyArguments")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise PrivacyError(f"micro_batch_size is {self.micro_batch_size}; give 1 or more")
+
+
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+
+class PrivateTrainerMixin(Base):
+    """Makes a class that is derived from transformers' `Trainer` train privately; list it before that class.
+
+    The loss of each example is that of `memsave.models.model_losses`, for the common heads of transformers. Otherwise
+    give `per_example_loss_func`, or override `compute_loss`, which must return one loss for each example, (B,).
+
+    `train` trains once: the accountant plans all steps before the first. The gradient of each step is that of
+    `PrivateGradients`; the Trainer's own `max_grad_norm` is not used. After it, the model is an ordinary model again.
+
+    Formal guarantees:
+        What an optimizer computes from the gradients of k steps is (epsilon, delta)-differentially private for adding
+        or removing one example of `train_dataset`, with the `epsilon` that is logged after step k. Logged losses and
+        gradient norms, and scores on private data, are not private.
+
+    Args:
+        privacy: the mechanism.
+        per_example_loss_func: (outputs of the model, labels) -> (B,), which takes the place of the model's loss.
+        args, kwargs: those of the other class. `train_dataset` must have a length.
+
+    Raises PrivacyError for a setting under which the guarantee would not hold.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        privacy: PrivacyArguments,
+        per_example_loss_func: PerExampleLosses | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.privacy = privacy
+        self.per_example_loss_func = per_example_loss_func
+        self.private_gradients: PrivateGradients | None = None
+        """Counts, mechanism and clipper of the training; None before `train`."""
+        self._in_private_step = False
+        self._refuse_settings()
+        self.expected_batch_size: int = super().get_total_train_batch_size(self.args)
+        """The mean number of examples in a step, of all processes."""
+        self.args = copy.copy(self.args)  # the user's object stays as it is
+        self.args.gradient_accumulation_steps = 1  # a step gets its whole logical batch at once
+        self.args.max_grad_norm = 0.0  # would clip the noisy mean
+        self.args.ignore_data_skip = False  # the sampler knows where to continue
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon spent so far; 0.0 before `train`, infinity with a known seed, which is not private."""
+        private = self.private_gradients
+        if private is None:
+            return 0.0
+        return math.inf if private.seeded else private.epsilon
+
+    # ---- what is refused ----
+
+    def _refuse_settings(self) -> None:
+        for broken, sentence in _refusals(self):
+            if broken:
+                raise PrivacyError(sentence)
+
+    # ---- data: Poisson batches in micro-batches ----
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The expected size of a logical batch."""
+        return self.expected_batch_size
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `PrivateGradients.batches`, each a list of micro-batches; for `train` alone."""
+        if not self.is_in_train or self.private_gradients is None:
+            raise PrivacyError("a private Trainer draws its batches while it trains; call train()")
+        dataset, collate = self.train_dataset, self.data_collator
+        if hasattr(dataset, "column_names"):  # of the package datasets
+            dataset = self._remove_unused_columns(dataset, description="Training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="Training")
+        size = self.privacy.micro_batch_size or self.args.per_device_train_batch_size
+        args = self.args
+        return DataLoader(
+            _LogicalBatches(dataset),
+            batch_sampler=self._sampler,
+            collate_fn=partial(_micro_batches, collate=collate, size=size),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    # ---- training ----
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.private_gradients
+        if before is not None and kwargs.get("resume_from_checkpoint") is None:
+            raise PrivacyError(
+                f"this trainer has spent epsilon {before.epsilon:.2f} already; create a new one to train again, and "
+                f"compose the epsilons of both"
+            )
+        assert self.model is not None
+        if process_count() > 1:
+            broadcast_model(self.model)
+        self.private_gradients = self._start()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.private_gradients.close()
+
+    def _start(self) -> PrivateGradients:
+        model, data = self.model, self.train_dataset
+        assert model is not None and isinstance(data, Sized)
+        privacy, size = self.privacy, len(data)
+        steps_per_epoch = math.ceil(size / self.expected_batch_size)
+        steps = (
+            self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * steps_per_epoch)
+        )
+        self._planned = steps
+        delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
+        options: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
+        mechanism = Mechanism(size, self.expected_batch_size, 1.0, privacy.max_grad_norm, **options)  # checks sizes
+        noise = privacy.noise_multiplier
+        if noise is None:
+            assert privacy.target_epsilon is not None
+            rate = mechanism.sample_rate
+            noise = noise_multiplier_for(
+                target_epsilon=privacy.target_epsilon, sample_rate=rate, steps=steps, **options
+            )
+        private = PrivateGradients(
+            model,
+            Mechanism(size, self.expected_batch_size, noise, privacy.max_grad_norm, **options),
+            clipping=privacy.clipping,
+            passes=privacy.passes,
+            memory_budget=privacy.memory_budget,
+            secure_noise=privacy.secure_noise,
+            seed=privacy.seed,
+        )
+        self._sampler = _PoissonSampler(private, steps=steps_per_epoch)
+        self._monitor = EpsilonMonitor(private, steps=steps)
+        return private
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer, but DistributedDataParallel does not wrap the model: `PrivateGradients` sums."""
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            self.accelerator.prepare_model = prepare
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: Sequence[MicroBatch], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One logical batch: clipped sums of its micro-batches, then noise. Returns the mean loss of the examples."""
+        private = self.private_gradients
+        assert private is not None
+        if self.privacy.target_epsilon is not None and private.steps >= self._planned:
+            raise PrivacyError(
+                f"the noise was calibrated for {self._planned} steps, which are taken; another would spend more than "
+                f"target_epsilon={self.privacy.target_epsilon:g}: does a callback set should_training_stop to False?"
+            )
+        model.train()
+        to_training = getattr(self.optimizer, "train", None)  # of optimizers without a schedule
+        if callable(to_training):
+            to_training()
+        total, before = torch.zeros((), device=self.args.device), private.examples
+        for count, micro in inputs:
+            self._in_private_step = True
+            try:
+                with self.compute_loss_context_manager():
+                    losses = self.compute_loss(model, self._prepare_inputs(micro))
+            finally:
+                self._in_private_step = False
+            self._check_losses(losses, count)
+            private.backward(losses)
+            total += losses.detach().nan_to_num(0, 0, 0).sum()
+        private.finish()
+        # the Trainer averages over the processes
+        return total * process_count() / max(1, private.examples - before)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The losses (B,) of a training step; in evaluation, what the other class computes."""
+        if not self._in_private_step:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.per_example_loss_func is not None:
+            inputs = dict(inputs)
+            labels = inputs.pop("labels", None)
+            return self.per_example_loss_func(model(**inputs), labels)
+        if _defines_loss(type(self)):
+            return super().compute_loss(model, inputs)
+        return model_losses(model, inputs, head=self.privacy.head)
+
+    def _check_losses(self, losses: Any, count: int) -> None:
+        if isinstance(losses, Tensor) and losses.shape == (count,):
+            return
+        source = "per_example_loss_func" if self.per_example_loss_func is not None else "compute_loss"
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise PrivacyError(
+            f"{source} returned {shape} for {count} examples; it must return the loss of each, ({count},), and the "
+            f"collator must keep the examples apart"
+        )
+
+    # ---- logs ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Also logs `epsilon`: an upper bound, at most about 10% above `self.epsilon`, and equal to it at the end."""
+        epsilon = 0.0 if self.private_gradients is None else self._monitor.bound()
+        super().log({**logs, "epsilon": epsilon}, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Those of all micro-batches."""
+        if isinstance(inputs, dict):
+            return int(super().floating_point_ops(inputs))
+        return sum(int(super(PrivateTrainerMixin, self).floating_point_ops(micro)) for _, micro in inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            raise PrivacyError(
+                "include_num_input_tokens_seen counts tokens in each process and micro-batch; leave it out"
+            )
+
+    # ---- checkpoints ----
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        assert self.private_gradients is not None
+        state = self.private_gradients.state_dict()  # all processes
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        private, path = self.private_gradients, Path(checkpoint) / STATE_FILE
+        assert private is not None
+        if not path.is_file():
+            raise PrivacyError(
+                f"{checkpoint} has no {STATE_FILE}, so the epsilon that it has spent is not known; continue from a "
+                f"checkpoint of a private trainer"
+            )
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise PrivacyError(f"{path} cannot be read ({error}); continue from another checkpoint") from error
+        private.load_state_dict(state)
+        if private.steps != self.state.global_step:
+            raise PrivacyError(
+                f"{path} is of step {private.steps}, the trainer's state of step {self.state.global_step}; continue "
+                f"from another checkpoint"
+            )
+        self._sampler.done = private.steps % len(self._sampler)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise PrivacyError(
+            "hyperparameter_search trains many models on the private data, and their choice spends more epsilon than "
+            "that of one; train each with a PrivateTrainer of its own and compose their epsilons"
+        )
+
+
+class PrivateTrainer(PrivateTrainerMixin, Trainer):
+    """transformers' `Trainer` with differential privacy; see `PrivateTrainerMixin`."""
+
+
+def _refusals(trainer: Any) -> Iterator[tuple[bool, str]]:
+    """(whether it is so, the sentence) of each setting under which the guarantee would not hold."""
+    args, data = trainer.args, trainer.train_dataset
+    no_length = data is not None and (isinstance(data, IterableDataset) or not isinstance(data, Sized))
+    yield (
+        no_length,
+        "train_dataset has no length, and Poisson sampling needs the number of examples; give a map-style dataset",
+    )
+    yield (
+        trainer.compute_loss_func is not None,
+        "compute_loss_func returns one loss for the batch; give per_example_loss_func=, which returns one for each "
+        "example",
+    )
+    sampling = str(args.train_sampling_strategy)
+    yield (
+        sampling != "random",
+        f"train_sampling_strategy={sampling} chooses the examples of a batch, and epsilon is that of Poisson sampling; "
+        f"leave it out",
+    )
+    yield args.dataloader_drop_last, "dataloader_drop_last has no meaning for Poisson batches; leave it out"
+    yield (
+        bool(args.label_smoothing_factor),
+        "label_smoothing_factor makes the loss a mean over the batch; smooth in per_example_loss_func",
+    )
+    yield (
+        args.neftune_noise_alpha is not None,
+        "neftune_noise_alpha adds noise that depends on the longest text of the batch; leave it out",
+    )
+    yield args.auto_find_batch_size, "auto_find_batch_size changes the batch size, and with it epsilon; leave it out"
+    yield args.fp16, "fp16 scales the loss, and overflows skip steps; give bf16=True, or train in float32"
+    yield args.n_gpu > 1, "the Trainer would use DataParallel; start one process for each GPU with torchrun"
+    for name in ("deepspeed", "fsdp", "parallelism_config"):
+        yield (
+            bool(getattr(args, name, None)),
+            f"{name} moves gradients in ways that clipping does not follow; start torchrun without it, or shard the "
+            f"model in a loop of your own (docs/distributed.md)",
+        )
+    yield args.torch_compile, "torch_compile hides the layers from the clipper; leave it out"
+    yield args.use_liger_kernel, "use_liger_kernel fuses layers with the loss of the batch; leave it out"
+    optim = str(getattr(args.optim, "value", args.optim))
+    yield (
+        "lomo" in optim or "layerwise" in optim,
+        f"optim={optim} updates parameters within the backward, before they have noise; give another",
+    )
+    for name in ("packing", "padding_free"):
+        yield (
+            bool(getattr(args, name, False)),
+            f"{name} puts several examples into one row, whose gradients cannot be clipped apart; leave it out",
+        )
+    published = str(getattr(args.hub_strategy, "value", args.hub_strategy))
+    yield (
+        args.push_to_hub and published in ("checkpoint", "all_checkpoints"),
+        f"hub_strategy={published} publishes checkpoints, and they hold the secret state of the noise; give end or "
+        f"every_save",
+    )
+    chooses = args.load_best_model_at_end or any(
+        isinstance(each, EarlyStoppingCallback) for each in trainer.callback_handler.callbacks
+    )
+    yield (
+        chooses and trainer.eval_dataset is trainer.train_dataset,
+        "early stopping and load_best_model_at_end would choose by scores on train_dataset, which are not private; "
+        "give an eval_dataset of other examples",
+    )
+
+
+def _defines_loss(trainer_class: type) -> bool:
+    """Whether the class after the mixin computes a loss of its own, and is none of transformers or TRL's SFTTrainer."""
+    classes = trainer_class.__mro__[trainer_class.__mro__.index(PrivateTrainerMixin) + 1 :]
+    owner = next(each for each in classes if "compute_loss" in vars(each))
+    return owner.__module__.partition(".")[0] != "transformers" and owner.__name__ != "SFTTrainer"
+
+
+class _LogicalBatches(Dataset):
+    """The examples of one logical batch together, also of an empty one."""
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        return [self._dataset[index] for index in indices]
+
+
+class _PoissonSampler:
+    """The batches of one epoch: as many as the epoch's examples would fill.
+
+    `done`: how many of the next epoch a resumed run has used already; they are not drawn again.
+    """
+
+    def __init__(self, private: PrivateGradients, *, steps: int):
+        self._private, self._steps, self.done = private, steps, 0
+        self._draws: Iterator[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        done, self.done = self.done, 0
+        if self._draws is None:
+            self._draws = self._private.batches()
+        for number in range(self._steps):
+            yield [] if number < done else next(self._draws)
+
+
+def _micro_batches(examples: Sequence[Any], *, collate: Callable[[list[Any]], Inputs], size: int) -> list[MicroBatch]:
+    parts = [list(examples[first : first + size]) for first in range(0, len(examples), size)]
+    return [(len(part), collate(part)) for part in parts]
