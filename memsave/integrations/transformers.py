@@ -16,66 +16,31 @@ example's gradient is clipped, and noise is added once. `PrivateTrainerMixin` do
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import EarlyStoppingCallback
 
+from memsave.integrations.private_training import MicroBatch, PoissonSampler, PrivacyArguments, poisson_loader
 from memsave.models.model_losses import model_losses
-from memsave.privacy import Mechanism, PrivacyError, PrivateGradients, default_delta, noise_multiplier_for
+from memsave.privacy import PrivacyError, PrivateGradients
 from memsave.privacy.monitor import EpsilonMonitor
 from memsave.processes import broadcast_model, process_count
+
+__all__ = ["PrivacyArguments", "PrivateTrainer", "PrivateTrainerMixin"]
 
 STATE_FILE = "privacy_state.pt"
 """In a checkpoint of the Trainer: counts, mechanism and the secret state of the generators."""
 
 Inputs = dict[str, Any]
-MicroBatch = tuple[int, Inputs]
-"""(number of examples, what the collator made of them)."""
 PerExampleLosses = Callable[[Any, Tensor | None], Tensor]
 """(outputs of the model, labels) -> (B,)."""
-
-
-@dataclass(frozen=True)
-class PrivacyArguments:
-    """How the Trainer trains privately; give `target_epsilon` or `noise_multiplier`."""
-
-    target_epsilon: float | None = None
-    """The epsilon that all steps together spend; the noise is calibrated to it."""
-    noise_multiplier: float | None = None
-    """sigma, in place of `target_epsilon`."""
-    target_delta: float | None = None
-    """None takes n^-1.1 for n examples."""
-    max_grad_norm: float = 0.1
-    """C: each example's gradient is clipped to this norm."""
-    micro_batch_size: int | None = None
-    """Examples in one forward; changes memory and time, and nothing else. None takes per_device_train_batch_size."""
-    accountant: str = "prv"
-    """prv or rdp."""
-    clipping: str = "flat"
-    """flat, automatic or per_layer; see `GhostClipper`."""
-    passes: str | int = "auto"
-    """1, 2, auto or direct; see `GhostClipper`."""
-    memory_budget: int = 0
-    """Bytes that may be kept to save time; see `GhostClipper`."""
-    head: str = "chunked"
-    """chunked or logits; see `causal_lm_losses`."""
-    secure_noise: bool = False
-    """Noise that protects against attacks on floating-point numbers; see `GaussianNoise`."""
-    seed: int | None = None
-    """None draws secret seeds; a number is for tests and not private."""
-
-    def __post_init__(self) -> None:
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise PrivacyError("give either target_epsilon or noise_multiplier to PrivacyArguments")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise PrivacyError(f"micro_batch_size is {self.micro_batch_size}; give 1 or more")
 
 
 if TYPE_CHECKING:
@@ -157,12 +122,12 @@ class PrivateTrainerMixin(Base):
             dataset = self._remove_unused_columns(dataset, description="Training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="Training")
-        size = self.privacy.micro_batch_size or self.args.per_device_train_batch_size
         args = self.args
-        return DataLoader(
-            _LogicalBatches(dataset),
-            batch_sampler=self._sampler,
-            collate_fn=partial(_micro_batches, collate=collate, size=size),
+        return poisson_loader(
+            dataset,
+            self._sampler,
+            collate=collate,
+            micro_batch_size=self.privacy.micro_batch_size or args.per_device_train_batch_size,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -191,32 +156,14 @@ class PrivateTrainerMixin(Base):
     def _start(self) -> PrivateGradients:
         model, data = self.model, self.train_dataset
         assert model is not None and isinstance(data, Sized)
-        privacy, size = self.privacy, len(data)
+        size = len(data)
         steps_per_epoch = math.ceil(size / self.expected_batch_size)
         steps = (
             self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * steps_per_epoch)
         )
         self._planned = steps
-        delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
-        options: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
-        mechanism = Mechanism(size, self.expected_batch_size, 1.0, privacy.max_grad_norm, **options)  # checks sizes
-        noise = privacy.noise_multiplier
-        if noise is None:
-            assert privacy.target_epsilon is not None
-            rate = mechanism.sample_rate
-            noise = noise_multiplier_for(
-                target_epsilon=privacy.target_epsilon, sample_rate=rate, steps=steps, **options
-            )
-        private = PrivateGradients(
-            model,
-            Mechanism(size, self.expected_batch_size, noise, privacy.max_grad_norm, **options),
-            clipping=privacy.clipping,
-            passes=privacy.passes,
-            memory_budget=privacy.memory_budget,
-            secure_noise=privacy.secure_noise,
-            seed=privacy.seed,
-        )
-        self._sampler = _PoissonSampler(private, steps=steps_per_epoch)
+        private = self.privacy.start(model, size=size, batch_size=self.expected_batch_size, steps=steps)
+        self._sampler = PoissonSampler(private, steps=steps_per_epoch, refetched=True)
         self._monitor = EpsilonMonitor(private, steps=steps)
         return private
 
@@ -245,19 +192,22 @@ class PrivateTrainerMixin(Base):
         if callable(to_training):
             to_training()
         total, before = torch.zeros((), device=self.args.device), private.examples
-        for count, micro in inputs:
-            self._in_private_step = True
-            try:
-                with self.compute_loss_context_manager():
-                    losses = self.compute_loss(model, self._prepare_inputs(micro))
-            finally:
-                self._in_private_step = False
-            self._check_losses(losses, count)
-            private.backward(losses)
-            total += losses.detach().nan_to_num(0, 0, 0).sum()
+        with getattr(self, "maybe_activation_offload_context", nullcontext()):  # of TRL
+            for count, micro in inputs:
+                losses = self._of_each(self._losses(model, micro), count)
+                private.backward(losses)
+                total += losses.detach().nan_to_num(0, 0, 0).sum()
         private.finish()
         # the Trainer averages over the processes
         return total * process_count() / max(1, private.examples - before)
+
+    def _losses(self, model: nn.Module, micro: Inputs) -> Any:
+        self._in_private_step = True
+        try:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, self._prepare_inputs(micro))
+        finally:
+            self._in_private_step = False
 
     def compute_loss(
         self,
@@ -277,14 +227,15 @@ class PrivateTrainerMixin(Base):
             return super().compute_loss(model, inputs)
         return model_losses(model, inputs, head=self.privacy.head)
 
-    def _check_losses(self, losses: Any, count: int) -> None:
-        if isinstance(losses, Tensor) and losses.shape == (count,):
-            return
+    def _of_each(self, losses: Any, count: int) -> Tensor:
+        """The losses (count,) of a micro-batch; the loss of a batch of one example is that of the example."""
+        if isinstance(losses, Tensor) and (losses.shape == (count,) or losses.numel() == count == 1):
+            return losses.view(count)
         source = "per_example_loss_func" if self.per_example_loss_func is not None else "compute_loss"
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise PrivacyError(
             f"{source} returned {shape} for {count} examples; it must return the loss of each, ({count},), and the "
-            f"collator must keep the examples apart"
+            f'collator must keep the examples apart. Any loss works with micro_batch_size=1 and passes="direct"'
         )
 
     # ---- logs ----
@@ -399,6 +350,17 @@ def _refusals(trainer: Any) -> Iterator[tuple[bool, str]]:
             bool(getattr(args, name, False)),
             f"{name} puts several examples into one row, whose gradients cannot be clipped apart; leave it out",
         )
+    loss_type = getattr(args, "loss_type", "nll") if _loss_owner(type(trainer)).__name__ == "SFTTrainer" else "nll"
+    yield (
+        loss_type not in (None, "nll") or bool(getattr(trainer, "aux_loss_enabled", False)),
+        f"loss_type={loss_type}, or a loss over experts, is not computed for each example; give loss_type=nll without "
+        f"it, or per_example_loss_func",
+    )
+    yield (
+        process_count() > 1 and _defines_loss(type(trainer)) and _loss_owner(type(trainer)).__module__[:4] == "trl.",
+        f"{_loss_owner(type(trainer)).__name__} communicates in each micro-batch, and their number differs between "
+        f"processes; start one process",
+    )
     published = str(getattr(args.hub_strategy, "value", args.hub_strategy))
     yield (
         args.push_to_hub and published in ("checkpoint", "all_checkpoints"),
@@ -415,47 +377,13 @@ def _refusals(trainer: Any) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _defines_loss(trainer_class: type) -> bool:
-    """Whether the class after the mixin computes a loss of its own, and is none of transformers or TRL's SFTTrainer."""
+def _loss_owner(trainer_class: type) -> type:
+    """The class after the mixin that defines `compute_loss`."""
     classes = trainer_class.__mro__[trainer_class.__mro__.index(PrivateTrainerMixin) + 1 :]
-    owner = next(each for each in classes if "compute_loss" in vars(each))
+    return next(each for each in classes if "compute_loss" in vars(each))
+
+
+def _defines_loss(trainer_class: type) -> bool:
+    """Whether the loss is neither that of transformers' Trainer nor of TRL's SFTTrainer, which `model_losses` has."""
+    owner = _loss_owner(trainer_class)
     return owner.__module__.partition(".")[0] != "transformers" and owner.__name__ != "SFTTrainer"
-
-
-class _LogicalBatches(Dataset):
-    """The examples of one logical batch together, also of an empty one."""
-
-    def __init__(self, dataset: Any):
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        return [self._dataset[index] for index in indices]
-
-
-class _PoissonSampler:
-    """The batches of one epoch: as many as the epoch's examples would fill.
-
-    `done`: how many of the next epoch a resumed run has used already; they are not drawn again.
-    """
-
-    def __init__(self, private: PrivateGradients, *, steps: int):
-        self._private, self._steps, self.done = private, steps, 0
-        self._draws: Iterator[list[int]] | None = None
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        done, self.done = self.done, 0
-        if self._draws is None:
-            self._draws = self._private.batches()
-        for number in range(self._steps):
-            yield [] if number < done else next(self._draws)
-
-
-def _micro_batches(examples: Sequence[Any], *, collate: Callable[[list[Any]], Inputs], size: int) -> list[MicroBatch]:
-    parts = [list(examples[first : first + size]) for first in range(0, len(examples), size)]
-    return [(len(part), collate(part)) for part in parts]

@@ -73,28 +73,28 @@ def _try(model: Any, ids: Tensor, kept: Tensor, *, side: str, name: str) -> None
     """Raise ValueError unless the start of a row has the same logits with and without padding."""
     width, ids = len(ids), ids[kept][None, :TRIAL_TOKENS]
     count = ids.shape[1]
-    pad = getattr(model.config, "pad_token_id", None)
-    filler = ids[:, :1] if pad is None else torch.full_like(ids[:, :1], pad)  # some models find the last token by it
-    filler = filler.expand(-1, min(TRIAL_TOKENS, width - count))
-    alone = slice(-count, None) if side == "left" else slice(0, count)
-    ids = torch.cat([filler, ids] if side == "left" else [ids, filler], 1)
-    mask = torch.zeros_like(ids)
-    mask[:, alone] = 1
-    where = {"position_ids": numbered(mask)} if side == "left" else {}
     with trial(model):
-        padded = _outputs(model, ids, mask, where)
-        plain = _outputs(model, ids[:, alone], mask[:, alone], {})
-    if padded.shape != plain.shape:  # one for each token
-        padded = padded[:, alone]
+        plain, whole_text = _logits(model, ids, torch.ones_like(ids))
+        pad = getattr(model.config, "pad_token_id", None)
+        # a token that padding never is; but models with one output for a text find its last token by the padding
+        filler = torch.full_like(ids[:, :1], pad) if whole_text and pad is not None else ids[:, :1]
+        filler = filler.expand(-1, min(TRIAL_TOKENS, width - count))
+        alone = slice(-count, None) if side == "left" else slice(0, count)
+        ids = torch.cat([filler, ids] if side == "left" else [ids, filler], 1)
+        mask = torch.zeros_like(ids)
+        mask[:, alone] = 1
+        where = {"position_ids": numbered(mask)} if side == "left" else {}
+        padded, _ = _logits(model, ids, mask, **where)
     given = ", although its position_ids skip it" if where else ""
-    check_same(padded, plain, f"padding on the {side} changes the logits of {name}", given=given, remedy=REMEDIES[side])
+    change = f"padding on the {side} changes the logits of {name}"
+    check_same(padded if whole_text else padded[:, alone], plain, change, given=given, remedy=REMEDIES[side])
 
 
-def _outputs(model: Any, ids: Tensor, mask: Tensor, where: dict[str, Tensor]) -> Tensor:
-    """The logits (1, T, V) of the tokens, (1, T) of the start of an answer, or (1, L) of the whole text."""
+def _logits(model: Any, ids: Tensor, mask: Tensor, **where: Tensor) -> tuple[Tensor, bool]:
+    """(logits (1, T, V) of the tokens, (1, T) of the start of an answer, or (1, L), whether they are of the text)."""
     outputs = model(input_ids=ids, attention_mask=mask, **where, use_cache=False)
     logits: Tensor = outputs.logits if "logits" in outputs else outputs.start_logits
-    return of_tokens(logits, ids) if logits.dim() == 3 else logits
+    return (of_tokens(logits, ids) if logits.dim() == 3 else logits), "logits" in outputs and logits.dim() == 2
 
 
 def check_same(padded: Tensor, plain: Tensor, change: str, *, given: str = "", remedy: str) -> None:

@@ -12,6 +12,8 @@ for add-or-remove-one adjacency. Both give upper bounds.
 import math
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
 
 ACCOUNTANTS = ("prv", "rdp")
 PRV_LIMIT = 50.0  # PRV is not used for larger epsilons: at 600 it takes 10 s and 1 GB, and both grow further
@@ -101,22 +103,27 @@ def epsilon_of_runs(runs: Iterable[tuple[float, float, int]], *, delta: float, a
         return 0.0
     if any(noise_multiplier == 0 for noise_multiplier, _ in steps_of):
         return math.inf
-    history = [(*mechanism, steps) for mechanism, steps in steps_of.items()]
+    history = tuple((*mechanism, steps) for mechanism, steps in steps_of.items())
     bound = _opacus_epsilon(history, delta=delta, accountant="rdp")
     if accountant == "rdp" or bound > PRV_LIMIT or len(history) > PRV_MECHANISMS:
         return bound
     return _opacus_epsilon(history, delta=delta, accountant=accountant)
 
 
-def _opacus_epsilon(history: list[tuple[float, float, int]], *, delta: float, accountant: str) -> float:
-    from opacus.accountants import create_accountant
+@lru_cache(maxsize=1024)
+def _opacus_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float, accountant: str) -> float:
+    """`history`: (noise multiplier, sample rate, steps) of each mechanism."""
+    from opacus.accountants import PRVAccountant
 
-    opacus_accountant = create_accountant(accountant)
-    opacus_accountant.history = list(history)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus warns if the best order is the largest one; the bound is still valid
         try:
-            epsilon = float(opacus_accountant.get_epsilon(delta=delta))
+            if accountant == "rdp":
+                epsilon = _rdp_epsilon(history, delta=delta)
+            else:
+                prv = PRVAccountant()
+                prv.history = list(history)
+                epsilon = float(prv.get_epsilon(delta=delta))
         except (OverflowError, ZeroDivisionError):
             return math.inf
         except (ValueError, ArithmeticError, MemoryError) as error:
@@ -132,6 +139,27 @@ def _opacus_epsilon(history: list[tuple[float, float, int]], *, delta: float, ac
     return math.inf if math.isnan(epsilon) else epsilon
 
 
+def _rdp_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float) -> float:
+    """As Opacus's RDPAccountant, which computes the divergences of a step again for each number of steps."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    total = sum(steps * _rdp_of_a_step(noise, rate) for noise, rate, steps in history)
+    epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
+    return float(epsilon)
+
+
+@lru_cache(maxsize=1024)
+def _rdp_of_a_step(noise_multiplier: float, sample_rate: float) -> Any:
+    """The Renyi divergence of one step at each of Opacus's orders."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    return compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
+
+
+@lru_cache(maxsize=256)
 def noise_multiplier_for(
     *, target_epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str
 ) -> float:

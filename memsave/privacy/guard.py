@@ -32,6 +32,8 @@ class Guard:
         """False disables all checks, for a step that is neither taken nor counted, such as one on fake tensors."""
         self.rehearsing = False
         """Whether steps are only measured or clipping is paused; an optimizer step is then an error."""
+        self.closures_are_empty = False
+        """Whether a framework always gives the optimizer a closure, which computes nothing."""
         self._parameters = list(parameters)
         self.reset()
         self._hook = register_optimizer_step_pre_hook(_step_pre_hook(weakref.ref(self)))
@@ -115,6 +117,7 @@ class Guard:
 
     def refuse_step(self, optimizer: Optimizer, *, closure: bool) -> None:
         """Raise PrivacyError for an optimizer step without noise, within a rehearsal, or with a closure."""
+        closure = closure and not self.closures_are_empty
         if not self.enabled or not (self._unnoised or self.rehearsing or closure):
             return
         ours = {id(each) for p in self._parameters for each in ((p, p.grad) if closure or p.grad is not None else ())}
