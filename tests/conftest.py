@@ -1,5 +1,6 @@
 """Fixtures of all tests: the device, and tiny runs. Each process has one thread, set before torch is imported."""
 
+import copy
 import gc
 import json
 import os
@@ -49,6 +50,24 @@ def _session_cache(tmp_path_factory):
     """Fixtures of modules and of the session write to a cache of the tests, never to the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMSAVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _composed_once():
+    """Hydra takes 0.2 s to compose a config, and many tests compose the same ones."""
+    from memsave.config import compose
+
+    original, found = compose.hydra_compose, {}
+
+    def composed(name, overrides=(), **options):
+        key = (name, tuple(overrides), tuple(options.items()))
+        if key not in found:
+            found[key] = original(name, overrides=list(overrides), **options)
+        return copy.deepcopy(found[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "hydra_compose", composed)
         yield
 
 

@@ -151,12 +151,15 @@ def test_a_job_is_known_by_its_config_if_an_update_changed_its_digest(tmp_path):
     assert broken.trainer.resume == str(tmp_path / "1" / "checkpoint")
 
 
-def test_a_sweep_over_budgets_is_collected_and_not_repeated(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+
+@pytest.mark.parametrize("launcher", [[], pytest.param(JOBLIB, marks=pytest.mark.slow)], ids=["basic", "joblib"])
+def test_a_sweep_over_budgets_is_collected_and_not_repeated(tmp_path, launcher):
     arguments = ["-m", *TINY_UNET, "mode=plan", "vary=volume", "budget=2MiB,60MiB", "memory=reversible"]
     arguments += ["memory.engine=hooks"]
     arguments += ["hydra.sweep.dir=sweep"]
-    first = run_interpreter(tmp_path, *arguments, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    first = (run_interpreter if launcher else run_command)(tmp_path, *arguments, *launcher)
     assert first.returncode == 1
     assert "over_budget: sweep/0" in first.stderr
     assert "repeat the command with hydra.sweep.dir=sweep to run the missing jobs" in first.stderr

@@ -280,13 +280,13 @@ def test_a_job_of_a_sweep_whose_choices_exclude_each_other_leaves_its_result_and
     from tests.support.commands import run_command
 
     choices = [
-        "memory.engine=auto,fused,hooks",
+        "memory.engine=auto,fused",
         "model.squeeze_excitation=0,0.5",
         "profiler.compare=[]",
         "trainer.steps=1",
     ]
     done = run_command(tmp_path, "-m", *TINY_UNET, *choices, "hydra.sweep.dir=sweep")
     assert done.returncode == 1, done.stderr
-    results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "012345"]
-    assert [each["status"] for each in results] == ["ok", "ok", "ok", "failed", "ok", "ok"]
+    results = [json.loads((tmp_path / "sweep" / number / "result.json").read_text()) for number in "0123"]
+    assert [each["status"] for each in results] == ["ok", "ok", "ok", "failed"]
     assert "memory.engine=fused cannot recompute squeeze-excitation" in results[3]["error"]

@@ -34,6 +34,8 @@ def compatible_runs(experiment):
     privacy = [name for name in options("privacy") if not (name == "direct" and config.vary == "batch")]
     reversible = [name for name in model if getattr(schemas[name], "reversible", True)]
     count = max(map(len, (data, model, memory, privacy)))
+    if re.fullmatch(r"(brats|gpt2|roberta)_.*_.*|.*_full", experiment) and experiment != "gpt2_dp_dialog":
+        count = 1  # its task is that of a shorter name, which has all of them
     for row in islice(zip(*map(cycle, (data, model, memory, privacy))), count):
         found = dict(zip(("data", "model", "memory", "privacy"), row))
         if found["memory"] == "reversible" and found["model"] not in reversible:

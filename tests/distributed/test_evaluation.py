@@ -113,7 +113,7 @@ def alone(tmp_path_factory):
         return all_evaluated(tmp_path_factory.mktemp("alone"), BATCHES)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_language_tasks_have_the_scores_and_files_of_one_process(alone, tmp_path, count):
     for rank, found in enumerate(run_processes(count, all_evaluated, tmp_path, BATCHES)):
         for key, expected in alone.items():
@@ -160,7 +160,7 @@ def phantoms(tmp_path_factory):
     return tmp_path_factory.mktemp("phantoms")
 
 
-@pytest.mark.parametrize(("count", "most"), [(2, 3), (3, 4)])
+@pytest.mark.parametrize(("count", "most"), [pytest.param(2, 3, marks=pytest.mark.slow), (3, 4)])
 def test_segmentations_have_the_scores_and_files_of_one_process(phantoms, monkeypatch, count, most):
     monkeypatch.setenv("MEMSAVE_CACHE", "x")  # `segmentation` changes it
     alone = several_segmentations(phantoms, most)

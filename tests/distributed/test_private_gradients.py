@@ -49,10 +49,10 @@ def trained(name, *, sharded, batch_size=4, noise=0.0):
 
 
 def trained_all():
-    """What `trained` returns, by (sharded, name); whole models in three processes only of one kind."""
+    """What `trained` returns, by (sharded, name); in three processes only of a few models."""
     found = {}
     for sharded in (False, True):
-        names = MODELS if sharded or process_count() < 3 else ["mlp"]
+        names = MODELS if process_count() < 3 else ["mlp", "gpt2", "unet_reversible"] if sharded else ["mlp"]
         found |= {(sharded, name): trained(name, sharded=sharded) for name in names}
         one = trained("mlp", sharded=sharded, batch_size=1)  # fewer than processes; some batches are empty
         found[sharded, "one example a batch"] = one

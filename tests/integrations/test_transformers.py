@@ -126,7 +126,7 @@ def test_the_micro_batch_size_changes_nothing(tmp_path):
     torch.manual_seed(0)
     start = gpt2(**DRY).double()
     found = []
-    for size in (1, 2, 30):
+    for size in (1, 30):
         model = copy.deepcopy(start)
         make_trainer(model, tmp_path, privacy=replace(NOISELESS, micro_batch_size=size)).train()
         found.append(weights(model))

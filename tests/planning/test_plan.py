@@ -145,7 +145,7 @@ def test_the_largest_size_fits_and_the_next_one_does_not(vary, budget, base):
     ("vary", "sizes", "words"),
     [("depth", (2, 4), "4 layers"), ("channels", (16, 32), "width 32"), ("length", (32, 64), "64 tokens")],
 )
-@pytest.mark.parametrize("model", ["small_gpt2", "rev_gpt2"])
+@pytest.mark.parametrize("model", [pytest.param("small_gpt2", marks=pytest.mark.slow), "rev_gpt2"])
 def test_a_language_model_varies_length_depth_and_channels(model, vary, sizes, words):
     varied = variation(config_of(f"vary={vary}", "budget=1GiB", "mode=plan", f"model={model}", base=TEXT))
     less, more = (
