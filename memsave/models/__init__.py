@@ -3,6 +3,7 @@
 from memsave.models.depthwise import depthwise_conv3d
 from memsave.models.language import causal_lm_losses
 from memsave.models.mbconv import MBConv3d
+from memsave.models.model_losses import model_losses
 from memsave.models.unet import ReversibleUNet3d
 
-__all__ = ["MBConv3d", "ReversibleUNet3d", "causal_lm_losses", "depthwise_conv3d"]
+__all__ = ["MBConv3d", "ReversibleUNet3d", "causal_lm_losses", "depthwise_conv3d", "model_losses"]
