@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from memsave.ghost import GhostClipper, linear_cross_entropy, register_rule
     from memsave.ghost import verify as verify_clipping
     from memsave.models import causal_lm_losses
+    from memsave.planning.any_model import memory_report
     from memsave.privacy import Mechanism, PrivateGradients
-    from memsave.profiler import MemoryRecorder, largest
-    from memsave.reversible import AdditiveCoupling, ReversibleSequence, from_residual
+    from memsave.profiler import MemoryRecorder, largest, memory_page
+    from memsave.reversible import AdditiveCoupling, ReversibleSequence, from_residual, make_reversible
     from memsave.reversible import verify as verify_inversion
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "largest",
     "linear_cross_entropy",
     "load",
+    "make_reversible",
+    "memory_page",
+    "memory_report",
     "register_rule",
     "verify_clipping",
     "verify_inversion",
@@ -50,6 +54,9 @@ _SOURCES = {  # name: (module, name in that module)
     "from_residual": ("memsave.reversible", "from_residual"),
     "largest": ("memsave.profiler", "largest"),
     "linear_cross_entropy": ("memsave.ghost", "linear_cross_entropy"),
+    "make_reversible": ("memsave.reversible", "make_reversible"),
+    "memory_page": ("memsave.profiler", "memory_page"),
+    "memory_report": ("memsave.planning.any_model", "memory_report"),
     "register_rule": ("memsave.ghost", "register_rule"),
     "verify_clipping": ("memsave.ghost", "verify"),
     "verify_inversion": ("memsave.reversible", "verify"),

@@ -19,10 +19,11 @@ checkpoints hold the secret state, and `fit(ckpt_path=...)` continues from it. I
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
@@ -31,8 +32,9 @@ from memsave.integrations.private_training import MicroBatch, PoissonSampler, Pr
 from memsave.privacy import PrivacyError, PrivateGradients
 from memsave.privacy.monitor import EpsilonMonitor
 from memsave.processes import broadcast_model, process_count
+from memsave.profiler import memory_page
 
-__all__ = ["PrivacyArguments", "PrivateDDPStrategy", "PrivateModule"]
+__all__ = ["MemoryCallback", "PrivacyArguments", "PrivateDDPStrategy", "PrivateModule"]
 
 KEY = "memsave_privacy"
 """In Lightning's checkpoints: counts, mechanism and the secret state of the generators."""
@@ -231,3 +233,30 @@ class PrivateDDPStrategy(DDPStrategy):
         """Only gives the model of rank 0 to all processes."""
         assert self.model is not None
         broadcast_model(self.model)
+
+
+class MemoryCallback(Callback):
+    """Records one step of any LightningModule and writes it as an interactive page.
+
+    Trainer(callbacks=[MemoryCallback("memory.html")]).fit(model, loader)
+
+    Args:
+        path: the page.
+        step: which batch; the first one creates the state of the optimizer.
+    """
+
+    def __init__(self, path: str = "memory.html", *, step: int = 2):
+        self.path, self.step = path, step
+        self._recording = ExitStack()
+        self._seen = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+        """Begin before the batch."""
+        self._seen += 1
+        if self._seen == self.step and trainer.is_global_zero:
+            optimizer = trainer.optimizers[0] if trainer.optimizers else None
+            self._recording.enter_context(memory_page(pl_module, self.path, optimizer=optimizer))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+        """Write the page."""
+        self._recording.close()

@@ -16,7 +16,7 @@ example's gradient is clipped, and noise is added once. `PrivateTrainerMixin` do
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_callback import EarlyStoppingCallback
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
 from memsave.integrations.private_training import MicroBatch, PoissonSampler, PrivacyArguments, poisson_loader
 from memsave.models.model_losses import model_losses
 from memsave.privacy import PrivacyError, PrivateGradients
 from memsave.privacy.monitor import EpsilonMonitor
 from memsave.processes import broadcast_model, process_count
+from memsave.profiler import memory_page
 
-__all__ = ["PrivacyArguments", "PrivateTrainer", "PrivateTrainerMixin"]
+__all__ = ["MemoryCallback", "PrivacyArguments", "PrivateTrainer", "PrivateTrainerMixin"]
 
 STATE_FILE = "privacy_state.pt"
 """In a checkpoint of the Trainer: counts, mechanism and the secret state of the generators."""
@@ -299,6 +300,32 @@ class PrivateTrainerMixin(Base):
 
 class PrivateTrainer(PrivateTrainerMixin, Trainer):
     """transformers' `Trainer` with differential privacy; see `PrivateTrainerMixin`."""
+
+
+class MemoryCallback(TrainerCallback):
+    """Records one step of any Trainer and writes it as an interactive page.
+
+    trainer = Trainer(..., callbacks=[MemoryCallback("memory.html")])
+
+    Args:
+        path: the page.
+        step: which step; the first one creates the state of the optimizer.
+    """
+
+    def __init__(self, path: str = "memory.html", *, step: int = 2):
+        self.path, self.step = path, step
+        self._recording = ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin before the step."""
+        if state.global_step == self.step - 1 and state.is_world_process_zero:
+            optimizer = kwargs.get("optimizer")
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            self._recording.enter_context(memory_page(kwargs["model"], self.path, optimizer=optimizer))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the page."""
+        self._recording.close()
 
 
 def _refusals(trainer: Any) -> Iterator[tuple[bool, str]]:

@@ -4,17 +4,36 @@ The page is one file with data, style and script, and loads nothing else.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from memsave.profiler.plot import COLOURS, PHASE_COLOURS, excerpt_of
+from memsave.profiler.recorder import MemoryRecorder
 from memsave.profiler.report import MemoryReport
 from memsave.profiler.timeline import CATEGORIES, LiveBlock
 
 PAGE = Path(__file__).with_name("page.html")
+
+
+@contextmanager
+def memory_page(
+    model: nn.Module, path: str | PathLike[str] = "memory.html", *, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[MemoryRecorder]:
+    """Context manager that records what runs within, such as one training step, and writes the page.
+
+    with memory_page(model, "memory.html", optimizer=optimizer):
+        step()
+    """
+    with MemoryRecorder(model, optimizer=optimizer) as recorder:
+        yield recorder
+    write_html({"step": recorder.report()}, path)
 
 
 def write_html(reports: Mapping[str, MemoryReport], path: str | PathLike[str], *, title: str = "Live memory") -> None:

@@ -86,3 +86,22 @@ def test_the_scripts_of_trl_run(folder, name):
     epsilon, names = epsilon_after(name, cpu=('report_to="none",', 'report_to="none", use_cpu=True,'))
     assert 2.9 < epsilon <= 3.0
     assert names["trainer"].private_gradients.steps == names["trainer"].state.global_step
+
+
+def test_the_memory_report_is_what_the_page_shows(folder, capsys):
+    pytest.importorskip("monai")
+    exec(compile(SCRIPTS["report"], PAGE.name, "exec"), {})
+    (shown,) = re.findall(r"^<!-- output: report -->\n```\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert capsys.readouterr().out == shown
+
+
+def test_the_script_of_reversible_rows_runs(folder, capsys):
+    exec(compile(SCRIPTS["reversible"], PAGE.name, "exec"), names := {})
+    printed = capsys.readouterr().out
+    assert "12 blocks of ViTLayer are reversible" in printed and "as stored" in printed
+    assert names["conversion"].verify(pixel_values=names["images"]).ok
+
+
+def test_the_script_of_the_page_writes_a_page(folder):
+    exec(compile(SCRIPTS["page"], PAGE.name, "exec"), {})
+    assert "activation" in (folder / "memory.html").read_text()

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from memsave.integrations.lightning import PrivacyArguments, PrivateDDPStrategy, PrivateModule
+from memsave.integrations.lightning import MemoryCallback, PrivacyArguments, PrivateDDPStrategy, PrivateModule
 from memsave.privacy import PrivacyError
 from memsave.privacy.randomness import seeded_generator
 from memsave.privacy.sampling import poisson_batches
@@ -151,3 +151,27 @@ def test_misuses_are_refused(tmp_path):
     with pytest.raises(PrivacyError, match="made with max_grad_norm"):
         changed = replace(NOISELESS, max_grad_norm=1.0)
         fitted(Model(), tmp_path, privacy=changed, checkpoint=str(tmp_path / "step-2.ckpt"))
+
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = Model().network
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def test_a_step_is_recorded(tmp_path):
+    pages = [tmp_path / "plain.html", tmp_path / "private.html"]
+    fitted(Model(), tmp_path, callbacks=[MemoryCallback(str(pages[1]))])
+    options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "enable_checkpointing": False}
+    loader = torch.utils.data.DataLoader(examples(), batch_size=4)
+    Trainer(**options, enable_progress_bar=False, callbacks=[MemoryCallback(str(pages[0]))]).fit(Plain(), loader)
+    for page in pages:
+        text = page.read_text()
+        assert "network.3" in text and "activation" in text
+    assert "optimizer" in pages[0].read_text()

@@ -14,7 +14,13 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from memsave.integrations.transformers import STATE_FILE, PrivacyArguments, PrivateTrainer, PrivateTrainerMixin
+from memsave.integrations.transformers import (
+    STATE_FILE,
+    MemoryCallback,
+    PrivacyArguments,
+    PrivateTrainer,
+    PrivateTrainerMixin,
+)
 from memsave.models.model_losses import model_losses
 from memsave.privacy import PrivacyError
 from memsave.privacy.randomness import seeded_generator
@@ -338,3 +344,18 @@ def test_other_misuses_are_refused(tmp_path):
     merged.data_collator = lambda examples: collate([{**examples[0]}])
     with pytest.raises(PrivacyError, match="keep the examples apart"):
         merged.train()
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_step_is_recorded(tmp_path, private):
+    page = tmp_path / "memory.html"
+    options = {"optim": "adamw_torch", "max_steps": 3}
+    if private:
+        trainer = make_trainer(gpt2(), tmp_path, options=options, callbacks=[MemoryCallback(str(page))])
+    else:
+        args = arguments(tmp_path, **options)
+        callbacks = [MemoryCallback(str(page))]
+        trainer = Trainer(gpt2(), args, train_dataset=texts(), data_collator=collate, callbacks=callbacks)
+    trainer.train()
+    text = page.read_text()
+    assert "transformer.h.1" in text and "optimizer" in text and "activation" in text
