@@ -229,8 +229,9 @@ class PrivateTrainerMixin(Base):
         return model_losses(model, inputs, head=self.privacy.head)
 
     def _of_each(self, losses: Any, count: int) -> Tensor:
-        """The losses (count,) of a micro-batch; the loss of a batch of one example is that of the example."""
-        if isinstance(losses, Tensor) and (losses.shape == (count,) or losses.numel() == count == 1):
+        """The losses (count,) of a micro-batch; the one loss of a batch of one example is that of the example."""
+        alone = count == 1 and self.privacy.passes == "direct"
+        if isinstance(losses, Tensor) and (losses.shape == (count,) or (alone and losses.numel() == 1)):
             return losses.view(count)
         source = "per_example_loss_func" if self.per_example_loss_func is not None else "compute_loss"
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
