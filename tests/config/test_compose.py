@@ -78,7 +78,7 @@ def test_the_memory_option_sets_the_mode(memory):
         ),
         (
             ["model=small_gpt2"],
-            "is not compatible with model=small_gpt2; give data=brats, mni_.* and model=rev_unet",
+            "is not compatible with model=small_gpt2; give data=brats, mni_.* and model=custom or rev_unet",
         ),
         (["privacy=ghost", "privacy.clipping=layers"], r"privacy\.clipping is 'layers'.*flat, automatic, per_layer"),
         (

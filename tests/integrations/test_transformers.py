@@ -27,6 +27,7 @@ from memsave.privacy.randomness import seeded_generator
 from memsave.privacy.sampling import poisson_batches
 from tests.ghost.test_transformers import PAD, VOCABULARY, WIDE, bert, gpt2, in_float64
 from tests.models.test_encoder_decoder import t5
+from tests.support.processes import run_processes
 
 SIZE, NORM = 11, 0.05
 LENGTHS = [3 + number % 4 for number in range(SIZE)]
@@ -359,3 +360,32 @@ def test_a_step_is_recorded(tmp_path, private):
     trainer.train()
     text = page.read_text()
     assert "transformer.h.1" in text and "optimizer" in text and "activation" in text
+
+
+def train_in_a_group(folder):
+    from memsave.processes import process_rank
+
+    torch.manual_seed(process_rank())  # the processes begin with different weights
+    model = gpt2(**DRY).double()
+    options = {"ddp_backend": "gloo", "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(model, folder, options=options, eval_dataset=texts()[:5])
+    assert trainer.expected_batch_size == 4
+    trainer.train()
+    whole = weights(model)
+    again = make_trainer(gpt2(**DRY).double(), folder, options=options, eval_dataset=texts()[:5])
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    return whole, weights(again.model), trainer.private_gradients.examples, losses
+
+
+def test_two_processes_train_as_one(tmp_path):
+    torch.manual_seed(0)
+    model = gpt2(**DRY).double()
+    alone = make_trainer(model, tmp_path / "alone")
+    alone.train()
+    losses = [each["loss"] for each in alone.state.log_history if "loss" in each]
+    for whole, resumed, examples, found in run_processes(2, train_in_a_group, tmp_path, group=False):
+        torch.testing.assert_close(whole, weights(model), rtol=0, atol=1e-12)
+        assert torch.equal(resumed, whole)
+        assert examples == alone.private_gradients.examples and found == pytest.approx(losses, rel=1e-6)

@@ -15,6 +15,7 @@ from memsave.config.schema import TaskConfig
 from memsave.data.volumes.config import SegmentationData
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation
+from memsave.tasks.segmentation.networks import SegmentationModel
 from memsave.tasks.segmentation.unet import UNetModel
 from memsave.training.task import Batch, Task
 
@@ -39,7 +40,7 @@ class SegmentationConfig(TaskConfig):
 class SegmentationDefinition(TaskDefinition):
     """Segmentation of lesions in volumes; see `memsave.tasks.segmentation.task`."""
 
-    data_class, model_class = SegmentationData, UNetModel
+    data_class, model_class = SegmentationData, SegmentationModel
     pip_extra = "brats"
     static_shapes = True
     strategy_group = "memory"
@@ -51,17 +52,28 @@ class SegmentationDefinition(TaskDefinition):
         return cast(SegmentationData, self.config.data)
 
     @property
-    def model(self) -> UNetModel:
+    def model(self) -> SegmentationModel:
         """The config of the network."""
-        return cast(UNetModel, self.config.model)
+        return cast(SegmentationModel, self.config.model)
+
+    @property
+    def unet(self) -> UNetModel:
+        """The config of the network, if it has levels."""
+        assert isinstance(self.config.model, UNetModel)
+        return self.config.model
 
     def validate(self) -> None:
         """Raise ConfigError for combinations that cannot run."""
         super().validate()
         config, memory = self.config, self.config.memory
-        if memory.levels is not None and len(memory.levels) != len(self.model.channels):
+        if memory.mode == "auto" and self.model.levels is None:
+            raise ConfigError(
+                f"memory=auto chooses a mode for each level of model=rev_unet; give one of "
+                f"{', '.join(self.model.modes())} for model={self.model.kind}"
+            )
+        if memory.levels is not None and len(memory.levels) != self.model.levels:
             raise ConfigError(f"memory.levels is {memory.levels}; give a mode for each level of a U-Net, finest first")
-        if self.model.squeeze_excitation and memory.engine == "fused":
+        if getattr(self.model, "squeeze_excitation", 0) and memory.engine == "fused":
             raise ConfigError(
                 "memory.engine=fused cannot recompute squeeze-excitation in chunks; give memory.engine=auto or "
                 "model.squeeze_excitation=0"
@@ -101,8 +113,10 @@ class SegmentationDefinition(TaskDefinition):
     # Planning
 
     def variations(self) -> dict[str, Callable[[], Variation]]:
-        """Volume, depth, channels and batch."""
-        own = {"volume": self._vary_volume, "depth": self._vary_depth, "channels": self._vary_channels}
+        """Volume, depth, channels and batch; a network of one's own has no depth and channels that are known."""
+        own = {"volume": self._vary_volume}
+        if self.model.levels is not None:
+            own |= {"depth": self._vary_depth, "channels": self._vary_channels}
         return {**own, **super().variations()}
 
     def _vary_volume(self) -> Variation:
@@ -125,19 +139,19 @@ class SegmentationDefinition(TaskDefinition):
 
     def _vary_depth(self) -> Variation:
         """Blocks per level, the same for all levels."""
-        levels = len(self.model.channels)
+        levels = len(self.unet.channels)
         return Variation(
             low=1,
             high=None,
             multiple=1,
-            start=max(self.model.blocks),
+            start=max(self.unet.blocks),
             at=lambda size: self.config.changed({"model.blocks": [size] * levels}),
             describe=lambda size: f"{size} blocks a level",
         )
 
     def _vary_channels(self) -> Variation:
         """Channels of the finest level; the other levels keep their proportions."""
-        own = list(self.model.channels)
+        own = list(self.unet.channels)
 
         def channels(size: int) -> list[int]:
             return [round(size * each / own[0] / 2) * 2 for each in own]
@@ -163,17 +177,18 @@ class SegmentationDefinition(TaskDefinition):
             "trainer.micro_batch_size": None,
             "data.crops_per_case": 1,
             "data.crop_size": [SMALL_CROP] * 3,
-            "model.blocks": [1] * len(self.model.blocks),
+            **self.model.smaller(),
         }
         return self.config.changed(changes), {}
 
     def family(self) -> str:
         """The kind of the network and its channels."""
-        return f"{self.model.kind} {'-'.join(map(str, self.model.channels))}"
+        return self.model.family()
 
     def strategies(self) -> list[str]:
-        """The memory modes of `profiler.compare` and that of the config."""
-        return list(dict.fromkeys([*self.config.profiler.compare, self.config.memory.mode]))
+        """The memory modes of `profiler.compare` that the network has, and that of the config."""
+        compared = [mode for mode in self.config.profiler.compare if mode in self.model.modes()]
+        return list(dict.fromkeys([*compared, self.config.memory.mode]))
 
     def current_strategy(self) -> str:
         """The memory mode."""
@@ -189,7 +204,7 @@ class SegmentationDefinition(TaskDefinition):
 
     def memory_choices(self, device: torch.device) -> list[Config]:
         """Every combination of modes of the levels, sorted by the FLOPs of recomputation."""
-        extra = level_flops(self._with_levels(["stored"] * len(self.model.channels)), device)
+        extra = level_flops(self._with_levels(["stored"] * len(self.unet.channels)), device)
 
         def added(choice: Sequence[str]) -> int:
             return sum(more for mode, more in zip(choice, extra, strict=True) if mode == "reversible")
@@ -212,14 +227,15 @@ class SegmentationDefinition(TaskDefinition):
 
     def less_memory(self) -> list[str]:
         """Reversible blocks, then the remedies of every task."""
-        first = [] if self.config.memory.mode in ("auto", "reversible") else ["memory=reversible"]
+        has = "reversible" in self.model.modes() and self.config.memory.mode not in ("auto", "reversible")
+        first = ["memory=reversible"] if has else []
         return [*first, *super().less_memory()]
 
 
 def level_flops(config: Config, device: torch.device) -> list[int]:
     """FLOPs in the forward of each level's blocks, encoder and decoder: the cost of recomputing them."""
     task = SegmentationDefinition(config)
-    totals = [0] * len(task.model.channels)
+    totals = [0] * len(task.unet.channels)
     with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
         model: Any = task.make_fake_model()
         images = task.dummy_batch(count=1, device=device)["image"]

@@ -1,18 +1,20 @@
 """`model=rev_unet`: the config of the reversible U-Net."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
 from memsave.config import ConfigError, option, register
-from memsave.config.schema import MemoryConfig, ModelConfig
+from memsave.config.schema import MemoryConfig
 from memsave.data.volumes.config import SegmentationData
 from memsave.models import ReversibleUNet3d
+from memsave.tasks.segmentation.networks import SegmentationModel
 
 
 @register("model", "rev_unet")
 @dataclass
-class UNetModel(ModelConfig):
+class UNetModel(SegmentationModel):
     """The reversible 3D U-Net `memsave.models.ReversibleUNet3d`."""
 
     kind: str = "rev_unet"
@@ -32,6 +34,19 @@ class UNetModel(ModelConfig):
     """Add an output head to each coarser decoder level, with loss weights 1/2, 1/4, ... of the finest."""
     grid: float | None = None
     """Round the stream to multiples of this number, such as 0.00006103515625 = 2^-14, to recompute it bitwise."""
+
+    @property
+    def levels(self) -> int:
+        """The number of levels."""
+        return len(self.channels)
+
+    def smaller(self) -> dict[str, Any]:
+        """One block per level; the channels stay, because kernels depend on them."""
+        return {"model.blocks": [1] * len(self.blocks)}
+
+    def family(self) -> str:
+        """The kind and its channels."""
+        return f"{self.kind} {'-'.join(map(str, self.channels))}"
 
     def build(self, data: SegmentationData, *, memory: MemoryConfig) -> nn.Module:
         """The network with random weights, for the modalities and regions of the data. Raises ConfigError."""

@@ -17,6 +17,7 @@ from memsave.data.volumes.config import SegmentationData
 from memsave.data.volumes.layouts import LAYOUTS
 from memsave.data.volumes.schemes import SCHEMES, LabelScheme
 from memsave.models import ReversibleUNet3d
+from memsave.tasks.segmentation.networks import rebuild
 
 CONFIG = "config.json"
 KIND = "rev_unet"
@@ -34,7 +35,7 @@ class UNetConfig:
     """Everything that is needed to build a trained U-Net and to segment with it."""
 
     model: dict[str, Any]
-    """The arguments of `ReversibleUNet3d`."""
+    """The arguments of `ReversibleUNet3d`; of a network of one's own, its class as "target", and its "arguments"."""
     modalities: Sequence[str]
     """The modalities of the input channels, in order."""
     layout: str
@@ -57,7 +58,7 @@ class UNetConfig:
         """The config of a network that was trained on these data."""
         layout, mask = data.file_names()
         return cls(
-            model=model.arguments,
+            model=getattr(model, "memsave_model", None) or model.arguments,
             modalities=data.input_modalities(),
             layout=layout,
             scheme=data.label_scheme().name,
@@ -76,8 +77,10 @@ class UNetConfig:
             if content["kind"] != KIND:
                 raise ValueError(f"its kind is {content['kind']!r} and should be {KIND!r}")
             found = cls(**{name: content[name] for name in cls.__dataclass_fields__})
-            sizes = found.model["in_channels"], found.model["out_channels"]
-            if sizes != (len(found.modalities), len(found.regions.names)) or found.layout not in LAYOUTS:
+            sizes = len(found.modalities), len(found.regions.names)
+            own = "target" in found.model  # it may have other names for them
+            known = own or (found.model["in_channels"], found.model["out_channels"]) == sizes
+            if not known or found.layout not in LAYOUTS:
                 raise ValueError("its channels do not match its modalities and regions")
             return found
         except KeyError as error:
@@ -97,6 +100,8 @@ class UNetConfig:
     def build(self) -> nn.Module:
         """The network with random weights."""
         try:
+            if "target" in self.model:
+                return rebuild(self.model)
             return ReversibleUNet3d(**self.model)
         except (TypeError, ValueError) as error:
             raise ConfigError(
