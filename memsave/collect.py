@@ -3,9 +3,9 @@
     python -m memsave.collect multirun/brats_rev/2026-01-31_10-00-00
 
 reads `config.yaml` and `result.json` of every job, with any status, and writes `sweep.md`, `sweep.csv` and `sweep.png`
-to the folder. The table lists the config keys in which the jobs differ, and below it stands what private jobs on the
-same data spent together. Jobs without a result are reported. A sweep calls this when it ends. Exit codes: 0, or 2 if
-the folder contains no jobs.
+to the folder. The table lists the config keys in which the jobs differ. Below it stand the scores over the folds of a
+cross-validation (also in `folds.csv`), and what private jobs on the same data spent together. Jobs without a result are
+reported. A sweep calls this when it ends. Exit codes: 0, or 2 if the folder contains no jobs.
 """
 
 import csv
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memsave.folds import fold_text, validations
 from memsave.profiler import format_bytes
 from memsave.training.result import flatten, read_config, read_result
 
@@ -59,6 +60,7 @@ def collect(folder: Path) -> list[Job]:
     jobs = read_jobs(folder)
     rows = [row for job in jobs for row in rows_of(job, varied_keys(jobs))]
     text = markdown(rows)
+    text += fold_text(list(validations(jobs, varied_keys(jobs))), folder)
     text += "".join(f"\n\n{line}" for line in privacy_lines(jobs))
     missing = [str(job.folder) for job in jobs if job.status == NO_RESULT]
     if missing:

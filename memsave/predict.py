@@ -2,7 +2,7 @@
 
     python -m memsave.predict checkpoint=outputs/brats_rev/2026-01-31_10-00-00 input=/my/new output=/my/segmentations
 
-    checkpoint  a run's folder, or a copy of its model/
+    checkpoint  a run's folder, or a copy of its model/; the mean of several, as in checkpoint=[RUN,RUN], such as folds
     input       folder of the cases, with or without segmentations
     output      folder for the files ID.nii.gz, which keep each case's affine and use the labels of the data set
     layout      naming of the input's files (default: that of training); another challenge's layout also sets its labels
@@ -45,7 +45,7 @@ from memsave.process_group import own_device
 from memsave.processes import broadcast, on_main, process_count, process_rank, received, together
 from memsave.profiler import MemoryRecorder, format_bytes, parse_bytes
 from memsave.progress import Progress
-from memsave.tasks.loading import load_unet
+from memsave.tasks.segmentation.ensemble import load_networks
 from memsave.training.loop import autocast
 from memsave.training.memory_error import is_out_of_memory
 from memsave.training.signals import interrupt_at_signals
@@ -107,7 +107,7 @@ def predict_folder(arguments: Arguments, *, progress: Progress) -> int:
     from memsave.experiment import choose_device
 
     with together():
-        model = load_unet(Path(arguments.checkpoint).expanduser())
+        model = load_networks(_folders(arguments.checkpoint))
         options, kwargs = _options(arguments, model.config), _scan_kwargs(arguments, model.config)
         device = own_device(choose_device(arguments.device, key="device"))
         found = scan(arguments.input, **kwargs, labelled=False)
@@ -178,6 +178,14 @@ def _written(path: Path, labels: np.ndarray, case: "Case") -> str | None:
     except Exception as error:  # as in `_segmented`
         return _reason(error)
     return None
+
+
+def _folders(given: str) -> list[str]:
+    """The folders of checkpoint=RUN or checkpoint=[RUN,RUN]."""
+    folders = names_in(given) if given.startswith("[") and given.endswith("]") else [given]
+    if not folders:
+        raise ConfigError("checkpoint names no run; give checkpoint=RUN, or several as checkpoint=[RUN,RUN]")
+    return folders
 
 
 def _output_folder(path: str) -> Path:

@@ -4,6 +4,7 @@ import csv
 import errno
 import gzip
 import itertools
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from memsave.data.volumes.nifti import read_header
 from memsave.data.volumes.reader import labels_of, read_label, regions
 from memsave.data.volumes.schemes import SCHEMES
 from memsave.predict import main, write_labels
+from memsave.tasks.segmentation.ensemble import load_networks
 from memsave.tasks.segmentation.unet_config import UNetConfig
 
 MASKS = torch.zeros(3, 1, 1, 1, dtype=torch.bool)
@@ -145,8 +147,8 @@ def test_the_order_of_modalities_does_not_change_the_segmentation(trained, one_c
     """The network identifies modalities by position, the user by name."""
     from memsave import predict as module
 
-    seen, network = [], module.load_unet(trained[0])
-    monkeypatch.setattr(module, "load_unet", lambda folder: network)
+    seen, network = [], load_networks([trained[0]])
+    monkeypatch.setattr(module, "load_networks", lambda folders: network)
     monkeypatch.setattr(module, "segment", lambda model, volume, *_, **__: seen.append(volume["image"]) or MASKS)
     monkeypatch.setattr(module, "write_labels", lambda *_, **__: None)
     assert predict(trained, tmp_path / "out", source=one_case) == 0
@@ -329,3 +331,39 @@ def test_bad_input_is_one_sentence(trained, tmp_path, capsys, arguments, words):
 def test_help_prints_the_usage(capsys):
     assert main(["--help"]) == 0
     assert "python -m memsave.predict" in capsys.readouterr().out
+
+
+def changed_copy(trained, folder, *, scale=1.0, **fields):
+    """A copy of the released model with scaled weights and other fields of its config."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained[0] / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value * scale for name, value in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+def test_an_ensemble_is_the_mean_probability(trained, one_case, tmp_path):
+    other = changed_copy(trained, tmp_path / "other, scaled", scale=1.1)
+    both = load_networks([str(trained[0]), str(other)])
+    x = torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        each = [load_networks([str(folder)])(x).sigmoid() for folder in (trained[0], other)]
+        torch.testing.assert_close(both(x).sigmoid(), (each[0] + each[1]) / 2, rtol=0, atol=1e-5)
+    assert (each[0] - each[1]).abs().max() > 1e-3
+    for name, given in {"once": trained[0], "twice": f"[{trained[0]},{trained[0]}]"}.items():
+        arguments = [f"checkpoint={given}", f"input={one_case}", f"output={tmp_path / name}"]
+        assert main(arguments) == 0
+    once, twice = (np.asarray(nibabel.load(tmp_path / name / "A.nii.gz").dataobj) for name in ("once", "twice"))
+    assert np.array_equal(once, twice)
+    assert main([f"checkpoint={other}", f"input={one_case}", f"output={tmp_path / 'comma'}"]) == 0
+
+
+def test_networks_with_other_inputs_are_no_ensemble(trained, one_case, tmp_path, capfd):
+    other = changed_copy(trained, tmp_path / "other", spacing=[2.0, 2.0, 2.0])
+    arguments = [f"checkpoint=[{trained[0]},{other}]", f"input={one_case}", f"output={tmp_path / 'out'}"]
+    assert main(arguments) == 2
+    assert "has spacing None" in (said := capfd.readouterr().err) and "give runs that were trained alike" in said
+    assert main(["checkpoint=[]", *arguments[1:]]) == 2 and "names no run" in capfd.readouterr().err
