@@ -110,3 +110,9 @@ def test_the_script_of_reversible_rows_runs(folder, capsys):
 def test_the_script_of_the_page_writes_a_page(folder):
     exec(compile(SCRIPTS["page"], PAGE.name, "exec"), {})
     assert "activation" in (folder / "memory.html").read_text()
+
+
+def test_the_script_of_monai_runs(folder):
+    pytest.importorskip("ignite")
+    exec(compile(SCRIPTS["monai"], PAGE.name, "exec"), names := {})
+    assert names["mask"].shape == (1, 1, 48, 40, 32)
