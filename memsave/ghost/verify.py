@@ -92,13 +92,17 @@ def verify(
 
 
 def _refuse_replaced_forwards(model: nn.Module) -> None:
-    """Raise ValueError for replaced forwards: in a copy of the model they would still call the original."""
+    """Raise ValueError for replaced forwards that would still call the original in a copy of the model.
+
+    A method is copied with its object, and a function is not.
+    """
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
         owner = getattr(forward, "__self__", None)
         if isinstance(owner, LayerPatch):
             raise ValueError("a GhostClipper is attached to this model; close it, then verify")
-        if forward is not None and owner is not module:
+        copied = owner is not None and not hasattr(type(owner), "__deepcopy__")
+        if forward is not None and owner is not module and not copied:
             raise ValueError(
                 f"the forward of {name or 'the model'} was replaced ({source_of(forward)}), and would call the "
                 f"original in a copy of the model; verify the model before that"

@@ -9,7 +9,7 @@ pytest.importorskip("monai")
 import transformers
 from monai.networks.nets import BasicUNet, SegResNet
 
-from memsave.ghost import GhostClipper
+from memsave.ghost import GhostClipper, verify
 from memsave.reversible import make_reversible
 from tests.ghost.test_transformers import VOCABULARY, WIDE, gpt2, in_float64, llama
 from tests.models.test_encoder_decoder import t5
@@ -127,6 +127,14 @@ def test_norms_of_a_converted_model_are_those_of_examples_alone():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     norms = clipper.backward(losses(batch))
     torch.testing.assert_close(norms, torch.stack(alone), rtol=1e-9, atol=0)
+    clipper.close()
+
+    def of(model, batch):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        return logits.square().mean((1, 2))
+
+    report = verify(model, {"input_ids": batch}, of)
+    assert report.ok, report
 
 
 def test_a_converted_model_is_saved_as_the_plain_one(tmp_path):

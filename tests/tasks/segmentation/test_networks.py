@@ -113,7 +113,8 @@ def test_one_with_reversible_sequences_follows_memory(folder):
 
 def test_private_training_of_a_network_of_ones_own(folder):
     private = ["privacy=ghost", "privacy.accountant=rdp", "profiler.compare=[]", "hydra.run.dir=run"]
-    run(folder, *TINY, *PLAIN, "memory=stored", "trainer.steps=2", *private)
+    memory = ["memory=checkpoint", "model.checkpoint=[blocks.0,blocks.1]"]
+    run(folder, *TINY, *PLAIN, *memory, "trainer.steps=2", *private)
     assert result(folder / "run")["privacy"]["epsilon"] > 0
 
 
