@@ -14,7 +14,7 @@ PACKAGE = Path(memsave.__file__).parent
 MECHANISMS = ("reversible", "ghost", "profiler")
 LEAVES = {"_version", "arguments", "files", "processes", "progress", "random_state", "tf32"}
 """Modules that import nothing else of memsave."""
-CORE = {"models", "data", "privacy", "config", "process_group", *MECHANISMS, *LEAVES}
+CORE = {"models", "data", "privacy", "config", "own_code", "process_group", *MECHANISMS, *LEAVES}
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes", "tf32"},

@@ -178,7 +178,11 @@ def test_out_of_memory_and_unexpected_errors_have_different_exit_codes(run, monk
 
 @pytest.mark.parametrize(
     ("memory", "remedy"),
-    [("stored", "memory=reversible, trainer"), ("reversible", "trainer"), ("auto", "trainer")],
+    [
+        ("stored", "memory=reversible, trainer"),
+        ("reversible", "trainer"),
+        pytest.param("auto", "trainer", marks=pytest.mark.slow),
+    ],
 )
 def test_the_remedies_for_out_of_memory_are_not_in_use_already(run, monkeypatch, memory, remedy):
     from memsave import experiment

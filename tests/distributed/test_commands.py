@@ -171,6 +171,7 @@ def torchrun(name, *arguments, **variables):
     )
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_processes_of_predict(unet, tmp_path):
     given = [f"checkpoint={unet[0]}", f"input={unet[1]}"]
     assert predict.main([*given, f"output={tmp_path / 'alone'}", "device=cpu"]) == 0

@@ -57,18 +57,24 @@ def predicted(config, device):
         return recorded(config, device), plan.peak_bytes
 
 
-@pytest.fixture(scope="module")
-def real():
-    configs = {name: to_objects(compose([*overrides, "trainer.processes=2"])) for name, overrides in CONFIGS.items()}
-    return configs, run_processes(2, measured, configs)
+def compared(names):
+    """Each plan and what two processes hold; together, because processes take long to start."""
+    configs = {name: to_objects(compose([*CONFIGS[name], "trainer.processes=2"])) for name in names}
+    ranks = run_processes(2, measured, configs)
+    for name, config in configs.items():
+        expected, planned = plan_alone(predicted, config, CPU)
+        assert ranks[0][name] == expected, name
+        assert ranks[1][name][0] <= expected[0], name  # rank 0 has the largest shards, and the buffer for noise
+        # a plan takes the first step, in which a clipper has no counters yet
+        exact = "private" not in name
+        assert planned == expected[0] if exact else expected[0] - 64 <= planned <= expected[0], name
+        assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_plan_for_two_processes_is_what_two_processes_hold(real, name):
-    configs, ranks = real
-    expected, planned = plan_alone(predicted, configs[name], CPU)
-    assert ranks[0][name] == expected
-    assert ranks[1][name][0] <= expected[0]  # rank 0 has the largest shards, and the buffer for noise
-    # a plan takes the first step, in which a clipper has no counters yet
-    assert expected[0] - 64 <= planned <= expected[0] if "private" in name else planned == expected[0]
-    assert not torch.distributed.is_initialized()
+def test_a_plan_for_two_processes_is_what_two_processes_hold():
+    compared(["unet fsdp checkpoint ema", "gpt2 fsdp private reversible"])
+
+
+@pytest.mark.slow
+def test_other_plans_for_two_processes_are_what_two_processes_hold():
+    compared(["unet ddp", "gpt2 fsdp", "gpt2 ddp private"])

@@ -65,7 +65,7 @@ def alone():
     return trained_all()
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_parameters_are_those_of_one_process(alone, count):
     ranks = run_processes(count, trained_all)
     for key in ranks[0]:

@@ -84,7 +84,13 @@ def folder(alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "parallel"), [("unet", 2, "ddp"), ("unet", 3, "fsdp"), ("text", 3, "ddp"), ("text", 2, "fsdp")]
+    ("name", "count", "parallel"),
+    [
+        ("unet", 2, "ddp"),
+        ("unet", 3, "fsdp"),
+        pytest.param("text", 3, "ddp", marks=pytest.mark.slow),
+        ("text", 2, "fsdp"),
+    ],
 )
 def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count, parallel):
     if (name, parallel) == ("text", "fsdp"):  # with an empty cache: one process pretrains the small model
@@ -122,6 +128,7 @@ def test_a_run_resumes_with_another_number_of_processes(alone, folder):
     assert "No privacy" in text  # it has a seed
 
 
+@pytest.mark.slow
 def test_a_damaged_part_of_a_checkpoint_is_refused(folder):
     assert run(2, folder, *UNET, "trainer.parallel=fsdp")[0][0] == 0
     part = folder / "run" / "checkpoint" / "shards" / "__1_0.distcp"

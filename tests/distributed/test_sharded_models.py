@@ -81,7 +81,10 @@ def all_errors(names):
     return found
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, list(CASES)), (3, OF_THREE)], ids=["two", "three"])
+THREE = pytest.param(3, OF_THREE, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, list(CASES)), THREE], ids=["two", "three"])
 def test_norms_and_sums_are_those_of_one_process(count, names):
     for found in run_processes(count, all_errors, names):
         assert max(map(max, found.values())) < 1e-10, found

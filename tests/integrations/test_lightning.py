@@ -120,6 +120,7 @@ def train_in_a_group(folder):
     return weights(model), model.private_gradients.examples
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     ranks = run_processes(2, train_in_a_group, tmp_path, group=False)
     for found, _ in ranks:

@@ -79,6 +79,7 @@ def test_if_nothing_fits_the_error_names_the_smallest_budget(tmp_path):
         choose_memory(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
 
 
+@pytest.mark.slow
 def test_levels_can_be_given_and_do_not_change_the_loss(tmp_path):
     losses = {}
     for name, overrides in {

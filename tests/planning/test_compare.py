@@ -75,6 +75,7 @@ def test_a_slow_first_forward_does_not_change_the_estimate(run, monkeypatch, cap
     assert (code, set(result["memory"]["compared"])) == (0, {"stored", "checkpoint", "reversible"})
 
 
+@pytest.mark.slow
 def test_a_mode_that_exceeds_the_free_memory_is_not_measured(run, monkeypatch, capfd):
     monkeypatch.setattr(compare, "free_bytes", lambda device: 10 * 2**20)
     code, result, _ = run(ALL)

@@ -60,7 +60,9 @@ def plan_of(*overrides, base=TINY_UNET):
         ("memory=reversible", "trainer.micro_batch_size=1", "trainer.ema=0.9", "memory.engine=fused"),
         ("memory=reversible", "trainer.precision=bfloat16", "model.deep_supervision=true", "model.channels=[8,8,16]",
          "model.blocks=[1,1,1]"),
-        ("memory=stored", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"),
+        pytest.param(
+            ("memory=stored", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )  # fmt: skip
@@ -121,8 +123,8 @@ def test_per_example_gradients_are_counted():
     ("vary", "budget", "base"),
     [
         ("volume", "100MiB", TINY_UNET),
-        ("depth", "20MiB", TINY_UNET),
-        ("channels", "20MiB", TINY_UNET),
+        pytest.param("depth", "20MiB", TINY_UNET, marks=pytest.mark.slow),
+        pytest.param("channels", "20MiB", TINY_UNET, marks=pytest.mark.slow),
         ("batch", "10MiB", TINY_UNET),
         ("batch", "4MiB", TEXT),
     ],
@@ -158,6 +160,7 @@ def test_a_language_model_varies_length_depth_and_channels(model, vary, sizes, w
     assert (varied.high, varied.limit) == ((200, "the model has 200 positions") if vary == "length" else (None, ""))
 
 
+@pytest.mark.slow
 def test_a_search_ends_only_when_a_size_does_not_fit():
     (row,) = plan_of("mode=plan", "vary=channels", "budget=8GiB", "memory=stored", "profiler.compare=[]").rows
     assert row.answer.size > 1024
@@ -165,6 +168,7 @@ def test_a_search_ends_only_when_a_size_does_not_fit():
     assert (row.limit, row.as_dict()["timed_out"]) == (None, False)
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_model_is_reported_in_the_plan(tmp_path):
     config = config_of("mode=plan", "vary=length", "budget=1GiB", base=TEXT)
     plan = make_plan(config, CPU, progress=Progress())

@@ -222,6 +222,7 @@ def _worker(rank, path, results):
     os._exit(0)  # gloo's tear-down sometimes waits forever for the other process
 
 
+@pytest.mark.slow
 def test_two_processes_average_their_gradients(tmp_path):
     mp.spawn(_worker, args=(tmp_path / "meet", tmp_path / "gradients"), nprocs=2)
     with torch.device("cpu"):  # of gloo

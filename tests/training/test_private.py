@@ -89,7 +89,11 @@ def test_noise_is_calibrated_to_the_target(tmp_path, cache):
     [
         ("privacy.seed=3", "came from a fixed seed"),
         ("privacy.noise_multiplier=0", "no noise was added"),
-        ("privacy.noise_multiplier=1e-200", "too small for any guarantee (noise multiplier 1e-200)"),
+        pytest.param(
+            "privacy.noise_multiplier=1e-200",
+            "too small for any guarantee (noise multiplier 1e-200)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_is_not_private_says_why_before_and_after(option, reason, tmp_path, cache, capfd):
@@ -186,7 +190,7 @@ def test_the_run_works_without_privacy(tmp_path, cache):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("privacy", ["none", "ghost"])
+@pytest.mark.parametrize("privacy", [pytest.param("none", marks=pytest.mark.slow), "ghost"])
 def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, cache):
     overrides = ["model=rev_gpt2", "memory=reversible", f"privacy={privacy}", "profiler.compare=[stored,reversible]"]
     noise = ["privacy.noise_multiplier=1.0"] if privacy == "ghost" else []

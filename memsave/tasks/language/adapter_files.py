@@ -11,6 +11,8 @@ from torch import nn
 
 from memsave.config import ConfigError
 from memsave.models.padding import base_of
+from memsave.own_code import write_own_class
+from memsave.processes import class_of
 
 ADAPTER = "adapter_config.json"
 
@@ -21,6 +23,8 @@ def save_model(model: Any, folder: Path) -> None:
     `config.json` beside an adapter is that of its base model, which has the labels of a classifier.
     """
     base: Any = base_of(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_own_class(class_of(base), folder)
     if base is model:
         model.save_pretrained(folder)
         return

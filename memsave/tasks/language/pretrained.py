@@ -12,6 +12,7 @@ from torch import nn
 from memsave.config import ConfigError, option, register
 from memsave.config.schema import ModelConfig
 from memsave.models.language import fuse_gelu
+from memsave.own_code import import_class
 from memsave.progress import Progress
 
 HUB_TIMEOUT = 10.0  # seconds
@@ -93,12 +94,20 @@ class LanguageModel(ModelConfig):
     """Name on the model hub, or a folder."""
     head: str = option("chunked", choices=("chunked", "logits"))
     """chunked computes the loss without storing the logits of all targets; logits uses the logits of the model."""
+    target: str = ""
+    """A class of your own, derived from PreTrainedModel; name is then a folder with its config.json and tokenizer."""
     random: bool = False
     """Train from random weights, of trainer.seed, in place of the pretrained ones; the tokenizer stays."""
 
     def load(self, purpose: Purpose, *, progress: Progress) -> tuple[nn.Module, Any]:
         """(model in float32, tokenizer with the special tokens that the purpose needs). Raises ConfigError."""
+        self.register_class()
         return load_pretrained(self.name, purpose)
+
+    def register_class(self) -> None:
+        """Let transformers know `target`. Raises ConfigError if it cannot be imported."""
+        if self.target:
+            register_own_class(self.target)
 
     def load_tokenizer(self, *, progress: Progress) -> Any:
         """The tokenizer; models that memsave makes or converts are made first. Raises ConfigError."""
@@ -112,6 +121,7 @@ class LanguageModel(ModelConfig):
         """The architecture as a config of transformers, without weights. Raises ConfigError."""
         from transformers import GPT2Config
 
+        self.register_class()
         sizes = GPT2_SIZES.get(self.name.removeprefix("openai-community/"))
         return read_architecture(self.name, reachable(self.name)) if sizes is None else GPT2Config(**sizes)
 
@@ -124,6 +134,24 @@ class LanguageModel(ModelConfig):
         model = purpose.auto_class.from_config(found, dtype=torch.float32)
         fuse_gelu(model)
         return model
+
+
+def register_own_class(target: str) -> None:
+    """Let the Auto classes of transformers load a class of one's own. Raises ConfigError if it is none."""
+    import transformers as hf
+
+    cls: Any = import_class(target, hf.PreTrainedModel)
+    config = cls.config_class
+    if config is None or not getattr(config, "model_type", ""):
+        raise ConfigError(f"{target} has no config_class with a model_type; give it one, as transformers' models have")
+    kinds = {"ForSequenceClassification": "classification", "ForMaskedLM": "masked"}
+    kind = next((each for ending, each in kinds.items() if cls.__name__.endswith(ending)), "causal")
+    kind = "encoder_decoder" if kind == "causal" and config().is_encoder_decoder else kind
+    try:
+        hf.AutoConfig.register(config.model_type, config, exist_ok=True)
+        getattr(hf, HEADS[kind][1]).register(config, cls, exist_ok=True)
+    except ValueError as error:
+        raise ConfigError(f"{target} cannot be registered with transformers ({_first_line(error)})") from error
 
 
 def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:

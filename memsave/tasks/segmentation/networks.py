@@ -1,13 +1,9 @@
 """What the task asks of a network's config, and `model=custom`: a network of one's own."""
 
-import importlib
-import importlib.util
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +14,8 @@ from memsave.config import ConfigError, register
 from memsave.config.schema import MODES, MemoryConfig, ModelConfig
 from memsave.data.volumes.config import SegmentationData
 from memsave.models.memory import check_memory
+from memsave.own_code import import_class
 from memsave.reversible import ReversibleSequence
-
-OF_A_RUN = ("model.safetensors", "result.json", "metrics.jsonl")
-"""Files that are in the folder of a run, or of a released model."""
 
 
 class SegmentationModel(ModelConfig):
@@ -101,7 +95,7 @@ def rebuild(found: dict[str, Any]) -> nn.Module:
     The class comes from Python's path alone, and must be a network: a stranger's file cannot name another function.
     """
     target, arguments = str(found.get("target", "")), dict(found.get("arguments", {}))
-    cls = _class_of(target)
+    cls = import_class(target, nn.Module)
     try:
         network = cls(**arguments)
     except Exception as error:  # whatever the class raises
@@ -113,36 +107,6 @@ def rebuild(found: dict[str, Any]) -> nn.Module:
     described: Any = network
     described.memsave_model = {"target": target, "arguments": arguments}  # for `UNetConfig`
     return network
-
-
-def _class_of(target: str) -> type[nn.Module]:
-    module, _, name = target.rpartition(".")
-    if not module:
-        raise ConfigError("model=custom needs model.target=PACKAGE.CLASS, such as my_networks.MyNet")
-    _refuse_code_of_a_run(target)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"model.target={target} cannot be imported ({error}); give a class of an installed package, or of a file "
-            f"in the working folder"
-        ) from error
-    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
-        raise ConfigError(f"model.target={target} is no class of networks (torch.nn.Module); give one")
-    return found
-
-
-def _refuse_code_of_a_run(target: str) -> None:
-    """Raise ConfigError if the code would come from a run's or a model's folder, whoever made it: it runs at import."""
-    spec = importlib.util.find_spec(target.partition(".")[0])
-    if spec is None or spec.origin is None:
-        return
-    for folder in list(Path(spec.origin).resolve().parents)[:3]:
-        if any((folder / name).is_file() for name in OF_A_RUN):
-            raise ConfigError(
-                f"model.target={target} would run code from {folder}, which is the folder of a run or of a model; read "
-                f"it, and put it into the folder from which you start, or install it"
-            )
 
 
 @lru_cache(maxsize=16)

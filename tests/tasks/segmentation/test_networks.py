@@ -136,14 +136,14 @@ def test_modes_compute_the_same_gradients(folder):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model=custom"], "model=custom needs model.target="),
+        (["model=custom"], "model.target is ''; give PACKAGE.CLASS"),
         (["model=custom", "model.target=own_networks.Missing"], "own_networks.Missing cannot be imported"),
         (
             ["model=custom", "model.target=no_such_package.Net"],
             "(No module named 'no_such_package')",
         ),
-        (["model=custom", "model.target=own_networks.function"], "is no class of networks"),
-        (["model=custom", "model.target=subprocess.Popen"], "is no class of networks"),
+        (["model=custom", "model.target=own_networks.function"], "is no class derived from"),
+        (["model=custom", "model.target=subprocess.Popen"], "is no class derived from"),
         ([*PLAIN[:2], "model.arguments={wdith:3}"], "unexpected keyword argument 'wdith'"),
         ([*PLAIN, "memory=reversible"], "Net has no memsave.reversible.ReversibleSequence"),
         ([*PLAIN, "memory=checkpoint"], "model.checkpoint=[NAMES] must name modules of Net"),
