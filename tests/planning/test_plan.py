@@ -61,7 +61,8 @@ def plan_of(*overrides, base=TINY_UNET):
         ("memory=reversible", "trainer.precision=bfloat16", "model.deep_supervision=true", "model.channels=[8,8,16]",
          "model.blocks=[1,1,1]"),
         pytest.param(
-            ("memory=stored", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"), marks=pytest.mark.slow
+            ("memory=stored", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=str,
