@@ -128,7 +128,7 @@ def test_epochs_set_the_steps_of_a_segmentation_run(run):
     [
         ("trainer.batch_size=1", r"another trainer.batch_size \(2, here 1\)"),
         ("trainer.seed=5", r"another trainer.seed \(0, here 5\)"),
-        ("data.seed=3", "another set of training data"),
+        pytest.param("data.seed=3", "another set of training data", marks=pytest.mark.slow),
         ("data.crop_size=[8,16,16]", "another set of training data"),
     ],
 )

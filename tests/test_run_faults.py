@@ -206,6 +206,7 @@ def test_a_run_over_its_budget_stops_and_names_the_largest_category(run, monkeyp
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_over_its_budget_names_what_grew(run, monkeypatch):
     from memsave.tasks.segmentation.task import Segmentation
 

@@ -317,6 +317,7 @@ def test_each_example_of_a_batch_is_in_one_process():
     assert [a + b for a, b in zip(first, second)] == [[one, three, two] for one, two, three in whole]
 
 
+@pytest.mark.slow
 def test_a_trial_of_one_process_alone_is_repeated_by_all(folder):
     """There is one batch of held-out texts, so that only rank 0 evaluates before it trains a sharded model."""
     from tests.support.tiny_configs import TINY_ROBERTA

@@ -85,6 +85,7 @@ def test_a_mode_that_exceeds_the_free_memory_is_not_measured(run, monkeypatch, c
     assert "and 10.00 MiB are free" in output
 
 
+@pytest.mark.slow
 def test_a_mode_that_exceeds_the_budget_is_not_measured(run, capfd):
     code, result, _ = run(ALL, "budget=6MiB", "memory.engine=hooks")
     assert code == 0

@@ -85,9 +85,9 @@ def test_the_peak_of_a_segmentation_run_is_predicted(overrides, tmp_path):
     [
         (),
         ("privacy=none",),
-        ("memory=checkpoint",),
+        pytest.param(("memory=checkpoint",), marks=pytest.mark.slow),
         ("model=rev_gpt2", "memory=reversible"),
-        ("model=rev_gpt2", "memory=stored", "privacy=none"),
+        pytest.param(("model=rev_gpt2", "memory=stored", "privacy=none"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -342,7 +342,7 @@ def test_invalid_combinations_are_refused(overrides, words):
         config_of(*overrides)
 
 
-@pytest.mark.parametrize("memory", ["memory=stored", "memory=auto"])
+@pytest.mark.parametrize("memory", ["memory=stored", pytest.param("memory=auto", marks=pytest.mark.slow)])
 def test_direct_privacy_is_planned_as_its_own_strategy(tmp_path, memory, capfd):
     direct = ["privacy=direct", "trainer.micro_batch_size=1", "budget=1GiB", "mode=plan", memory]
     result = run_experiment(config_of(*direct, base=TEXT), tmp_path, progress=Progress())

@@ -71,7 +71,16 @@ def test_a_gpt2_on_fake_tensors_takes_nearly_the_same_bytes(checkpointing):
 
 @pytest.mark.parametrize(
     "make",
-    [*(lambda memory=memory: unet_step(memory, blocks=2, engine="hooks") for memory in MODES), gpt2_step],
+    [
+        *(
+            pytest.param(
+                lambda memory=memory: unet_step(memory, blocks=2, engine="hooks"),
+                marks=[pytest.mark.slow] if memory == "checkpoint" else [],
+            )
+            for memory in MODES
+        ),
+        gpt2_step,
+    ],
     ids=[*MODES, "gpt2"],
 )
 def test_totals_equal_those_of_mem_tracker(make):

@@ -78,7 +78,7 @@ def at_start(config):
     ("name", "privacy"),
     [
         *((name, PRIVATE) for name in RUNS),
-        *((name, PLAIN) for name in ("lora, checkpoint", "prefix", "bitfit")),
+        *(pytest.param(name, PLAIN, marks=pytest.mark.slow) for name in ("lora, checkpoint", "prefix", "bitfit")),
     ],
 )
 def test_a_run_changes_only_what_trains_and_releases_it(name, privacy, cache, tmp_path):
@@ -130,7 +130,9 @@ def test_virtual_tokens_need_positions(cache, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "prefix", "prompt"])
+@pytest.mark.parametrize(
+    "name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "prefix", "prompt"))]
+)
 def test_a_plan_has_the_adapter(name, cache, tmp_path):
     config = to_objects(compose([*QUICK, *RUNS[name], "mode=plan", "budget=64MiB"]))
     plan_experiment(config, tmp_path, torch.device("cpu"), strategies=["ghost"], progress=Progress())
