@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memsave.folds import fold_text, validations
+from memsave.folds import Validation, validations
 from memsave.profiler import format_bytes
 from memsave.training.result import flatten, read_config, read_result
 
@@ -66,10 +66,7 @@ def collect(folder: Path) -> list[Job]:
     if missing:
         text += f"\n\nJobs without a result: {', '.join(missing)}"
     (folder / "sweep.md").write_text(f"# {folder.name}\n\n{text}\n")
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(columns_of(rows)))
-        table.writeheader()
-        table.writerows(rows)
+    _write_csv(rows, folder / "sweep.csv")
     try:
         from memsave.sweep_picture import draw
 
@@ -78,6 +75,30 @@ def collect(folder: Path) -> list[Job]:
         print("memsave: no picture without matplotlib; install it with: pip install matplotlib", file=sys.stderr)
     print(f"{text}\n\nwritten to {folder}: sweep.md, sweep.csv, sweep.png")
     return jobs
+
+
+def fold_text(found: Sequence[Validation], folder: Path) -> str:
+    """A table of the cross-validations, which is also written as `folds.csv`; empty without any."""
+    if not found:
+        return ""
+    rows = [row for each in found for row in each.rows()]
+    _write_csv(rows, folder / "folds.csv")
+    title = (
+        f"Over {found[0].folds} folds: the mean and the standard deviation of the folds, and the mean over all cases"
+    )
+    text = f"\n\n{title}:\n\n{markdown(rows)}"
+    for each in found:
+        if each.missing:
+            setting = "".join(f" with {key}={value}" for key, value in each.setting.items())
+            text += f"\n\nWithout scores{setting}: fold {', '.join(map(str, each.missing))} of {each.folds}."
+    return text
+
+
+def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(columns_of(rows)))
+        table.writeheader()
+        table.writerows(rows)
 
 
 def privacy_lines(jobs: Sequence[Job]) -> Iterator[str]:

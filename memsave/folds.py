@@ -5,7 +5,6 @@ held-out cases of all folds: each case is held out once, so it is the score of t
 """
 
 import csv
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,31 +80,3 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
             }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def fold_text(found: Sequence[Validation], folder: Path) -> str:
-    """A table of the validations in Markdown, which is also written as `folds.csv`; empty without validations."""
-    if not found:
-        return ""
-    rows = [row for each in found for row in each.rows()]
-    with (folder / "folds.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    title = (
-        f"Over {found[0].folds} folds: the mean and the standard deviation of the folds, and the mean over all cases"
-    )
-    lines = ["", "", f"{title}:", ""]
-    lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
-    for each in found:
-        if each.missing:
-            setting = "".join(f" with {key}={value}" for key, value in each.setting.items())
-            lines += ["", f"Without scores{setting}: fold {', '.join(map(str, each.missing))} of {each.folds}."]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -28,7 +28,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from memsave.integrations.private_training import MicroBatch, PoissonSampler, PrivacyArguments, poisson_loader
+from memsave.integrations.private_training import (
+    MicroBatch,
+    PoissonSampler,
+    PrivacyArguments,
+    epsilon_spent,
+    poisson_loader,
+)
 from memsave.privacy import PrivacyError, PrivateGradients
 from memsave.privacy.monitor import EpsilonMonitor
 from memsave.processes import broadcast_model, process_count
@@ -57,7 +63,7 @@ class PrivateModule(LightningModule):
         self.private_gradients: PrivateGradients | None = None
         """Counts, mechanism and clipper of the training; None before `fit`."""
         self._given: tuple[Any, Any] | None = None
-        self._losses: _Losses | None = None
+        self._losses: Callable[[Any], Tensor] | None = None
         self._loaded: dict[str, Any] | None = None
 
     def per_example_losses(self, batch: Any) -> Tensor:
@@ -90,10 +96,7 @@ class PrivateModule(LightningModule):
     @property
     def epsilon(self) -> float:
         """The epsilon spent so far; 0.0 before `fit`, infinity with a known seed, which is not private."""
-        private = self.private_gradients
-        if private is None:
-            return 0.0
-        return math.inf if private.seeded else private.epsilon
+        return epsilon_spent(self.private_gradients)
 
     # ---- hooks of Lightning ----
 
@@ -139,9 +142,9 @@ class PrivateModule(LightningModule):
         steps = trainer.max_steps if trainer.max_steps > 0 else per_epoch * (trainer.max_epochs or 0)
         if steps <= 0:
             raise PrivacyError("the Trainer has no end, so that noise cannot be planned; give max_epochs or max_steps")
-        self._planned = steps
-        self._losses = losses = _Losses(self)
-        private = self._privacy.start(losses.network, size=size, batch_size=self._batch_size, steps=steps)
+        network = _LossNetwork(self)
+        self._losses = network.__call__  # a method: the network would become a part of this module
+        private = self._privacy.start(network, size=size, batch_size=self._batch_size, steps=steps)
         private.guard.closures_are_empty = True  # those of Lightning, under manual optimisation
         self._sampler = PoissonSampler(private, steps=per_epoch, refetched=False)
         self._monitor = EpsilonMonitor(private, steps=steps)
@@ -154,8 +157,8 @@ class PrivateModule(LightningModule):
         """One logical batch: clipped sums of its micro-batches, noise, and a step of the optimizer."""
         private = self.private_gradients
         assert private is not None and self._losses is not None
-        if self._privacy.target_epsilon is not None and private.steps >= self._planned:
-            raise PrivacyError(f"the noise was calibrated for {self._planned} steps, which are taken")
+        if self._privacy.target_epsilon is not None and private.steps >= self._monitor.steps:
+            raise PrivacyError(f"the noise was calibrated for {self._monitor.steps} steps, which are taken")
         optimizers = self.optimizers()
         if isinstance(optimizers, list):
             raise PrivacyError("a private module has one optimizer")
@@ -205,19 +208,9 @@ class PrivateModule(LightningModule):
             self.private_gradients.close()
 
 
-class _Losses:
-    """Calls `per_example_losses` as the forward of a module, to which the clipper is attached; itself no module, so
-    that it is no part of the LightningModule."""
-
-    def __init__(self, module: PrivateModule):
-        self.network = _LossNetwork(module)
-
-    def __call__(self, batch: Any) -> Tensor:
-        losses: Tensor = self.network(batch)
-        return losses
-
-
 class _LossNetwork(nn.Module):
+    """Calls `per_example_losses` as the forward of a module, to which the clipper is attached."""
+
     def __init__(self, module: PrivateModule):
         super().__init__()
         self.module = module

@@ -1,5 +1,6 @@
 """What the integrations share: the privacy arguments, and Poisson batches in micro-batches."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,13 @@ class PrivacyArguments:
             secure_noise=self.secure_noise,
             seed=self.seed,
         )
+
+
+def epsilon_spent(private: PrivateGradients | None) -> float:
+    """The epsilon so far; 0.0 before the training, infinity with a known seed, which is not private."""
+    if private is None:
+        return 0.0
+    return math.inf if private.seeded else private.epsilon
 
 
 class PoissonSampler:

@@ -27,7 +27,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
-from memsave.integrations.private_training import MicroBatch, PoissonSampler, PrivacyArguments, poisson_loader
+from memsave.integrations.private_training import (
+    MicroBatch,
+    PoissonSampler,
+    PrivacyArguments,
+    epsilon_spent,
+    poisson_loader,
+)
 from memsave.models.model_losses import model_losses
 from memsave.privacy import PrivacyError, PrivateGradients
 from memsave.privacy.monitor import EpsilonMonitor
@@ -96,10 +102,7 @@ class PrivateTrainerMixin(Base):
     @property
     def epsilon(self) -> float:
         """The epsilon spent so far; 0.0 before `train`, infinity with a known seed, which is not private."""
-        private = self.private_gradients
-        if private is None:
-            return 0.0
-        return math.inf if private.seeded else private.epsilon
+        return epsilon_spent(self.private_gradients)
 
     # ---- what is refused ----
 
@@ -162,7 +165,6 @@ class PrivateTrainerMixin(Base):
         steps = (
             self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * steps_per_epoch)
         )
-        self._planned = steps
         private = self.privacy.start(model, size=size, batch_size=self.expected_batch_size, steps=steps)
         self._sampler = PoissonSampler(private, steps=steps_per_epoch, refetched=True)
         self._monitor = EpsilonMonitor(private, steps=steps)
@@ -183,10 +185,10 @@ class PrivateTrainerMixin(Base):
         """One logical batch: clipped sums of its micro-batches, then noise. Returns the mean loss of the examples."""
         private = self.private_gradients
         assert private is not None
-        if self.privacy.target_epsilon is not None and private.steps >= self._planned:
+        if self.privacy.target_epsilon is not None and private.steps >= self._monitor.steps:
             raise PrivacyError(
-                f"the noise was calibrated for {self._planned} steps, which are taken; another would spend more than "
-                f"target_epsilon={self.privacy.target_epsilon:g}: does a callback set should_training_stop to False?"
+                f"the noise was calibrated for {self._monitor.steps} steps, which are taken; another would spend more "
+                f"than target_epsilon={self.privacy.target_epsilon:g}: does a callback unset should_training_stop?"
             )
         model.train()
         to_training = getattr(self.optimizer, "train", None)  # of optimizers without a schedule
@@ -252,12 +254,6 @@ class PrivateTrainerMixin(Base):
         if isinstance(inputs, dict):
             return int(super().floating_point_ops(inputs))
         return sum(int(super(PrivateTrainerMixin, self).floating_point_ops(micro)) for _, micro in inputs)
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        if self.args.include_num_input_tokens_seen != "no":
-            raise PrivacyError(
-                "include_num_input_tokens_seen counts tokens in each process and micro-batch; leave it out"
-            )
 
     # ---- checkpoints ----
 
@@ -366,6 +362,10 @@ def _refusals(trainer: Any) -> Iterator[tuple[bool, str]]:
             f"{name} moves gradients in ways that clipping does not follow; start torchrun without it, or shard the "
             f"model in a loop of your own (docs/distributed.md)",
         )
+    yield (
+        args.include_num_input_tokens_seen != "no",
+        "include_num_input_tokens_seen would communicate in each micro-batch; leave it out",
+    )
     yield args.torch_compile, "torch_compile hides the layers from the clipper; leave it out"
     yield args.use_liger_kernel, "use_liger_kernel fuses layers with the loss of the batch; leave it out"
     optim = str(getattr(args.optim, "value", args.optim))
@@ -380,7 +380,8 @@ def _refusals(trainer: Any) -> Iterator[tuple[bool, str]]:
         )
     loss_type = getattr(args, "loss_type", "nll") if _loss_owner(type(trainer)).__name__ == "SFTTrainer" else "nll"
     yield (
-        loss_type not in (None, "nll") or bool(getattr(trainer, "aux_loss_enabled", False)),
+        trainer.per_example_loss_func is None
+        and (loss_type not in (None, "nll") or bool(getattr(trainer, "aux_loss_enabled", False))),
         f"loss_type={loss_type}, or a loss over experts, is not computed for each example; give loss_type=nll without "
         f"it, or per_example_loss_func",
     )

@@ -1,5 +1,8 @@
 """Memory modes: what a sequence of couplings keeps between forward and backward."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -41,3 +44,22 @@ def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
         return block.forward_stream(stream.pair(target, source)).halves()
 
     return stream.pair(*checkpoint(run, *stream.halves(), use_reentrant=False))
+
+
+class Checkpointed:
+    """Replaces the forward of a module by one that is evaluated again in backward; its copy is that of a copied module.
+
+    on: whether it does.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.on = module, False
+        self._replaced = vars(module).get("forward")
+        module.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        own = self._replaced or partial(type(self.module).forward, self.module)
+        if self.on and torch.is_grad_enabled():
+            return checkpoint(own, *args, use_reentrant=False, **kwargs)
+        return own(*args, **kwargs)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memsave.profiler import MemoryReport, format_bytes, parse_bytes
-from memsave.profiler._torch_internals import NEEDS_VALUES, FakeTensorMode
-from memsave.profiler.recorder import MemoryRecorder
+from memsave.models.memory import Checkpointed
+from memsave.profiler import MemoryRecorder, MemoryReport, format_bytes, parse_bytes
+from memsave.profiler.planner import without_values
 from memsave.reversible.convert import convert, find_rows
 
 MODES = ("stored", "checkpoint", "reversible")
@@ -69,14 +69,9 @@ def memory_report(
     """
     table = MemoryTable({}, None if budget is None else parse_bytes(str(budget)))
     for mode in MODES:
-        try:
-            with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                report = _measured(model, step, mode, fake, table.notes, optimizer)
-        except NEEDS_VALUES as error:
-            raise ValueError(
-                f"the step reads the values of a tensor ({error.func}), and fake tensors have none; avoid .item(), "
-                f"`if tensor`, and boolean masks as indices in it"
-            ) from error
+        faking = FakeTensorMode(allow_non_fake_inputs=True)
+        with without_values(), torch.random.fork_rng(devices=[]), faking as fake:
+            report = _measured(model, step, mode, fake, table.notes, optimizer)
         if report is not None:
             table.reports[mode] = report
     return table
@@ -92,7 +87,7 @@ def _measured(
             notes.append("checkpoint: the model has no row of blocks of one class that keep the shape of their input")
             return None
         for block in {call.block: None for row in rows for call in row}:
-            _checkpoint(block)
+            Checkpointed(block).on = True
     elif mode == "reversible":
         conversion = convert(copied, lambda: step(copied), anchor_every=None, grid=None)
         notes += [f"reversible: {name} not converted, because {reason}" for name, reason in conversion.left]
@@ -124,12 +119,3 @@ def _fake_copy(model: nn.Module, fake: Any) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = fake.from_tensor(buffer)
     return copy.deepcopy(model, memo)
-
-
-def _checkpoint(block: nn.Module) -> None:
-    forward = block.forward
-
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    block.forward = checkpointed

@@ -24,7 +24,8 @@ the process, its libraries and a GPU's context. A size fits if calibrated plus r
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,18 @@ UNBOUNDED = 2**62  # the upper end of sizes without `high`
 MAX_GROWTH = 8  # the largest ratio of one trial size to the last: parameter bytes hide the growth at small sizes
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Raise ValueError, which says what to avoid, if a step within reads the value of a fake tensor."""
+    try:
+        yield
+    except NEEDS_VALUES as error:
+        raise ValueError(
+            f"the step reads the values of a tensor ({error.func}), and fake tensors have none; avoid .item(), "
+            f"`if tensor`, and boolean masks as indices in it"
+        ) from error
+
+
 def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
     """The memory of a training step after the first one, in which the optimizer's state already exists.
 
@@ -48,19 +61,13 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
 
     Raises ValueError if the step reads the value of a tensor.
     """
-    try:
-        with torch.random.fork_rng(devices=[]), FakeTensorMode():
-            fake = step()
-            reports = []
-            for _ in range(1 if create_state(fake.optimizer) else 2):
-                with MemoryRecorder(fake.model, optimizer=fake.optimizer) as recorder:
-                    fake.run()
-                reports.append(recorder.report())
-    except NEEDS_VALUES as error:
-        raise ValueError(
-            f"the step reads the values of a tensor ({error.func}), and fake tensors have none; avoid .item(), "
-            f"`if tensor`, and boolean masks as indices in it"
-        ) from error
+    with without_values(), torch.random.fork_rng(devices=[]), FakeTensorMode():
+        fake = step()
+        reports = []
+        for _ in range(1 if create_state(fake.optimizer) else 2):
+            with MemoryRecorder(fake.model, optimizer=fake.optimizer) as recorder:
+                fake.run()
+            reports.append(recorder.report())
     return max(reversed(reports), key=lambda report: report.peak_bytes)
 
 

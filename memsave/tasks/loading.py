@@ -69,7 +69,7 @@ def _is_language(released: Path) -> bool:
 
 
 def _language_model(released: Path) -> Any:
-    register_released_class(released)
+    _register_class(released)
     if (released / ADAPTER).is_file():
         from memsave.tasks.language.adapter_files import load_adapted
 
@@ -89,7 +89,7 @@ def _language_model(released: Path) -> Any:
         raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
 
 
-def register_released_class(released: Path) -> None:
+def _register_class(released: Path) -> None:
     """Let transformers know the class of a released model, if it is one of the user's own. Raises ConfigError."""
     from memsave.own_code import read_own_class
     from memsave.tasks.language.pretrained import register_own_class

@@ -3,17 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from memsave.config import ConfigError, register
 from memsave.config.schema import MODES, MemoryConfig, ModelConfig
 from memsave.data.volumes.config import SegmentationData
-from memsave.models.memory import check_memory
+from memsave.models.memory import Checkpointed, check_memory
 from memsave.own_code import import_class
 from memsave.reversible import ReversibleSequence
 
@@ -155,21 +154,3 @@ def _set_memory(network: Any, mode: str) -> None:
     for each in network._checkpointed:
         each.on = mode == "checkpoint"
     network._memory_mode = mode
-
-
-class Checkpointed:
-    """Replaces the forward of a module by one that is evaluated again in backward; its copy is that of a copied module.
-
-    on: whether it does.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module, self.on = module, False
-        module.forward = self.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        own = partial(type(self.module).forward, self.module)
-        if self.on and torch.is_grad_enabled():
-            return checkpoint(own, *args, use_reentrant=False, **kwargs)
-        return own(*args, **kwargs)
