@@ -180,7 +180,7 @@ def test_out_of_memory_and_unexpected_errors_have_different_exit_codes(run, monk
     ("memory", "remedy"),
     [
         ("stored", "memory=reversible, trainer"),
-        ("reversible", "trainer"),
+        pytest.param("reversible", "trainer", marks=pytest.mark.slow),
         pytest.param("auto", "trainer", marks=pytest.mark.slow),
     ],
 )

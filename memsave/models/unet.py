@@ -15,6 +15,7 @@ convolution at the coarse level followed by trilinear interpolation up.
 on it.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -28,6 +29,8 @@ from memsave.models.memory import check_memory, run_blocks
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 
 SKIPS = ("add", "concat")
+
+Axes = tuple[int, int, int]
 
 
 class ReversibleUNet3d(nn.Module):
@@ -48,6 +51,8 @@ class ReversibleUNet3d(nn.Module):
             to a divisor of the groups of their norm).
         deep_supervision: adds a head to each decoder level except the finest; in training the forward also returns the
             logits of these heads.
+        strides: by how much each change of level shrinks the volume, a number or one for each axis; None is 2. For
+            voxels that are longer in one axis, as in [(1, 2, 2), 2, 2].
 
     Raises ValueError for arguments that do not define a network.
     """
@@ -72,6 +77,7 @@ class ReversibleUNet3d(nn.Module):
         engine: str = "auto",
         chunks: int = 4,
         deep_supervision: bool = False,
+        strides: Sequence[int | Sequence[int]] | None = None,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -80,13 +86,16 @@ class ReversibleUNet3d(nn.Module):
         if chunks < 1:
             raise ValueError(f"chunks is {chunks}; give at least 1")
 
+        shrink = _check_strides(strides, changes=len(channels) - 1)
+        voxels = [math.prod(math.prod(each) for each in shrink[:scale]) for scale in range(len(channels))]
+
         def level(width: int, depth: int, *, scale: int) -> ReversibleSequence:
             inside: dict[str, Any] = {
                 "expansion": expansion,
                 "squeeze_excitation": squeeze_excitation,
                 "dropout": dropout,
             }
-            wanted = chunks * width / (channels[0] * 8**scale)
+            wanted = chunks * width / (channels[0] * voxels[scale])
             fitting = _divisor(norm_groups(width // 2 * expansion), at_least=wanted)
 
             def branch() -> MBConv3d:
@@ -101,7 +110,7 @@ class ReversibleUNet3d(nn.Module):
         self.encoder = nn.ModuleList(
             level(width, depth, scale=scale) for scale, (width, depth) in enumerate(zip(channels, depths, strict=True))
         )
-        self.down = nn.ModuleList(_down(fine, coarse) for fine, coarse in steps)
+        self.down = nn.ModuleList(_down(*widths, stride) for widths, stride in zip(steps, shrink, strict=True))
         self.up = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in steps)
         self.join = nn.ModuleList(  # a name in checkpoints
             nn.Conv3d(2 * fine, fine, 1) if skip == "concat" else nn.Identity() for fine, _ in steps
@@ -142,10 +151,15 @@ class ReversibleUNet3d(nn.Module):
         In training with deep supervision returns a list: these logits, then those of each coarser level of the decoder,
         with half the size of the level before.
         """
+        logits = self.level_logits(x, coarse=self.training)
+        return logits if len(logits) > 1 else logits[0]
+
+    def level_logits(self, x: Tensor, *, coarse: bool) -> list[Tensor]:
+        """The logits, and those of the coarser levels if these are asked for and the network has heads for them."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last_3d))
         x = x.contiguous(memory_format=torch.channels_last_3d)
         skips: list[Tensor] = []
-        coarse: list[Tensor] = []
+        side: list[Tensor] = []
         for level, blocks in enumerate(self.encoder):
             x = run_blocks(blocks, x, memory=self._levels[level])
             if level < len(self.down):
@@ -154,9 +168,9 @@ class ReversibleUNet3d(nn.Module):
         for level in reversed(range(len(self.decoder))):
             x = self._upsample(level, x, skips.pop())
             x = run_blocks(self.decoder[level], x, memory=self._levels[level])
-            if self.training and 0 < level <= len(self.side_heads):
-                coarse.insert(0, self.side_heads[level - 1](x))
-        return [self.head(x), *coarse] if coarse else self.head(x)
+            if coarse and 0 < level <= len(self.side_heads):
+                side.insert(0, self.side_heads[level - 1](x))
+        return [self.head(x), *side]
 
     def _upsample(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample x (B, coarser C, D/2, ...) and merge it with the skip (B, C, D, ...): (B, C, D, ...)."""
@@ -164,14 +178,26 @@ class ReversibleUNet3d(nn.Module):
         return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
 
 
-def _down(fine: int, coarse: int) -> nn.Sequential:
-    """Halve the size of the volume, rounding up, so that any size is allowed."""
-    return nn.Sequential(nn.Conv3d(fine, coarse, 3, stride=2, padding=1, bias=False), group_norm(coarse))
+def _down(fine: int, coarse: int, stride: Axes) -> nn.Sequential:
+    """Divide the size of the volume by the stride, rounding up, so that any size is allowed."""
+    return nn.Sequential(nn.Conv3d(fine, coarse, 3, stride=stride, padding=1, bias=False), group_norm(coarse))
 
 
 def _divisor(number: int, *, at_least: float) -> int:
     """The smallest divisor of `number` that is at least `at_least`; `number` if there is none."""
     return next((each for each in range(1, number) if number % each == 0 and each >= at_least), number)
+
+
+def _check_strides(strides: Sequence[int | Sequence[int]] | None, *, changes: int) -> list[Axes]:
+    """The stride of each change of level by axis; ValueError for strides that do not define a network."""
+    given = [2] * changes if strides is None else list(strides)
+    found = [(each,) * 3 if isinstance(each, int) else tuple(each) for each in given]
+    if len(found) != changes or any(len(each) != 3 or not {1, 2, 3}.issuperset(each) for each in found):
+        raise ValueError(
+            f"strides are {given} for {changes + 1} levels; give {changes}, each of 1 to 3 voxels, as one number or as "
+            f"three"
+        )
+    return found  # type: ignore[return-value]
 
 
 def _check_levels(channels: Sequence[int], blocks: int | Sequence[int], skip: str) -> list[int]:

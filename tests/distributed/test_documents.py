@@ -84,6 +84,7 @@ def test_a_sweep_submits_one_task_per_node(tmp_path):
     assert config.trainer.processes == 16
 
 
+@pytest.mark.slow
 def test_a_run_starts_its_processes_itself(tmp_path):
     from tests.support.commands import TWO_STEPS, run_command
 

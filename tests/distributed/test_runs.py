@@ -87,9 +87,9 @@ def folder(alone, tmp_path):
     ("name", "count", "parallel"),
     [
         ("unet", 2, "ddp"),
-        ("unet", 3, "fsdp"),
+        pytest.param("unet", 3, "fsdp", marks=pytest.mark.slow),
         pytest.param("text", 3, "ddp", marks=pytest.mark.slow),
-        ("text", 2, "fsdp"),
+        pytest.param("text", 2, "fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count, parallel):

@@ -61,6 +61,7 @@ def test_choices_are_sorted_by_their_cost():
     assert len(set(strategies)) == 4
 
 
+@pytest.mark.slow
 def test_the_first_choice_that_fits_is_used(tmp_path):
     peaks = {tuple(strategy.memory.levels): peak_of(strategy) for strategy in choices(config_of("budget=1GiB"))}
     for budget in (int(1.2 * peak) for peak in list(peaks.values())[1:3]):  # 20% for the workspace of operators

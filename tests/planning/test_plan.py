@@ -146,7 +146,11 @@ def test_the_largest_size_fits_and_the_next_one_does_not(vary, budget, base):
 
 @pytest.mark.parametrize(
     ("vary", "sizes", "words"),
-    [("depth", (2, 4), "4 layers"), ("channels", (16, 32), "width 32"), ("length", (32, 64), "64 tokens")],
+    [
+        ("depth", (2, 4), "4 layers"),
+        pytest.param("channels", (16, 32), "width 32", marks=pytest.mark.slow),
+        pytest.param("length", (32, 64), "64 tokens", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("model", [pytest.param("small_gpt2", marks=pytest.mark.slow), "rev_gpt2"])
 def test_a_language_model_varies_length_depth_and_channels(model, vary, sizes, words):

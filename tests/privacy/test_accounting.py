@@ -135,8 +135,8 @@ def test_calibration_to_a_large_target_is_fast():
 
 RUNS = [  # (noise multiplier, sample rate, steps) of each run, delta
     ([(0.6, 0.04, 80), (0.9, 0.04, 200)], 7e-5),
-    ([(1.5, 0.02, 400), (0.8, 5e-3, 1000), (1.5, 0.02, 100)], 1e-6),
-    ([(0.7, 0.03, 60), (20.0, 0.001, 10)], 1e-5),
+    pytest.param(([(1.5, 0.02, 400), (0.8, 5e-3, 1000), (1.5, 0.02, 100)], 1e-6), marks=pytest.mark.slow),
+    pytest.param(([(0.7, 0.03, 60), (20.0, 0.001, 10)], 1e-5), marks=pytest.mark.slow),
 ]
 
 

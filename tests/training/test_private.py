@@ -190,7 +190,8 @@ def test_the_run_works_without_privacy(tmp_path, cache):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("privacy", [pytest.param("none", marks=pytest.mark.slow), "ghost"])
+@pytest.mark.slow
+@pytest.mark.parametrize("privacy", ["none", "ghost"])
 def test_the_reversible_model_trains_writes_and_is_released(privacy, tmp_path, cache):
     overrides = ["model=rev_gpt2", "memory=reversible", f"privacy={privacy}", "profiler.compare=[stored,reversible]"]
     noise = ["privacy.noise_multiplier=1.0"] if privacy == "ghost" else []
