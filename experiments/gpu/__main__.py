@@ -19,7 +19,7 @@ from experiments.gpu.exactness import exactness
 from experiments.gpu.language import language
 from experiments.gpu.volumes import PRECISIONS, operators, volumes
 from experiments.planning.__main__ import STEPS, compare
-from experiments.record import insert, keep, machine
+from experiments.record import earlier, insert, keep, machine
 from experiments.speed.ghost import Shape
 from memsave.profiler import format_bytes
 
@@ -33,19 +33,20 @@ QUICK_STEPS = (0, 2, 6, 12)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as measured before")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
             "PyTorch finds no GPU here; `python -m experiments.memory_modes` and `experiments.speed.ghost` need none"
         )
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {} if given.quick else earlier(HERE / "results.json")
     for part in given.parts:
         print(part, flush=True)
         results[part] = {}
         for name, rows in measured(part, quick=given.quick):
             results[part][name] = rows
-            if not given.quick and set(given.parts) == set(PARTS):  # what is measured is kept if the rest fails
+            if not given.quick:  # what is measured is kept if the rest fails
+                results = {part: results[part] for part in PARTS if part in results}
                 insert(HERE / "README.md", name="gpu", text=table(results, of=machine()))
                 keep(HERE / "results.json", command="python -m experiments.gpu", results=results)
     print(table(results, of=machine()))

@@ -71,9 +71,9 @@ def verify(module: nn.Module, x: Tensor, *, tolerance: float | None = None) -> I
     the largest allowed relative error of the whole gradient and of each parameter's gradient; the default is 1e-9 in
     float64, 1e-3 in float32, and 1e-2 for narrower dtypes and under autocast.
 
-    Where a function has a kink, as ReLU at zero, a difference of rounding can change one value's gradient as a whole. If
-    the gradient exceeds the tolerance in float32 although the stream is rebuilt to within rounding, the step is compared
-    in float64, too, and is as stored if it agrees there.
+    Where a function has a kink, as ReLU at zero, a difference of rounding can change one value's gradient as a whole.
+    If the gradient exceeds the tolerance in float32 although the stream is rebuilt to within rounding, the step is
+    compared in float64, too, and is as stored if it agrees there.
 
     Works on copies: the module, its
     gradients and the random state do not change. Takes the memory of a step with stored activations.
