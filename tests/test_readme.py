@@ -45,7 +45,7 @@ def test_the_language_model_quickstart_runs(tmp_path, monkeypatch, capsys):
 def test_headline_figures_are_those_of_the_results_page():
     table = README.partition("## Numbers")[2].partition("##")[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 3
+    assert len(rows) == 4
     for _, _, figures, command, _ in rows:
         assert command.strip(" `") in RESULTS
         for figure in re.findall(r"\d+(?:\.\d+)?(?:x\d*|x| GiB)*", figures):
@@ -73,6 +73,6 @@ def headings(page):
 
 def test_every_table_of_an_experiment_has_its_place_in_the_results_page():
     names = {"budget volume", "whole volume", "memory modes", "depth", "depthwise", "private text", "ghost"}
-    names |= {"distributed"}
+    names |= {"distributed", "gpu"}
     assert set(re.findall(r"<!-- (.+) -->\n.+", RESULTS)) == names
     assert "<!--" not in README

@@ -24,8 +24,10 @@ from experiments.speed.ghost import Shape
 from memsave.profiler import format_bytes
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "docs" / "results.md"
 PARTS = ("exactness", "language", "volumes", "planning", "operators")
-SIZES = {"128^3": (128, 128, 128), "240x240x160": (240, 240, 160)}
+WHOLE = "240x240x160"
+SIZES = {"128^3": (128, 128, 128), WHOLE: (240, 240, 160)}
 SHAPES = [Shape(12, 8, 512), Shape(12, 32, 100)]
 QUICK_STEPS = (0, 2, 6, 12)
 
@@ -47,9 +49,16 @@ def main() -> None:
             results[part][name] = rows
             if not given.quick:  # what is measured is kept if the rest fails
                 results = {part: results[part] for part in PARTS if part in results}
-                insert(HERE / "README.md", name="gpu", text=table(results, of=machine()))
+                write(results, of=machine())
                 keep(HERE / "results.json", command="python -m experiments.gpu", results=results)
     print(table(results, of=machine()))
+
+
+def write(results: dict[str, Any], *, of: str) -> None:
+    """Put the tables into the documents."""
+    insert(HERE / "README.md", name="gpu", text=table(results, of=of))
+    whole = {"volumes": {name: rows for name, rows in results.get("volumes", {}).items() if name == WHOLE}}
+    insert(RESULTS, name="gpu", text=table(whole, of=of))
 
 
 def measured(part: str, *, quick: bool) -> Iterator[tuple[str, Any]]:
