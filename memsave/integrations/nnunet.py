@@ -30,6 +30,9 @@ from memsave.profiler.planner import largest
 TRAINERS = Path(__file__).parent / "nnunet_trainers"
 """For nnU-Net's variable nnUNet_extTrainer."""
 
+CALIBRATED = 32**3
+"""Voxels of the patch with which the planner is calibrated by a real step."""
+
 
 class NNUNetReversible(ReversibleUNet3d):
     """A `ReversibleUNet3d` that returns the logits of coarser levels while `deep_supervision` is set, as nnU-Net asks.
@@ -138,15 +141,19 @@ class nnUNetTrainerMemsave(nnUNetTrainer):
 
         self.print_to_log_file(f"memsave: looking for the largest patch whose training step fits into {budget}")
         before = list(map(int, self.configuration_manager.patch_size))
-        smaller = [each for each in patches if math.prod(each) <= math.prod(before)]
+
+        def last(voxels: int) -> int:
+            """The number of the largest patch of at most so many voxels; 1 if there is none."""
+            return max(1, sum(math.prod(each) <= voxels for each in patches))
+
         result = largest(
             step_at,
             budget=budget,
             low=1,
             high=len(patches),
-            start=max(1, len(smaller)),
+            start=last(math.prod(before)),
             power=3,
-            calibration=calibrate(lambda: step_at(1), device=self.device),
+            calibration=calibrate(lambda: step_at(last(CALIBRATED)), device=self.device),
         )
         if result.size is None:
             raise ValueError(

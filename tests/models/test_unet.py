@@ -55,8 +55,9 @@ def test_arguments_rebuild_the_same_architecture():
         {"blocks": (1, 2, 3)},
         {"grid": 2**-14},
         {"deep_supervision": True},
+        {"strides": [(1, 2, 2), 3]},
     ],
-    ids=["plain", "concat", "gate", "dropout", "depths", "grid", "deep supervision"],
+    ids=["plain", "concat", "gate", "dropout", "depths", "grid", "deep supervision", "strides"],
 )
 @pytest.mark.usefixtures("device")
 def test_memory_modes_compute_the_same_function(options):
@@ -114,6 +115,17 @@ def test_with_a_grid_gradients_under_autocast_are_bit_identical_to_stored():
 def test_logits_have_the_size_of_the_input(size, skip):
     x = volume(*size, batch=1)
     assert network(skip=skip)(x).shape == (1, 3, *size)
+
+
+@pytest.mark.usefixtures("device")
+def test_strides_divide_the_sizes_of_the_levels():
+    net = network(channels=(4, 8, 8, 8), strides=[(1, 2, 2), 2, (2, 1, 3)], deep_supervision=True)
+    levels = net(volume(6, 12, 9))
+    assert [tuple(each.shape[2:]) for each in levels] == [(6, 12, 9), (6, 6, 5), (3, 3, 3)]
+    usual = network(channels=(4, 8, 8, 8), strides=[2, 2, 2], deep_supervision=True)
+    assert torch.equal(
+        usual(volume(8, 9, 7))[0], network(channels=(4, 8, 8, 8), deep_supervision=True)(volume(8, 9, 7))[0]
+    )
 
 
 @pytest.mark.usefixtures("device")
@@ -189,6 +201,9 @@ def test_a_step_keeps_little_more_than_one_block_of_the_finest_level():
         ({"blocks": (1, 2)}, r"blocks are \[1, 2\] for 3 levels"),
         ({"blocks": 0}, "at least 1"),
         ({"skip": "sum"}, "choose one of add, concat"),
+        ({"strides": [2]}, r"strides are \[2\] for 3 levels; give 2"),
+        ({"strides": [2, (1, 2)]}, "as one number or as three"),
+        ({"strides": [2, 4]}, "each of 1 to 3 voxels"),
         ({"chunks": 0}, "chunks is 0; give at least 1"),
         ({"engine": "fast"}, "choose one of auto, fused, hooks"),
         ({"engine": "fused", "squeeze_excitation": 0.5}, "squeeze-excitation reads all expanded channels"),
