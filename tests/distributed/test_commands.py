@@ -128,7 +128,8 @@ def answers(lines):
     return [line.partition("/")[0] for line in lines]
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_answers_are_those_of_one_process(writer, tmp_path, count):
     rows = [json.dumps({"name": name, "age": age}) + "\n" for name, age in PEOPLE]
     (tmp_path / "a.jsonl").write_text("".join([*rows[:2], "no json\n", *rows[2:]]))

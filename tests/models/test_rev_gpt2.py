@@ -98,7 +98,8 @@ def bytes_beside_parameters(layers, *, mode, private):
     return max(map(sum, zip(*(each for name, each in states.items() if name not in ("parameter", "gradient")))))
 
 
-@pytest.mark.parametrize("private", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "ghost"])
+@pytest.mark.slow
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "ghost"])
 def test_memory_is_flat_in_depth(private):
     few, many = (bytes_beside_parameters(layers, mode="reversible", private=private) for layers in (4, 16))
     # for each example: a matrix's bound on rounding, and for two tensors of each norm hook, a sum and a norm to
