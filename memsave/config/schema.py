@@ -184,8 +184,8 @@ class GhostPrivacy(PrivacyConfig):
     """Backward passes per micro-batch; direct clips one example at a time and works for any layer."""
     memory_budget: str = option("0B", size=True)
     """Extra memory that saves time, such as 256MiB: for logits of a chunked head, or gradients for Gram matrices."""
-    accountant: str = option("prv", choices=("prv", "rdp"))
-    """prv is nearly exact (Gopi et al., 2021); rdp is an upper bound (Mironov, 2017)."""
+    accountant: str = option("prv", choices=("prv", "rdp", "pld"))
+    """prv is nearly exact (Gopi et al., 2021), pld tighter still (dp-accounting); rdp is looser (Mironov, 2017)."""
     secure_noise: bool = False
     """Draw four samples per number, against attacks on floating-point noise."""
     verify: bool = True

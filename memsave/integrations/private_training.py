@@ -30,7 +30,7 @@ class PrivacyArguments:
     micro_batch_size: int | None = None
     """Examples in one forward; changes memory and time, and nothing else."""
     accountant: str = "prv"
-    """prv or rdp."""
+    """prv, rdp or pld."""
     clipping: str = "flat"
     """flat, automatic or per_layer; see `GhostClipper`."""
     passes: str | int = "auto"

@@ -1,12 +1,14 @@
-"""The epsilon of a noise multiplier and the noise multiplier for an epsilon, by the accountants of Opacus.
+"""The epsilon of a noise multiplier and the noise multiplier for an epsilon.
 
 One step samples each example with probability q, clips its gradient to C and adds noise of standard deviation sigma C
 to the sum. This is the subsampled Gaussian mechanism. Its composition over the steps is bounded by
 
     prv   privacy random variables (Gopi et al., NeurIPS 2021): nearly exact
     rdp   Renyi differential privacy (Mironov et al., 2019): looser, without numerical integration
+    pld   privacy loss distributions (Koskela et al., 2020; Doroshenko et al., PETS 2022): the tightest; all rounding is
+          upwards, at any epsilon (needs dp-accounting)
 
-for add-or-remove-one adjacency. Both give upper bounds.
+for add-or-remove-one adjacency. All give upper bounds.
 """
 
 import math
@@ -15,12 +17,14 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-ACCOUNTANTS = ("prv", "rdp")
+ACCOUNTANTS = ("prv", "rdp", "pld")
 PRV_LIMIT = 50.0  # PRV is not used for larger epsilons: at 600 it takes 10 s and 1 GB, and both grow further
 MOST_NOISE = (
     1e4  # for more noise, rounding makes the accountants fail; epsilon decreases with noise, so this bound holds
 )
 PRV_MECHANISMS = 8  # of different noise or sample rate: the time of PRV grows with their number, to 10 s for 20
+PLD_REFINEMENTS = 6
+PLD_CHANGE = 2e-3  # a finer grid that lowers epsilon by a smaller part is the last one
 EPSILON_TOLERANCE = 0.01  # calibration stops this close below the target, the default of Opacus
 
 
@@ -105,6 +109,8 @@ def epsilon_of_runs(runs: Iterable[tuple[float, float, int]], *, delta: float, a
         return math.inf
     history = tuple((*mechanism, steps) for mechanism, steps in steps_of.items())
     bound = _opacus_epsilon(history, delta=delta, accountant="rdp")
+    if accountant == "pld":
+        return min(bound, _pld_epsilon(history, delta=delta, bound=bound)) if bound < math.inf else bound
     if accountant == "rdp" or bound > PRV_LIMIT or len(history) > PRV_MECHANISMS:
         return bound
     return _opacus_epsilon(history, delta=delta, accountant=accountant)
@@ -139,6 +145,26 @@ def _opacus_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: flo
     return math.inf if math.isnan(epsilon) else epsilon
 
 
+@lru_cache(maxsize=1024)
+def _pld_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float, bound: float) -> float:
+    """An upper bound by dp-accounting, which rounds privacy losses up to a grid: finer ones, until epsilon settles."""
+    try:
+        from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+        from dp_accounting.pld import PLDAccountant
+    except ModuleNotFoundError as error:
+        raise PrivacyError("accountant=pld needs dp-accounting: pip install dp-accounting") from error
+    found, interval = bound, bound / 200
+    for _ in range(PLD_REFINEMENTS):
+        accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
+        for noise_multiplier, sample_rate, steps in history:
+            accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
+        before, found = found, min(found, float(accountant.get_epsilon(delta)))
+        if before < bound and before - found <= PLD_CHANGE * found:
+            break
+        interval /= 4
+    return found
+
+
 def _rdp_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float) -> float:
     """As Opacus's RDPAccountant, which computes the divergences of a step again for each number of steps."""
     from opacus.accountants import RDPAccountant
@@ -168,6 +194,8 @@ def noise_multiplier_for(
     check_sample_rate(sample_rate)
     if not 0 < target_epsilon < math.inf:
         raise PrivacyError(f"target_epsilon is {target_epsilon}; give a positive one, such as 8 or 3")
+    if accountant == "pld":
+        return _pld_noise(target_epsilon=target_epsilon, sample_rate=sample_rate, steps=steps, delta=delta)
     if target_epsilon > PRV_LIMIT:
         accountant = "rdp"  # as in `epsilon_of`
     from opacus.accountants.utils import get_noise_multiplier
@@ -190,3 +218,34 @@ def noise_multiplier_for(
                 f"no noise multiplier keeps {steps} steps at sample rate {sample_rate:g} within epsilon "
                 f"{target_epsilon:g} by the {accountant} accountant ({error}); take fewer steps or a larger epsilon"
             ) from error
+
+
+def _pld_noise(*, target_epsilon: float, **account: Any) -> float:
+    """Bisection between a noise that is too little and one that is enough."""
+
+    def spent(noise_multiplier: float) -> float:
+        return epsilon_of(noise_multiplier=noise_multiplier, **account, accountant="pld")
+
+    tolerance = min(EPSILON_TOLERANCE, target_epsilon / 100)
+    enough = 1.0
+    while spent(enough) > target_epsilon:
+        enough *= 2
+        if enough > MOST_NOISE:
+            raise PrivacyError(
+                f"no noise multiplier up to {MOST_NOISE:g} keeps {account['steps']} steps at sample rate "
+                f"{account['sample_rate']:g} within epsilon {target_epsilon:g}; take fewer steps or a larger epsilon"
+            )
+    too_little = enough / 2
+    while spent(too_little) <= target_epsilon:
+        enough, too_little = too_little, too_little / 2
+    reached = spent(enough)
+    while target_epsilon - reached > tolerance:
+        between = (too_little + enough) / 2
+        if not too_little < between < enough:
+            break
+        epsilon = spent(between)
+        if epsilon <= target_epsilon:
+            enough, reached = between, epsilon
+        else:
+            too_little = between
+    return enough

@@ -57,7 +57,7 @@ class Mechanism:
     """C."""
     delta: float
     accountant: str = "prv"
-    """prv | rdp."""
+    """prv | rdp | pld."""
 
     def __post_init__(self) -> None:
         check_accountant(self.accountant)

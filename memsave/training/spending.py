@@ -78,13 +78,15 @@ def total(spendings: Sequence[Spending], *, delta: float | None = None, accounta
     Args:
         spendings: one for each run.
         delta: of all runs together; None takes the smallest delta of the runs.
-        accountant: prv or rdp; None takes rdp if a run took it, so that the bound is no smaller than its own.
+        accountant: prv, rdp or pld; None takes the loosest of those of the runs, so that the bound is no smaller
+            than theirs.
 
     Raises PrivacyError for a delta or an accountant that cannot be used.
     """
     private = [each for each in spendings if each.no_guarantee is None]
     if accountant is None:
-        accountant = "rdp" if any(each.accountant == "rdp" for each in private) else "prv"
+        taken = {each.accountant for each in private} or {"prv"}
+        accountant = next((each for each in ("rdp", "prv", "pld") if each in taken), "prv")
     if delta is None and private:
         delta = min(each.delta for each in private)
     elif delta is not None and (sizes := [each.size for each in private if each.size]):

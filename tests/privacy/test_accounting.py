@@ -34,6 +34,37 @@ def test_prv_agrees_with_dp_accountings_privacy_loss_distributions_and_rdp_lies_
     assert prv < epsilon_of(**kwargs, accountant="rdp")
 
 
+TIGHT = [(2.0, 0.1, 300, 1e-5), (30.0, 1e-3, 10**5, 1e-6), (1.0, 1.0, 1, 1e-5)]
+SLOWER = [(0.3, 0.05, 50, 1e-5), (0.6, 0.04, 80, 7e-5)]
+
+
+@pytest.mark.parametrize("case", [*TIGHT, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOWER)], ids=str)
+def test_pld_settles_from_above_at_any_epsilon(case):
+    accounting = pytest.importorskip("dp_accounting")
+    noise, rate, steps, delta = case
+    kwargs = {"noise_multiplier": noise, "sample_rate": rate, "steps": steps, "delta": delta}
+    found = epsilon_of(**kwargs, accountant="pld")
+    fine = accounting.pld.PLDAccountant(
+        accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=min(1e-4, found / 1e4)
+    )
+    event = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
+    expected = fine.compose(event, steps).get_epsilon(delta)
+    assert expected * 0.998 <= found <= expected * 1.005
+    assert found <= epsilon_of(**kwargs, accountant="rdp")
+    assert found <= epsilon_of(**kwargs, accountant="prv") * 1.001
+
+
+@pytest.mark.parametrize("target", [0.01, 1.0, pytest.param(100.0, marks=pytest.mark.slow)])
+def test_pld_calibrates_to_small_and_large_targets(target):
+    kwargs = {"sample_rate": 0.02, "steps": 500, "delta": 1e-5}
+    noise = noise_multiplier_for(target_epsilon=target, **kwargs, accountant="pld")
+    assert target * 0.985 <= epsilon_of(noise_multiplier=noise, **kwargs, accountant="pld") <= target
+    if target > 0.1:  # RDP cannot prove less
+        assert noise <= noise_multiplier_for(target_epsilon=target, **kwargs, accountant="rdp")
+    with pytest.raises(PrivacyError, match="no noise multiplier up to"):
+        noise_multiplier_for(target_epsilon=1e-9, **kwargs, accountant="pld")
+
+
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 @pytest.mark.parametrize("target", [8.0, 3.0])
 def test_calibrated_noise_spends_the_target_and_no_more(target, accountant):
