@@ -10,6 +10,7 @@ fold with the same augmentation, loss, optimizer and number of steps.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import nibabel
 import numpy as np
 import torch
 
-from experiments.record import insert, keep, machine
+from experiments.record import insert, keep, machine, median
 from memsave.data.volumes.layouts import Case
 from memsave.data.volumes.phantoms.generate import ensure_phantoms
 from memsave.integrations.nnunet import TRAINERS
@@ -52,7 +53,8 @@ def main() -> None:
     if not given.quick:
         size = "x".join(map(str, given.size))
         shown = f"{machine()}; phantoms of {size}, {given.epochs} epochs of {given.iterations} steps"
-        keep(HERE / "results.json", command="python -m experiments.nnunet", results={"setting": shown, "rows": rows})
+        command = shlex.join(["python", "-m", "experiments.nnunet", *sys.argv[1:]])
+        keep(HERE / "results.json", command=command, results={"setting": shown, "rows": rows})
         insert(HERE / "README.md", name="nnunet", text=f"{shown}:\n\n{text}")
     if given.folder is None:
         shutil.rmtree(folder)
@@ -137,14 +139,13 @@ def table(rows: dict[str, Any], *, budget: str) -> str:
     ]
     for name, row in rows.items():
         patch = "x".join(map(str, row["patch_size"]))
-        later = row["epoch_seconds"][1:] or row["epoch_seconds"]
         cells = [
             name,
             f"{patch}, {row['batch_size']}",
             f"{row['parameters'] / 1e6:.1f} M",
             format_bytes(row["peak_bytes"]),
         ]
-        cells += [f"{sum(later) / len(later):.1f} s", *(f"{value:.3f}" for value in row["dice"].values())]
+        cells += [f"{median(row['epoch_seconds']):.1f} s", *(f"{value:.3f}" for value in row["dice"].values())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
