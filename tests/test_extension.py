@@ -61,6 +61,7 @@ def test_a_task_from_outside_trains_resumes_and_is_planned(installed, trained_po
     assert [row["strategy"] for row in rows] == ["plain", "per-example gradients", "ghost"]
 
 
+@pytest.mark.slow
 def test_a_task_from_outside_trains_privately(installed, tmp_path):
     arguments = ["experiment=points", "privacy=ghost", *RDP, "trainer.steps=20", "hydra.run.dir=run"]
     done = memsave(installed, *arguments, cwd=tmp_path)

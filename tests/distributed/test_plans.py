@@ -71,6 +71,7 @@ def compared(names):
         assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_plan_for_two_processes_is_what_two_processes_hold():
     compared(["unet fsdp checkpoint ema", "gpt2 fsdp private reversible"])
 

@@ -57,6 +57,7 @@ def test_the_mode_of_the_run_is_measured_first(run, monkeypatch, capfd):
     assert "checkpoint is not measured: it would take about 80 s, and " in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_slow_first_forward_does_not_change_the_estimate(run, monkeypatch, capfd):
     from memsave.tasks.segmentation.task import Segmentation
     from memsave.training import measure

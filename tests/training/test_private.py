@@ -119,6 +119,7 @@ def test_an_epsilon_that_cannot_be_computed_stops_a_run_before_its_first_step(tm
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_very_large_epsilon_is_reported_as_no_protection(tmp_path, cache, capfd):
     spent = run(["privacy.noise_multiplier=1e-3"], tmp_path / "run", cache)["privacy"]
     assert 1e5 < spent["epsilon"] < 1e9
@@ -322,6 +323,7 @@ def command(cache, folder, *overrides):
     return Command(folder, *tiny, *fixed, f"model.cache={cache}", f"hydra.run.dir={folder}", *overrides)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_and_counts_no_step_twice(tmp_path, cache):
     whole, killed, resumed = tmp_path / "whole", tmp_path / "killed", tmp_path / "resumed"
     assert command(cache, whole).wait().returncode == 0
@@ -345,6 +347,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_counts_no_step_twice(tmp_path, cac
     assert 1 < taken[0] <= 12  # it resumed after a completed step
 
 
+@pytest.mark.slow
 def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
     pytest.importorskip("monai")
     small = ["data.cases=8", "data.size=[48,48,32]", "data.crop_size=[16,16,16]", f"data.root={tmp_path}"]
