@@ -161,6 +161,7 @@ def test_the_crops_of_a_patient_are_clipped_as_one_gradient(run, monkeypatch):
     assert result["privacy"]["unit"].startswith("one patient")
 
 
+@pytest.mark.slow
 def test_a_new_run_in_an_old_folder_replaces_the_log(run):
     run()
     _, _, folder = run()

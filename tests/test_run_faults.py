@@ -144,6 +144,7 @@ def test_an_interrupt_before_training_writes_a_result(run, monkeypatch):
     assert (code, result["status"]) == (130, "interrupted")
 
 
+@pytest.mark.slow
 def test_a_compared_mode_that_runs_out_of_memory_does_not_stop_the_run(run, monkeypatch):
     from memsave.models import ReversibleUNet3d
 
@@ -281,6 +282,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     assert "trainer.steps=2 (was 1)" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_whose_choices_exclude_each_other_leaves_its_result_and_the_sweep_goes_on(tmp_path):
     from tests.support.commands import run_command
 

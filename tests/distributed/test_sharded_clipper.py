@@ -528,6 +528,7 @@ def outcomes():
     return failed
 
 
+@pytest.mark.slow
 def test_a_sharded_model_in_two_processes():
     for failed in run_processes(2, outcomes):
         assert not failed, "\n".join(f"{name}:\n{error}" for name, error in failed.items())

@@ -105,6 +105,7 @@ def test_each_level_has_its_own_mode():
         model.memory = ["stored"]
 
 
+@pytest.mark.slow
 def test_for_a_language_model_mode_head_and_micro_batch_are_chosen(tmp_path):
     loose = config_of("budget=1GiB", "model.width=64", "model.vocabulary=4000", base=TEXT)
     strategies = [(each.memory.mode, each.model.head) for each in choices(loose)]

@@ -19,6 +19,7 @@ from tests.support.tiny_configs import TINY_GPT2_DP
 ALL = "profiler.compare=[stored,checkpoint,reversible]"
 
 
+@pytest.mark.slow
 def test_each_measured_mode_prints_a_line(run, capfd):
     code, result, _ = run(ALL)
     assert code == 0
