@@ -8,6 +8,7 @@ not included. Times are medians of steps taken in turn, by the events of the dev
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ def main() -> None:
             "PyTorch finds no GPU here; `python -m experiments.memory_modes` and `experiments.speed.ghost` need none"
         )
     results: dict[str, Any] = {} if given.quick else earlier(HERE / "results.json")
+    others = [part for part in results if part not in given.parts]
+    of = machine() + (f" ({', '.join(others)}: earlier, on the same GPU)" if others else "")
     for part in given.parts:
         print(part, flush=True)
         results[part] = {}
@@ -49,9 +52,13 @@ def main() -> None:
             results[part][name] = rows
             if not given.quick:  # what is measured is kept if the rest fails
                 results = {part: results[part] for part in PARTS if part in results}
-                write(results, of=machine())
-                keep(HERE / "results.json", command="python -m experiments.gpu", results=results)
-    print(table(results, of=machine()))
+                write(results, of=of)
+                keep(
+                    HERE / "results.json",
+                    command=shlex.join(["python", "-m", "experiments.gpu", *sys.argv[1:]]),
+                    results=results,
+                )
+    print(table(results, of=of))
 
 
 def write(results: dict[str, Any], *, of: str) -> None:

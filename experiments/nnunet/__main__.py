@@ -77,29 +77,15 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "SHORT_ITERATIONS": str(given.iterations),
     }
     target = str(parse_bytes(given.budget) / 2**30)
-    run(
-        [
-            "plan_and_preprocess",
-            "-d",
-            "901",
-            "-c",
-            "3d_fullres",
-            "-gpu_memory_target",
-            target,
-            "-np",
-            str(os.cpu_count()),
-        ],
-        environment,
-    )
+    plan = f"plan_and_preprocess -d 901 -c 3d_fullres -gpu_memory_target {target} -np {os.cpu_count()}"
+    run(plan.split(), environment)
+    shutil.rmtree(folder / "results", ignore_errors=True)  # of other settings
     rows = {}
     for trainer, name in WAYS.items():
         fold = folder / "results" / DATASET / f"{trainer}__nnUNetPlans__3d_fullres" / "fold_0"
-        if not (fold / "validation" / "summary.json").is_file():
-            run(["train", DATASET, "3d_fullres", "0", "-tr", trainer, "-device", given.device], environment)
+        run(["train", DATASET, "3d_fullres", "0", "-tr", trainer, "-device", given.device], environment)
         scores = json.loads((fold / "validation" / "summary.json").read_text())["mean"]
-        dice = {
-            region: scores[str(tuple(labels))]["Dice"] for region, labels in zip(REGIONS, REGIONS.values(), strict=True)
-        }
+        dice = {region: scores[str(tuple(labels))]["Dice"] for region, labels in REGIONS.items()}
         rows[name] = {**json.loads((fold / "measured.json").read_text()), "dice": dice}
     return rows
 
