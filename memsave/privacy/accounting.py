@@ -156,9 +156,12 @@ def _pld_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float,
     found, interval = bound, bound / 200
     for _ in range(PLD_REFINEMENTS):
         accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
-        for noise_multiplier, sample_rate, steps in history:
-            accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
-        before, found = found, min(found, float(accountant.get_epsilon(delta)))
+        try:
+            for noise_multiplier, sample_rate, steps in history:
+                accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
+            before, found = found, min(found, float(accountant.get_epsilon(delta)))
+        except OverflowError:  # of an epsilon of thousands
+            return found
         if before < bound and before - found <= PLD_CHANGE * found:
             break
         interval /= 4

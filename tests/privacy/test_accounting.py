@@ -54,6 +54,11 @@ def test_pld_settles_from_above_at_any_epsilon(case):
     assert found <= epsilon_of(**kwargs, accountant="prv") * 1.001
 
 
+def test_pld_of_tiny_noise_is_the_bound_of_rdp():
+    kwargs = {"noise_multiplier": 1e-3, "sample_rate": 0.05, "steps": 60, "delta": 1e-5}
+    assert epsilon_of(**kwargs, accountant="pld") == epsilon_of(**kwargs, accountant="rdp") > 1e6
+
+
 @pytest.mark.parametrize("target", [0.01, 1.0, pytest.param(100.0, marks=pytest.mark.slow)])
 def test_pld_calibrates_to_small_and_large_targets(target):
     kwargs = {"sample_rate": 0.02, "steps": 500, "delta": 1e-5}
