@@ -9,8 +9,7 @@ smaller epsilon than the sum of their epsilons; runs on different data are liste
 another folder counts once. An interrupted or killed run counts with the steps that it took.
 
 Keys: delta=, for all runs together (default: the smallest delta of the runs, so that the result holds wherever the
-statement of each run does); accountant=prv, rdp or pld (default: that of the runs). Exit codes: 0, or 2 if there is
-nothing to add up.
+statement of each run does); accountant=pld (default), prv or rdp. Exit codes: 0, or 2 if there is nothing to add up.
 """
 
 import math
@@ -35,7 +34,7 @@ class Options:
     delta: float | None = field(
         default=None, metadata={"expects": "a number above 0 and below 1 / number of examples, as in delta=1e-6"}
     )
-    accountant: str | None = None
+    accountant: str = "pld"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,8 +17,8 @@ def report(capsys, *arguments, code=0):
 
 
 def together(*steps, delta=1e-4):
-    epsilon = epsilon_of_runs([(1.0, 0.1, each) for each in steps], delta=delta, accountant="rdp")
-    return f"epsilon = {round_up(epsilon, '.2f')} at delta = {round_up(delta, '.2e')} (rdp)"
+    epsilon = epsilon_of_runs([(1.0, 0.1, each) for each in steps], delta=delta)
+    return f"epsilon = {round_up(epsilon, '.2f')} at delta = {round_up(delta, '.2e')} (pld)"
 
 
 def test_runs_of_a_folder_are_composed(tmp_path, capsys):
@@ -38,7 +38,7 @@ def test_another_delta_and_accountant_may_be_given(tmp_path, capsys):
     out = report(capsys, tmp_path / "lr=0.1", tmp_path / "lr=0.2", "delta=1e-6")
     assert together(20, 20, delta=1e-6) in out
     tight = report(capsys, tmp_path, "accountant=prv")
-    assert "(prv)" in tight and "(rdp)" not in tight
+    assert "(prv)" in tight and "(pld)" not in tight
 
 
 def test_the_smallest_delta_is_taken(tmp_path, capsys):
@@ -94,7 +94,7 @@ def test_mistakes_get_one_sentence(tmp_path, capsys):
         ([tmp_path / "run", "delta=small"], "delta is 'small': give a number above 0"),
         ([tmp_path / "run", "delta=0.5"], "delta is 0.5 for 100 examples; it must be above 0 and below 1/n"),
         ([tmp_path / "run", "delta=0"], "delta is 0 for 100 examples"),
-        ([tmp_path / "run", "accountant=gdp"], "accountant is 'gdp'; choose one of prv, rdp"),
+        ([tmp_path / "run", "accountant=gdp"], "accountant is 'gdp'; choose one of pld, prv, rdp"),
         ([tmp_path / "run", "detla=1e-6"], "did you mean delta?"),
     ):
         err = report(capsys, *arguments, code=2)

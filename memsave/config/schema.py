@@ -184,8 +184,18 @@ class GhostPrivacy(PrivacyConfig):
     """Backward passes per micro-batch; direct clips one example at a time and works for any layer."""
     memory_budget: str = option("0B", size=True)
     """Extra memory that saves time, such as 256MiB: for logits of a chunked head, or gradients for Gram matrices."""
-    accountant: str = option("prv", choices=("prv", "rdp", "pld"))
-    """prv is nearly exact (Gopi et al., 2021), pld tighter still (dp-accounting); rdp is looser (Mironov, 2017)."""
+    accountant: str = option("pld", choices=("pld", "prv", "rdp"))
+    """pld is tight and rounds upwards (dp-accounting); prv is nearly exact (Gopi et al., 2021), rdp looser."""
+    sampler: str = option(
+        "poisson", choices=("poisson", "truncated_poisson", "balls_in_bins", "cyclic", "cyclic_poisson")
+    )
+    """How batches are drawn; cyclic takes the same examples in every epoch, for correlated noise."""
+    largest_batch: int | None = option(None, least=1)
+    """Largest batch of sampler=truncated_poisson."""
+    noise: str = option("independent", choices=("independent", "banded", "regenerated"))
+    """banded and regenerated noise cancels itself over the steps; see docs/privacy.md for when it helps."""
+    bands: int = option(4, least=2)
+    """Steps over which correlated noise is spread: banded keeps bands - 1 copies, regenerated draws bands times."""
     secure_noise: bool = False
     """Draw four samples per number, against attacks on floating-point noise."""
     verify: bool = True

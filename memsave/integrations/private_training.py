@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from memsave.privacy import Mechanism, PrivacyError, PrivateGradients, default_delta, noise_multiplier_for
+from memsave.privacy import Mechanism, PrivacyError, PrivateGradients, default_delta
 
 MicroBatch = tuple[int, Any]
 """(number of examples, what the collator made of them)."""
@@ -29,8 +29,16 @@ class PrivacyArguments:
     """C: each example's gradient is clipped to this norm."""
     micro_batch_size: int | None = None
     """Examples in one forward; changes memory and time, and nothing else."""
-    accountant: str = "prv"
-    """prv, rdp or pld."""
+    accountant: str = "pld"
+    """pld, prv or rdp."""
+    sampler: str = "poisson"
+    """How batches are drawn; see `Mechanism`."""
+    largest_batch: int | None = None
+    """Of sampler="truncated_poisson"."""
+    noise: str = "independent"
+    """independent, banded or regenerated; see `Mechanism`."""
+    bands: int = 4
+    """Of correlated noise."""
     clipping: str = "flat"
     """flat, automatic or per_layer; see `GhostClipper`."""
     passes: str | int = "auto"
@@ -55,16 +63,23 @@ class PrivacyArguments:
 
         Raises PrivacyError for numbers without a guarantee, and ValueError for a model that cannot be clipped.
         """
-        delta = default_delta(size) if self.target_delta is None else self.target_delta
-        options: dict[str, Any] = {"delta": delta, "accountant": self.accountant}
-        noise = self.noise_multiplier
-        if noise is None:
-            assert self.target_epsilon is not None
-            rate = Mechanism(size, batch_size, 1.0, self.max_grad_norm, **options).sample_rate  # checks the numbers
-            noise = noise_multiplier_for(target_epsilon=self.target_epsilon, sample_rate=rate, steps=steps, **options)
+        mechanism = Mechanism(
+            size,
+            batch_size,
+            1.0 if self.noise_multiplier is None else self.noise_multiplier,
+            self.max_grad_norm,
+            delta=default_delta(size) if self.target_delta is None else self.target_delta,
+            accountant=self.accountant,
+            sampler=self.sampler,
+            largest_batch=self.largest_batch,
+            noise=self.noise,
+            bands=1 if self.noise == "independent" else self.bands,
+        )
+        if self.target_epsilon is not None:
+            mechanism = mechanism.calibrated(self.target_epsilon, steps=steps)
         return PrivateGradients(
             model,
-            Mechanism(size, batch_size, noise, self.max_grad_norm, **options),
+            mechanism,
             clipping=self.clipping,
             passes=self.passes,
             memory_budget=self.memory_budget,

@@ -23,6 +23,7 @@ from memsave.training.sharding import shard_model, wants_sharding
 from memsave.training.task import Batch
 
 MICRO_BATCHES = 2  # enough to reach the peak: existing gradients plus new activations
+EXCEEDED = 1e-3  # probability that some batch of a private run is larger than the planned one
 EXPECTED_BATCHES = 10  # per epoch of the mechanism; no tensor depends on it
 
 
@@ -72,9 +73,23 @@ def fake_step(
 def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
     """The losses of the task, and a process's share of a batch, as far as it is needed to reach the peak of memory."""
     trainer, task = config.trainer, definition_of(config)
-    own = math.ceil(trainer.batch_size / process_count())
+    own = math.ceil(largest_batch(config) / process_count())
     count = min(own, MICRO_BATCHES * (trainer.micro_batch_size or own))
     return DummyTask(task.per_example_losses, task.dummy_batch(count=count, device=device))
+
+
+def largest_batch(config: Config) -> int:
+    """The examples of the largest batch of a run; a private run exceeds it with a probability of at most `EXCEEDED`.
+
+    The size of a private batch is random, with tails below those of a Poisson distribution (Bernstein's inequality).
+    """
+    privacy, expected = config.privacy, config.trainer.batch_size
+    if not isinstance(privacy, GhostPrivacy):
+        return expected
+    if privacy.largest_batch is not None:
+        return privacy.largest_batch
+    nats = math.log(config.trainer.steps / EXCEEDED)
+    return math.ceil(expected + nats / 3 + math.sqrt(nats**2 / 9 + 2 * expected * nats))
 
 
 def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
@@ -82,7 +97,9 @@ def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
     if not isinstance(privacy, GhostPrivacy):
         return None
     size = EXPECTED_BATCHES * batch_size
-    mechanism = Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, delta=default_delta(size))
+    correlated = privacy.noise != "independent"
+    kind: dict[str, Any] = {"noise": privacy.noise, "bands": privacy.bands, "sampler": "cyclic"} if correlated else {}
+    mechanism = Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, delta=default_delta(size), **kind)
     private = PrivateGradients(
         model,
         mechanism,

@@ -1,47 +1,24 @@
 """The epsilon of a noise multiplier and the noise multiplier for an epsilon.
 
 One step samples each example with probability q, clips its gradient to C and adds noise of standard deviation sigma C
-to the sum. This is the subsampled Gaussian mechanism. Its composition over the steps is bounded by
-
-    prv   privacy random variables (Gopi et al., NeurIPS 2021): nearly exact
-    rdp   Renyi differential privacy (Mironov et al., 2019): looser, without numerical integration
-    pld   privacy loss distributions (Koskela et al., 2020; Doroshenko et al., PETS 2022): the tightest; all rounding is
-          upwards, at any epsilon (needs dp-accounting)
-
-for add-or-remove-one adjacency. All give upper bounds.
+to the sum: the subsampled Gaussian mechanism. Every epsilon here is an upper bound for adding or removing one example,
+by one of the accountants of `accountants.py`.
 """
 
 import math
-import warnings
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-ACCOUNTANTS = ("prv", "rdp", "pld")
-PRV_LIMIT = 50.0  # PRV is not used for larger epsilons: at 600 it takes 10 s and 1 GB, and both grow further
+from memsave.privacy.accountants import check_accountant, loss_distribution, upper_bound
+from memsave.privacy.errors import PrivacyError
+from memsave.privacy.events import Event, check_sample_rate
+
 MOST_NOISE = (
     1e4  # for more noise, rounding makes the accountants fail; epsilon decreases with noise, so this bound holds
 )
-PRV_MECHANISMS = 8  # of different noise or sample rate: the time of PRV grows with their number, to 10 s for 20
-PLD_REFINEMENTS = 6
-PLD_CHANGE = 2e-3  # a finer grid that lowers epsilon by a smaller part is the last one
-EPSILON_TOLERANCE = 0.01  # calibration stops this close below the target, the default of Opacus
-
-
-class PrivacyError(ValueError):
-    """The request would not be private as stated; the message is one sentence."""
-
-
-def check_accountant(accountant: str) -> None:
-    """Raise PrivacyError for an unknown accountant."""
-    if accountant not in ACCOUNTANTS:
-        raise PrivacyError(f"accountant is {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-
-
-def check_noise(noise_multiplier: float) -> None:
-    """Raise PrivacyError for noise that is negative, infinite or NaN."""
-    if not 0 <= noise_multiplier < math.inf:
-        raise PrivacyError(f"noise_multiplier is {noise_multiplier:g}; give a finite number of 0 or more")
+EPSILON_TOLERANCE = 0.01  # calibration stops this close below the target
+LEAST_NOISE = 1e-6  # a search for less noise ends here
+CLOSEST = 1.0005  # epsilon may jump, as where PRV gives way to RDP; noise multipliers this close end the search
+FINE = 2000  # points of the grid of a curve and of a lower bound
 
 
 def default_delta(size: int) -> float:
@@ -58,19 +35,12 @@ def check_delta(delta: float, *, size: int) -> None:
         )
 
 
-def check_sample_rate(sample_rate: float) -> None:
-    """Raise PrivacyError for a sample rate that is not a probability above 0."""
-    if not 0 < sample_rate <= 1:
-        raise PrivacyError(
-            f"sample_rate is {sample_rate:g}; it is the probability that an example is in a batch: give one above 0 "
-            f"and at most 1, the batch size over the number of examples"
-        )
-
-
-def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str) -> float:
+def epsilon_of(
+    *, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld"
+) -> float:
     """An upper bound of the epsilon that `steps` steps spend; 0.0 for no steps, infinity for no noise.
 
-    The time and memory of PRV grow with epsilon, to minutes and gigabytes. Above `PRV_LIMIT` the result is therefore
+    The time and memory of PRV grow with epsilon, to minutes and gigabytes. Above `PRV_LIMIT` its result is therefore
     the RDP bound, which is looser but valid. If noise is so small that the bound overflows, the result is infinity.
 
     Raises PrivacyError for numbers out of range, and if the accountant cannot compute epsilon.
@@ -78,177 +48,129 @@ def epsilon_of(*, noise_multiplier: float, sample_rate: float, steps: int, delta
     return epsilon_of_runs([(noise_multiplier, sample_rate, steps)], delta=delta, accountant=accountant)
 
 
-def epsilon_of_runs(runs: Iterable[tuple[float, float, int]], *, delta: float, accountant: str) -> float:
+def epsilon_of_runs(runs: Iterable[tuple[float, float, int]], *, delta: float, accountant: str = "pld") -> float:
     """An upper bound of the epsilon that several runs on the same data spend together.
 
     The mechanisms of all steps are composed (heterogeneous composition), which is tighter than the sum of the runs'
     epsilons, and holds at one delta instead of the sum of their deltas. Equal runs equal one run of all their steps.
-    Limits and errors are those of `epsilon_of`; the result is also the RDP bound for more than `PRV_MECHANISMS`
+    Limits and errors are those of `epsilon_of`; PRV is also replaced by the RDP bound for more than `PRV_MECHANISMS`
     different pairs of noise and sample rate.
 
     Model, learning rate and initial weights of a run may depend on the private results of earlier runs. Noise, sample
     rate and steps must not: the composition assumes that they were fixed beforehand.
 
     Args:
-        runs: (noise multiplier, sample rate, steps) of each.
+        runs: (noise multiplier, sample rate, steps) of each; that of other mechanisms is in `epsilon_of_events`.
         delta, accountant: of all runs together.
     """
+    return epsilon_of_events([Event(*run) for run in runs], delta=delta, accountant=accountant)
+
+
+def epsilon_of_events(events: Iterable[Event], *, delta: float, accountant: str = "pld") -> float:
+    """An upper bound of the epsilon of events on the same data together; see `epsilon_of_runs`."""
     check_accountant(accountant)
     if not 0 < delta < 1:
         raise PrivacyError(f"delta is {delta:g}; it must be above 0 and below 1")
-    steps_of: dict[tuple[float, float], int] = {}
-    for noise_multiplier, sample_rate, steps in runs:
-        check_noise(noise_multiplier)
-        check_sample_rate(sample_rate)
-        if steps:
-            mechanism = (min(noise_multiplier, MOST_NOISE), sample_rate)
-            steps_of[mechanism] = steps_of.get(mechanism, 0) + steps
-    if not steps_of:
+    found = _merged(events)
+    if not found:
         return 0.0
-    if any(noise_multiplier == 0 for noise_multiplier, _ in steps_of):
+    if any(each.noise_multiplier == 0 for each in found):
         return math.inf
-    history = tuple((*mechanism, steps) for mechanism, steps in steps_of.items())
-    bound = _opacus_epsilon(history, delta=delta, accountant="rdp")
-    if accountant == "pld":
-        return min(bound, _pld_epsilon(history, delta=delta, bound=bound)) if bound < math.inf else bound
-    if accountant == "rdp" or bound > PRV_LIMIT or len(history) > PRV_MECHANISMS:
-        return bound
-    return _opacus_epsilon(history, delta=delta, accountant=accountant)
+    return upper_bound(found, delta=delta, accountant=accountant)
 
 
-@lru_cache(maxsize=1024)
-def _opacus_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float, accountant: str) -> float:
-    """`history`: (noise multiplier, sample rate, steps) of each mechanism."""
-    from opacus.accountants import PRVAccountant
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Opacus warns if the best order is the largest one; the bound is still valid
-        try:
-            if accountant == "rdp":
-                epsilon = _rdp_epsilon(history, delta=delta)
-            else:
-                prv = PRVAccountant()
-                prv.history = list(history)
-                epsilon = float(prv.get_epsilon(delta=delta))
-        except (OverflowError, ZeroDivisionError):
-            return math.inf
-        except (ValueError, ArithmeticError, MemoryError) as error:
-            other = "give privacy.accountant=rdp or" if accountant == "prv" else "give"
-            mechanisms = " and ".join(
-                f"{steps} steps with noise multiplier {noise:g} at sample rate {rate:g}"
-                for noise, rate, steps in history
-            )
-            raise PrivacyError(
-                f"the {accountant} accountant cannot compute the epsilon of {mechanisms} and delta {delta:g} "
-                f"({error}); {other} a larger delta"
-            ) from error
-    return math.inf if math.isnan(epsilon) else epsilon
+def _merged(events: Iterable[Event]) -> tuple[Event, ...]:
+    """The events with a use, in their order, equal ones as one."""
+    counts: dict[Event, int] = {}
+    for each in events:
+        if each.count:
+            noise = min(each.noise_multiplier, MOST_NOISE)
+            kind = Event(noise, each.sample_rate, 1, each.bins, each.largest_batch, each.size)
+            counts[kind] = counts.get(kind, 0) + each.count
+    return tuple(
+        Event(kind.noise_multiplier, kind.sample_rate, count, kind.bins, kind.largest_batch, kind.size)
+        for kind, count in counts.items()
+    )
 
 
-@lru_cache(maxsize=1024)
-def _pld_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float, bound: float) -> float:
-    """An upper bound by dp-accounting, which rounds privacy losses up to a grid: finer ones, until epsilon settles."""
-    try:
-        from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-        from dp_accounting.pld import PLDAccountant
-    except ModuleNotFoundError as error:
-        raise PrivacyError("accountant=pld needs dp-accounting: pip install dp-accounting") from error
-    found, interval = bound, bound / 200
-    for _ in range(PLD_REFINEMENTS):
-        accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
-        try:
-            for noise_multiplier, sample_rate, steps in history:
-                accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
-            before, found = found, min(found, float(accountant.get_epsilon(delta)))
-        except OverflowError:  # of an epsilon of thousands
-            return found
-        if before < bound and before - found <= PLD_CHANGE * found:
-            break
-        interval /= 4
-    return found
+def epsilon_curve(events: Sequence[Event], deltas: Sequence[float]) -> list[float]:
+    """Upper bounds of epsilon by PLD, one for each delta; infinity where there is none."""
+    found = _merged(events)
+    if not found:
+        return [0.0] * len(deltas)
+    bound = epsilon_of_events(found, delta=min(deltas))
+    if bound == math.inf:
+        return [bound] * len(deltas)
+    distribution = loss_distribution(found, bound / FINE)
+    return [min(float(distribution.get_epsilon_for_delta(delta)), bound) for delta in deltas]
 
 
-def _rdp_epsilon(history: tuple[tuple[float, float, int], ...], *, delta: float) -> float:
-    """As Opacus's RDPAccountant, which computes the divergences of a step again for each number of steps."""
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import get_privacy_spent
+def epsilon_below(events: Sequence[Event], *, delta: float) -> float:
+    """A lower bound of the epsilon of events, by PLD with all rounding downwards: how tight the upper bound is.
 
-    total = sum(steps * _rdp_of_a_step(noise, rate) for noise, rate, steps in history)
-    epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
-    return float(epsilon)
-
-
-@lru_cache(maxsize=1024)
-def _rdp_of_a_step(noise_multiplier: float, sample_rate: float) -> Any:
-    """The Renyi divergence of one step at each of Opacus's orders."""
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    return compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
+    Only for Poisson sampling and for no sampling.
+    """
+    found = _merged(events)
+    above = epsilon_of_events(found, delta=delta)
+    if not 0 < above < math.inf:
+        return above
+    distribution = loss_distribution(found, above / FINE, pessimistic=False)
+    return float(distribution.get_epsilon_for_delta(delta))
 
 
-@lru_cache(maxsize=256)
 def noise_multiplier_for(
-    *, target_epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str
+    *, target_epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld"
 ) -> float:
     """The smallest noise multiplier for which `steps` steps spend at most the target, to `EPSILON_TOLERANCE`."""
     check_accountant(accountant)
     check_sample_rate(sample_rate)
+
+    def epsilon(noise_multiplier: float) -> float:
+        return epsilon_of(
+            noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, delta=delta, accountant=accountant
+        )
+
+    return calibrated(epsilon, target_epsilon=target_epsilon, what=f"{steps} steps at sample rate {sample_rate:g}")
+
+
+def calibrated(epsilon: Callable[[float], float], *, target_epsilon: float, what: str) -> float:
+    """The smallest noise multiplier for which `epsilon` is at most the target, to `EPSILON_TOLERANCE`.
+
+    By interpolation between a noise that is too little and one that is enough, where log epsilon is nearly a line over
+    log noise.
+
+    Args:
+        epsilon: of a noise multiplier; does not grow with it.
+        target_epsilon: above 0.
+        what: the steps in words, for the error.
+    """
     if not 0 < target_epsilon < math.inf:
         raise PrivacyError(f"target_epsilon is {target_epsilon}; give a positive one, such as 8 or 3")
-    if accountant == "pld":
-        return _pld_noise(target_epsilon=target_epsilon, sample_rate=sample_rate, steps=steps, delta=delta)
-    if target_epsilon > PRV_LIMIT:
-        accountant = "rdp"  # as in `epsilon_of`
-    from opacus.accountants.utils import get_noise_multiplier
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return float(
-                get_noise_multiplier(
-                    target_epsilon=target_epsilon,
-                    target_delta=delta,
-                    sample_rate=sample_rate,
-                    steps=steps,
-                    accountant=accountant,
-                    epsilon_tolerance=min(EPSILON_TOLERANCE, target_epsilon / 100),
-                )
-            )
-        except (ValueError, ArithmeticError, MemoryError) as error:
-            raise PrivacyError(
-                f"no noise multiplier keeps {steps} steps at sample rate {sample_rate:g} within epsilon "
-                f"{target_epsilon:g} by the {accountant} accountant ({error}); take fewer steps or a larger epsilon"
-            ) from error
-
-
-def _pld_noise(*, target_epsilon: float, **account: Any) -> float:
-    """Bisection between a noise that is too little and one that is enough."""
-
-    def spent(noise_multiplier: float) -> float:
-        return epsilon_of(noise_multiplier=noise_multiplier, **account, accountant="pld")
-
     tolerance = min(EPSILON_TOLERANCE, target_epsilon / 100)
-    enough = 1.0
-    while spent(enough) > target_epsilon:
-        enough *= 2
-        if enough > MOST_NOISE:
+    enough, reached = 1.0, epsilon(1.0)
+    too_little, spent = enough, reached
+    while reached > target_epsilon:
+        too_little, spent = enough, reached
+        enough *= min(16.0, max(1.5, 1.1 * reached / target_epsilon))
+        if too_little >= MOST_NOISE:
             raise PrivacyError(
-                f"no noise multiplier up to {MOST_NOISE:g} keeps {account['steps']} steps at sample rate "
-                f"{account['sample_rate']:g} within epsilon {target_epsilon:g}; take fewer steps or a larger epsilon"
+                f"no noise multiplier up to {MOST_NOISE:g} keeps {what} within epsilon {target_epsilon:g}; take fewer "
+                f"steps or a larger epsilon"
             )
-    too_little = enough / 2
-    while spent(too_little) <= target_epsilon:
-        enough, too_little = too_little, too_little / 2
-    reached = spent(enough)
-    while target_epsilon - reached > tolerance:
-        between = (too_little + enough) / 2
-        if not too_little < between < enough:
-            break
-        epsilon = spent(between)
-        if epsilon <= target_epsilon:
-            enough, reached = between, epsilon
+        reached = epsilon(enough)
+    while spent <= target_epsilon and too_little > LEAST_NOISE:
+        enough, reached = too_little, spent
+        too_little /= 1.5
+        spent = epsilon(too_little)
+    while target_epsilon - reached > tolerance and enough > too_little * CLOSEST:
+        share = 0.5
+        if reached > 0 and spent < math.inf:
+            aim = target_epsilon - tolerance / 2
+            share = min(0.95, max(0.05, math.log(aim / reached) / math.log(spent / reached)))
+        between = enough * (too_little / enough) ** share
+        found = epsilon(between)
+        if found <= target_epsilon:
+            enough, reached = between, found
         else:
-            too_little = between
+            too_little, spent = between, found
     return enough

@@ -10,24 +10,25 @@ parameter, the sum is sharded, too, and each process adds noise to its own shard
 give the same mechanism, so epsilon does not depend on the number of processes.
 """
 
-import math
 import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from memsave.ghost import GhostClipper
-from memsave.privacy.accounting import PrivacyError, check_accountant, check_delta, check_noise, epsilon_of
+from memsave.privacy.errors import PrivacyError
 from memsave.privacy.guard import Guard
+from memsave.privacy.mechanism import Mechanism
 from memsave.privacy.noise import GaussianNoise
-from memsave.privacy.randomness import secret_generator, seeded_generator
-from memsave.privacy.sampling import poisson_batches
+from memsave.privacy.randomness import WORDS, SecretStream
+from memsave.privacy.sampling import Sampler
 from memsave.processes import (
     agree,
     broadcast,
@@ -41,49 +42,6 @@ from memsave.processes import (
     totals,
     without_group,
 )
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The parameters that determine epsilon; a resumed run must have the same."""
-
-    size: int
-    """n, the number of examples."""
-    batch_size: int
-    """q n, the expected size of a batch."""
-    noise_multiplier: float
-    """sigma."""
-    max_grad_norm: float
-    """C."""
-    delta: float
-    accountant: str = "prv"
-    """prv | rdp | pld."""
-
-    def __post_init__(self) -> None:
-        check_accountant(self.accountant)
-        check_noise(self.noise_multiplier)
-        if not 0 < self.max_grad_norm < math.inf:
-            raise PrivacyError(f"max_grad_norm is {self.max_grad_norm:g}; give a finite number above 0, such as 1.0")
-        if not 0 < self.batch_size <= self.size:
-            raise PrivacyError(
-                f"the batch size is {self.batch_size} for {self.size} examples; give one from 1 to {self.size}"
-            )
-        check_delta(self.delta, size=self.size)
-
-    @property
-    def sample_rate(self) -> float:
-        """q."""
-        return self.batch_size / self.size
-
-    def epsilon(self, steps: int) -> float:
-        """The epsilon that `steps` steps spend."""
-        return epsilon_of(
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=self.sample_rate,
-            steps=steps,
-            delta=self.delta,
-            accountant=self.accountant,
-        )
 
 
 class PrivateGradients:
@@ -143,25 +101,26 @@ class PrivateGradients:
         self._nonfinite: int | Tensor = 0
         self._counted = (0, 0, 0)  # what is in the counts of all processes, at the last finish
         self._device = parameters[0].device
-        self._sampling = _generator("cpu", None if seed is None else 2 * seed)
-        self._sampling.set_state(broadcast(self._sampling.get_state()))
+        self._sampler = Sampler(mechanism, SecretStream(None if seed is None else 2 * seed))
+        self._sampler.set_state(broadcast(self._sampler.get_state()))
         self._digests: deque[int] = deque()
         """A digest of each whole batch that was drawn and has no `finish` yet."""
-        self._before_draws: deque[Tensor] = deque()
-        """States of `_sampling` before each batch that was drawn and has no `finish` yet."""
+        self._before_draws: deque[np.ndarray] = deque()
+        """States of `_sampler` before each batch that was drawn and has no `finish` yet."""
         self._stream: object = None  # the iterator of `batches` that drew last
         self._several_streams = False  # whether the batches that wait for `finish` are of several iterators
         self.is_sharded = any(map(is_sharded, parameters))
         """Whether the processes share a sharded model, so that they must run the same forwards and backwards."""
         self._is_filler = False  # whether the micro-batch in use only makes the numbers equal
         self._loads = 0  # calls of load_state_dict that discarded drawn batches
-        self._noise = GaussianNoise(parameters, generator=self._noise_generator(), secure=secure_noise)
+        kind: dict[str, Any] = {"noise": mechanism.noise, "bands": mechanism.bands}
+        self._noise = GaussianNoise(parameters, stream=self._noise_stream(), secure=secure_noise, **kind)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
         self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, **options)
 
-    def _noise_generator(self) -> Generator:
-        """A new generator for the noise that this process adds; that of another process is independent of it."""
-        return _generator(self._device, None if self._seed is None else own_seed(2 * self._seed + 1))
+    def _noise_stream(self) -> SecretStream:
+        """A new stream for the noise that this process adds; that of another process is independent of it."""
+        return SecretStream(None if self._seed is None else own_seed(2 * self._seed + 1))
 
     @property
     def epsilon(self) -> float:
@@ -179,16 +138,13 @@ class PrivateGradients:
         return int(self._nonfinite)
 
     def batches(self) -> Iterator[list[int]]:
-        """Endless Poisson batches of indices, or this process's share of each; each is drawn when it is requested.
+        """Endless batches of indices, or this process's share of each; each is drawn when it is requested.
 
         Batches may be requested ahead of their steps, by a loader that prefetches. `state_dict` holds the state before
         the first batch without `finish`, so that a continued run draws the batches that were requested and not used.
         While batches of several iterators wait, it holds the current state, because a batch that is drawn again might
         have been used. Raises PrivacyError if `load_state_dict` discarded batches that this iterator drew.
         """
-        draws = poisson_batches(
-            size=self.mechanism.size, sample_rate=self.mechanism.sample_rate, generator=self._sampling
-        )
         stream, loads = object(), self._loads
         while True:
             if self._loads != loads:
@@ -196,8 +152,8 @@ class PrivateGradients:
                     "load_state_dict() discarded the batches drawn so far, and a loader may still hold some of them: "
                     "iterate over a new PrivateGradients.batches()"
                 )
-            before = self._sampling.get_state()
-            batch = next(draws)
+            before = self._sampler.get_state()
+            batch = self._sampler.draw()
             indices = share(batch)
             if self.guard.draw(len(indices)):
                 self._digests.append(zlib.crc32(array("q", batch).tobytes()))
@@ -293,7 +249,7 @@ class PrivateGradients:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Within, steps on any batch may be measured, but not taken; afterwards counts and generators are as before."""
-        before = {**self._own_state(), "sampling": self._sampling.get_state()}  # batches drawn ahead stay drawn
+        before = {**self._own_state(), "sampling": _tensor(self._sampler.get_state())}  # drawn batches stay drawn
         counted = self._counted
         outer, self.guard.rehearsing = self.guard.rehearsing, True
         try:
@@ -337,6 +293,7 @@ class PrivateGradients:
         state = self._own_state()
         if process_count() > 1:
             state["noise"] = torch.stack(gather(state["noise"]))
+            state["noise_past"] = broadcast(state["noise_past"])
         return state
 
     def _own_state(self) -> dict[str, Any]:
@@ -349,8 +306,9 @@ class PrivateGradients:
             "seeded": self.seeded,
             "clipping": self.clipper.clipping,
             "secure_noise": self._noise.secure,
-            "sampling": self._sampling_state(),
-            "noise": self._noise.generator.get_state(),
+            "sampling": _tensor(self._sampling_state()),
+            "noise": _tensor(self._noise.stream.get_state()),
+            "noise_past": self._noise.get_past(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -359,6 +317,11 @@ class PrivateGradients:
         All processes must load the same state. If there are more processes than when it was saved, the others draw
         their noise from new secret generators.
         """
+        if state["noise"].shape[-1] != WORDS or "noise_past" not in state:
+            raise PrivacyError(
+                "the checkpoint was made by a version of memsave with other random generators, whose noise cannot be "
+                "continued; start a new run, or continue with that version"
+            )
         current = {**asdict(self.mechanism), "clipping": self.clipper.clipping, "secure_noise": self._noise.secure}
         found = {**state["mechanism"], **{key: state[key] for key in ("clipping", "secure_noise")}}
         for key, value in current.items():
@@ -367,14 +330,8 @@ class PrivateGradients:
                     f"the checkpoint was made with {key}={found.get(key)}, and this run has {value}; continue with the "
                     f"same, because all steps are accounted for together"
                 )
-        streams = state["noise"] if state["noise"].dim() > 1 else state["noise"][None]
-        if streams[0].shape != self._noise.generator.get_state().shape:
-            raise PrivacyError(
-                f"the checkpoint's noise was drawn on another type of device than {self._device}; continue on that type"
-            )
-        rank = process_rank()
-        # a copy, because Generator.set_state crashes on a view with an offset (PyTorch 2.13)
-        own = streams[rank].clone() if rank < len(streams) else self._noise_generator().get_state()
+        streams, rank = state["noise"] if state["noise"].dim() > 1 else state["noise"][None], process_rank()
+        own = streams[rank] if rank < len(streams) else _tensor(self._noise_stream().get_state())
         if self.guard.unnoised:  # a partial batch, which the state does not contain
             self._drop_gradients()
         self.guard.reset()
@@ -384,18 +341,19 @@ class PrivateGradients:
         self._restore({**state, "noise": own})
         self._counted = (self.examples, self.clipped, self.nonfinite)
 
-    def _sampling_state(self) -> Tensor:
-        """The generator's state before the first batch that has not been used."""
+    def _sampling_state(self) -> np.ndarray:
+        """The sampler's state before the first batch that has not been used."""
         if self._before_draws and not self._several_streams:
             return self._before_draws[0]
-        return self._sampling.get_state()
+        return self._sampler.get_state()
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.seeded |= state["seeded"]
         self.steps = state["steps"]
         self._clipped, self.examples, self._nonfinite = state["clipped"], state["examples"], state["nonfinite"]
-        self._sampling.set_state(state["sampling"])
-        self._noise.generator.set_state(state["noise"])
+        self._sampler.set_state(_words(state["sampling"]))
+        self._noise.stream.set_state(_words(state["noise"]))
+        self._noise.set_past(state["noise_past"])
 
     def _drop_gradients(self) -> None:
         for parameter in self._noise.parameters:
@@ -421,8 +379,12 @@ def _refuse_without_group() -> None:
         )
 
 
-def _generator(device: torch.device | str, seed: int | None) -> Generator:
-    return secret_generator(device) if seed is None else seeded_generator(seed, device)
+def _tensor(words: np.ndarray) -> Tensor:
+    return torch.from_numpy(words.view(np.int64))
+
+
+def _words(state: Tensor) -> np.ndarray:
+    return state.cpu().numpy().view(np.uint64)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -1,6 +1,6 @@
 """Checks that the steps of a training loop are those that the accountant counts.
 
-The accountant assumes that each step draws one Poisson batch, adds the gradients of exactly its examples, and adds
+The accountant assumes that each step draws one batch, adds the gradients of exactly its examples, and adds
 noise before the optimizer reads the sum. `Guard` checks this without access to the data: it tracks the sizes of the
 drawn batches, the number of losses, calls of `finish`, and optimizer steps.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from memsave.privacy.accounting import PrivacyError
+from memsave.privacy.errors import PrivacyError
 
 Version = tuple[nn.Parameter, Tensor, int]
 """(parameter, its gradient, the version counter of the gradient)."""
@@ -68,7 +68,7 @@ class Guard:
         if not self._drawn:
             raise PrivacyError(
                 "backward() got losses, but no batch was drawn: take the examples of each step from "
-                "PrivateGradients.batches(), because epsilon is computed for its Poisson batches"
+                "PrivateGradients.batches(), because epsilon is computed for its batches"
             )
         self._check_gradients()
         if self._seen + count > self._drawn[0]:

@@ -19,7 +19,6 @@ from typing import Any
 
 from memsave.data.cache import cache_root
 from memsave.files import write_json
-from memsave.privacy import epsilon_of
 from memsave.processes import process_rank
 from memsave.training.loop import State
 from memsave.training.private import round_up, why_no_guarantee
@@ -72,7 +71,7 @@ class RunLedger:
         if state.private is not None:
             self._no_guarantee = why_no_guarantee(
                 noise_multiplier=state.private.mechanism.noise_multiplier,
-                epsilon=_rdp(state, steps=steps),
+                epsilon=state.private.mechanism.epsilon(steps),
                 seeded=state.private.seeded,
             )
 
@@ -116,6 +115,7 @@ class RunLedger:
             delta=mechanism.delta,
             accountant=mechanism.accountant,
             size=mechanism.size,
+            mechanism=asdict(mechanism),
         )
 
     def other_runs(self, *, steps: int) -> dict[str, Any] | None:
@@ -172,16 +172,3 @@ def _taken(path: Path) -> int:
         return int(json.loads(path.read_text())["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def _rdp(state: State, *, steps: int) -> float:
-    """The fast bound of epsilon, which is infinite where every bound is."""
-    assert state.private is not None
-    mechanism = state.private.mechanism
-    return epsilon_of(
-        noise_multiplier=mechanism.noise_multiplier,
-        sample_rate=mechanism.sample_rate,
-        steps=steps,
-        delta=mechanism.delta,
-        accountant="rdp",
-    )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from memsave.config import ConfigError
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.data.loader import Index
 from memsave.ghost import verify
-from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
-from memsave.privacy.accounting import PRV_LIMIT
+from memsave.privacy import Mechanism, PrivateGradients, default_delta
+from memsave.privacy.accountants import PRV_LIMIT
 from memsave.processes import is_sharded
 from memsave.profiler import parse_bytes
 from memsave.progress import Progress
@@ -32,7 +32,19 @@ NOT_PRIVATE = (
     "the number of training examples, which privacy.md states: it is assumed to be public",
 )
 
+SAMPLERS = {
+    "poisson": "Poisson sampling",
+    "truncated_poisson": "truncated Poisson sampling",
+    "balls_in_bins": "balls in bins",
+    "cyclic": "fixed cyclic batches",
+    "cyclic_poisson": "cyclic Poisson sampling",
+}
 LARGE_EPSILON = 20.0
+ACCOUNTANTS = {
+    "pld": "The privacy loss distributions (PLD) of dp-accounting",
+    "prv": "Opacus's PRV accountant",
+    "rdp": "Opacus's RDP accountant",
+}
 PRACTICE = f"""
 In practice, an epsilon above {LARGE_EPSILON:g} protects nobody."""
 EARLY = """
@@ -51,24 +63,22 @@ def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Pr
     privacy, trainer = config.privacy, config.trainer
     if not isinstance(privacy, GhostPrivacy):
         return None
-    size, batch_size = task.size, trainer.batch_size
-    delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
-    kwargs: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
-    # Validate sizes and delta with a dummy mechanism before calibrating.
-    Mechanism(size, batch_size, 1.0, privacy.max_grad_norm, **kwargs)
-    noise = privacy.noise_multiplier
+    mechanism = mechanism_of(privacy, size=task.size, batch_size=trainer.batch_size)  # checks the numbers
+    noise, delta = privacy.noise_multiplier, mechanism.delta
     if noise is None and trainer.resume:
         noise = read_noise_multiplier(Path(trainer.resume).expanduser())
     if noise is None:
         progress.say(f"calibrating the noise of {trainer.steps} steps to epsilon {privacy.target_epsilon:g}")
-        noise = noise_multiplier_for(
-            target_epsilon=privacy.target_epsilon, sample_rate=batch_size / size, steps=trainer.steps, **kwargs
-        )
-    mechanism = Mechanism(size, batch_size, noise, privacy.max_grad_norm, **kwargs)
+        mechanism = mechanism.calibrated(privacy.target_epsilon, steps=trainer.steps)
+    else:
+        mechanism = replace(mechanism, noise_multiplier=noise)
+    noise = mechanism.noise_multiplier
     progress.say(
-        f"private: {size} examples, batches of {batch_size} by Poisson sampling, noise multiplier {noise:.3f}, "
-        f"C = {privacy.max_grad_norm:g}, delta = {delta:.2e}"
+        f"private: {task.size} examples, batches of {trainer.batch_size} by {SAMPLERS[mechanism.sampler]}, noise "
+        f"multiplier {noise:.3f}, C = {privacy.max_grad_norm:g}, delta = {delta:.2e}"
     )
+    if mechanism.noise != "independent":
+        progress.say(compared_noise(mechanism, steps=trainer.steps))
     planned = mechanism.epsilon(trainer.steps)  # raises before the first step if it cannot be computed
     if privacy.noise_multiplier is None and planned > privacy.target_epsilon + 1e-6:
         raise ConfigError(
@@ -77,7 +87,7 @@ def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Pr
             f"trainer.steps, or privacy.target_epsilon={round_up(planned, '.2f')}"
         )
     if delta > LARGE_DELTA:
-        progress.say(f"warning: {_large_delta(delta, size)}")
+        progress.say(f"warning: {_large_delta(delta, task.size)}")
     if privacy.seed is not None:
         progress.say(f"privacy.seed is {privacy.seed}: this run is a test and NOT private")
     elif reason := why_no_guarantee(noise_multiplier=noise, epsilon=planned):
@@ -87,6 +97,36 @@ def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Pr
     if privacy.verify and privacy.passes != "direct":
         _verify(model, task, privacy, progress=progress)
     return mechanism
+
+
+def mechanism_of(privacy: GhostPrivacy, *, size: int, batch_size: int) -> Mechanism:
+    """The mechanism of a config, with the given noise multiplier, or with 1 before it is calibrated."""
+    return Mechanism(
+        size,
+        batch_size,
+        1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier,
+        privacy.max_grad_norm,
+        delta=default_delta(size) if privacy.target_delta is None else privacy.target_delta,
+        accountant=privacy.accountant,
+        sampler=privacy.sampler,
+        largest_batch=privacy.largest_batch,
+        noise=privacy.noise,
+        bands=1 if privacy.noise == "independent" else privacy.bands,
+    )
+
+
+def compared_noise(mechanism: Mechanism, *, steps: int) -> str:
+    """The expected error of correlated noise beside that of DP-SGD at the same epsilon, as a sentence."""
+    epsilon = mechanism.epsilon(steps)
+    if not 0 < epsilon < math.inf:
+        return f"noise={mechanism.noise} without a guarantee is not compared with independent noise"
+    usual = replace(mechanism, noise="independent", bands=1, sampler="poisson", accountant="pld")
+    ratio = mechanism.error_of_sums(steps) / usual.calibrated(epsilon, steps=steps).error_of_sums(steps)
+    verdict = "it helps" if ratio < 1 else "it does not help: independent noise with Poisson batches is better here"
+    return (
+        f"noise={mechanism.noise} with sampler={mechanism.sampler} moves sums of gradients {ratio:.2f} times as far as "
+        f"independent noise with Poisson batches at the same epsilon; {verdict}"
+    )
 
 
 def make_private(config: Config, model: nn.Module, mechanism: Mechanism | None) -> PrivateGradients | None:
@@ -151,6 +191,7 @@ def privacy_result(
         "epsilon": None if reason else epsilon,
         "no_guarantee": reason,
         **{key: value for key, value in asdict(mechanism).items() if key != "batch_size"},
+        "mechanism": asdict(mechanism),
         "accountant": "rdp" if mechanism.accountant == "prv" and epsilon > PRV_LIMIT else mechanism.accountant,
         "expected_batch_size": mechanism.batch_size,
         "sample_rate": mechanism.sample_rate,
@@ -158,7 +199,7 @@ def privacy_result(
         "planned_steps": config.trainer.steps,
         "unit": unit,
         "adjacency": "add or remove one",
-        "sampler": "poisson",
+        "curve": [[each, None if bound == math.inf else bound] for each, bound in _curve(mechanism, private.steps)],
         "clipping": privacy.clipping,
         "clipped_fraction": private.clipped / max(1, private.examples),
         "secure_noise": privacy.secure_noise,
@@ -170,6 +211,14 @@ def privacy_result(
         "other_runs": other_runs(steps=private.steps),
         "not_private": list(NOT_PRIVATE),
     }
+
+
+def _curve(mechanism: Mechanism, steps: int) -> list[tuple[float, float]]:
+    """(delta, an upper bound of epsilon) for some deltas around that of the run."""
+    deltas = [
+        mechanism.delta * factor for factor in (10, 1, 0.1, 0.01) if mechanism.delta * factor < 1 / mechanism.size
+    ]
+    return list(zip(deltas, mechanism.curve(steps, deltas), strict=True))
 
 
 def write_statement(spent: dict[str, Any] | None, folder: Path) -> None:
@@ -209,6 +258,11 @@ def _statement(spent: dict[str, Any]) -> str:
     large = spent["delta"] > LARGE_DELTA
     weak = f"\n\n**Warning.** Here {_large_delta(spent['delta'], spent['size'])}." if large else ""
     not_private = "\n".join(f"- {each}" for each in spent["not_private"])
+    rows = [
+        f"| {round_up(at, '.2e')} | {'none' if bound is None else round_up(bound, '.2f')} |"
+        for at, bound in spent["curve"]
+    ]
+    curve = "\n".join(rows)
     return f"""# Privacy guarantee of this run
 
 The weights after {spent["steps"]} steps, those in `model/`, are
@@ -220,14 +274,17 @@ several, this person's protection is weaker than stated.
 **What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
 without it (e to the power of epsilon), except with probability delta.{practice}{weak}
 
-**How it was reached.** In each of {spent["steps"]} steps, every example was in the batch with probability
-{spent["sample_rate"]:.4g}, independently of the others (Poisson sampling). Its gradient was clipped to a norm of
-{spent["max_grad_norm"]:g}, and Gaussian noise with a standard deviation of {spent["noise_multiplier"]:.4g} times this
-norm was added to the sum. Opacus's {spent["accountant"].upper()} accountant computed epsilon for adding or removing one
-example.
+**How it was reached.** {_sampling(spent)}
+An example's gradient was clipped to a norm of {spent["max_grad_norm"]:g}, and Gaussian noise with a standard deviation
+of {spent["noise_multiplier"]:.4g} times this norm was added to the sum of each step.{_noise(spent)}
+{ACCOUNTANTS[spent["accountant"]]} computed epsilon, an upper bound, for adding or removing one example.
+
+| delta | epsilon |
+|---|---|
+{curve}
 {_processes(spent)}{early}
-**What it assumes.** The loss of each example depends only on this example. Noise and batches come from generators that
-are seeded by the operating system and are not cryptographic. The noise {hardened}
+**What it assumes.** The loss of each example depends only on this example. Noise and batches come from counter-based
+generators (Philox) with a secret key of 128 bits from the operating system. The noise {hardened}
 hardened against attacks on the gaps between floating-point numbers.
 
 **What is not private in this folder.** Keep it secret or delete it; do not release it:
@@ -238,6 +295,35 @@ hardened against attacks on the gaps between floating-point numbers.
 Every run on the same data spends more privacy, including runs that only tried settings. Runs on other machines, and
 runs without privacy, are not in the ledger; `python -m memsave.account FOLDER...` adds up any folders of runs.
 """
+
+
+def _sampling(spent: dict[str, Any]) -> str:
+    """How the batches of the steps were drawn."""
+    steps, rate, bins = spent["steps"], f"{spent['sample_rate']:.4g}", round(1 / spent["sample_rate"])
+    return {
+        "poisson": f"In each of {steps} steps, every example was in the batch with probability {rate}, independently "
+        f"of the others (Poisson sampling).",
+        "truncated_poisson": f"In each of {steps} steps, every example was drawn with probability {rate}, "
+        f"independently of the others, and at most {spent['largest_batch']} of those drawn, chosen at random, were "
+        f"taken (truncated Poisson sampling).",
+        "balls_in_bins": f"In each epoch of {bins} steps, every example was in one batch, chosen at random "
+        f"independently of the others (balls in bins); there were {steps} steps.",
+        "cyclic": f"Every example was in one of {bins} batches, which were taken in turn for {steps} steps; the "
+        f"choice of the batch adds nothing to the guarantee.",
+        "cyclic_poisson": f"Every example belonged to one of {spent['bands']} groups. In each of {steps} steps, one "
+        f"group had its turn, and each of its examples was in the batch with probability "
+        f"{spent['sample_rate'] * spent['bands']:.4g}.",
+    }[spent["sampler"]]
+
+
+def _noise(spent: dict[str, Any]) -> str:
+    """A sentence about correlated noise; empty for independent noise."""
+    if spent["noise"] == "independent":
+        return ""
+    return (
+        f"\nThe noise of a step cancels a part of that of earlier steps (matrix factorisation, {spent['noise']}, "
+        f"{spent['bands']} bands); the standard deviation is that of its new part."
+    )
 
 
 def _processes(spent: dict[str, Any]) -> str:

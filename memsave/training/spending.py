@@ -1,6 +1,6 @@
 """What runs have spent on the same data: one `Spending` for each run, and the epsilon of all of them together.
 
-The privacy of several runs is that of the composition of all their steps (`memsave.privacy.epsilon_of_runs`). It is
+The privacy of several runs is that of the composition of all their steps (`memsave.privacy.epsilon_of_events`). It is
 stated at the smallest delta of the runs, so that it holds wherever the statement of each run does: at this delta, the
 epsilon together is at least the epsilon of each run. A run without a guarantee cannot be composed: together with it, no
 bound holds.
@@ -9,9 +9,10 @@ bound holds.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from memsave.privacy import PrivacyError, epsilon_of_runs
-from memsave.privacy.accounting import check_delta, check_noise, check_sample_rate
+from memsave.privacy import Event, Mechanism, PrivacyError, epsilon_of_events
+from memsave.privacy.accounting import check_delta
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,22 @@ class Spending:
     noise_multiplier: float = 0.0
     sample_rate: float = 1.0
     delta: float = 1.0
-    accountant: str = "prv"
+    accountant: str = "pld"
     size: int | None = None
     """Number of training examples."""
+    mechanism: dict[str, Any] | None = None
+    """The arguments of `Mechanism`; None if the run's version had only Poisson sampling and independent noise."""
     epsilon: float | None = None
     """Epsilon of this run alone at its own delta, if it is known."""
     unfinished: bool = False
     """Whether the run has not reported its end."""
+
+    @property
+    def events(self) -> list[Event]:
+        """What the steps did to the data."""
+        if self.mechanism is None:
+            return [Event(self.noise_multiplier, self.sample_rate, self.steps)]
+        return Mechanism(**self.mechanism).events(self.steps)
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,7 @@ class Total:
 
 def check_mechanism(spending: Spending) -> None:
     """Raise PrivacyError for numbers that no accountant takes, TypeError for values that are no numbers."""
-    check_noise(spending.noise_multiplier)
-    check_sample_rate(spending.sample_rate)
+    assert spending.events
     if spending.no_guarantee is None and not 0 < spending.delta < 1:
         raise PrivacyError(f"delta is {spending.delta:g}; it must be above 0 and below 1")
 
@@ -78,15 +87,15 @@ def total(spendings: Sequence[Spending], *, delta: float | None = None, accounta
     Args:
         spendings: one for each run.
         delta: of all runs together; None takes the smallest delta of the runs.
-        accountant: prv, rdp or pld; None takes the loosest of those of the runs, so that the bound is no smaller
+        accountant: pld, prv or rdp; None takes the loosest of those of the runs, so that the bound is no smaller
             than theirs.
 
     Raises PrivacyError for a delta or an accountant that cannot be used.
     """
     private = [each for each in spendings if each.no_guarantee is None]
     if accountant is None:
-        taken = {each.accountant for each in private} or {"prv"}
-        accountant = next((each for each in ("rdp", "prv", "pld") if each in taken), "prv")
+        taken = {each.accountant for each in private}
+        accountant = next((each for each in ("rdp", "prv") if each in taken), "pld")
     if delta is None and private:
         delta = min(each.delta for each in private)
     elif delta is not None and (sizes := [each.size for each in private if each.size]):
@@ -103,16 +112,16 @@ def total(spendings: Sequence[Spending], *, delta: float | None = None, accounta
 
 
 def _epsilon(private: Sequence[Spending], *, delta: float, accountant: str) -> float | None:
-    runs = [(each.noise_multiplier, each.sample_rate, each.steps) for each in private]
-    epsilon = epsilon_of_runs(runs, delta=delta, accountant=accountant)
-    # PRV rounds numerically: a bound of all runs must not lie below a bound of one of them
+    events = [event for each in private for event in each.events]
+    epsilon = epsilon_of_events(events, delta=delta, accountant=accountant)
+    # accountants round numerically: a bound of all runs must not lie below a bound of one of them
     alike = [each for each in private if each.accountant == accountant and each.delta >= delta]
     return None if epsilon == math.inf else max([epsilon, *(each.epsilon for each in alike if each.epsilon)])
 
 
 def total_or_none(spendings: Sequence[Spending]) -> Total:
-    """`total` for a report that must not fail: by RDP, or without an epsilon, where an accountant cannot compute it."""
-    for accountant in (None, "rdp"):
+    """`total` for a report that must not fail: by PLD or RDP, or without an epsilon, where an accountant cannot."""
+    for accountant in (None, "pld", "rdp"):
         try:
             return total(spendings, accountant=accountant)
         except PrivacyError:

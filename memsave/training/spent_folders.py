@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from memsave.privacy import Mechanism, epsilon_of
+from memsave.privacy import Mechanism
 from memsave.training.checkpoint import read_state
 from memsave.training.private import why_no_guarantee
 from memsave.training.result import read_config, read_result
@@ -72,6 +72,7 @@ def _private(found: Mapping[str, Any], folder: Path, *, data: str | None, run: s
             delta=found["delta"],
             accountant=found["accountant"],
             size=found["size"],
+            mechanism=found.get("mechanism"),
             epsilon=found["epsilon"],
         )
         check_mechanism(spending)
@@ -88,8 +89,8 @@ def _killed(found: Mapping[str, Any], folder: Path, *, data: str | None, run: st
         if not steps:
             return None
         how: dict[str, Any] = {"noise_multiplier": mechanism.noise_multiplier, "sample_rate": mechanism.sample_rate}
-        how |= {"delta": mechanism.delta, "accountant": mechanism.accountant}
-        epsilon = epsilon_of(**how, steps=steps)
+        how |= {"delta": mechanism.delta, "accountant": mechanism.accountant, "mechanism": found["mechanism"]}
+        epsilon = mechanism.epsilon(steps)
         seeded = bool(found["seeded"])
         reason = why_no_guarantee(noise_multiplier=mechanism.noise_multiplier, epsilon=epsilon, seeded=seeded)
         alone = None if reason else epsilon

@@ -90,7 +90,7 @@ def test_the_memory_option_sets_the_mode(memory):
         (["privacy=ghost", "privacy.passes=3"], r"privacy\.passes is 3; choose one of auto, 1, 2, direct"),
         (["privacy=ghost", "privacy.passes=1.5"], r"privacy\.passes: Value '1\.5'.*expected int \| str, as in"),
         (["privacy=ghost", "privacy.passes=null"], r"privacy\.passes: .*expected int \| str, as in"),
-        (["privacy=ghost", "privacy.accountant=gdp"], "choose one of prv, rdp"),
+        (["privacy=ghost", "privacy.accountant=gdp"], "choose one of pld, prv, rdp"),
         (["privacy=ghost", "privacy.max_grad_norm=0"], "at least"),
         (["privacy=direct"], r"passes=direct processes one example at a time; give trainer\.micro_batch_size=1"),
         (

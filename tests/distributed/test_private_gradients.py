@@ -9,6 +9,8 @@ from torch import nn
 
 from memsave.ghost import GhostClipper
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.privacy.randomness import SecretStream
+from memsave.privacy.sampling import Sampler
 from memsave.processes import process_count, process_rank, share
 from memsave.training.sharding import full_tensors, shard_model
 from tests.support.distributed_models import EXAMPLES, MODELS, draw, losses_of, make_model
@@ -166,11 +168,11 @@ def refusals():
     batches = private.batches()
     rows = next(batches)
     if process_rank() == 1:
-        private._sampling.manual_seed(3)
+        private._sampler.set_state(Sampler(private.mechanism, SecretStream(3)).get_state())
     private.backward(losses_of("mlp", model, rows))
     private.finish()
     optimizer.zero_grad()
-    private.mechanism = Mechanism(EXAMPLES, 4, 0.0, 2.5, delta=1e-3)
+    private.mechanism = private._sampler.mechanism = Mechanism(EXAMPLES, 4, 0.0, 2.5, delta=1e-3)
     rows = next(private.batches())
     for row in rows:
         private.backward(losses_of("mlp", model, [row]))

@@ -14,9 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from memsave.integrations.lightning import MemoryCallback, PrivacyArguments, PrivateDDPStrategy, PrivateModule
 from memsave.privacy import PrivacyError
-from memsave.privacy.randomness import seeded_generator
-from memsave.privacy.sampling import poisson_batches
 from tests.support.processes import run_processes
+from tests.support.sampling import poisson_batches
 
 SIZE, NORM, BATCH = 11, 0.5, 4
 NOISELESS = PrivacyArguments(noise_multiplier=0.0, target_delta=1e-2, max_grad_norm=NORM, micro_batch_size=3, seed=5)
@@ -60,7 +59,7 @@ def weights(model):
 def by_hand(steps):
     model = Model()
     parameters, data = list(model.parameters()), examples()
-    draws = poisson_batches(size=SIZE, sample_rate=BATCH / SIZE, generator=seeded_generator(2 * NOISELESS.seed, "cpu"))
+    draws = poisson_batches(size=SIZE, batch_size=BATCH, seed=NOISELESS.seed)
     for step, rows in zip(range(steps), draws):
         total = [torch.zeros_like(p) for p in parameters]
         for row in rows:

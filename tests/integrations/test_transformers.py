@@ -23,11 +23,10 @@ from memsave.integrations.transformers import (
 )
 from memsave.models.model_losses import model_losses
 from memsave.privacy import PrivacyError
-from memsave.privacy.randomness import seeded_generator
-from memsave.privacy.sampling import poisson_batches
 from tests.ghost.test_transformers import PAD, VOCABULARY, WIDE, bert, gpt2, in_float64
 from tests.models.test_encoder_decoder import t5
 from tests.support.processes import run_processes
+from tests.support.sampling import poisson_batches
 
 SIZE, NORM = 11, 0.05
 LENGTHS = [3 + number % 4 for number in range(SIZE)]
@@ -75,7 +74,7 @@ def by_hand(model, data, *, steps, lr=0.5):
     """The parameters after steps of SGD, in which each example runs alone."""
     model = copy.deepcopy(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    draws = poisson_batches(size=SIZE, sample_rate=4 / SIZE, generator=seeded_generator(2 * NOISELESS.seed, "cpu"))
+    draws = poisson_batches(size=SIZE, batch_size=4, seed=NOISELESS.seed)
     for _, rows in zip(range(steps), draws):
         total = [torch.zeros_like(p) for p in parameters]
         for row in rows:

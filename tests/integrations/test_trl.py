@@ -14,9 +14,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from memsave.integrations.transformers import PrivacyArguments, PrivateTrainerMixin
 from memsave.privacy import PrivacyError
-from memsave.privacy.randomness import seeded_generator
-from memsave.privacy.sampling import poisson_batches
 from tests.support.released_texts import tokenizer_of
+from tests.support.sampling import poisson_batches
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +62,7 @@ def weights(model):
 def by_hand(model, loss_of):
     """The parameters after the steps, in which `loss_of(model, row)` is the loss of each example alone."""
     parameters = list(model.parameters())
-    draws = poisson_batches(size=SIZE, sample_rate=BATCH / SIZE, generator=seeded_generator(2 * SEED, "cpu"))
+    draws = poisson_batches(size=SIZE, batch_size=BATCH, seed=SEED)
     for _, rows in zip(range(STEPS), draws):
         total = [torch.zeros_like(p) for p in parameters]
         for row in rows:

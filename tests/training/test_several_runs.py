@@ -93,7 +93,7 @@ def test_runs_know_each_other_and_a_continued_run_counts_once(run, tmp_path, cap
     entries = read_entries(second["data"]["fingerprint"])
     assert [(each.steps, each.unfinished) for each in entries] == [(3, False)] * 2
 
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "accountant=rdp"]) == 0
     out = capfd.readouterr().out
     assert "2 runs\n" in out and "continued in 2 folders, counted once" in out
     assert f"The 2 runs together spent epsilon = {both}" in out
@@ -108,7 +108,7 @@ def test_seeded_and_plain_runs_leave_all_runs_without_a_guarantee(run, tmp_path,
     assert (result["privacy"]["other_runs"]["count"], result["privacy"]["other_runs"]["no_guarantee"]) == (1, 1)
     assert "The models of all runs together are therefore not private" in statement
     capfd.readouterr()
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "accountant=rdp"]) == 0
     assert "2 runs have no guarantee" in capfd.readouterr().out
 
 

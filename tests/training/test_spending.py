@@ -26,7 +26,7 @@ def test_runs_are_composed_at_the_smallest_delta_of_those_with_a_guarantee():
 def test_a_given_delta_that_guarantees_nothing_is_refused():
     with pytest.raises(PrivacyError, match=r"delta is 0\.02 for 100 examples; it must be above 0 and below 1/n"):
         total([RUN, OTHER], delta=0.02)
-    with pytest.raises(PrivacyError, match="accountant is 'gdp'; choose one of prv, rdp"):
+    with pytest.raises(PrivacyError, match="accountant is 'gdp'; choose one of pld, prv, rdp"):
         total([RUN, OTHER], accountant="gdp")
 
 
@@ -34,11 +34,12 @@ def test_rdp_is_taken_if_a_run_took_it():
     tight = replace(RUN, accountant="prv", run="d")
     assert total([tight]).accountant == "prv"
     assert total([tight, OTHER]).accountant == "rdp"
-    assert total([tight, OTHER], accountant="prv").epsilon < total([tight, OTHER]).epsilon
+    assert total([replace(RUN, accountant="pld")]).accountant == "pld"
+    assert total([tight, OTHER], accountant="pld").epsilon < total([tight, OTHER]).epsilon
 
 
 def test_the_bound_is_never_below_that_of_one_run(monkeypatch):
-    monkeypatch.setattr(spending, "epsilon_of_runs", lambda runs, **how: 1.8999)  # rounding of an accountant
+    monkeypatch.setattr(spending, "epsilon_of_events", lambda runs, **how: 1.8999)  # rounding of an accountant
     assert total([RUN]).epsilon == 1.9
     assert total([RUN], accountant="prv").epsilon == 1.8999  # the bound of another accountant may be tighter
     assert total([replace(RUN, delta=1e-6)], delta=1e-4).epsilon == 1.8999  # and that at another delta, too
@@ -65,9 +66,23 @@ def test_a_report_falls_back_to_rdp_and_then_to_no_number(monkeypatch):
             raise PrivacyError("cannot compute")
         return 2.5
 
-    monkeypatch.setattr(spending, "epsilon_of_runs", fails)
-    broken = ["prv"]
+    monkeypatch.setattr(spending, "epsilon_of_events", fails)
+    broken = ["prv", "pld"]
     assert (total_or_none([tight]).epsilon, total_or_none([tight]).accountant) == (2.5, "rdp")
-    broken = ["prv", "rdp"]
+    broken = ["prv", "pld", "rdp"]
     found = total_or_none([tight, SEEDED])
     assert (found.epsilon, found.private, found.without) == (None, 1, 1)
+
+
+def test_runs_of_every_mechanism_are_composed():
+    """A run without the entry `mechanism` is that of an earlier version, which had only Poisson sampling."""
+    mechanism = {"size": 100, "batch_size": 10, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-4}
+    pld = replace(RUN, accountant="pld")
+    same = replace(pld, mechanism=mechanism)
+    assert total([pld]).epsilon == total([same]).epsilon == epsilon_of_runs([(1.0, 0.1, 20)], delta=1e-4)
+    truncated = {**mechanism, "sampler": "truncated_poisson", "largest_batch": 12}
+    cyclic = {**mechanism, "sampler": "cyclic", "noise": "regenerated", "bands": 2}
+    several = [pld, replace(pld, run="b", mechanism=truncated), replace(OTHER, mechanism=cyclic)]
+    found = total_or_none(several)  # RDP, the loosest of them, cannot compute it
+    assert (found.accountant, found.private) == ("pld", 3)
+    assert found.epsilon > total([pld]).epsilon
