@@ -1,0 +1,1 @@
+"""Epsilons beside those of other libraries, and what samplers and correlated noise change."""

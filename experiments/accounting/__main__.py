@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.record import insert, keep, machine
-from memsave.privacy import Event, Mechanism, epsilon_below, epsilon_of
+from memsave.privacy import Mechanism, epsilon_of
 from memsave.privacy.mechanism import SAMPLERS_OF
 
 HERE = Path(__file__).parent
@@ -45,10 +45,10 @@ def epsilons(*, quick: bool) -> list[dict[str, Any]]:
             {
                 **how,
                 **{name: epsilon_of(**how, accountant=name) for name in ("pld", "prv", "rdp")},
-                "pld_below": epsilon_below([Event(noise, rate, steps)], delta=delta),
                 "dp_accounting": _by_dp_accounting(**how),
                 "opacus_prv": _by_opacus("prv", **how),
                 "opacus_rdp": _by_opacus("rdp", **how),
+                "rdp_of_2017": _by_first_conversion(**how),
                 "published": published,
             }
         )
@@ -71,6 +71,16 @@ def _by_opacus(name: str, *, noise_multiplier: float, sample_rate: float, steps:
     accountant = create_accountant(name)
     accountant.history = [(noise_multiplier, sample_rate, steps)]
     return float(accountant.get_epsilon(delta=delta))
+
+
+def _by_first_conversion(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """RDP with the conversion to epsilon that was usual before 2020 (Mironov, 2017, proposition 3)."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    rdp = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=steps, orders=orders)
+    return float(min(each - math.log(delta) / (order - 1) for each, order in zip(rdp, orders, strict=True)))
 
 
 def samplers() -> list[dict[str, Any]]:
@@ -122,17 +132,18 @@ NOISES: dict[str, dict[str, Any]] = {
 
 def _table_of_epsilons(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| noise | sample rate | steps | delta | memsave pld (lower bound) | dp-accounting | memsave prv | Opacus PRV | "
-        "memsave rdp | Opacus RDP | published |",
-        f"|{'---|' * 11}",
+        "| noise | sample rate | steps | delta | memsave pld | dp-accounting | memsave prv | Opacus PRV | "
+        "memsave rdp | Opacus RDP | RDP, 2017 | published |",
+        f"|{'---|' * 12}",
     ]
     for row in rows:
         epsilon, how, where = row["published"] or ("", "", "")
         published = f"{epsilon} ({how}; {where})" if epsilon else ""
         lines.append(
             f"| {row['noise_multiplier']:g} | {row['sample_rate']:.4g} | {row['steps']} | {row['delta']:g} | "
-            f"{_up(row['pld'])} ({row['pld_below']:.3f}) | {row['dp_accounting']:.3f} | {_up(row['prv'])} | "
-            f"{row['opacus_prv']:.3f} | {_up(row['rdp'])} | {row['opacus_rdp']:.3f} | {published} |"
+            f"{_up(row['pld'])} | {row['dp_accounting']:.3f} | {_up(row['prv'])} | "
+            f"{row['opacus_prv']:.3f} | {_up(row['rdp'])} | {row['opacus_rdp']:.3f} | "
+            f"{row['rdp_of_2017']:.3f} | {published} |"
         )
     return "\n".join(lines)
 
@@ -145,10 +156,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:
-        cells = [
-            f"{each:.3g}" if isinstance(each, float) else str("" if each is None else each) for each in row.values()
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = ("" if each is None else f"{each:.3g}" if isinstance(each, float) else each for each in row.values())
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

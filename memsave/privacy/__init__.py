@@ -2,7 +2,6 @@
 
 from memsave.privacy.accounting import (
     default_delta,
-    epsilon_below,
     epsilon_curve,
     epsilon_of,
     epsilon_of_events,
@@ -20,7 +19,6 @@ __all__ = [
     "PrivacyError",
     "PrivateGradients",
     "default_delta",
-    "epsilon_below",
     "epsilon_curve",
     "epsilon_of",
     "epsilon_of_events",

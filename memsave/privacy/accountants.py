@@ -73,13 +73,13 @@ def pld(events: Events, *, delta: float, bound: float) -> float:
     return float(found)
 
 
-def loss_distribution(events: Events, interval: float, *, pessimistic: bool = True) -> Any:
-    """dp-accounting's privacy loss distribution of the events, on a grid of this interval, rounded up or down."""
+def loss_distribution(events: Events, interval: float) -> Any:
+    """dp-accounting's privacy loss distribution of the events, on a grid of this interval, rounded up."""
     try:
         from dp_accounting.pld import privacy_loss_distribution as distributions
     except ModuleNotFoundError as error:
         raise PrivacyError("accountant=pld needs dp-accounting: pip install dp-accounting") from error
-    total = distributions.identity(interval, pessimistic_estimate=pessimistic)
+    total = distributions.identity(interval)
     for each in events:
         kwargs: dict[str, Any] = {"value_discretization_interval": interval}
         if each.bins is not None:
@@ -97,11 +97,7 @@ def loss_distribution(events: Events, interval: float, *, pessimistic: bool = Tr
             )
         else:
             found = distributions.from_gaussian_mechanism(
-                each.noise_multiplier,
-                sampling_prob=each.sample_rate,
-                pessimistic_estimate=pessimistic,
-                use_connect_dots=pessimistic,
-                **kwargs,
+                each.noise_multiplier, sampling_prob=each.sample_rate, **kwargs
             )
         total = total.compose(found.self_compose(each.count))
     return total

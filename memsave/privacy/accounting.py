@@ -18,7 +18,7 @@ MOST_NOISE = (
 EPSILON_TOLERANCE = 0.01  # calibration stops this close below the target
 LEAST_NOISE = 1e-6  # a search for less noise ends here
 CLOSEST = 1.0005  # epsilon may jump, as where PRV gives way to RDP; noise multipliers this close end the search
-FINE = 2000  # points of the grid of a curve and of a lower bound
+FINE = 2000  # points of the grid of a curve
 
 
 def default_delta(size: int) -> float:
@@ -103,19 +103,6 @@ def epsilon_curve(events: Sequence[Event], deltas: Sequence[float]) -> list[floa
         return [bound] * len(deltas)
     distribution = loss_distribution(found, bound / FINE)
     return [min(float(distribution.get_epsilon_for_delta(delta)), bound) for delta in deltas]
-
-
-def epsilon_below(events: Sequence[Event], *, delta: float) -> float:
-    """A lower bound of the epsilon of events, by PLD with all rounding downwards: how tight the upper bound is.
-
-    Only for Poisson sampling and for no sampling.
-    """
-    found = _merged(events)
-    above = epsilon_of_events(found, delta=delta)
-    if not 0 < above < math.inf:
-        return above
-    distribution = loss_distribution(found, above / FINE, pessimistic=False)
-    return float(distribution.get_epsilon_for_delta(delta))
 
 
 def noise_multiplier_for(

@@ -19,8 +19,14 @@ from tests.support.processes import run_processes
 STEPS = 2
 
 
-def private_of(model, *, batch_size=4, noise=0.0, norm=2.5, seed=1, **options):
-    mechanism = Mechanism(EXAMPLES, batch_size, noise, norm, delta=1e-3)
+CORRELATED = {
+    "banded": {"noise": "banded", "bands": 3, "sampler": "cyclic"},
+    "regenerated": {"noise": "regenerated", "bands": 3, "sampler": "cyclic"},
+}
+
+
+def private_of(model, *, batch_size=4, noise=0.0, norm=2.5, seed=1, kind="independent", **options):
+    mechanism = Mechanism(EXAMPLES, batch_size, noise, norm, delta=1e-3, **CORRELATED.get(kind, {}))
     return PrivateGradients(model, mechanism, seed=seed, **options)
 
 
@@ -109,10 +115,27 @@ def test_there_is_noise_once(sharded):
     assert ranks[0][0] == pytest.approx(1.0, abs=5 * math.sqrt(2 / 20_000))
 
 
-def continued(state=None):
+def sharded_with_correlated_noise():
+    """The error of correlated noise on a sharded model."""
+    model = make_model("mlp")
+    shard_model(model, torch.device("cpu"))
+    try:
+        private_of(model, kind="banded")
+    except PrivacyError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_correlated_noise_is_refused_for_sharded_models():
+    for said in run_processes(2, sharded_with_correlated_noise):
+        assert said.startswith("noise=banded needs whole gradients, and FSDP shards them")
+
+
+def continued(state=None, kind="independent"):
     """Two steps with noise and secret generators, after loading a state; the state after them, then a third step."""
     model = make_model("mlp")
-    private = private_of(model, noise=1.0, seed=None)
+    private = private_of(model, noise=1.0, seed=None, kind=kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if state is not None:
         model.load_state_dict(state["model"])
@@ -132,17 +155,18 @@ def drawn(ranks):
     return sorted(chain(*(batch for rank in ranks for batch in rank[2])))
 
 
-def test_a_run_resumes_with_any_number_of_processes():
-    first = run_processes(2, continued)
+@pytest.mark.parametrize("kind", ["independent", *(pytest.param(each, marks=pytest.mark.slow) for each in CORRELATED)])
+def test_a_run_resumes_with_any_number_of_processes(kind):
+    first = run_processes(2, continued, None, kind)
     state = first[0][0]
     assert all(torch.equal(state["private"]["noise"], rank[0]["private"]["noise"]) for rank in first)
     assert len(set(map(bytes, state["private"]["noise"].numpy()))) == 2  # each process has a stream of its own
     for count in (2, 3):
-        again = run_processes(count, continued, state)
+        again = run_processes(count, continued, state, kind)
         assert drawn(again) == drawn(first)
         for rank in again:
             torch.testing.assert_close(rank[1], first[0][1], rtol=0, atol=1e-12)
-    alone = continued(state)
+    alone = continued(state, kind)
     torch.testing.assert_close(alone[1], first[0][1], rtol=0, atol=1e-12)
 
 

@@ -292,3 +292,70 @@ def test_an_iterator_goes_on_after_a_load_that_discards_nothing():
     _take_step(private, model, first)
     private.load_state_dict(state)
     assert next(batches) == first
+
+
+MECHANISMS = {
+    "truncated": {"sampler": "truncated_poisson", "largest_batch": 4},
+    "bins": {"sampler": "balls_in_bins"},
+    "regenerated": {"sampler": "cyclic", "noise": "regenerated", "bands": 3},
+    "banded": {"sampler": "cyclic", "noise": "banded", "bands": 3},
+    "cyclic Poisson": {"sampler": "cyclic_poisson", "noise": "banded", "bands": 2},
+}
+
+
+def _other_run(kind, *, seed, steps=0, state=None, ahead=0):
+    """(private, model) of a run with another mechanism, after loading `state` and taking `steps` SGD steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    mechanism = Mechanism(12, 3, 1.0, 1.0, delta=1e-3, **MECHANISMS[kind])
+    private = PrivateGradients(model, mechanism, seed=seed)
+    if state is not None:
+        private.load_state_dict(state["private"])
+        model.load_state_dict(state["model"])
+    batches, waiting = private.batches(), []
+    for _ in range(steps):
+        while len(waiting) <= ahead:
+            waiting.append(next(batches))
+        indices = waiting.pop(0)
+        if indices:
+            inputs = torch.linspace(-1, 1, 36, dtype=torch.float64).view(12, 3)[indices]
+            private.backward(model(inputs).square().sum(1))
+        private.finish()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+    return private, model
+
+
+@pytest.mark.parametrize("kind", MECHANISMS)
+@pytest.mark.parametrize(("before", "ahead"), [(1, 0), (3, 2), (5, 1)])
+def test_every_mechanism_continues_bit_for_bit(kind, before, ahead):
+    _, whole = _other_run(kind, seed=4, steps=8, ahead=ahead)
+    private, model = _other_run(kind, seed=4, steps=before, ahead=ahead)
+    state = {"private": private.state_dict(), "model": model.state_dict()}
+    continued, again = _other_run(kind, seed=9, steps=8 - before, state=state)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert continued.steps == 8
+
+
+@pytest.mark.parametrize("kind", ["regenerated", "banded"])
+def test_a_rehearsal_leaves_correlated_noise_as_it_was(kind):
+    def weights(rehearsed):
+        private, model = _other_run(kind, seed=4, steps=2)
+        if rehearsed:
+            with private.rehearsal():
+                private.backward(model(torch.ones(2, 3, dtype=torch.float64)).square().sum(1))
+                private.finish()
+        state = {"private": private.state_dict(), "model": model.state_dict()}
+        return _other_run(kind, seed=4, steps=2, state=state)[1].weight
+
+    assert torch.equal(weights(False), weights(True))
+
+
+def test_a_checkpoint_with_other_generators_is_refused():
+    private, _ = _linear_run(seed=0)
+    old = {**private.state_dict(), "noise": torch.zeros(5056, dtype=torch.uint8)}
+    del old["noise_past"]
+    with pytest.raises(PrivacyError, match="made by a version of memsave with other random generators"):
+        private.load_state_dict(old)
