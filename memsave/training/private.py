@@ -214,8 +214,8 @@ def _statement(spent: dict[str, Any]) -> str:
 The weights after {spent["steps"]} steps, those in `model/`, are
 ({round_up(spent["epsilon"], ".2f")}, {round_up(spent["delta"], ".2e")})-differentially private.
 
-**Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training. If a person has
-several, this person's protection is weaker than stated.
+**Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training: this is one
+example. If a person has several of them, this person's protection is weaker than stated.
 
 **What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
 without it (e to the power of epsilon), except with probability delta.{practice}{weak}
@@ -263,6 +263,8 @@ def _other_runs(others: dict[str, Any] | None) -> str:
     epsilon, delta = others.get("epsilon_with_this_run"), others.get("delta_with_this_run")
     if without:
         lines.append(f"Without a guarantee: {without}. **The models of all runs together are therefore not private.**")
+    if others.get("other_unit"):
+        lines.append(f"Runs that protect another unit, such as single records: {others['other_unit']}.")
     if epsilon is None or delta is None:
         lines.append("Together with this run, no epsilon can be stated.")
     else:
