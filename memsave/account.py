@@ -88,6 +88,7 @@ def _report(group: Sequence[Spending], folders: Counter[str], options: Options) 
 
 def _row(each: Spending, *, folders: int) -> dict[str, object]:
     notes = [each.no_guarantee] if each.no_guarantee else []
+    notes += [f"protects units of data.unit={each.unit}"] if each.unit else []
     notes += ["no result: killed, or still training"] if each.unfinished else []
     notes += [f"continued in {folders} folders, counted once"] if folders > 1 else []
     mechanism = each.noise_multiplier > 0

@@ -15,7 +15,7 @@ from torch import nn
 
 from memsave.config import Config, ConfigError
 from memsave.data import DataError
-from memsave.data.units import unit_key
+from memsave.data.units import identity_of
 from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
@@ -190,7 +190,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
-        "data.unit": unit_key(config.data),
+        **identity_of(config.data),
         "set of training data": task.fingerprint,
     }
     if trainer.resume:

@@ -42,6 +42,12 @@ def unit_key(data: object) -> str | None:
     return None if keys is None else keys.unit
 
 
+def identity_of(data: object) -> dict[str, object]:
+    """The keys of units that a resumed run must not change."""
+    keys = units_of(data)
+    return {"data.unit": unit_key(data), **({} if keys is None else {"data.records_per_unit": keys.records_per_unit})}
+
+
 def units_of(data: object) -> UnitKeys | None:
     """The keys of a data config whose examples are units; None if its records are the examples."""
     return data if isinstance(data, UnitKeys) and data.unit is not None else None

@@ -12,6 +12,7 @@ from torch import nn
 from memsave.config import ConfigError
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.data.loader import Index
+from memsave.data.units import unit_key
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT
@@ -33,6 +34,9 @@ NOT_PRIVATE = (
 )
 
 LARGE_EPSILON = 20.0
+SEVERAL = "If a person has several of them, this person's protection is weaker than stated."
+SEVERAL_NAMES = """If the data name one person in several ways, such as by two spellings, or if
+records of other persons mention this person, this person's protection is weaker than stated."""
 PRACTICE = f"""
 In practice, an epsilon above {LARGE_EPSILON:g} protects nobody."""
 EARLY = """
@@ -157,6 +161,7 @@ def privacy_result(
         "steps": private.steps,
         "planned_steps": config.trainer.steps,
         "unit": unit,
+        "unit_key": unit_key(config.data),
         "adjacency": "add or remove one",
         "sampler": "poisson",
         "clipping": privacy.clipping,
@@ -214,8 +219,8 @@ def _statement(spent: dict[str, Any]) -> str:
 The weights after {spent["steps"]} steps, those in `model/`, are
 ({round_up(spent["epsilon"], ".2f")}, {round_up(spent["delta"], ".2e")})-differentially private.
 
-**Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training: this is one
-example. If a person has several of them, this person's protection is weaker than stated.
+**Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}. Each of {spent["size"]} in training is one
+example. {SEVERAL_NAMES if spent["unit_key"] else SEVERAL}
 
 **What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
 without it (e to the power of epsilon), except with probability delta.{practice}{weak}

@@ -90,10 +90,10 @@ class UnitTask:
         """The counts in one line."""
         found, most = self.counts["units"], self.keys.records_per_unit
         beyond = found["larger_than_records_per_unit"]
-        cap = "" if most is None else f", {beyond} of them more than {most} (data.records_per_unit)"
+        cap = "" if most is None else f", {beyond} with more than {most} (data.records_per_unit)"
         return (
-            f"{self.task.describe_counts()}; an example is one of {self.size} units (data.unit) with "
-            f"{found['smallest']} to {found['largest']} records{cap}"
+            f"{self.task.describe_counts()}; data.unit makes {self.size} examples of the training records, with "
+            f"{found['smallest']} to {found['largest']} records each{cap}"
         )
 
     def records(self, index: Index) -> list[Index]:

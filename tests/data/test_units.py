@@ -4,7 +4,7 @@ import pytest
 
 from memsave.config import ConfigError
 from memsave.config.compose import compose, to_objects
-from memsave.data.units import UnitKeys, unit_key, units_of
+from memsave.data.units import UnitKeys, identity_of, unit_key, units_of
 
 TEXT = ["experiment=text_dp", "data=documents", "data.root=/my/texts.csv"]
 
@@ -37,3 +37,5 @@ def test_units_of_a_config():
     assert units_of(config.data) is config.data and unit_key(config.data) == "person"
     assert units_of(to_objects(compose(TEXT)).data) is None and unit_key(UnitKeys()) is None
     assert unit_key(object()) is None
+    assert identity_of(config.data) == {"data.unit": "person", "data.records_per_unit": 2}
+    assert identity_of(UnitKeys()) == {"data.unit": None}

@@ -126,6 +126,10 @@ def test_a_unit_more_changes_nothing_for_the_others():
     for step in range(5):
         (batch,), (other,) = (list(numbered([range(2)], size=each.size, start=step)) for each in (task, more))
         torch.testing.assert_close(task.load(batch)["x"], more.load(other)["x"])
+        moved = task_of(["new", *mine], records_per_unit=2)
+        for unit in (0, 1):
+            before, after = task.records(batch[unit]), moved.records(Index(unit + 1, step * moved.size + unit + 1))
+            assert after == [Index(record + 1, draw) for record, draw in before]
     assert not torch.equal(task.load([Index(0, 0)])["x"], task.load([Index(0, 2)])["x"])  # another step
 
 
@@ -143,7 +147,7 @@ def test_counts_and_the_unit_of_the_statement():
     units = {"records": 6, "smallest": 1, "largest": 3, "larger_than_records_per_unit": 1}
     assert task.counts == {"examples": 3, "units": units}
     assert task.describe_counts() == (
-        "records: 6; an example is one of 3 units (data.unit) with 1 to 3 records, 1 of them more than 2 "
+        "records: 6; data.unit makes 3 examples of the training records, with 1 to 3 records each, 1 with more than 2 "
         "(data.records_per_unit)"
     )
     assert task.unit == "one person: all records with the same value of person"

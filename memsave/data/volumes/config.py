@@ -60,7 +60,7 @@ class SegmentationData(UnitKeys, DataConfig):
 
     def describe_unit(self) -> str:
         """What privacy protects, for the statement of a run."""
-        return "one patient: all scans of this patient by data.unit, whose crops in a step have one loss"
+        return "one patient: all scans of this patient, whose crops in a step have one loss"
 
     def find_cases(self, *, say: Callable[[str], None]) -> list[Case]:
         """The cases, in a fixed order; `say` receives lines of progress. Raises DataError."""

@@ -17,6 +17,7 @@ from memsave.data.text.dialogs import ChatData
 from memsave.data.text.documents import DocumentsData
 from memsave.data.text.labelled import LabelledData
 from memsave.data.text.own_records import OwnRecordsData
+from memsave.experiment import run_experiment
 from memsave.planning.fake_step import fake_step
 from memsave.planning.plan import fixed_sizes
 from memsave.progress import Progress
@@ -24,6 +25,7 @@ from memsave.tasks.definition import definition_of
 from memsave.tasks.language.adapters import Lora
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
 from memsave.tasks.language.small_roberta import SmallRoberta, small_roberta, train_masked_tokenizer
+from memsave.training.private import make_mechanism
 from tests.support.units_alone import assert_units_exact
 
 CPU = torch.device("cpu")
@@ -131,6 +133,39 @@ def test_the_data_are_the_same_and_the_batches_are_not(kind, tokenizers, tmp_pat
     assert len({each.data_fingerprint for each in tasks}) == 1
     assert len({each.fingerprint for each in tasks[:3]}) == 3
     assert tasks[1].size > tasks[0].size
+
+
+def test_the_mechanism_counts_persons(tokenizers, tmp_path):
+    pytest.importorskip("opacus")
+    changes = ["privacy.verify=false", "privacy.noise_multiplier=1.0", "privacy.accountant=rdp", "trainer.batch_size=2"]
+    config = config_of(write(tmp_path, "records"), "records", *changes, "trainer.steps=2", "trainer.epochs=null")
+    task = definition_of(config).training_task(CPU, tokenizers["causal"], progress=Progress(silent=True))
+    found = make_mechanism(config, torch.nn.Linear(1, 1), task, progress=Progress(silent=True))
+    assert found.size == task.size == len(set(task.names)) < task.task.size
+    assert (found.sample_rate, found.delta) == (2 / task.size, task.size**-1.1)
+
+
+@SLOW
+def test_a_private_run_draws_persons_and_says_so(tmp_path):
+    pytest.importorskip("opacus")
+    pytest.importorskip("sacrebleu")
+    sizes = ["model.layers=1", "model.heads=2", "model.width=16", "model.vocabulary=300", "model.positions=60"]
+    sizes += ["model.records=40", "model.steps=1", "model.batch_size=4", f"model.cache={tmp_path / 'cache'}"]
+    short = ["trainer.steps=2", "trainer.epochs=null", "trainer.batch_size=2", "trainer.micro_batch_size=1"]
+    short += ["privacy.noise_multiplier=1.0", "privacy.accountant=rdp", "profiler.compare=[]", "task.beams=1"]
+    short += ["trainer.evaluate_first=false"]
+    config = config_of(write(tmp_path, "records"), "records", *sizes, *short)
+    (tmp_path / "run").mkdir()
+    result = run_experiment(config, tmp_path / "run", progress=Progress(silent=True))
+    spent, people = result["privacy"], result["data"]["examples"]
+    assert spent["size"] == people < 5 < result["data"]["units"]["records"]
+    assert spent["sample_rate"] == 2 / people and spent["delta"] == people**-1.1
+    assert (spent["unit"], spent["unit_key"]) == ("one person: all records with the same value of person", "person")
+    statement = " ".join((tmp_path / "run" / "privacy.md").read_text().split())
+    assert f"One person: all records with the same value of person. Each of {people} in training is one" in statement
+    assert "If the data name one person in several ways" in statement
+    content = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
+    assert content["identity"]["data.unit"] == "person"
 
 
 @pytest.mark.parametrize("source", [OwnRecordsData, DocumentsData, ChatData, LabelledData])
