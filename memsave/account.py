@@ -87,6 +87,7 @@ def _report(group: Sequence[Spending], folders: Counter[str], options: Options) 
 
 def _row(each: Spending, *, folders: int) -> dict[str, object]:
     notes = [each.no_guarantee] if each.no_guarantee else []
+    notes += [f"protects units of data.unit={each.unit}"] if each.unit else []
     notes += ["no result: killed, or still training"] if each.unfinished else []
     notes += [f"continued in {folders} folders, counted once"] if folders > 1 else []
     mechanism = each.noise_multiplier > 0
@@ -105,7 +106,12 @@ def _sentences(group: Sequence[Spending], found: Total) -> Iterator[str]:
     """What the runs spent together, and what it means."""
     which = " with a guarantee" if found.without else ""
     runs = f"the {found.private} runs{which} together" if found.private > 1 else f"the run{which}"
-    if found.private and (found.epsilon is None or found.delta is None):
+    if found.units > 1:
+        yield (
+            f"{runs[0].upper()}{runs[1:]} protect different units (data.unit), such as records and persons, so they "
+            f"have no common epsilon."
+        )
+    elif found.private and (found.epsilon is None or found.delta is None):
         yield f"No accountant can compute a finite epsilon of {runs}."
     elif found.epsilon is not None and found.delta is not None:
         epsilon = round_up(found.epsilon, ".2f")

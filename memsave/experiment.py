@@ -15,6 +15,7 @@ from torch import nn
 
 from memsave.config import Config, ConfigError
 from memsave.data import DataError
+from memsave.data.units import identity_of
 from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
@@ -189,6 +190,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
+        **identity_of(config.data),
         "set of training data": task.fingerprint,
     }
     if trainer.resume:
@@ -222,7 +224,7 @@ def make_model(config: Config, *, progress: Progress | None = None) -> tuple[nn.
 
 def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, progress: Progress | None = None) -> Task:
     """The task with its data."""
-    return definition_of(config).make_task(device, tokenizer, progress=progress or Progress())
+    return definition_of(config).training_task(device, tokenizer, progress=progress or Progress())
 
 
 def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:

@@ -57,6 +57,16 @@ def test_runs_on_different_data_are_apart(tmp_path, capsys):
     assert third.startswith("unknown (runs of an earlier version")
 
 
+def test_runs_that_protect_different_units_have_no_common_epsilon(tmp_path, capsys):
+    write_run(tmp_path / "0")
+    write_run(tmp_path / "1", unit="person")
+    out = report(capsys, tmp_path)
+    assert "The 2 runs together protect different units (data.unit), such as records and persons" in out
+    assert "protects units of data.unit=person" in out and "epsilon = " not in out
+    write_run(tmp_path / "persons" / "0", unit="person")
+    assert f"The run spent {together(20)}." in report(capsys, tmp_path / "persons")
+
+
 def test_runs_without_a_guarantee_leave_none(tmp_path, capsys):
     write_run(tmp_path / "0")
     write_run(tmp_path / "1", kind="none")

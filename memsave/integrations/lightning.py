@@ -90,6 +90,11 @@ class PrivateModule(LightningModule):
         """
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise PrivacyError("the data set has no length, and Poisson sampling needs the number of examples")
+        if privacy.unit is not None:
+            raise PrivacyError(
+                "PrivacyArguments(unit=) is for PrivateTrainer; in Lightning, let an example of the dataset hold all "
+                "rows of a person, and fold their losses by memsave.ghost.example_rows"
+            )
         self._dataset, self._privacy, self._batch_size = dataset, privacy, batch_size
         self._given = (collate_fn, loader)
 
@@ -163,7 +168,7 @@ class PrivateModule(LightningModule):
         if isinstance(optimizers, list):
             raise PrivacyError("a private module has one optimizer")
         total, before = torch.zeros((), device=self.device), private.examples
-        for count, micro in batch:
+        for count, micro, _ in batch:
             losses = self._losses(micro)
             if losses.shape != (count,):
                 raise PrivacyError(

@@ -1,18 +1,19 @@
 """What the integrations share: the privacy arguments, and Poisson batches in micro-batches."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients, default_delta
 
-MicroBatch = tuple[int, Any]
-"""(number of examples, what the collator made of them)."""
+MicroBatch = tuple[int, Any, list[int] | None]
+"""(number of examples, what the collator made of their rows, the example of each row, or None for one row each)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class PrivacyArguments:
     """Noise that protects against attacks on floating-point numbers; see `GaussianNoise`."""
     seed: int | None = None
     """None draws secret seeds; a number is for tests and not private."""
+    unit: str | None = None
+    """The column of the data that names the person. All rows of a person are then one example with the mean of their
+    losses; sizes of batches count persons. None: each row is an example."""
 
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
@@ -124,12 +128,44 @@ class PoissonSampler:
                 yield []
 
 
+def rows_of_units(dataset: Any, column: str) -> list[list[int]]:
+    """The numbers of the rows of each person, by a column of the data. Raises PrivacyError without it."""
+    of_person: dict[Any, list[int]] = {}
+    for number in range(len(dataset)):
+        row = dataset[number]
+        name = row.get(column) if isinstance(row, Mapping) else None
+        if name is None or name == "":
+            raise PrivacyError(
+                f"row {number} of train_dataset has no {column}, which PrivacyArguments(unit=) names; give each row "
+                f"the name of its person"
+            )
+        of_person.setdefault(name, []).append(number)
+    return list(of_person.values())
+
+
+def losses_of_units(losses: Tensor, rows: Sequence[int], *, count: int) -> Tensor:
+    """(count,): the mean loss of the rows of each example."""
+    examples = torch.tensor(rows, device=losses.device, dtype=torch.long)
+    sizes = torch.bincount(examples, minlength=count)
+    return losses.new_zeros(count).index_add(0, examples, losses) / sizes.clamp(min=1)
+
+
 def poisson_loader(
-    dataset: Any, sampler: PoissonSampler, *, collate: Callable[[list[Any]], Any], micro_batch_size: int, **options: Any
+    dataset: Any,
+    sampler: PoissonSampler,
+    *,
+    collate: Callable[[list[Any]], Any],
+    micro_batch_size: int,
+    units: Sequence[Sequence[int]] | None = None,
+    **options: Any,
 ) -> DataLoader:
-    """A loader of logical batches, each a list of micro-batches; `options` are those of DataLoader."""
-    split = partial(_micro_batches, collate=collate, size=micro_batch_size)
-    return _Loader(_LogicalBatches(dataset), batch_sampler=sampler, collate_fn=split, **options)
+    """A loader of logical batches, each a list of micro-batches.
+
+    `units`: the numbers of the rows of each example, see `rows_of_units`; None for one row each. `options` are those of
+    DataLoader.
+    """
+    split = partial(_micro_batches, collate=collate, size=micro_batch_size, grouped=units is not None)
+    return _Loader(_LogicalBatches(dataset, units), batch_sampler=sampler, collate_fn=split, **options)
 
 
 class _Loader(DataLoader):
@@ -143,18 +179,25 @@ class _Loader(DataLoader):
 
 
 class _LogicalBatches(Dataset):
-    """The examples of one logical batch together, also of an empty one."""
+    """The rows of the examples of one logical batch together, a list for each example; also of an empty one."""
 
-    def __init__(self, dataset: Any):
-        self._dataset = dataset
+    def __init__(self, dataset: Any, units: Sequence[Sequence[int]] | None):
+        self._dataset, self._units = dataset, units
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._dataset if self._units is None else self._units)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        return [self._dataset[index] for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> list[list[Any]]:
+        rows = [[index] if self._units is None else self._units[index] for index in indices]
+        return [[self._dataset[row] for row in of_example] for of_example in rows]
 
 
-def _micro_batches(examples: Sequence[Any], *, collate: Callable[[list[Any]], Any], size: int) -> list[MicroBatch]:
-    parts = [list(examples[first : first + size]) for first in range(0, len(examples), size)]
-    return [(len(part), collate(part)) for part in parts]
+def _micro_batches(
+    examples: Sequence[list[Any]], *, collate: Callable[[list[Any]], Any], size: int, grouped: bool
+) -> list[MicroBatch]:
+    found: list[MicroBatch] = []
+    for first in range(0, len(examples), size):
+        part = examples[first : first + size]
+        of_row = [number for number, rows in enumerate(part) for _ in rows]
+        found.append((len(part), collate([row for rows in part for row in rows]), of_row if grouped else None))
+    return found

@@ -27,12 +27,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
+from memsave.ghost import example_rows
 from memsave.integrations.private_training import (
     MicroBatch,
     PoissonSampler,
     PrivacyArguments,
     epsilon_spent,
+    losses_of_units,
     poisson_loader,
+    rows_of_units,
 )
 from memsave.models.model_losses import model_losses
 from memsave.privacy import PrivacyError, PrivateGradients
@@ -67,7 +70,8 @@ class PrivateTrainerMixin(Base):
 
     Formal guarantees:
         What an optimizer computes from the gradients of k steps is (epsilon, delta)-differentially private for adding
-        or removing one example of `train_dataset`, with the `epsilon` that is logged after step k. Logged losses and
+        or removing one example of `train_dataset`, with the `epsilon` that is logged after step k. An example is a row,
+        or with `PrivacyArguments(unit=COLUMN)` all rows of a person. Logged losses and
         gradient norms, and scores on private data, are not private.
 
     Args:
@@ -91,6 +95,7 @@ class PrivateTrainerMixin(Base):
         self.private_gradients: PrivateGradients | None = None
         """Counts, mechanism and clipper of the training; None before `train`."""
         self._in_private_step = False
+        self._units: list[list[int]] | None = None
         self._refuse_settings()
         self.expected_batch_size: int = super().get_total_train_batch_size(self.args)
         """The mean number of examples in a step, of all processes."""
@@ -132,6 +137,7 @@ class PrivateTrainerMixin(Base):
             self._sampler,
             collate=collate,
             micro_batch_size=self.privacy.micro_batch_size or args.per_device_train_batch_size,
+            units=self._units,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -160,7 +166,9 @@ class PrivateTrainerMixin(Base):
     def _start(self) -> PrivateGradients:
         model, data = self.model, self.train_dataset
         assert model is not None and isinstance(data, Sized)
-        size = len(data)
+        column = self.privacy.unit
+        self._units = None if column is None else rows_of_units(data, column)
+        size = len(data if self._units is None else self._units)
         steps_per_epoch = math.ceil(size / self.expected_batch_size)
         steps = (
             self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * steps_per_epoch)
@@ -196,13 +204,21 @@ class PrivateTrainerMixin(Base):
             to_training()
         total, before = torch.zeros((), device=self.args.device), private.examples
         with getattr(self, "maybe_activation_offload_context", nullcontext()):  # of TRL
-            for count, micro in inputs:
-                losses = self._of_each(self._losses(model, micro), count)
+            for count, micro, rows in inputs:
+                losses = self._losses_of_examples(model, micro, count=count, rows=rows)
                 private.backward(losses)
                 total += losses.detach().nan_to_num(0, 0, 0).sum()
         private.finish()
         # the Trainer averages over the processes
         return total * process_count() / max(1, private.examples - before)
+
+    def _losses_of_examples(self, model: nn.Module, micro: Inputs, *, count: int, rows: Sequence[int] | None) -> Tensor:
+        """The losses (count,) of a micro-batch; `rows`: the example of each of its rows, None for one row each."""
+        if rows is None:
+            return self._of_each(self._losses(model, micro), count)
+        with example_rows(rows, examples=count):
+            losses = self._of_each(self._losses(model, micro), len(rows))
+        return losses_of_units(losses, rows, count=count)
 
     def _losses(self, model: nn.Module, micro: Inputs) -> Any:
         self._in_private_step = True
@@ -253,7 +269,7 @@ class PrivateTrainerMixin(Base):
         """Those of all micro-batches."""
         if isinstance(inputs, dict):
             return int(super().floating_point_ops(inputs))
-        return sum(int(super(PrivateTrainerMixin, self).floating_point_ops(micro)) for _, micro in inputs)
+        return sum(int(super(PrivateTrainerMixin, self).floating_point_ops(micro)) for _, micro, _ in inputs)
 
     # ---- checkpoints ----
 

@@ -75,7 +75,7 @@ def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
     trainer, task = config.trainer, definition_of(config)
     own = math.ceil(largest_batch(config) / process_count())
     count = min(own, MICRO_BATCHES * (trainer.micro_batch_size or own))
-    return DummyTask(task.per_example_losses, task.dummy_batch(count=count, device=device))
+    return DummyTask(task.training_losses, task.training_batch(count=count, device=device))
 
 
 def largest_batch(config: Config) -> int:

@@ -43,7 +43,7 @@ def fit_to_budget(
     `config.yaml` is then rewritten with that size. Raises OverBudget if nothing fits, or if a step whose shapes are
     static would hold more than the budget.
     """
-    if config.budget is None or not (config.vary or definition_of(config).static_shapes):
+    if config.budget is None or not (config.vary or definition_of(config).has_static_batches):
         return config, {}
     plan = plan_alone(make_plan, config, device, strategies=[definition_of(config).current_strategy()])
     entry = {"plan": plan.as_dict()}

@@ -144,7 +144,8 @@ def fixed_sizes(config: Config) -> str:
     trainer = config.trainer
     share = math.ceil(trainer.batch_size / process_count())
     batch = [] if config.vary == "batch" else [f"{trainer.micro_batch_size or share} at once"]
-    return ", ".join([*batch, *definition_of(config).fixed_sizes()])
+    definition = definition_of(config)
+    return ", ".join([*batch, *definition.fixed_sizes(), *definition.unit_sizes()])
 
 
 def _row(config: Config, strategy: str, *, budget: int | None, device: torch.device, progress: Progress) -> Row:
@@ -197,7 +198,7 @@ def calibration_of(config: Config, strategy: str, device: torch.device, *, progr
     if found is not None and found.get("torch") == torch.__version__:
         return Calibration(workspace_ratio=found["workspace_ratio"])
     progress.say(f"  calibrating {strategy} by a small real step; the result is cached in {path}")
-    small, architecture = task.small_config()
+    small, architecture = task.calibration_config()
     with alone():  # the workspace of operators does not depend on the other processes
         calibration = calibrate(lambda: _step(small, strategy, device, architecture=architecture), device=device)
     if calibration is None:

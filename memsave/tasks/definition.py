@@ -26,8 +26,10 @@ from memsave.config.fields import closest
 from memsave.config.known_keys import listed
 from memsave.config.registry import options
 from memsave.config.schema import DataConfig, GhostPrivacy, ModelConfig, PrivacyConfig
+from memsave.data.units import UnitKeys, units_of
 from memsave.progress import Progress
 from memsave.training.task import Batch, Task
+from memsave.training.units import unit_batch, unit_losses, with_units
 
 PLAIN, PER_SAMPLE, GHOST = "plain", "per-example gradients", "ghost"
 """The strategies of a task whose plans compare how gradients are combined."""
@@ -100,6 +102,23 @@ class TaskDefinition:
         if vary is not None and vary not in valid:
             names = f"{listed(sorted(valid))}{closest(vary, valid)}"
             raise ConfigError(f"vary={vary} is not valid for task={self.config.task.kind}; give vary={names}")
+        self._check_units()
+
+    def _check_units(self) -> None:
+        """Raise ConfigError for keys of units that are not valid, or not enough for a plan."""
+        config, data = self.config, self.config.data
+        if isinstance(data, UnitKeys):
+            data.check_units()
+        if units_of(data) is None or self._records_per_unit is not None:
+            return
+        needing = {"mode=plan": config.mode == "plan", f"vary={config.vary}": config.vary is not None}
+        needing["memory=auto"] = config.memory.mode == "auto"
+        key = next((key for key, found in needing.items() if found), None)
+        if key is not None:
+            raise ConfigError(
+                f"data.records_per_unit is null, so units have no largest size, which {key} needs; give the largest "
+                f"number of records of a unit in one step, as in data.records_per_unit=8"
+            )
 
     # The model
 
@@ -128,6 +147,41 @@ class TaskDefinition:
         """A batch of `count` examples with the shapes of training and arbitrary values."""
         raise NotImplementedError
 
+    # The examples of training: those of the methods above, or units of several (data.unit)
+
+    @property
+    def _records_per_unit(self) -> int | None:
+        keys = units_of(self.config.data)
+        return None if keys is None else keys.records_per_unit
+
+    def training_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:
+        """`make_task`, or the task whose examples are its units. Raises DataError."""
+        task, keys = self.make_task(device, tokenizer, progress=progress), units_of(self.config.data)
+        return task if keys is None else with_units(task, keys=keys, seed=self.config.trainer.seed)
+
+    @property
+    def has_static_batches(self) -> bool:
+        """Whether every batch has the shapes of `training_batch`; units have different numbers of records."""
+        return self.static_shapes and units_of(self.config.data) is None
+
+    def training_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses (B,) of a `training_batch`."""
+        keys = units_of(self.config.data)
+        if keys is None:
+            return self.per_example_losses(model, batch)
+        return unit_losses(self.per_example_losses, model, batch, reduction=keys.unit_loss)
+
+    def training_batch(self, *, count: int, device: torch.device) -> Batch:
+        """`dummy_batch`, or one of `count` units with the largest number of records. Raises ConfigError without one."""
+        if units_of(self.config.data) is None:
+            return self.dummy_batch(count=count, device=device)
+        most = self._records_per_unit
+        if most is None:
+            raise ConfigError(
+                "data.records_per_unit is null, so the size of a batch is unknown; give data.records_per_unit=8"
+            )
+        return unit_batch(self.dummy_batch(count=count * most, device=device), count=count)
+
     # Planning
 
     def variations(self) -> dict[str, Callable[[], Variation]]:
@@ -141,6 +195,17 @@ class TaskDefinition:
     def small_config(self) -> tuple[Config, dict[str, Any]]:
         """(a config whose real step takes about a second, its architecture), for calibrating the planner."""
         return self.config, {}
+
+    def unit_sizes(self) -> list[str]:
+        """The records of a unit, in words; empty without units."""
+        most = self._records_per_unit
+        return [] if most is None else [f"{most} records a unit"]
+
+    def calibration_config(self) -> tuple[Config, dict[str, Any]]:
+        """`small_config`, with small units."""
+        config, architecture = self.small_config()
+        most = self._records_per_unit
+        return config if most is None else config.changed({"data.records_per_unit": min(most, 2)}), architecture
 
     def family(self) -> str:
         """The part of the key of a calibration that depends on the model."""

@@ -116,6 +116,7 @@ class RunLedger:
             accountant=mechanism.accountant,
             size=mechanism.size,
             mechanism=asdict(mechanism),
+            unit=self.state.identity.get("data.unit"),
         )
 
     def other_runs(self, *, steps: int) -> dict[str, Any] | None:
@@ -133,6 +134,7 @@ class RunLedger:
             "count": len(others),
             "no_guarantee": found.without,
             "unfinished": found.unfinished,
+            "other_unit": sum(each.unit != own.unit and each.no_guarantee is None for each in others),
             **_bound("", found),
             **(_bound("_with_this_run", together) if together else {}),
         }
@@ -150,6 +152,8 @@ def describe_others(others: dict[str, Any] | None) -> str | None:
         text += f" spent {bound(others, '')}"
     if others.get("epsilon_with_this_run") is not None:
         text += f"; with this run {bound(others, '_with_this_run')}"
+    if others.get("other_unit"):
+        text += f"; {others['other_unit']} of them with another data.unit, so no epsilon of all together is known"
     if without:
         text += f"; {without} of them {'has' if without == 1 else 'have'} no guarantee, so all together have none"
     return text

@@ -12,6 +12,7 @@ from torch import nn
 from memsave.config import ConfigError
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.data.loader import Index
+from memsave.data.units import unit_key
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
 from memsave.privacy.accountants import PRV_LIMIT
@@ -45,6 +46,9 @@ ACCOUNTANTS = {
     "prv": "Opacus's PRV accountant",
     "rdp": "Opacus's RDP accountant",
 }
+SEVERAL = "If a person has several of them, this person's protection is weaker than stated."
+SEVERAL_NAMES = """If the data name one person in several ways, such as by two spellings, or if
+records of other persons mention this person, this person's protection is weaker than stated."""
 PRACTICE = f"""
 In practice, an epsilon above {LARGE_EPSILON:g} protects nobody."""
 EARLY = """
@@ -198,6 +202,7 @@ def privacy_result(
         "steps": private.steps,
         "planned_steps": config.trainer.steps,
         "unit": unit,
+        "unit_key": unit_key(config.data),
         "adjacency": "add or remove one",
         "curve": [[each, None if bound == math.inf else bound] for each, bound in _curve(mechanism, private.steps)],
         "clipping": privacy.clipping,
@@ -268,8 +273,8 @@ def _statement(spent: dict[str, Any]) -> str:
 The weights after {spent["steps"]} steps, those in `model/`, are
 ({round_up(spent["epsilon"], ".2f")}, {round_up(spent["delta"], ".2e")})-differentially private.
 
-**Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training. If a person has
-several, this person's protection is weaker than stated.
+**Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}. Each of {spent["size"]} in training is one
+example. {SEVERAL_NAMES if spent["unit_key"] else SEVERAL}
 
 **What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
 without it (e to the power of epsilon), except with probability delta.{practice}{weak}
@@ -349,6 +354,8 @@ def _other_runs(others: dict[str, Any] | None) -> str:
     epsilon, delta = others.get("epsilon_with_this_run"), others.get("delta_with_this_run")
     if without:
         lines.append(f"Without a guarantee: {without}. **The models of all runs together are therefore not private.**")
+    if others.get("other_unit"):
+        lines.append(f"Runs that protect another unit, such as single records: {others['other_unit']}.")
     if epsilon is None or delta is None:
         lines.append("Together with this run, no epsilon can be stated.")
     else:

@@ -3,7 +3,8 @@
 The privacy of several runs is that of the composition of all their steps (`memsave.privacy.epsilon_of_events`). It is
 stated at the smallest delta of the runs, so that it holds wherever the statement of each run does: at this delta, the
 epsilon together is at least the epsilon of each run. A run without a guarantee cannot be composed: together with it, no
-bound holds.
+bound holds. Runs that protect different units, such as records and persons, are not composed either: their epsilons
+bound the effect of different changes of the data.
 """
 
 import math
@@ -40,6 +41,8 @@ class Spending:
     """Epsilon of this run alone at its own delta, if it is known."""
     unfinished: bool = False
     """Whether the run has not reported its end."""
+    unit: str | None = None
+    """What the run protects: data.unit, or None for single records."""
 
     @property
     def events(self) -> list[Event]:
@@ -62,6 +65,8 @@ class Total:
     """Of the runs with a guarantee; None if there are none, or if no accountant can compute it."""
     delta: float | None
     accountant: str
+    units: int = 1
+    """Number of different units that the runs with a guarantee protect; for several, there is no common epsilon."""
 
 
 def check_mechanism(spending: Spending) -> None:
@@ -100,7 +105,9 @@ def total(spendings: Sequence[Spending], *, delta: float | None = None, accounta
         delta = min(each.delta for each in private)
     elif delta is not None and (sizes := [each.size for each in private if each.size]):
         check_delta(delta, size=max(sizes))
-    epsilon = None if delta is None or not private else _epsilon(private, delta=delta, accountant=accountant)
+    units = len({each.unit for each in private})
+    can_compose = delta is not None and units == 1
+    epsilon = _epsilon(private, delta=delta, accountant=accountant) if delta is not None and can_compose else None
     return Total(
         private=len(private),
         without=len(spendings) - len(private),
@@ -108,6 +115,7 @@ def total(spendings: Sequence[Spending], *, delta: float | None = None, accounta
         epsilon=epsilon,
         delta=delta,
         accountant=accountant,
+        units=max(1, units),
     )
 
 

@@ -37,11 +37,12 @@ def read_spending(folder: Path) -> Spending | None:
         return None
     run = str(folder.resolve())
     data = _mapping(result, "data").get("fingerprint") or state.get("data")
+    unit = _mapping(config, "data").get("unit")
     kind = _mapping(config, "privacy").get("kind")
     if found := _mapping(result, "privacy"):
-        return _private(found, folder, data=data, run=found.get("run") or run)
+        return _private(found, folder, data=data, run=found.get("run") or run, unit=unit)
     if found := _mapping(state, "private"):
-        return _killed(found, folder, data=data, run=state.get("run") or run)
+        return _killed(found, folder, data=data, run=state.get("run") or run, unit=unit)
     took_steps = result.get("status") == "ok" or bool(state)
     if kind not in (None, "none") or not took_steps:
         return None
@@ -56,7 +57,9 @@ def by_data(spendings: Iterable[Spending]) -> dict[str | None, list[Spending]]:
     return found
 
 
-def _private(found: Mapping[str, Any], folder: Path, *, data: str | None, run: str) -> Spending | None:
+def _private(
+    found: Mapping[str, Any], folder: Path, *, data: str | None, run: str, unit: str | None
+) -> Spending | None:
     """From the entry `privacy` of `result.json`."""
     try:
         if not int(found["steps"]):
@@ -74,6 +77,7 @@ def _private(found: Mapping[str, Any], folder: Path, *, data: str | None, run: s
             size=found["size"],
             mechanism=found.get("mechanism"),
             epsilon=found["epsilon"],
+            unit=unit,
         )
         check_mechanism(spending)
         return spending
@@ -81,7 +85,7 @@ def _private(found: Mapping[str, Any], folder: Path, *, data: str | None, run: s
         return Spending(run, str(folder), data, steps=1, no_guarantee=UNKNOWN)
 
 
-def _killed(found: Mapping[str, Any], folder: Path, *, data: str | None, run: str) -> Spending | None:
+def _killed(found: Mapping[str, Any], folder: Path, *, data: str | None, run: str, unit: str | None) -> Spending | None:
     """From the checkpoint of a run without a result: it was killed, or is still training."""
     try:
         mechanism = Mechanism(**found["mechanism"])
@@ -91,6 +95,7 @@ def _killed(found: Mapping[str, Any], folder: Path, *, data: str | None, run: st
         how: dict[str, Any] = {"noise_multiplier": mechanism.noise_multiplier, "sample_rate": mechanism.sample_rate}
         how |= {"delta": mechanism.delta, "accountant": mechanism.accountant, "mechanism": found["mechanism"]}
         epsilon = mechanism.epsilon(steps)
+        how["unit"] = unit
         seeded = bool(found["seeded"])
         reason = why_no_guarantee(noise_multiplier=mechanism.noise_multiplier, epsilon=epsilon, seeded=seeded)
         alone = None if reason else epsilon

@@ -110,10 +110,6 @@ def test_the_memory_option_sets_the_mode(memory):
         (["data.validation_fraction=0"], "at least 0.001 and at most 0.999"),
         (["data.crop_size=[16,16]"], "give three numbers"),
         (["model.expansion=0"], "at least 1"),
-        (
-            ["privacy=ghost", "data.crops_per_case=2"],
-            r"all crops of a patient are clipped as one.*privacy\.passes=direct trainer\.micro_batch_size=1",
-        ),
         (["trainer.patience=3"], "also give trainer.evaluate_every"),
         (["privacy=ghost", "trainer.patience=3", "trainer.evaluate_every=1"], "by private validation scores"),
         (["privacy=ghost", "trainer.precision=float16"], "give bfloat16"),

@@ -76,6 +76,22 @@ def test_rows_in_any_order():
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_contexts_nest():
+    torch.manual_seed(0)
+    model, ids = Chunks().double(), torch.randint(1, VOCABULARY, (5, LENGTH))
+    clipper, found = GhostClipper(model, max_grad_norm=1e9), []
+    with example_rows([0, 0, 0, 1, 1], examples=2):
+        losses = model(ids).sin().sum((1, 2))
+    found.append(clipper.backward(losses.new_zeros(2).index_add(0, torch.tensor([0, 0, 0, 1, 1]), losses)))
+    with example_rows([0, 0, 1], examples=2):  # documents of persons
+        with example_rows([0, 0, 1, 2, 2], examples=3):  # chunks of documents
+            losses = model(ids).sin().sum((1, 2))
+        with pytest.raises(ValueError, match=r"got 2 examples inside another .* names the examples of 3 rows"):
+            example_rows([0, 1], examples=2).__enter__()
+    found.append(clipper.backward(losses.new_zeros(2).index_add(0, torch.tensor([0, 0, 0, 1, 1]), losses)))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_ordinary_batches_before_and_after():
     model, ids = Chunks().double(), torch.randint(1, VOCABULARY, (4, LENGTH))
     clipper = GhostClipper(model, max_grad_norm=1e9)

@@ -136,6 +136,8 @@ def test_misuses_are_refused(tmp_path):
     ):
         with pytest.raises(Exception, match=sentence):
             fitted(Model(), tmp_path, **options)
+    with pytest.raises(PrivacyError, match=r"PrivacyArguments\(unit=\) is for PrivateTrainer"):
+        Model().make_private(examples(), batch_size=BATCH, privacy=replace(NOISELESS, unit="person"))
     with pytest.raises(PrivacyError, match="no length"):
         Model().make_private(iter([]), batch_size=2, privacy=NOISY)
     model = Model()

@@ -70,15 +70,17 @@ def make_trainer(model, folder, *, privacy=NOISELESS, kind=PrivateTrainer, data=
     return kind(model=model, args=arguments(folder, **(options or {})), privacy=privacy, **given)
 
 
-def by_hand(model, data, *, steps, lr=0.5):
-    """The parameters after steps of SGD, in which each example runs alone."""
+def by_hand(model, data, *, steps, lr=0.5, units=None):
+    """The parameters after steps of SGD, in which each example runs alone; `units`: the rows of each example."""
+    units = [[row] for row in range(SIZE)] if units is None else units
+    size = len(units)
     model = copy.deepcopy(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    draws = poisson_batches(size=SIZE, batch_size=4, seed=NOISELESS.seed)
-    for _, rows in zip(range(steps), draws):
+    draws = poisson_batches(size=size, batch_size=4, seed=NOISELESS.seed)
+    for _, examples in zip(range(steps), draws):
         total = [torch.zeros_like(p) for p in parameters]
-        for row in rows:
-            loss = model(**collate([data[row]])).loss
+        for example in examples:
+            loss = torch.stack([model(**collate([data[row]])).loss for row in units[example]]).mean()
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             grads = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
             norm = torch.stack([g.norm() for g in grads]).norm()
@@ -126,6 +128,31 @@ def test_steps_are_those_of_examples_alone(tmp_path, name):
     assert trainer.private_gradients.steps == 4 and trainer.private_gradients.clipped > 0
     logs = trainer.state.log_history
     assert len(logs) == 5 and all("epsilon" in each for each in logs)
+
+
+def test_all_rows_of_a_person_are_one_example(tmp_path):
+    torch.manual_seed(0)
+    people = "abbacccdebf"
+    data = [{**each, "person": name} for each, name in zip(texts(), people, strict=True)]
+    units = [[row for row, name in enumerate(people) if name == person] for person in "abcdef"]
+    start = in_float64(gpt2(**DRY)).double()
+    expected = by_hand(start, data, steps=4, units=units)
+    for size in (2, 5):
+        model = copy.deepcopy(start)
+        privacy = replace(NOISELESS, unit="person", micro_batch_size=size, target_delta=None)
+        trainer = make_trainer(model, tmp_path, data=data, privacy=privacy)
+        trainer.train()
+        torch.testing.assert_close(weights(model), expected, rtol=0, atol=1e-7)
+        mechanism = trainer.private_gradients.mechanism
+        assert (mechanism.size, mechanism.delta) == (6, 6**-1.1) and trainer.private_gradients.clipped > 0
+
+
+@pytest.mark.parametrize("column", ["persn", "empty"])
+def test_rows_without_a_person_are_refused(tmp_path, column):
+    data = [{**each, "person": "a", "empty": ""} for each in texts()]
+    trainer = make_trainer(gpt2(**DRY), tmp_path, data=data, privacy=replace(NOISELESS, unit=column))
+    with pytest.raises(PrivacyError, match=rf"row 0 of train_dataset has no {column}, which PrivacyArguments\(unit=\)"):
+        trainer.train()
 
 
 def test_the_micro_batch_size_changes_nothing(tmp_path):

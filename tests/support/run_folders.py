@@ -9,10 +9,12 @@ PRIVACY = {
 SEED = "noise and batches came from a fixed seed (privacy.seed)"
 
 
-def write_run(folder, *, privacy=None, data="data", status="ok", mode="train", kind="ghost"):
+def write_run(folder, *, privacy=None, data="data", status="ok", mode="train", kind="ghost", unit=None):
     """A run that ended; `privacy` changes entries of PRIVACY, and kind="none" is a run without privacy."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"# request {folder.name}\nmode: {mode}\nprivacy:\n  kind: {kind}\n")
+    data_keys = "" if unit is None else f"data:\n  unit: {unit}\n"
+    text = f"# request {folder.name}\nmode: {mode}\n{data_keys}privacy:\n  kind: {kind}\n"
+    (folder / "config.yaml").write_text(text)
     spent = None if kind == "none" or status == "refused" else {**PRIVACY, "run": str(folder), **(privacy or {})}
     found = {} if status == "refused" else {"examples": 100, "fingerprint": data}
     result = {"status": "failed" if status == "refused" else status, "data": found, "privacy": spent}

@@ -77,6 +77,19 @@ def test_a_later_run_knows_what_earlier_ones_spent_and_what_all_spend(tmp_path):
     assert "; with this run epsilon = " in line and "guarantee" not in line
 
 
+def test_runs_that_protect_another_unit_are_counted_and_not_composed(tmp_path):
+    finished(tmp_path / "records")
+    state = private_state()
+    state.identity["data.unit"] = "person"
+    ledger = ledger_of(state, tmp_path / "persons")
+    found = ledger.other_runs(steps=3)
+    assert (found["count"], found["other_unit"], found["epsilon_with_this_run"]) == (1, 1, None)
+    assert "1 of them with another data.unit, so no epsilon of all together is known" in describe_others(found)
+    ledger.start()
+    assert read_entries("data")[0].unit != read_entries("data")[1].unit
+    assert ledger_of(private_state(), tmp_path / "more").other_runs(steps=3)["epsilon"] is None
+
+
 def test_a_run_that_has_not_ended_counts_with_its_planned_steps(tmp_path):
     state = private_state()
     ledger_of(state, tmp_path, steps=40).start()

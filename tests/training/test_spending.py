@@ -51,6 +51,14 @@ def test_without_private_runs_there_is_no_epsilon():
     assert total([]) == total_or_none([])
 
 
+def test_runs_that_protect_different_units_have_no_epsilon_together():
+    persons = replace(OTHER, unit="person")
+    found = total([RUN, persons])
+    assert (found.private, found.units, found.epsilon) == (2, 2, None)
+    assert total([replace(RUN, unit="person"), persons]).epsilon == total([RUN, OTHER]).epsilon
+    assert total([RUN, replace(SEEDED, unit="person")]).epsilon == total([RUN]).epsilon
+
+
 def test_a_continued_run_counts_once_with_most_of_its_steps():
     assert once([RUN, OTHER, replace(RUN, folder="runs/again", steps=25), replace(RUN, steps=3)]) == [
         replace(RUN, folder="runs/again", steps=25),

@@ -181,6 +181,7 @@ def examine(data: TextData, *, model: str | None = None, progress: Progress | No
         report.notes.append(f"{skipped} invalid lines are left out (skip_invalid).")
     _compare(report, train, held_out)
     _count(report, train, held_out)
+    _count_units(report, splits)
     if model is not None:
         _measure(report, data, splits, model=model, progress=progress or Progress())
     return report
@@ -230,6 +231,14 @@ def _count(report: Report, train: Sequence[Facts], held_out: Sequence[Facts]) ->
         cells = (f"{counts[name]} ({counts[name] / max(1, len(part)):.0%})" for counts, part in zip(labels, both))
         report.rows.append(_row(f"label {name}", cells))
     report.rows += _sizes("turns", [[each.turns for each in part if each.turns is not None] for part in both])
+
+
+def _count_units(report: Report, splits: Sequence[Sequence[Any]]) -> None:
+    """Add the numbers of persons (data.unit) and of their records to the table."""
+    units = [Counter(each.unit for each in part if getattr(each, "unit", None) is not None) for part in splits]
+    if units[0]:
+        report.rows.append(_row("units", (str(len(each)) for each in units)))
+        report.rows += _sizes("records of a unit", [list(each.values()) for each in units])
 
 
 def _measure(

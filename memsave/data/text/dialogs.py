@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made, read_each
+from memsave.data.errors import DataError, made
 from memsave.data.text.collate import IGNORED
 from memsave.data.text.config import TextData
 from memsave.data.text.encode_dialogs import encode_dialogs, format_of
 from memsave.data.text.facts import WHOLE, Facts, Lengths
 from memsave.data.text.messages import ROLES, Dialog, Message
-from memsave.data.text.splits import OwnFiles, hold_out, split_files
+from memsave.data.text.splits import OwnFiles, split_files
 from memsave.data.text.tables import Row, check_encoding, read_rows, read_text, whole_text
+from memsave.data.units import UnitKeys
 
 OWN, PARTNER, SILENCE = "your persona:", "partner's persona:", "__SILENCE__"
 NUMBERED = re.compile(r"(\d+) (.*)", re.DOTALL)
@@ -91,11 +92,7 @@ class DialogFiles(OwnFiles, DialogData):
     def splits(self) -> tuple[list[Dialog], list[Dialog]]:
         """(training, held-out) dialogs."""
         training, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=(self.suffix,))
-        if held_out is not None:
-            train, out = read_each([training, held_out], self._read)
-            return train, out
-        options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
-        return hold_out(self._read(training), key=lambda each: repr(each.messages), **options)
+        return self.divided(training, held_out, self._read, key=lambda each: repr(each.messages))
 
     def _read(self, path: Path) -> list[Dialog]:
         dialogs = self.read(path)
@@ -119,7 +116,7 @@ class PersonaChatData(DialogFiles):
 
 @register("data", "chat")
 @dataclass
-class ChatData(DialogFiles):
+class ChatData(UnitKeys, DialogFiles):
     """Dialogs as JSON lines with messages."""
 
     suffix: ClassVar[str] = ".jsonl"
@@ -127,7 +124,7 @@ class ChatData(DialogFiles):
 
     def read(self, path: Path) -> list[Dialog]:
         """See `read_chat`."""
-        return read_chat(path, encoding=self.encoding)
+        return read_chat(path, encoding=self.encoding, unit=self.unit)
 
 
 def read_personachat(path: str | Path, *, encoding: str = "utf-8") -> list[Dialog]:
@@ -180,10 +177,10 @@ def _exchange(text: str, *, where: str) -> list[Message]:
     return messages[1:] if contents[0] == SILENCE else messages
 
 
-def read_chat(path: str | Path, *, encoding: str = "utf-8") -> list[Dialog]:
-    """The dialogs of a JSON-lines file with messages."""
+def read_chat(path: str | Path, *, encoding: str = "utf-8", unit: str | None = None) -> list[Dialog]:
+    """The dialogs of a JSON-lines file with messages. `unit`: as data.unit, a key beside the messages."""
     rows = read_rows(path, encoding=encoding)
-    return list(made(rows, lambda row: Dialog(parse_messages(row), row.where)))
+    return list(made(rows, lambda row: Dialog(parse_messages(row), row.where, row.unit(unit))))
 
 
 def parse_messages(row: Row, *, with_reply: bool = True) -> tuple[Message, ...]:

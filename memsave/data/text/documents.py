@@ -7,18 +7,19 @@ the chunk before it, the first with the token that begins every text, or the end
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError, option, register
-from memsave.data.errors import DataError, made, read_each
+from memsave.data.errors import DataError, made
 from memsave.data.text.collate import IGNORED, Example, Tokens, token_ids
 from memsave.data.text.config import WritingData
 from memsave.data.text.encode import start_ids
 from memsave.data.text.facts import Facts, Lengths, lengths_of
-from memsave.data.text.splits import OwnFiles, hold_out, split_files
+from memsave.data.text.splits import OwnFiles, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows, read_text
+from memsave.data.units import UnitKeys
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Document:
 
     text: str
     place: str
+    unit: str | None = field(default=None, compare=False, repr=False)
+    """The person whom the document is about, by data.unit; None without it."""
 
 
 @register("data", "documents")
 @dataclass
-class DocumentsData(OwnFiles, WritingData):
+class DocumentsData(UnitKeys, OwnFiles, WritingData):
     """Whole texts: a folder of .txt files, or a CSV, TSV or JSONL file with a column of texts."""
 
     kind: str = "documents"
@@ -52,11 +55,7 @@ class DocumentsData(OwnFiles, WritingData):
         training, held_out = root, None if self.held_out is None else Path(self.held_out).expanduser()
         if root.is_dir() and not text_files(root):
             training, held_out = split_files(root, held_out=self.held_out, suffixes=SUFFIXES)
-        if held_out is not None:
-            train, out = read_each([training, held_out], self._read)
-            return train, out
-        options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
-        return hold_out(self._read(training), key=lambda each: each.text, **options)
+        return self.divided(training, held_out, self._read, key=lambda each: each.text)
 
     def facts(self, examples: Sequence[Document]) -> list[Facts]:
         """The texts."""
@@ -73,22 +72,25 @@ class DocumentsData(OwnFiles, WritingData):
     def _read(self, path: Path) -> list[Document]:
         if path.is_dir() or path.suffix.lower() == ".txt":
             files = text_files(path)
+            if self.unit is not None:
+                raise DataError(
+                    f"{path} has .txt files, in which data.unit={self.unit} can name no column: give a table with a "
+                    f"column of texts, or data.unit=null."
+                )
             if not files:
                 raise DataError(f"{path} holds no .txt file: give a folder of .txt files, or a table of texts.")
             return list(made(files, lambda each: _document(read_text(each, encoding=self.encoding), f"{each}")))
-        rows = read_rows(path, encoding=self.encoding)
-        return list(
-            made(rows, lambda row: _document(row.text(self.text, key="data.text"), row.where.removesuffix(",")))
-        )
+        return list(made(read_rows(path, encoding=self.encoding), self._of_row))
 
     def _of_row(self, row: Row) -> Document:
-        return _document(row.text(self.text, key="data.text"), row.where.removesuffix(","))
+        unit = row.unit(self.unit)
+        return _document(row.text(self.text, key="data.text"), row.where.removesuffix(","), unit=unit)
 
 
-def _document(text: str, place: str) -> Document:
+def _document(text: str, place: str, *, unit: str | None = None) -> Document:
     if not text.strip():
         raise DataError(f"{place} is empty: delete it, or give it a text.")
-    return Document(text, place)
+    return Document(text, place, unit)
 
 
 def text_files(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ beside it; of a single file, a part is held out. GLUE (Wang et al. 2018, arXiv:1
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,20 +16,26 @@ from memsave.config import ConfigError, option, register
 from memsave.data.errors import DataError, collecting_faults, collection, made, read_each
 from memsave.data.text.config import TextData
 from memsave.data.text.facts import WHOLE, Facts, Lengths
-from memsave.data.text.splits import OwnFiles, hold_out, split_files
+from memsave.data.text.splits import OwnFiles, hold_out, refuse_shared_units, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows
+from memsave.data.units import UnitKeys
 
 HELD_OUT = ("dev", "dev_matched", "validation", "validation_matched", "valid", "test")
 """Names of held-out files in the order of search: the labels of a test file are often secret."""
 MOST_LABELS = 1000
 
 
-class Labelled(NamedTuple):
-    """One example: a text, for pairs a second text, and the number of its label."""
-
+class _Fields(NamedTuple):
     text: str
     pair: str | None
     label: int
+
+
+class Labelled(_Fields):
+    """One example: a text, for pairs a second text, and the number of its label."""
+
+    unit: str | None = None
+    """The person whom the text is about, by data.unit; no part of the tuple. None without data.unit."""
 
 
 @dataclass
@@ -80,7 +87,7 @@ class ClassifiedData(TextData):
 
 @register("data", "labelled")
 @dataclass
-class LabelledData(OwnFiles, ClassifiedData):
+class LabelledData(UnitKeys, OwnFiles, ClassifiedData):
     """Labelled sentences or pairs in one's own TSV, CSV or JSONL files."""
 
     kind: str = "labelled"
@@ -120,13 +127,13 @@ class LabelledData(OwnFiles, ClassifiedData):
     def splits(self) -> tuple[list[Labelled], list[Labelled]]:
         """(training, held out) examples of the files."""
         _, train, held_out, _ = self._read()
-        return list(train), list(held_out)
+        return list(train), copy(held_out)
 
     def _read(self) -> "_Read":
         train, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=SUFFIXES, names=HELD_OUT)
         files = tuple((path, _changed(path)) for path in (train, held_out) if path is not None)
         names = None if self.labels is None else tuple(self.labels)
-        columns = _Columns(self.text, self.pair, self.label, names, self.encoding, self.skip_invalid)
+        columns = _Columns(self.text, self.pair, self.label, names, self.encoding, self.skip_invalid, self.unit)
         return _read(files, columns, self.held_out_fraction, self.seed, collection())
 
 
@@ -189,6 +196,7 @@ class _Columns(NamedTuple):
     labels: tuple[str, ...] | None
     encoding: str
     skip_invalid: bool
+    unit: str | None
 
 
 _Read = tuple[tuple[str, ...], list[Labelled], list[Labelled], int]
@@ -212,6 +220,8 @@ def _read(
         examples = list(
             hold_out(examples[0], key=lambda each: repr(each[:2]), fraction=fraction, seed=seed, source=train)
         )
+    else:
+        refuse_shared_units(*examples, held_out=files[1][0])
     return names, examples[0], examples[1], skipped
 
 
@@ -219,8 +229,8 @@ def _changed(path: Path) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-_Line = tuple[Row, str, str | None, str]
-"""(the row, text, second text, label)."""
+_Line = tuple[Row, str | None, str, str | None, str]
+"""(the row, its unit, text, second text, label)."""
 
 
 def _rows(path: Path, columns: _Columns) -> tuple[list[_Line], int]:
@@ -236,7 +246,7 @@ def _rows(path: Path, columns: _Columns) -> tuple[list[_Line], int]:
 def _line(row: Row, columns: _Columns) -> _Line:
     pair = columns.pair and _filled(row, columns.pair, "data.pair")
     text, label = (_filled(row, getattr(columns, key), f"data.{key}") for key in ("text", "label"))
-    return row, text, pair, label
+    return row, row.unit(columns.unit), text, pair, label
 
 
 def _filled(row: Row, column: str, key: str) -> str:
@@ -275,13 +285,15 @@ def _numbered(rows: list[_Line], names: tuple[str, ...]) -> list[Labelled]:
     numbers: Mapping[str, int] = {name: number for number, name in enumerate(names)}
 
     def numbered(line: _Line) -> Labelled:
-        row, text, pair, label = line
+        row, unit, text, pair, label = line
         if label not in numbers:
             known = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
             raise DataError(
                 f"{row.where} has the label {label!r}, which is not one of {known}: "
                 "correct it, or name all labels by data.labels=[...]."
             )
-        return Labelled(text, pair, numbers[label])
+        found = Labelled(text, pair, numbers[label])
+        found.unit = unit
+        return found
 
     return list(made(rows, numbered))

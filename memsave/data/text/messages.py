@@ -21,3 +21,5 @@ class Dialog:
     messages: tuple[Message, ...]
     where: str = field(default="The dialog", compare=False, repr=False)
     """Its place in a file, for error messages."""
+    unit: str | None = field(default=None, compare=False, repr=False)
+    """The person whom the dialog is about, by data.unit; None without it."""

@@ -8,19 +8,19 @@ A field in braces is the name of a column; {{ and }} are literal braces.
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
 from memsave.config import ConfigError, register
-from memsave.data.errors import DataError, made, read_each
+from memsave.data.errors import DataError, made
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
-from memsave.data.text.splits import OwnFiles, hold_out, split_files
+from memsave.data.text.splits import OwnFiles, split_files
 from memsave.data.text.tables import SUFFIXES, Row, check_encoding, read_rows
+from memsave.data.units import UnitKeys
 
 
 @register("data", "records")
 @dataclass
-class OwnRecordsData(OwnFiles, RecordsData):
+class OwnRecordsData(UnitKeys, OwnFiles, RecordsData):
     """A CSV, TSV or JSONL file of one's own, or a folder with train.* and test.*, validation.* or dev.*."""
 
     kind: str = "records"
@@ -46,17 +46,13 @@ class OwnRecordsData(OwnFiles, RecordsData):
     def splits(self) -> tuple[list[Record], list[Record]]:
         """(training, held out) records."""
         training, held_out = split_files(str(self.root), held_out=self.held_out, suffixes=SUFFIXES)
-        if held_out is not None:
-            train, out = read_each([training, held_out], self._read)
-            return train, out
-        options: dict[str, Any] = {"fraction": self.held_out_fraction, "seed": self.seed, "source": training}
-        return hold_out(self._read(training), key=lambda each: each.prompt, **options)
+        return self.divided(training, held_out, self._read, key=lambda each: each.prompt)
 
     def _read(self, path: Path) -> list[Record]:
         prompt = Template(self.prompt, key="data.prompt")
         completion = Template(self.completion, key="data.completion")
         rows = read_rows(path, encoding=self.encoding)
-        return list(made(rows, lambda row: Record(prompt.fill(row), completion.fill(row))))
+        return list(made(rows, lambda row: Record(prompt.fill(row), completion.fill(row), row.unit(self.unit))))
 
 
 class Template:

@@ -5,7 +5,7 @@ completion is a text that describes it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class Record:
 
     prompt: str
     completion: str
+    unit: str | None = field(default=None, compare=False, repr=False)
+    """The person whom the record is about, by data.unit; None without it."""
 
 
 def references(records: Iterable[Record]) -> dict[str, list[str]]:

@@ -64,6 +64,17 @@ class Row:
             raise DataError(f"{self.where} has {kind} in the column {column}: give a text or a number.")
         return "" if value is None else json.dumps(value)
 
+    def unit(self, column: str | None) -> str | None:
+        """The person, from the column that data.unit names; None without one. Raises DataError if it is empty."""
+        if column is None:
+            return None
+        found = self.text(column, key="data.unit")
+        if not found:
+            raise DataError(
+                f"{self.where} has an empty {column}, which data.unit names: fill it in or delete the line."
+            )
+        return found
+
 
 def whole_text(text: str, *, where: str) -> str:
     """The text without blanks around it. Raises DataError for half of a character, which JSON can write."""

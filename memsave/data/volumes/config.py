@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 from memsave.config import ConfigError, option
 from memsave.config.schema import DataConfig
+from memsave.data.units import UnitKeys
 from memsave.data.volumes.layouts import MODALITIES, Case
+from memsave.data.volumes.patients import check_unit, with_patients
 from memsave.data.volumes.schemes import BRATS_2021, LabelScheme
 from memsave.data.volumes.splits import fold, split_cases, split_from_file
 
 
 @dataclass
-class SegmentationData(DataConfig):
+class SegmentationData(UnitKeys, DataConfig):
     """What every source of segmentation cases has in common."""
 
     root: str | None = None
@@ -40,6 +42,8 @@ class SegmentationData(DataConfig):
     """Predicted enhancing regions with fewer voxels are removed."""
     split_seed: int = option(0, least=0)
     """Seed of the split into training and held-out cases."""
+    unit: str | None = None
+    """The patients: patient (as data.layout names them), a pattern of ids with one group, or a table case, patient."""
     workers: int = option(1, least=0)
     """Threads that load batches in advance; with 0, batches are loaded between the steps."""
     cache_bytes: int = option(4 * 2**30, least=0)
@@ -51,10 +55,20 @@ class SegmentationData(DataConfig):
             raise ConfigError(f"data.fold is {self.fold} of {self.folds} folds; give one from 0 to {self.folds - 1}")
         if self.folds is not None and self.split_file is not None:
             raise ConfigError("data.folds and data.split_file both say what is held out; give one of the two")
+        if self.unit is not None:
+            check_unit(self.unit)
+
+    def describe_unit(self) -> str:
+        """What privacy protects, for the statement of a run."""
+        return "one patient: all scans of this patient, whose crops in a step have one loss"
 
     def find_cases(self, *, say: Callable[[str], None]) -> list[Case]:
         """The cases, in a fixed order; `say` receives lines of progress. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} finds no cases")
+
+    def patients(self, found: Sequence[Case]) -> list[Case]:
+        """The cases with their patients by data.unit; without it, as they are. Raises DataError."""
+        return list(found) if self.unit is None else with_patients(found, self.unit)
 
     def split(self, found: Sequence[Case]) -> tuple[list[Case], list[Case]]:
         """(training, held out): by a file, a fold, or a share of the cases."""

@@ -16,6 +16,7 @@ from memsave.data.loader import Index
 from memsave.data.text.collate import in_batches
 from memsave.data.text.label_metrics import confusion_matrix, label_scores
 from memsave.data.text.labelled import Labelled
+from memsave.data.text.splits import raw_data
 from memsave.data.text.templates import Encoded, Template, Text, collate_texts, encode_texts, label_word_tokens
 from memsave.models.label_words import label_word_logits
 from memsave.models.padding import positions
@@ -146,7 +147,8 @@ class Classification(LanguageTask):
         if objective.words is not None:
             self.words = torch.tensor(label_word_tokens(objective.words, tokenizer, form), device=device)
         encoded, self.cuts = encode_texts([Text(each.text, each.pair) for each in train], tokenizer, form)
-        self.labels, self.data_fingerprint = [each.label for each in train], fingerprint_of(train)
+        self.labels, self.record_units = [each.label for each in train], [each.unit for each in train]
+        self.data_fingerprint = fingerprint_of(raw_data(train, held_out))
         scored = [Text(each.text, each.pair) for each in self.held_out]
         self.held_out_texts, self.held_out_cuts = encode_texts(scored, tokenizer, form)
         examples: Any = list(zip(encoded, self.labels, strict=True))

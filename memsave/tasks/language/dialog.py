@@ -20,6 +20,7 @@ from memsave.data.fingerprint import fingerprint_of
 from memsave.data.text.dialogs import DialogData, parse_messages
 from memsave.data.text.encode_dialogs import encode_context, encode_dialogs, format_of
 from memsave.data.text.messages import Dialog, Message
+from memsave.data.text.splits import raw_data
 from memsave.data.text.tables import Row
 from memsave.data.text.word_f1 import word_f1
 from memsave.progress import Progress
@@ -141,7 +142,9 @@ class DialogTask(LanguageTask):
         head: str = "chunked",
     ):
         self.data, self.task = data, task or DialogConfig()
-        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(each.messages for each in train)
+        raw = raw_data(train, held_out)
+        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(each.messages for each in raw)
+        self.record_units = [each.unit for each in train]
         self.form = format_of(tokenizer, template=self.task.template)
         lengths: dict[str, Any] = {"max_length": data.max_length, "max_rows": data.max_rows}
         examples, self.encoded = encode_dialogs(train, self.form, **lengths)

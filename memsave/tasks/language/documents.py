@@ -14,6 +14,7 @@ from memsave.config.schema import TrainerConfig
 from memsave.data.fingerprint import fingerprint_of
 from memsave.data.text.collate import token_ids
 from memsave.data.text.documents import Document, DocumentsData, document_start, encode_documents
+from memsave.data.text.splits import raw_data
 from memsave.tasks.language.writing import Evaluation, WritingTask
 
 
@@ -46,7 +47,8 @@ class Documents(WritingTask):
         head: str = "chunked",
     ):
         self.data, self.held_out_count = data, len(held_out)
-        self.data_fingerprint = fingerprint_of(each.text for each in train)
+        self.data_fingerprint = fingerprint_of(each.text for each in raw_data(train, held_out))
+        self.record_units = [each.unit for each in train]
         options: dict[str, Any] = {"max_length": data.max_length, "max_chunks": data.max_chunks}
         examples, self.cuts = encode_documents(train, tokenizer, **options)
         scored, self.held_out_cuts = encode_documents(held_out[:evaluate], tokenizer, **options)

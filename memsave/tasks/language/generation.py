@@ -21,6 +21,7 @@ from memsave.data.text.documents import DocumentsData
 from memsave.data.text.encode import Cuts, encode_prompt, encode_records, prompt_format
 from memsave.data.text.pairs import collate_pairs, cut_input, encode_pairs, input_tokens, pair_format
 from memsave.data.text.records import Record, references
+from memsave.data.text.splits import raw_data
 from memsave.models.encoder_decoder import encoder_decoder_losses, is_encoder_decoder
 from memsave.progress import Progress
 from memsave.tasks.definition import option_of
@@ -150,7 +151,8 @@ class Generation(WritingTask):
         head: str = "chunked",
     ):
         self.data, self.task = data, task or GenerationConfig()
-        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(train)
+        self.held_out, self.data_fingerprint = list(held_out), fingerprint_of(raw_data(train, held_out))
+        self.record_units = [each.unit for each in train]
         self.tokenizer, self.completions = tokenizer, references(self.held_out)
         self.format: dict[str, Any] = {"max_length": data.max_length, "separator": data.separator}
         examples, self.cuts = self.encode(train)

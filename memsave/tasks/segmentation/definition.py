@@ -65,7 +65,7 @@ class SegmentationDefinition(TaskDefinition):
     def validate(self) -> None:
         """Raise ConfigError for combinations that cannot run."""
         super().validate()
-        config, memory = self.config, self.config.memory
+        memory = self.config.memory
         if memory.mode == "auto" and self.model.levels is None:
             raise ConfigError(
                 f"memory=auto chooses a mode for each level of model=rev_unet; give one of "
@@ -77,11 +77,6 @@ class SegmentationDefinition(TaskDefinition):
             raise ConfigError(
                 "memory.engine=fused cannot recompute squeeze-excitation in chunks; give memory.engine=auto or "
                 "model.squeeze_excitation=0"
-            )
-        if self._is_private and self.data.crops_per_case > 1 and config.privacy.option != "direct":
-            raise ConfigError(
-                f"data.crops_per_case is {self.data.crops_per_case}, and all crops of a patient are clipped as one "
-                f"gradient; give privacy.passes=direct trainer.micro_batch_size=1"
             )
 
     def make_model(self, *, progress: Progress) -> tuple[nn.Module, None]:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from memsave.data.volumes.reader import masks_of
 from memsave.data.volumes.schemes import LabelScheme
+from memsave.ghost import example_rows
 from memsave.training.task import Batch
 
 SMOOTH = 1.0  # voxels; gives Dice 1 for an empty region that is predicted empty, and bounds the gradient
@@ -17,11 +18,18 @@ def case_losses(model: nn.Module, batch: Batch, *, scheme: LabelScheme) -> Tenso
     """(B,) losses of image (B, C, D, H, W) and label (B, 1, D, H, W), or with K crops per case in dimension 1."""
     image, label = batch["image"], batch["label"]
     several = image.dim() == 6
-    if several:
-        image, label = image.flatten(0, 1), label.flatten(0, 1)
+    if not several:
+        return _losses(model, image, label, scheme=scheme)
+    count, crops = image.shape[:2]
+    with example_rows([case for case in range(count) for _ in range(crops)], examples=count):
+        losses = _losses(model, image.flatten(0, 1), label.flatten(0, 1), scheme=scheme)
+    return losses.view(count, crops).mean(1)
+
+
+def _losses(model: nn.Module, image: Tensor, label: Tensor, *, scheme: LabelScheme) -> Tensor:
+    """(R,) losses, one per crop, of image (R, C, D, H, W) and label (R, 1, D, H, W)."""
     logits, target = model(image), masks_of(label, scheme=scheme)
-    losses = region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
-    return losses.view(len(batch["image"]), -1).mean(1) if several else losses
+    return region_losses(logits, target) if isinstance(logits, Tensor) else supervised_losses(logits, target)
 
 
 def region_losses(logits: Tensor, target: Tensor) -> Tensor:

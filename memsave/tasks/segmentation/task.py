@@ -41,6 +41,8 @@ TABLE = "scores.csv"
 PICTURES = 3  # cases in the overlay
 RESAMPLES = 2000  # of the bootstrap
 CHUNK_BYTES = 4096
+ONE_PATIENT = "one patient: all crops of one case in a step have one loss"
+ONE_SCAN = "one scan, of which a patient may have several (data.unit=patient protects patients)"
 
 
 class Segmentation:
@@ -57,7 +59,7 @@ class Segmentation:
         self.progress = progress or Progress()
         self.data, self.device = data, device
         self.precision = trainer.precision
-        found = data.find_cases(say=self.progress.say)
+        found = data.patients(data.find_cases(say=self.progress.say))
         self.cases = found
         train, held_out = data.split(found)
         self.left_out = len(found) - len(train) - len(held_out)
@@ -76,13 +78,20 @@ class Segmentation:
         self.pictures: list[Picture] = []  # of the last evaluation; on rank 0
         self.scores: dict[str, dict[str, float]] = {}  # of the last evaluation, by case
 
-    unit = "one patient: all crops of one case in a step have one loss"
+        patients = len(set(self.record_units))
+        self.unit = ONE_PATIENT if patients == len(train) else ONE_SCAN
+
     goal = "dice"
 
     @property
     def size(self) -> int:
         """Number of training cases."""
         return len(self.crops.volumes)
+
+    @property
+    def record_units(self) -> list[str]:
+        """The patient of each training case."""
+        return [case.patient or case.id for case in self.crops.volumes.cases]
 
     @property
     def fingerprint(self) -> str:

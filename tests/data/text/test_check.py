@@ -52,6 +52,14 @@ def cells(lines, title):
     return row.removeprefix(title).split()
 
 
+def test_units_are_counted(check, tmp_path):
+    write(tmp_path / "train.jsonl", ("Ada", "one"), ("Bob", "two"), ("Ada", "three"), ("Ada", "four"))
+    write(tmp_path / "test.jsonl", ("Cy", "here"))
+    code, lines, _ = check(*RECORDS, "data.root=ROOT", "unit=name")
+    assert code == 0 and cells(lines, "units") == ["2", "1"]
+    assert cells(lines, "records of a unit, longest") == ["3", "1"]
+
+
 def test_correct_data_have_no_faults(check, tmp_path):
     write(tmp_path / "train.jsonl", ("Ada", "here"), ("Bob", "there"))
     write(tmp_path / "test.jsonl", ("Cy", "here"))
