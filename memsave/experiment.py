@@ -185,6 +185,8 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     if wants_sharding(trainer):
         shard_model(model, device)
     private = make_private(config, model, mechanism)
+    if private is not None and not private.seeded:
+        torch.seed()  # a known seed would tie the dropout of all examples to which of them are in the batch
     state = make_state(model, trainer, private=private)
     state.data, state.frozen = data_fingerprint(task), frozen
     state.identity = {

@@ -27,7 +27,8 @@ class Index(NamedTuple):
     example: int
     """Number of the training example."""
     draw: int
-    """Number of the draw: the same example looks different in another draw, where it is augmented."""
+    """Number of the draw, which is different for each item. For n examples, draw // n is the occasion: the step of a
+    private run, otherwise the epoch. An example looks different on another occasion, where it is augmented."""
 
 
 def shuffled(size: int, *, batch_size: int, seed: int, start: int = 0) -> Iterator[list[Index]]:

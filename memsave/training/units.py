@@ -104,7 +104,8 @@ class UnitTask:
         if most is not None and len(own) > most:
             generator = np.random.default_rng(_number(self.seed, occasion, name))
             places = sorted(generator.choice(len(own), most, replace=False).tolist())
-        return [Index(own[place], _number(occasion, place, name)) for place in places]
+        size = self.task.size
+        return [Index(own[place], _number(occasion, place, name) * size + own[place]) for place in places]
 
     def load(self, indices: Sequence[Index]) -> Batch:
         """The records of these units on the CPU, (B, R, ...), and the mask of those that exist. Thread-safe."""

@@ -36,8 +36,10 @@ class Records:
 
     def load(self, indices):
         def row(index):
-            seed = [index.example, index.draw % 2**31] if self.augments else [index.example, 0]
-            return torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(hash(tuple(seed))))
+            seed = [index.example, index.draw // self.size] if self.augments else [index.example, 0]
+            return torch.randn(
+                4, dtype=torch.float64, generator=torch.Generator().manual_seed(hash(tuple(seed)) % 2**62)
+            )
 
         rows = torch.stack(list(map(row, indices))) if indices else torch.zeros(0, 4, dtype=torch.float64)
         return {"x": rows[:, :3], "y": rows[:, 3], "id": [index.example for index in indices]}
@@ -129,7 +131,8 @@ def test_a_unit_more_changes_nothing_for_the_others():
         moved = task_of(["new", *mine], records_per_unit=2)
         for unit in (0, 1):
             before, after = task.records(batch[unit]), moved.records(Index(unit + 1, step * moved.size + unit + 1))
-            assert after == [Index(record + 1, draw) for record, draw in before]
+            occasions = [(each.example + 1, each.draw // task.task.size) for each in before]
+            assert [(each.example, each.draw // moved.task.size) for each in after] == occasions
     assert not torch.equal(task.load([Index(0, 0)])["x"], task.load([Index(0, 2)])["x"])  # another step
 
 

@@ -1,7 +1,8 @@
 """Datasets of cases: random crops to train on, and whole volumes to evaluate on.
 
 An example of `TrainingCrops` depends on (seed, draw), its case and the settings alone: its crop and augmentation come
-from a generator that is seeded with (seed, draw). `memsave.data.loader` numbers the draws.
+from a generator that is seeded with (seed, draw, id of the case). Other cases change nothing: in a private run, one
+case more or less must not change the gradients of all others.
 """
 
 import threading
@@ -148,7 +149,7 @@ class TrainingCrops:
             augmentation=self.augmentation,
             spacing=volume["image_spacing"],
             count=count,
-        ).set_random_state(_item_seed(self.seed, draw))
+        ).set_random_state(_item_seed(self.seed, draw, volume["id"]))
         crops = transform({key: volume[key] for key in KEYS})
         # stacking copies; an unchanged crop would otherwise be a view of the cached volume
         return {**{key: torch.stack([_plain(crop[key]) for crop in crops]) for key in KEYS}, "id": volume["id"]}
@@ -229,5 +230,5 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_subclass(torch.Tensor)
 
 
-def _item_seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+def _item_seed(seed: int, draw: int, name: str) -> int:
+    return int(np.random.SeedSequence([seed, draw, *name.encode("utf-8", "surrogatepass")]).generate_state(1)[0])

@@ -130,7 +130,7 @@ class Segmentation:
         if not indices:
             empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1)
             return {"image": empty, "label": empty[:, :1], "id": []}
-        crops = [self.crops.example(each.example, draw=each.draw) for each in indices]
+        crops = [self.crops.example(each.example, draw=each.draw // self.size) for each in indices]
         tensors = {key: torch.stack([crop[key] for crop in crops]) for key in ("image", "label")}
         return {**tensors, "id": [crop["id"] for crop in crops]}
 

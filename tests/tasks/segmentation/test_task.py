@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memsave.config import ConfigError
 from memsave.config.compose import compose, to_objects
 from memsave.data import DataError
-from memsave.data.loader import Index
+from memsave.data.loader import Index, numbered
 from memsave.data.volumes.reader import regions
 from memsave.experiment import make_model, make_task
 from memsave.tasks.segmentation.inference import predict, without_small
 from memsave.tasks.segmentation.losses import region_losses, supervised_losses
-from memsave.tasks.segmentation.task import interval
+from memsave.tasks.segmentation.task import Segmentation, interval
 from memsave.training.loop import first_batch, make_state, run_steps
 from tests.support.tiny_configs import TINY_UNET
 from tests.support.volume_files import SHAPE, decathlon
@@ -246,3 +246,18 @@ def test_the_network_has_the_channels_of_the_data(tmp_path):
     assert channels(brats(tmp_path, "data.layout=msd", "data.modalities=null").data) == (4, 3)
     with pytest.raises(ConfigError, match=r"data\.layout=folder needs data\.modalities"):
         channels(brats(tmp_path, "data.modalities=null").data)
+
+
+def test_a_case_more_changes_no_crop_of_the_others(tmp_path):
+    """In a private run, the presence of a patient must not change the gradients of all others."""
+    few, more = (to_objects(compose([*TINY_UNET, "data.validation_fraction=0.25", f"data.cases={n}"])) for n in (4, 6))
+    tasks = [Segmentation(each.data, trainer=each.trainer, device=torch.device("cpu")) for each in (few, more)]
+    names = [[case.id for case in task.crops.volumes.cases] for task in tasks]
+    shared = sorted({*names[0]} & {*names[1]})
+    assert shared and names[0] != names[1]
+    for step in range(2):
+        crops = []
+        for task, own in zip(tasks, names, strict=True):
+            (batch,) = numbered([[own.index(name) for name in shared]], size=task.size, start=step)
+            crops.append(task.load(batch)["image"])
+        assert torch.equal(*crops)
