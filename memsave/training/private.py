@@ -12,6 +12,7 @@ from torch import nn
 from memsave.config import ConfigError
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.data.loader import Index
+from memsave.files import replacing
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT
@@ -175,7 +176,8 @@ def privacy_result(
 def write_statement(spent: dict[str, Any] | None, folder: Path) -> None:
     """Write `privacy.md`, the statement of the guarantee; nothing without privacy."""
     if spent is not None:
-        (folder / "privacy.md").write_text(_statement(spent))
+        with replacing(folder / "privacy.md") as draft:
+            draft.write_text(_statement(spent))
 
 
 def describe(spent: dict[str, Any]) -> str:
