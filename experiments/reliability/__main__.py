@@ -32,7 +32,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="the longest time for each part")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    forks.preload()
+    if {"kills", "fuzz"} & set(options.parts):
+        forks.preload()
     wrong = 0
     for name in options.parts:
         trials = (QUICK if options.quick else TRIALS)[name]
