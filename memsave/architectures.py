@@ -98,7 +98,7 @@ def _why_not_on_the_hub(name: str) -> str | None:
 
 def _loaded(auto_config: Any, name: str) -> Any:
     try:
-        return auto_config.from_pretrained(name)
+        return auto_config.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} has no configuration that transformers can read ({first_line(error)})") from error
 

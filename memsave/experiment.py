@@ -16,6 +16,7 @@ from torch import nn
 from memsave.config import Config, ConfigError
 from memsave.data import DataError
 from memsave.data.units import identity_of
+from memsave.files import flush_all
 from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
@@ -146,7 +147,12 @@ def _release(config: Config, state: State, task: Task, folder: Path) -> None:
     """Write `model/`, with the averaged weights if there is an average."""
     with averaged(state):
         model = whole_copy(config, state.model)
-        on_main(lambda: task.release(config.adapter.released(model), folder / "model"))
+        on_main(_write_model, config, task, model, folder / "model")
+
+
+def _write_model(config: Config, task: Task, model: nn.Module, folder: Path) -> None:
+    task.release(config.adapter.released(model), folder)
+    flush_all(folder)  # before result.json says that the run has ended
 
 
 def whole_copy(config: Config, model: nn.Module) -> nn.Module:
@@ -231,8 +237,10 @@ def make_task(config: Config, device: torch.device, tokenizer: Any = None, *, pr
 
 def _evaluate_first(config: Config, state: State, task: Task, log: RunLog, *, progress: Progress) -> dict[str, float]:
     """The scores before the first step; their names end in _before."""
-    if not config.trainer.evaluate_first or state.step:
+    if not config.trainer.evaluate_first:
         return {}
+    if state.step:
+        return log.scores_before
     progress.say("evaluating before training")
     with whole(state.model):
         before = {f"{name}_before": score for name, score in task.evaluate(state.model).items()}
@@ -260,7 +268,7 @@ def _train(
         monitor.process_start = process_bytes()
     with progress.bar(trainer.steps, done=state.step) as bar, stop_requested() as stopping:
         for done in _save_on_data_error(
-            run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder
+            run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder, log
         ):
             loss, spent = done.loss, {} if epsilon_monitor is None else epsilon_monitor.metrics()
             log.write({**_logged(done), **spent})
@@ -270,6 +278,7 @@ def _train(
             last = done.step == trainer.steps
             evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
+                log.flush()
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
                 ledger.update()
             if stop:
@@ -322,7 +331,7 @@ def _evaluate_last(state: State, task: Task, log: RunLog, *, progress: Progress)
     return scores
 
 
-def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path) -> Iterator[StepResult]:
+def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path, log: RunLog) -> Iterator[StepResult]:
     """The steps. On DataError, which occurs between two steps, save a checkpoint of the completed steps, then re-raise.
 
     A private run has then drawn a batch without using it. When continued, it draws the same batch.
@@ -332,6 +341,7 @@ def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path)
         yield from steps
     except DataError:
         if state.step > start:
+            log.flush()
             checkpoint.save(state, folder / "checkpoint")
         raise
 

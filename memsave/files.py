@@ -1,6 +1,7 @@
 """Atomic writes: a reader finds the old content or the complete new content, never a part.
 
-Content is written to a temporary path in the same folder, which is then renamed. Standard library alone.
+Content is written to a temporary path in the same folder, flushed to the disk, and renamed: without the flush, a power
+cut can leave an empty file under the new name. Standard library alone.
 """
 
 import errno
@@ -8,12 +9,15 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""The errors of a disk that takes no more data, or no file of this size."""
+NOT_WRITABLE = (*DISK_FULL, errno.EACCES, errno.EPERM)
 """The errors of a disk or a folder that takes no more data."""
 PREVIOUS = ".previous"
 """The suffix of the folder that `replace_folder` replaced."""
@@ -25,7 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".new.{path.name}")
     try:
         yield draft
+        flush(draft)
         draft.replace(path)
+        flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -36,6 +42,14 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
         draft.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, also for text that is nested deeper than Python can read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def create_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Create `folder` with the content that `write(path)` writes to a temporary path.
 
@@ -44,6 +58,7 @@ def create_folder(folder: Path, write: Callable[[Path], object]) -> None:
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         write(draft)
+        flush_all(draft)
         try:
             draft.rename(folder)
         except OSError:
@@ -91,8 +106,7 @@ def drop_draft(folder: Path) -> None:
 def finish_draft(folder: Path) -> None:
     """Flush the draft to the disk, and put it in the place of `folder`, which becomes `.previous`."""
     draft, previous = draft_of(folder), folder.with_name(folder.name + PREVIOUS)
-    for path in (*draft.rglob("*"), draft):
-        flush(path)
+    flush_all(draft)
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
@@ -104,6 +118,21 @@ def newest_folder(folder: Path) -> Path:
     """`folder`, or `.previous` if a process was killed between the two renames of `replace_folder`."""
     previous = folder.with_name(folder.name + PREVIOUS)
     return previous if previous.exists() and not folder.exists() else folder
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def flush_all(folder: Path) -> None:
+    """`flush` a folder and everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
 
 
 def flush(path: Path) -> None:

@@ -38,7 +38,7 @@ from memsave.config import ConfigError
 from memsave.data import DataError
 from memsave.data.errors import collecting_faults, made
 from memsave.data.text.tables import Row, check_encoding, read_rows
-from memsave.files import replacing
+from memsave.files import parse_json, replacing
 from memsave.process_group import own_device
 from memsave.processes import map_in_rounds, on_main, together
 from memsave.progress import Progress
@@ -169,7 +169,7 @@ class Journal:
             path.write_text(json.dumps(settings) + "\n")
             return cls(path, [])
         try:
-            first, *answers = map(json.loads, content[:complete].split(b"\n")[:-1])
+            first, *answers = map(parse_json, content[:complete].split(b"\n")[:-1])
             numbers = [each[LINE] for each in answers]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} cannot be read; delete it, or give another output=") from error

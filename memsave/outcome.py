@@ -1,6 +1,8 @@
 """How a run that did not succeed is reported: its status, its exit code, and one sentence with the remedy."""
 
 import errno
+import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +14,7 @@ from memsave.config import ConfigError
 from memsave.config.compose import to_objects
 from memsave.config.overrides import override
 from memsave.failures import Interrupted, ProcessLost
+from memsave.files import DISK_FULL, newest_folder
 from memsave.processes import process_rank
 
 
@@ -25,7 +28,7 @@ def failed(error: Exception, config: DictConfig, folder: Path) -> tuple[str, int
 
 def interrupted(folder: Path, stop: BaseException) -> tuple[str, int, dict[str, Any]]:
     """Print that the run was interrupted; returns (status, exit code, entries of the result)."""
-    saved = (folder / "checkpoint").exists()
+    saved = newest_folder(folder / "checkpoint").exists()
     print(f"interrupted; continue with {_resume(folder)}" if saved else "interrupted", file=sys.stderr)
     return "interrupted", 130, getattr(stop, "outcome", {})
 
@@ -40,7 +43,7 @@ def explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, in
     from memsave.training.loop import TrainingError
     from memsave.training.memory_error import is_out_of_memory
 
-    saved = (folder / "checkpoint").exists()
+    saved = newest_folder(folder / "checkpoint").exists()
     if isinstance(error, DataError) and saved:
         return "failed", 2, f"{error} Then continue with {_resume(folder)}"
     if isinstance(error, (ConfigError, DataError, CheckpointError, PrivacyError)):
@@ -68,18 +71,26 @@ def explain(error: Exception, config: DictConfig, folder: Path) -> tuple[str, in
 
 
 def _is_disk_fault(error: BaseException, folder: Path) -> bool:
-    """Whether the disk is full or the folder is not writable; safetensors raises an error without an errno."""
+    """Whether the disk is full or the folder is not writable."""
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
         return str(error.filename).startswith(str(folder))
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+    return _error_number(error) in DISK_FULL
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The errno of an error; safetensors writes it into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def disk_message(folder: Path, error: BaseException) -> str:
     """One sentence about a folder that cannot be written."""
-    cause = getattr(error, "strerror", None) or "no space is left on the device"
+    number = _error_number(error)
+    cause = getattr(error, "strerror", None) or os.strerror(errno.ENOSPC if number is None else number)
     path = getattr(error, "filename", None) or folder
-    remedy = f", then continue with {_resume(folder)}" if (folder / "checkpoint").exists() else ""
+    remedy = f", then continue with {_resume(folder)}" if newest_folder(folder / "checkpoint").exists() else ""
     return f"{path} cannot be written ({cause}); free space or give another folder by hydra.run.dir={remedy}"
 
 

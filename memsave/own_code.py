@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from memsave.config import ConfigError
+from memsave.files import parse_json
 
 OF_A_RUN = ("model.safetensors", "result.json", "metrics.jsonl")
 """Files that are in the folder of a run, or of a released model."""
@@ -28,7 +29,7 @@ def read_own_class(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text())["target"])
+        return str(parse_json(path.read_text())["target"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); copy the model's folder again") from error
 

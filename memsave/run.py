@@ -125,15 +125,18 @@ def continue_run(resumed: ResumedRun) -> int:
 @contextmanager
 def _restore_on_failure(folder: Path) -> Iterator[None]:
     """Restore the files of a run if it fails within the context and saves no newer checkpoint."""
+    from memsave.files import replacing
     from memsave.training.result import read_result
 
-    names = ("checkpoint/state.json", "metrics.jsonl", "config.yaml", "result.json", "privacy.md")
+    names = ("metrics.jsonl", "config.yaml", "result.json", "privacy.md")
+    saved = folder / "checkpoint" / "state.json"
+    state = saved.read_bytes() if saved.is_file() else None
     before = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     yield
-    saved = folder / names[0]
-    if read_result(folder).get("status") != "ok" and saved.is_file() and saved.read_bytes() == before.get(names[0]):
+    if read_result(folder).get("status") != "ok" and saved.is_file() and saved.read_bytes() == state:
         for name, content in before.items():
-            (folder / name).write_bytes(content)
+            with replacing(folder / name) as draft:
+                draft.write_bytes(content)
 
 
 def job(config: DictConfig) -> None:
@@ -165,6 +168,7 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
 
     Raises ConfigError if the folder holds another job.
     """
+    from memsave.files import newest_folder
     from memsave.training.result import read_request, read_result
 
     before = read_request(folder)
@@ -176,7 +180,7 @@ def is_done(folder: Path, config: DictConfig, *, request: str) -> bool:
         )
     if before == request and read_result(folder).get("status") == "ok":
         return True
-    if before == request and (folder / "checkpoint").is_dir() and config.trainer.resume is None:
+    if before == request and newest_folder(folder / "checkpoint").is_dir() and config.trainer.resume is None:
         config.trainer.resume = str(folder / "checkpoint")
     return False
 

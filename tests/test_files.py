@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from memsave import files
 from memsave.files import create_folder, newest_folder, replace_folder, replacing, write_json
 
 
@@ -26,6 +27,23 @@ def test_write_json_replaces_the_file(tmp_path):
         write_json(tmp_path / "result.json", content)
         assert json.loads((tmp_path / "result.json").read_text()) == content
     assert names(tmp_path) == ["result.json"]
+
+
+def test_a_draft_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Otherwise a power cut can leave an empty file under the name."""
+    flushed = []
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append((path.name, (tmp_path / "made").exists())))
+    write_json(tmp_path / "made", 1)
+    assert flushed == [(".new.made", False), (tmp_path.name, True)]
+    (tmp_path / "made").unlink()
+    flushed.clear()
+
+    def write(draft):
+        draft.mkdir()
+        (draft / "weights").write_text("1")
+
+    create_folder(tmp_path / "made", write)
+    assert flushed[0] == ("weights", False) and not any(done for _, done in flushed)
 
 
 def test_create_folder_keeps_the_folder_of_a_faster_process(tmp_path):

@@ -49,6 +49,18 @@ def generate(released, tmp_path, capsys):
     return call
 
 
+def change(path, **entries):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def plant_code(folder, name, auto_class):
+    """Name a class of a file in the folder, as models with code of their own do; the file makes another one."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    change(folder / name, auto_map={auto_class: ["evil.Evil", "evil.Evil"] if "Token" in auto_class else "evil.Evil"})
+    if auto_class == "AutoConfig":
+        change(folder / name, model_type="unheard_of")
+
+
 def rows_of(path):
     if not path.exists():
         return None
@@ -301,13 +313,21 @@ def test_columns_of_the_output_are_refused_in_the_input(generate):
         (lambda folder: (folder / "prompt.json").write_text('{"task": "segmentation"}'), "which cannot answer"),
         (lambda folder: (folder / "model.safetensors").write_text("x"), "cannot be loaded as a language model"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer that can be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"model": 1}'), "holds no tokenizer that can be read"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "it is nested too deeply"),
+        (lambda folder: change(folder / "prompt.json", generate={"max_length": 10**30}), "max_length, which is 1000"),
+        (lambda folder: change(folder / "prompt.json", max_prompt_tokens="9"), "max_prompt_tokens, which is '9'"),
+        (lambda folder: change(folder / "prompt.json", prompt="{other}"), "has no usable 'other'; copy the model's"),
+        (lambda folder: plant_code(folder, "config.json", "AutoConfig"), "cannot be loaded as a language model"),
+        (lambda folder: plant_code(folder, "tokenizer_config.json", "AutoTokenizer"), None),
     ],
 )
 def test_a_damaged_model_is_named(generate, released, tmp_path, damage, words):
     folder = shutil.copytree(released[0] / "model", tmp_path / "copy")
     damage(folder)
     code, _, errors = generate("a.jsonl", JSONL, model=folder)
-    assert code == 2 and words in errors
+    assert code == (0 if words is None else 2) and (words or "") in errors
+    assert not (folder / "ran").exists()
 
 
 def test_models_without_a_template_read_the_column_prompt(tmp_path, capsys):

@@ -9,10 +9,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from memsave.config.compose import compose
 from memsave.config.overrides import override
 from memsave.ghost import GhostClipper
-from memsave.run import output_files
+from memsave.run import is_done, output_files
+from memsave.training.result import write_config
 from tests.support.commands import TWO_STEPS, run_command
+from tests.support.tiny_configs import TINY_UNET
 
 
 def test_a_run_writes_its_files(tmp_path):
@@ -233,3 +236,12 @@ def test_tensorboard_has_the_losses_and_scores(run):
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     assert events.Scalars("loss")[-1].value == pytest.approx(result["metrics"]["loss"], rel=1e-6)
     assert events.Scalars("dice")[-1].value == pytest.approx(result["metrics"]["dice"], rel=1e-6)
+
+
+def test_a_job_of_a_sweep_that_was_killed_between_two_renames_continues(tmp_path):
+    """The kill left `checkpoint.previous` alone; `checkpoint` had not been put in its place yet."""
+    config = compose(TINY_UNET)
+    write_config(config, tmp_path, request="job")
+    (tmp_path / "checkpoint.previous").mkdir()
+    assert not is_done(tmp_path, config, request="job")
+    assert config.trainer.resume == str(tmp_path / "checkpoint")

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from safetensors import SafetensorError
 from memsave.config.compose import compose
 from memsave.data import DataError
 from memsave.data.volumes.phantoms import mni
-from memsave.run import execute
+from memsave.outcome import explain
+from memsave.run import _restore_on_failure, execute
 from tests.support.tiny_configs import TINY_UNET
 
 
@@ -79,6 +81,48 @@ def test_a_full_disk_gives_one_sentence_and_no_traceback(run, monkeypatch, error
     assert (code, result["status"]) == (1, "failed")
     assert "cannot be written" in result["error"] and f"trainer.resume={folder}" in result["error"]
     assert not (folder / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EFBIG, "File too large"), SafetensorError("Error while serializing: File too large (os error 27)")],
+)
+def test_a_file_above_the_limit_of_its_file_system_is_reported_as_a_full_disk(tmp_path, error):
+    status, code, message = explain(error, compose(TINY_UNET), tmp_path)
+    assert (status, code) == ("failed", 1)
+    assert message.startswith(f"{tmp_path} cannot be written (File too large); free space")
+
+
+def test_what_a_continued_run_needs_is_flushed_before_the_file_that_needs_it(run, monkeypatch):
+    """A power cut loses the content of files that were not flushed."""
+    flushed, original = [], os.fsync
+
+    def fsync(descriptor):
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, _, folder = run("trainer.checkpoint_every=1")
+    assert code == 0
+    first, log, state, released, result = (
+        flushed.index(name)
+        for name in (".new.config.yaml", "metrics.jsonl", "state.json", "config.json", ".new.result.json")
+    )
+    assert first < log < state < released < result
+    assert flushed.count("metrics.jsonl") == flushed.count("state.json") == 2
+    assert {path.name for path in (folder / "model").iterdir()} <= set(flushed[released - 2 : result])
+
+
+def test_a_failed_continuation_never_writes_into_the_checkpoint(run, monkeypatch):
+    """A kill while the old files are restored must not find a half-written checkpoint."""
+    _, _, folder = run("trainer.checkpoint_every=1")
+    before = (folder / "checkpoint" / "state.json").stat().st_mtime_ns
+    with _restore_on_failure(folder):
+        (folder / "metrics.jsonl").write_text("")
+        (folder / "result.json").unlink()
+    assert (folder / "checkpoint" / "state.json").stat().st_mtime_ns == before
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert json.loads((folder / "result.json").read_text())["status"] == "ok"
 
 
 def test_a_folder_that_cannot_be_created_gives_one_sentence(tmp_path, capsys):

@@ -36,6 +36,7 @@ from memsave.config.older import converted
 from memsave.config.overrides import literal, parse, several
 from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names, options
 from memsave.config.schema import Config
+from memsave.config.yaml_files import read_yaml
 
 VERSION, VERSION_KEY = 3, "schema_version"
 """The version of `config.yaml`. Increase it when the meaning of a key changes, and let `load` convert older files."""
@@ -104,7 +105,7 @@ def to_objects(config: DictConfig) -> Config:
 def load(path: Path) -> Config:
     """Read the `config.yaml` of a run. Raises ConfigError if the file is not the config of a run."""
     try:
-        found = OmegaConf.load(path)
+        found = read_yaml(path)
         if not isinstance(found, DictConfig):
             raise ValueError("it is a list")
         version = found.get(VERSION_KEY, 1)  # version 1 did not write the key
@@ -120,7 +121,7 @@ def load(path: Path) -> Config:
             config[group] = OmegaConf.merge(OmegaConf.structured(component(group, kind)), own)
         rest = {key: value for key, value in found.items() if key not in (*GROUPS, VERSION_KEY)}
         return to_objects(OmegaConf.merge(config, rest))  # type: ignore[arg-type]
-    except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
+    except (OSError, YAMLError, OmegaConfBaseException, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} is not the config of a run ({_first_line(error)}); give the folder of a run"
         ) from error

@@ -1,11 +1,11 @@
 """Loading a trained model from the `model/` of a run, for scripts (`memsave.load`) and for prediction."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from memsave.config import ConfigError
 from memsave.config.compose import load as load_config
+from memsave.files import parse_json
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 AUTO_CLASSES = {
@@ -63,7 +63,7 @@ def _is_language(released: Path) -> bool:
         return True
     path = released / CONFIG
     try:
-        return "model_type" in json.loads(path.read_text())
+        return "model_type" in parse_json(path.read_text())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); copy the model's folder again") from error
 
@@ -75,18 +75,16 @@ def _language_model(released: Path) -> Any:
 
         return load_adapted(released)
     import transformers
-    from safetensors import SafetensorError
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
+    from memsave.tasks.language.pretrained import NO_CODE, readable
 
-    name = (json.loads((released / CONFIG).read_text()).get("architectures") or [""])[0]
-    try:
-        is_pair = transformers.AutoConfig.from_pretrained(released).is_encoder_decoder
+    with readable(lambda reason: f"{released} cannot be loaded as a language model ({reason}); copy it again"):
+        name = (parse_json((released / CONFIG).read_text()).get("architectures") or [""])[0]
+        is_pair = transformers.AutoConfig.from_pretrained(released, **NO_CODE).is_encoder_decoder
         default = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
         found = next((each for ending, each in AUTO_CLASSES.items() if name.endswith(ending)), default)
-        return getattr(transformers, found).from_pretrained(released).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{released} cannot be loaded as a language model ({error}); copy it again") from error
+        return getattr(transformers, found).from_pretrained(released, use_safetensors=True, **NO_CODE).eval()
 
 
 def _register_class(released: Path) -> None:

@@ -2,7 +2,8 @@
 
     checkpoint/model.safetensors       trainable parameters, and buffers, of the model
     checkpoint/optimizer.safetensors   optimizer state as "parameter name/state name", and the random states
-    checkpoint/state.json              the step, the optimizer's name and numbers, and the counts of private training
+    checkpoint/state.json              the step, the optimizer's name and numbers, the counts of private training, and
+                                       the CRC-32 of the two other files, which finds damage to them
 
 A checkpoint replaces the last one atomically, and the last one stays as `checkpoint.previous`: a run that is killed at
 any moment leaves a complete checkpoint. The checkpoint of a private run reveals its noise and must stay secret.
@@ -15,7 +16,7 @@ processes must see the folder. Of a sharded model, each process writes its part 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +26,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memsave.files import PREVIOUS, draft_of, drop_draft, finish_draft, newest_folder, replace_folder, start_draft
+from memsave.files import (
+    PREVIOUS,
+    checksum,
+    draft_of,
+    drop_draft,
+    finish_draft,
+    newest_folder,
+    parse_json,
+    replace_folder,
+    start_draft,
+)
+from memsave.privacy import PrivacyError
 from memsave.processes import gather, is_sharded, on_main, process_count, process_rank, together
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training import shards
@@ -121,6 +133,7 @@ def _write(state: State, folder: Path, *, random: dict[str, Tensor], private: di
         content["private"], tensors = private, {**tensors, **generators}
         (folder / "SECRET.txt").write_text(SECRET)
     save_file({**tensors, **average, **random}, folder / "optimizer.safetensors")
+    content["checksums"] = {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
     (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -139,7 +152,12 @@ def load(state: State, folder: Path) -> None:
         except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
             raise _unreadable(folder, error) from error
     with together():
-        _restore(state, content, tensors, folder=folder)
+        try:
+            _restore(state, content, tensors, folder=folder)
+        except (CheckpointError, PrivacyError):
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # a value of another type
+            raise _unreadable(folder, error) from error
 
 
 def _restore(state: State, content: dict[str, Any], tensors: dict[str, Tensor], *, folder: Path) -> None:
@@ -152,6 +170,7 @@ def _restore(state: State, content: dict[str, Any], tensors: dict[str, Tensor], 
         )
     generators = _take(tensors, PRIVATE)
     if state.private is not None:
+        _check_kinds(content["private"], like=state.private.state_dict())
         state.private.load_state_dict({**content["private"], **generators})
     for name, tensor in _unique_tensors(state.model).items():
         copy_shard(tensor, model[name])
@@ -162,7 +181,7 @@ def _restore(state: State, content: dict[str, Any], tensors: dict[str, Tensor], 
     if state.scaler is not None and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     best = content["best"]
-    state.best = None if best is None else (best[0], best[1])
+    state.best = None if best is None else (float(best[0]), int(best[1]))
     _restore_random_state(state.model, _take(tensors, RANDOM))
     _restore_optimizer(state, _take(tensors, OPTIMIZER), content["numbers"])
     state.step = content["step"]
@@ -183,7 +202,7 @@ def read_noise_multiplier(folder: Path) -> float | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of the checkpoint, given its folder or the run's; empty if it is missing or unreadable."""
     try:
-        found = json.loads((_checkpoint_in(folder) / "state.json").read_text())
+        found = parse_json((_checkpoint_in(folder) / "state.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -201,10 +220,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / "state.json").is_file():
         raise CheckpointError(f"there is no checkpoint in {folder}; name a run's folder, or its checkpoint/")
     try:
-        content = json.loads((folder / "state.json").read_text())
+        content = parse_json((folder / "state.json").read_text())
         content["step"] = int(content["step"])
         for key in ("optimizer", "numbers", "private", "identity", "best"):
             content[key]
+        for name, expected in content.get("checksums", {}).items():  # older versions wrote none
+            if checksum(folder / Path(name).name) != expected:
+                raise ValueError(f"{name} is damaged: its CRC-32 is not that of state.json")
         path = folder / "model.safetensors"
         model = {} if (folder / SHARDS).is_dir() else {MODEL + name: each for name, each in load_file(path).items()}
         others = load_file(folder / "optimizer.safetensors")
@@ -251,6 +273,18 @@ def _check_run(state: State, content: dict[str, Any], *, folder: Path) -> None:
             f"the checkpoint in {folder} is of a run {'without' if content['private'] is None else 'with'} privacy; "
             f"continue with the same privacy=, because all steps are accounted for together"
         )
+
+
+def _check_kinds(found: Any, *, like: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `found` has a value of the same kind for each entry of `like` that is no tensor."""
+    for key, expected in like.items():
+        value: Any = None if isinstance(expected, Tensor) else found[key]
+        if isinstance(expected, dict):
+            _check_kinds(value, like=expected)
+        elif isinstance(expected, float):
+            float(value)
+        elif isinstance(expected, (int, str)) and type(value) is not type(expected):
+            raise ValueError(f"{key} is {value!r}")
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

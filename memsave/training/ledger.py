@@ -10,7 +10,6 @@ The ledger belongs to a machine and knows only runs with noise in their config. 
 added up by `python -m memsave.account`.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memsave.data.cache import cache_root
-from memsave.files import write_json
+from memsave.files import parse_json, write_json
 from memsave.processes import process_rank
 from memsave.training.loop import State
 from memsave.training.private import round_up, why_no_guarantee
@@ -40,7 +39,7 @@ def read_entries(data: str) -> list[Spending]:
 
 def _read(path: Path, *, data: str) -> Spending:
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
         steps = max(content["steps"], content["planned_steps"]) if content["unfinished"] else content["steps"]
         known = {key: value for key, value in content.items() if key in FIELDS}
         found = Spending(**{**known, "run": path.stem, "data": data, "steps": int(steps)})
@@ -173,6 +172,6 @@ def _bound(which: str, found: Total) -> dict[str, Any]:
 def _taken(path: Path) -> int:
     """The steps in an entry; 0 if it cannot be read."""
     try:
-        return int(json.loads(path.read_text())["steps"])
+        return int(parse_json(path.read_text())["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

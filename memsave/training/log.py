@@ -1,11 +1,11 @@
 """The log of a run: `metrics.jsonl`, one JSON object a line, and optionally TensorBoard events."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memsave.files import flush, parse_json, replacing
 from memsave.processes import process_rank
 from memsave.training.result import append_line
 
@@ -24,13 +24,17 @@ class RunLog:
     def __init__(self, folder: Path, *, tensorboard: bool = False, step: int = 0):
         self.path = folder / "metrics.jsonl"
         self.writes = process_rank() == 0
+        self.scores_before: dict[str, float] = {}
+        """The scores before the first step, of a run that is continued in its folder."""
         self.events: Any = None
         if not self.writes:
             return
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)  # a power cut leaves any bytes
             kept = [line for line in lines if step and _step_of(line) <= step]
-            self.path.write_text("".join(kept))
+            with replacing(self.path) as draft:
+                draft.write_text("".join(kept))
+            self.scores_before = _scores_before(kept)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -47,10 +51,21 @@ class RunLog:
                     self.events.add_scalar(name, value, content["step"])
             self.events.flush()
 
+    def flush(self) -> None:
+        """Flush the lines to the disk. A power cut then loses no line of a step that a later checkpoint contains."""
+        if self.writes and self.path.exists():
+            flush(self.path)
+
 
 def _step_of(line: str) -> float:
     """The step of a line; infinity for an incomplete line."""
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _scores_before(lines: Sequence[str]) -> dict[str, float]:
+    """The entries of step 0 whose names end in _before."""
+    found = [parse_json(line) for line in lines if _step_of(line) == 0]
+    return {name: value for each in found for name, value in each.items() if name.endswith("_before")}

@@ -13,6 +13,7 @@ from memsave.config import ConfigError
 from memsave.config.schema import Config, GhostPrivacy
 from memsave.data.loader import Index
 from memsave.data.units import unit_key
+from memsave.files import replacing
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
 from memsave.privacy.accountants import PRV_LIMIT
@@ -229,7 +230,8 @@ def _curve(mechanism: Mechanism, steps: int) -> list[tuple[float, float]]:
 def write_statement(spent: dict[str, Any] | None, folder: Path) -> None:
     """Write `privacy.md`, the statement of the guarantee; nothing without privacy."""
     if spent is not None:
-        (folder / "privacy.md").write_text(_statement(spent))
+        with replacing(folder / "privacy.md") as draft:
+            draft.write_text(_statement(spent))
 
 
 def describe(spent: dict[str, Any]) -> str:

@@ -15,13 +15,15 @@ from yaml import YAMLError
 from memsave._version import __version__
 from memsave.config import Config
 from memsave.config.compose import VERSION, VERSION_KEY
+from memsave.config.yaml_files import read_yaml
+from memsave.files import parse_json, replacing
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """`result.json` of a run's folder; empty if it is missing or incomplete."""
     path = folder / "result.json"
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = parse_json(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -31,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.yaml` of a run's folder; empty if it is missing or unreadable."""
     path = folder / "config.yaml"
     try:
-        found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        found: Any = OmegaConf.to_container(read_yaml(path)) if path.is_file() else {}
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return {}
     return found if isinstance(found, dict) else {}
@@ -55,7 +57,8 @@ def write_config(
     notes = {"request": request or read_request(folder), "experiment": experiment or read_experiment(folder)}
     first = "".join(f"# {key} {value}\n" for key, value in notes.items() if value is not None)
     version = f"{VERSION_KEY}: {VERSION}\n"
-    path.write_text(first + version + OmegaConf.to_yaml(found, resolve=True))
+    with replacing(path) as draft:
+        draft.write_text(first + version + OmegaConf.to_yaml(found, resolve=True))
 
 
 def request_digest(config: DictConfig) -> str:

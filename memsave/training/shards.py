@@ -1,5 +1,7 @@
 """Tensors of a sharded state on disk, by torch.distributed.checkpoint; another number of processes can read them."""
 
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,20 @@ import torch
 from torch import Tensor
 
 from memsave.processes import process_count
+
+METADATA = ".metadata"
+PLAIN = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+}  # fmt: skip
+"""The names that the pickle of the metadata of tensors contains, by module; all dtypes of torch belong to them."""
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -26,10 +42,12 @@ def write(tensors: dict[str, Tensor], folder: Path) -> None:
 def read(folder: Path, *, like: dict[str, Tensor], others: Callable[[str, torch.Size], Tensor]) -> dict[str, Tensor]:
     """The tensors in the folder, each with the shards of the tensor of its name in `like`, or of `others(name, shape)`.
 
-    All processes call it together. Raises OSError or ValueError if the folder is not complete.
+    All processes call it together. Raises OSError or ValueError if the folder is not complete, and UnpicklingError
+    before anything runs that a stranger's folder names.
     """
     from torch.distributed import checkpoint
 
+    _PlainUnpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
     reader = checkpoint.FileSystemReader(folder)
     found: dict[str, Any] = {}
     for key, entry in reader.read_metadata().state_dict_metadata.items():
@@ -46,3 +64,16 @@ def read(folder: Path, *, like: dict[str, Tensor], others: Callable[[str, torch.
 def _first(error: Any) -> BaseException:
     """The first error of a process."""
     return next((each[0] for each in error.failures.values()), error)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads the metadata, which torch.distributed.checkpoint pickles, if they are those of tensors alone.
+
+    Metadata of other values would let torch unpickle these values without any check.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or dtype of this name. Raises UnpicklingError if tensors do not need it."""
+        if name in PLAIN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which no checkpoint of memsave holds")

@@ -1,10 +1,10 @@
 """`Spending` of runs, read from their folders: of finished, interrupted, failed and killed runs, and of plain ones."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from memsave.files import parse_json
 from memsave.privacy import Mechanism
 from memsave.training.checkpoint import read_state
 from memsave.training.private import why_no_guarantee
@@ -114,7 +114,7 @@ def _logged_steps(folder: Path) -> int:
         return 0
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
+            return int(parse_json(line)["step"])
         except (ValueError, KeyError, TypeError):
             continue  # a line that was cut off
     return 0

@@ -1,5 +1,6 @@
 """Checkpoints are complete, and a resumed run equals an uninterrupted one."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from memsave import files
 from memsave.config.schema import OptimizerConfig
+from memsave.privacy import Mechanism, PrivateGradients
 from memsave.training import checkpoint
 from memsave.training.loop import make_state, run_steps
 from tests.support.linear_task import Lines, line_model, trainer
@@ -92,6 +94,54 @@ def test_the_learning_rate_follows_this_runs_settings(tmp_path):
     assert state.optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_one_flipped_bit_in_the_numbers_is_found(tmp_path, name):
+    """Weights, moments and the state of the generators have no structure that would show it."""
+    _, folder = saved(tmp_path)
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} is damaged: its CRC-32"):
+        checkpoint.load(make_state(line_model(), trainer()), folder)
+
+
+@pytest.mark.parametrize(
+    "entries", [{"best": "high"}, {"numbers": []}, {"identity": 1}, {"processes": 1}, {"best": [[], 1]}, {"step": None}]
+)
+def test_a_state_of_another_type_is_refused(tmp_path, entries):
+    state, folder = saved(tmp_path)
+    state.identity = {"trainer.seed": 0}
+    path = folder / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+        checkpoint.load(state, folder)
+
+
+@pytest.mark.parametrize("entries", [{"steps": []}, {"steps": "1"}, {"seeded": 0}, {"clipped": None}])
+def test_a_private_state_of_another_type_is_refused(tmp_path, entries):
+    pytest.importorskip("opacus")
+    model = line_model()
+    private = PrivateGradients(model, Mechanism(48, 6, 1.0, 0.5, delta=1e-3, accountant="rdp"), seed=0)
+    state = make_state(model, trainer(), private=private)
+    checkpoint.save(state, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "state.json"
+    content = json.loads(path.read_text())
+    content["private"].update(entries)
+    path.write_text(json.dumps(content))
+    with pytest.raises(checkpoint.CheckpointError, match=f"{next(iter(entries))} is "):
+        checkpoint.load(state, tmp_path / "checkpoint")
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksums(tmp_path):
+    _, folder = saved(tmp_path)
+    content = json.loads((folder / "state.json").read_text())
+    del content["checksums"]
+    (folder / "state.json").write_text(json.dumps(content))
+    other = make_state(line_model(), trainer())
+    checkpoint.load(other, folder)
+    assert other.step == 1
+
+
 def test_checkpoints_that_cannot_be_continued_are_refused(tmp_path):
     _, folder = saved(tmp_path)
     state = make_state(torch.nn.Linear(2, 2), trainer())
@@ -109,6 +159,9 @@ def test_checkpoints_that_cannot_be_continued_are_refused(tmp_path):
     (folder / "state.json").write_text(text)
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(checkpoint.CheckpointError, match=r"cannot be read .*; continue from another"):
+        checkpoint.load(state, folder)
+    (folder / "state.json").write_text("[" * 10**5)
+    with pytest.raises(checkpoint.CheckpointError, match="it is nested too deeply"):
         checkpoint.load(state, folder)
     shutil.copytree(folder, folder.with_name("checkpoint.previous"))
     with pytest.raises(checkpoint.CheckpointError, match=r"; continue from the previous one, .*checkpoint\.previous"):

@@ -8,7 +8,6 @@ As in the experiments of Li et al. (2022), the prompt is `s : r : o | s : r : o`
 text is a record of its own.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from memsave.data.errors import DataError, made, read_each
 from memsave.data.text.config import RecordsData
 from memsave.data.text.records import Record
 from memsave.data.text.tables import read_text
+from memsave.files import parse_json
 
 TRAINING, HELD_OUT = "train", ("test", "dev")
 
@@ -60,7 +60,7 @@ def read_dart(path: str | Path) -> list[Record]:
     """The records of one file, one for each text, in its order. Raises DataError; no entry is skipped."""
     path = Path(path).expanduser()
     try:
-        entries = json.loads(read_text(path))
+        entries = parse_json(read_text(path))
     except ValueError as error:
         if isinstance(error, DataError):
             raise

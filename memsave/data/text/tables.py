@@ -19,6 +19,7 @@ from typing import Any
 from memsave.config.errors import ConfigError
 from memsave.config.fields import closest
 from memsave.data.errors import DataError, faults_so_far, made, report
+from memsave.files import parse_json
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".jsonl")
@@ -189,7 +190,7 @@ def _objects(path: Path, text: str) -> Iterator[Row]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError as error:
         state = f"not JSON ({error})" if line.strip() else "empty"
         raise DataError(f"{where} is {state}: give one JSON object per line.") from error

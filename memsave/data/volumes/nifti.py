@@ -123,7 +123,7 @@ class _Readable:
         from nibabel.wrapstruct import WrapStructError
 
         of_nibabel = (ImageFileError, HeaderDataError, WrapStructError)
-        if isinstance(error, (OSError, EOFError, ValueError, TypeError, zlib.error, *of_nibabel)):
+        if isinstance(error, (OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error, *of_nibabel)):
             cause = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"{self.path} is not a readable NIfTI file ({cause}): download or copy it again."

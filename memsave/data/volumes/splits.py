@@ -1,7 +1,6 @@
 """Splits into training and held-out cases: random, by folds, or from a file. Scans of a patient stay together."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from memsave.data.errors import DataError
 from memsave.data.volumes.layouts import Case
+from memsave.files import parse_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -99,8 +99,8 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path} cannot be read ({error}): give a JSON or CSV file as the split.") from error
     if path.suffix == ".json":
         try:
-            splits = json.loads(text)
-        except json.JSONDecodeError as error:
+            splits = parse_json(text)
+        except ValueError as error:
             raise DataError(f"{path} is not JSON ({error}): correct it.") from error
         if not isinstance(splits, Mapping) or not all(isinstance(ids, list) for ids in splits.values()):
             raise DataError(f'{path} does not have the form {{"train": [ids], "validation": [ids]}}: rewrite it.')

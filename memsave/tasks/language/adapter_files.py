@@ -1,6 +1,5 @@
 """Files of language models with adapters: `model/` as PEFT writes it, or the whole model."""
 
-import json
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from memsave.config import ConfigError
+from memsave.files import parse_json
 from memsave.models.padding import base_of
 from memsave.own_code import write_own_class
 from memsave.processes import class_of
@@ -60,11 +60,11 @@ def merged(model: Any) -> nn.Module:
 def load_adapted(folder: Path) -> Any:
     """The base model of the adapter in a folder, with the adapter, in eval mode on the CPU. Raises ConfigError."""
     from peft import PeftModel
-    from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.utils import logging
 
     import memsave.models.rev_gpt2  # noqa: F401 (registers the class with AutoModelForCausalLM)
+    from memsave.tasks.language.pretrained import NO_CODE, readable
 
     name = _base_name(folder)
     _refuse_missing(name, folder)
@@ -72,12 +72,10 @@ def load_adapted(folder: Path) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # the head of a classifier is not in the base model, but beside the adapter
     try:
-        config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else name)
-        base = _class_of(config).from_pretrained(name, config=config, dtype=torch.float32)
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{folder} cannot be loaded as an adapter of {name} ({lines[0]}); copy it again") from error
+        with readable(lambda reason: f"{folder} cannot be loaded as an adapter of {name} ({reason}); copy it again"):
+            config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else name, **NO_CODE)
+            base = _class_of(config).from_pretrained(name, config=config, dtype=torch.float32, **NO_CODE)
+            return PeftModel.from_pretrained(base, str(folder)).eval()
     finally:
         logging.set_verbosity(before)
 
@@ -85,7 +83,7 @@ def load_adapted(folder: Path) -> Any:
 def _base_name(folder: Path) -> str:
     path = folder / ADAPTER
     try:
-        name = json.loads(path.read_text())["base_model_name_or_path"]
+        name = parse_json(path.read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); copy the model's folder again") from error
     if not name:
@@ -110,5 +108,6 @@ def _class_of(config: Any) -> Any:
     """The class of transformers that the config names; for classes outside of it, that of a causal language model."""
     import transformers
 
-    named = (config.architectures or [""])[0]
-    return getattr(transformers, named, None) or transformers.AutoModelForCausalLM
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if is_model else transformers.AutoModelForCausalLM

@@ -4,8 +4,7 @@
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +16,14 @@ from memsave.data.errors import DataError
 from memsave.data.text.own_records import Template
 from memsave.data.text.pairs import input_tokens
 from memsave.data.text.tables import Row
+from memsave.files import parse_json
 from memsave.tasks.language.decoding import write_texts
+from memsave.tasks.language.pretrained import usable_positions
 from memsave.tasks.loading import load_model
 
 PROMPT = "prompt.json"
+
+MOST_BEAMS = 1024
 
 
 class Answerer(Protocol):
@@ -51,6 +54,12 @@ class TextAnswerer:
         self.template = Template(form["template"], key="data.prompt") if form.get("template") else None
         self.is_pair = form.get("model") == "encoder_decoder"
         self.digest = ""
+        options, positions = form["generate"], None if self.is_pair else usable_positions(model.config)
+        self.most = _whole_number(form, "max_prompt_tokens")
+        self.limit = _whole_number(options, "max_length" if options.get("max_length") else "max_new_tokens", positions)
+        self.beams = _whole_number(options, "num_beams", MOST_BEAMS)
+        self.around = "{prompt}" if self.is_pair else form["prompt"]
+        self.around.format(prompt="")  # raises if it is no template
 
     def read(self, row: Row) -> list[int]:
         """The tokens of a prompt: of the template of training over the columns, or of the column `prompt`.
@@ -65,9 +74,10 @@ class TextAnswerer:
         if not prompt.strip():
             raise DataError(f"{row.where} has an empty prompt: fill it in or delete the line.")
         tokens, count = self._tokens(prompt)
-        most = self.form["max_prompt_tokens"]
-        if count > most:
-            raise DataError(f"{row.where} has a prompt of {count} tokens: the model takes at most {most}; shorten it.")
+        if count > self.most:
+            raise DataError(
+                f"{row.where} has a prompt of {count} tokens: the model takes at most {self.most}; shorten it."
+            )
         return tokens
 
     def _tokens(self, prompt: str) -> tuple[list[int], int]:
@@ -75,19 +85,24 @@ class TextAnswerer:
         if self.is_pair:
             tokens = input_tokens(prompt, self.tokenizer)
             return tokens, len(tokens)
-        form = self.form["prompt"]
-        around = self.tokenizer(form.format(prompt=""), add_special_tokens=False).input_ids
-        tokens = self.tokenizer(form.format(prompt=prompt), add_special_tokens=False).input_ids
+        around = self.tokenizer(self.around.format(prompt=""), add_special_tokens=False).input_ids
+        tokens = self.tokenizer(self.around.format(prompt=prompt), add_special_tokens=False).input_ids
         return list(tokens), len(tokens) - len(around)
 
     def answer(self, inputs: Sequence[list[int]]) -> list[dict[str, Any]]:
         """The generated texts, by beam search as in the evaluations of training."""
-        options = self.form["generate"]
-        limit = options.get("max_length") or options["max_new_tokens"]
-        known: dict[str, Any] = {"max_length": limit, "beams": options["num_beams"], "device": self.device}
+        known: dict[str, Any] = {"max_length": self.limit, "beams": self.beams, "device": self.device}
         with torch.inference_mode():
             texts = write_texts(self.model, self.tokenizer, inputs, batch_size=len(inputs), **known)
             return [{"generated": text} for text in texts]
+
+
+def _whole_number(form: Mapping[str, Any], key: str, most: int | None = None) -> int:
+    """The number of this key. Raises KeyError without it, and ValueError for any other value than 1 to `most`."""
+    value = form[key]
+    if type(value) is not int or value < 1 or (most is not None and value > most):
+        raise ValueError(f"{key}, which is {value!r}")
+    return value
 
 
 def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
@@ -96,7 +111,7 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
     if released is None:
         raise ConfigError(f"{folder} holds no {PROMPT}; give the folder of a run of a language task, or its model/")
     try:
-        form = json.loads((released / PROMPT).read_text())
+        form = parse_json((released / PROMPT).read_text())
         kind = form.get("task", "generation")  # runs of older versions have no other task
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{released / PROMPT} cannot be read; copy the model's folder again") from error
@@ -109,8 +124,8 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
     model = load_model(released).to(device)
     try:
         answerer: Answerer = make(model, _tokenizer(released), form=form, device=device)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{released / PROMPT} lacks {error}; copy the model's folder again") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{released / PROMPT} has no usable {error}; copy the model's folder again") from error
     answerer.digest = _digest(released)
     return answerer
 
@@ -118,10 +133,10 @@ def load_answerer(folder: Path, *, device: torch.device) -> Answerer:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no tokenizer that can be read; copy the model's folder again") from error
+    from memsave.tasks.language.pretrained import NO_CODE, readable
+
+    with readable(lambda reason: f"{folder} holds no tokenizer that can be read ({reason}); copy it again"):
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
 
 
 def _digest(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Pretrained language models and their tokenizers: `model=gpt2`, or another one by name or folder."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,11 @@ from memsave.config.schema import ModelConfig
 from memsave.models.language import fuse_gelu
 from memsave.own_code import import_class
 from memsave.progress import Progress
+from memsave.training.memory_error import is_out_of_memory
 
 HUB_TIMEOUT = 10.0  # seconds
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""For `from_pretrained`: without it, transformers asks the user whether to run the code in the folder of a model."""
 GPT2_SIZES: dict[str, dict[str, Any]] = {  # used without a request to the hub
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -164,14 +167,12 @@ def load_pretrained(name: str, purpose: Purpose) -> tuple[nn.Module, Any]:
     logging.disable_progress_bar()
     folder = reachable(name)
     _check_purpose(purpose, read_architecture(name, folder), name)
-    try:
+    with readable(lambda reason: _cannot_be_loaded(name, purpose, reason)):
         with _without_report() if purpose.kind == "classification" else nullcontext():
             model, report = purpose.auto_class.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **purpose.options
+                folder, dtype=torch.float32, output_loading_info=True, **purpose.options, **NO_CODE
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_be_loaded(name, purpose, error)) from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     _complete_tokenizer(tokenizer, purpose, name)
     if purpose.kind == "classification":
         _check_body(model, report["missing_keys"], name)
@@ -206,12 +207,25 @@ def read_tokenizer(name: str) -> Any:
     """The tokenizer of a model by name or folder. Raises ConfigError."""
     from transformers import AutoTokenizer
 
+    folder = reachable(name)
+    with readable(lambda reason: f"{name} has no tokenizer that transformers can load ({reason}); give another model"):
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
+
+
+@contextmanager
+def readable(message: Callable[[str], str]) -> Iterator[None]:
+    """Context that reads the files of a model: an error becomes ConfigError(message(its first line)).
+
+    A damaged file raises errors of many libraries; tokenizers raises Exception itself.
+    """
     try:
-        return AutoTokenizer.from_pretrained(reachable(name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{name} has no tokenizer that transformers can load ({_first_line(error)}); give another model"
-        ) from error
+        yield
+    except (ConfigError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(message(_first_line(error))) from error
 
 
 def with_random_weights(model: Any) -> nn.Module:
@@ -239,12 +253,8 @@ def read_architecture(name: str, folder: str) -> Any:
     """The transformers config in a folder or on the hub. Raises ConfigError."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{name} holds no model that transformers knows ({_first_line(error)}); give another model.name"
-        ) from error
+    with readable(lambda reason: f"{name} holds no model that transformers knows ({reason}); give another model.name"):
+        return AutoConfig.from_pretrained(folder, **NO_CODE)
 
 
 def _check_purpose(purpose: Purpose, architecture: Any, name: str) -> None:
@@ -257,9 +267,9 @@ def _check_purpose(purpose: Purpose, architecture: Any, name: str) -> None:
         )
 
 
-def _cannot_be_loaded(name: str, purpose: Purpose, error: Exception) -> str:
+def _cannot_be_loaded(name: str, purpose: Purpose, reason: str) -> str:
     return (
-        f"{name} cannot be loaded as {purpose.description} with its tokenizer ({_first_line(error)}); give a "
+        f"{name} cannot be loaded as {purpose.description} with its tokenizer ({reason}); give a "
         f"model.name that transformers' {HEADS[purpose.kind][1]} and AutoTokenizer load"
     )
 

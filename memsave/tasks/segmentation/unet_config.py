@@ -16,6 +16,7 @@ from memsave.config import ConfigError
 from memsave.data.volumes.config import SegmentationData
 from memsave.data.volumes.layouts import LAYOUTS
 from memsave.data.volumes.schemes import SCHEMES, LabelScheme
+from memsave.files import parse_json
 from memsave.models import ReversibleUNet3d
 from memsave.tasks.segmentation.networks import rebuild
 
@@ -73,7 +74,7 @@ class UNetConfig:
     def read(cls, path: Path) -> "UNetConfig":
         """Read the file of `write`. Raises ConfigError for any other file."""
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             if content["kind"] != KIND:
                 raise ValueError(f"its kind is {content['kind']!r} and should be {KIND!r}")
             found = cls(**{name: content[name] for name in cls.__dataclass_fields__})

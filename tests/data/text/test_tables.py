@@ -83,6 +83,7 @@ def test_what_the_csv_module_writes_is_read(tmp_path_factory, values):
         ("a.jsonl", '{"a": 1}\nx\n', r"line 2, is not JSON .*give one JSON object per line"),
         ("a.jsonl", '{"a": 1}\n\n{"a": 1}\n', r"line 2, is empty: give one"),
         ("a.jsonl", '{"a": 1}\n[1]\n', r"line 2, is a JSON list: give one"),
+        ("a.jsonl", "[" * 10**5 + "\n", r"line 1, is not JSON \(it is nested too deeply\)"),
         ("a.jsonl", "true\n", r"line 1, is a JSON boolean"),
         ("a.jsonl", "3\n", r"line 1, is a JSON number"),
     ],

@@ -1,6 +1,7 @@
 """Supported files: compressed or not, with any name, and with any real voxel type."""
 
 import gzip
+import struct
 import warnings
 from dataclasses import replace
 
@@ -56,6 +57,18 @@ def test_training_check_and_prediction_read_the_same_files(tmp_path, write_case,
     np.testing.assert_array_equal(read_label(case), before.label)
     assert check_cases([case]) == check_cases([case], images=False) == []
     assert capfd.readouterr().err == ""  # no warning of nibabel
+
+
+@pytest.mark.parametrize("offset", [np.inf, 1e30])
+@pytest.mark.parametrize("part", ["t2", "seg"])
+def test_voxels_behind_every_file_are_reported(tmp_path, write_case, part, offset):
+    case, path = write_case("A"), tmp_path / "A" / f"A_{part}.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<f", content, 108, offset)  # vox_offset
+    path.write_bytes(gzip.compress(bytes(content)))
+    for images in (True, False):
+        (fault,) = check_cases([case], images=images)
+        assert f"A_{part}.nii.gz is not a readable NIfTI file (" in fault
 
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])

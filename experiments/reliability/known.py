@@ -1,0 +1,21 @@
+"""What the mutants need to know: the tests of each file, and the mutants that do not change what the code does."""
+
+TESTS: dict[str, tuple[str, ...]] = {
+    "ghost/gradient_products.py": ("ghost/test_gradient_forms.py",),
+    "ghost/gradients.py": ("ghost/test_gradient_forms.py",),
+    "ghost/rules/linear.py": ("ghost/test_layers.py",),
+    "ghost/rules/embedding.py": ("ghost/test_layers.py",),
+    "ghost/rules/norm.py": ("ghost/test_layers.py", "ghost/test_norm_forwards.py"),
+    "ghost/rules/norm_forwards.py": ("ghost/test_norm_forwards.py",),
+    "reversible/coupling.py": ("reversible/test_couplings.py",),
+    "reversible/steps.py": ("reversible/test_sequence.py",),
+    "reversible/recompute_context.py": ("reversible/test_sequence.py",),
+    "reversible/stream_nodes.py": ("reversible/test_sequence.py",),
+}
+"""Tests by source file below `memsave/`, beside the test file of the same path."""
+LATER = tuple(
+    f"memsave/privacy/{name}.py" for name in ("accounting", "sampling", "noise", "randomness", "gradients", "monitor")
+)
+"""Files that are not mutated yet."""
+EQUIVALENT: dict[str, str] = {}
+"""By the name of a mutant, why no test can notice it."""

@@ -1,0 +1,117 @@
+"""Mutants of a source file: copies with one small change, which a test should notice.
+
+Messages of errors, docstrings and annotations are not changed.
+"""
+
+import ast
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+SWAPPED: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Break: ast.Continue, ast.Continue: ast.Break,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    path: str
+    line: int
+    before: str
+    after: str
+    source: str
+    """The whole changed file."""
+
+    @property
+    def name(self) -> str:
+        """The file, what is changed and to what, without the line, which later changes would move."""
+        return f"{self.path}: {self.before} -> {self.after}"
+
+
+def places(text: str) -> list[tuple[int, int]]:
+    """(number of a node, number of a change of it) of all mutants of a source."""
+    nodes = enumerate(_nodes(ast.parse(text)))
+    return [(number, each) for number, (node, _) in nodes for each, _ in enumerate(_changes(node))]
+
+
+def make(path: str, text: str, place: tuple[int, int]) -> Mutant:
+    """The mutant of a place."""
+    tree = ast.parse(text)
+    node, parents = next(itertools.islice(_nodes(tree), place[0], None))
+    change = next(itertools.islice(_changes(node), place[1], None))
+    line = getattr(node, "lineno", 0)
+    statement = next((each for each in (node, *reversed(parents)) if isinstance(each, ast.stmt)), node)
+    before = _short(statement)
+    change(node, parents)
+    ast.fix_missing_locations(tree)
+    after = _short(statement)
+    return Mutant(path, line, before, after if after != before else "deleted", ast.unparse(tree))
+
+
+def _short(node: ast.AST) -> str:
+    """The first line of a statement."""
+    return ast.unparse(node).splitlines()[0]
+
+
+def _nodes(tree: ast.AST, parents: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
+    """(node, its parents) of all nodes that may change."""
+    for name, value in ast.iter_fields(tree):
+        if name in ("annotation", "returns", "decorator_list"):
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, ast.AST) and not isinstance(each, (ast.JoinedStr, ast.Import, ast.ImportFrom)):
+                yield each, (*parents, tree)
+                if not isinstance(each, ast.Raise) and "TYPE_CHECKING" not in _test_of(each):
+                    yield from _nodes(each, (*parents, tree))
+
+
+def _test_of(node: ast.AST) -> str:
+    return ast.unparse(node.test) if isinstance(node, ast.If) else ""
+
+
+Change = Callable[[Any, Any], None]
+
+
+def _changes(node: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPPED:
+        yield lambda node, _: node.ops.__setitem__(0, SWAPPED[type(node.ops[0])]())
+    if isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)) and type(node.op) in SWAPPED:
+        yield lambda node, _: setattr(node, "op", SWAPPED[type(node.op)]())
+    if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+        yield lambda node, _: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+        other = not node.value if isinstance(node.value, bool) else node.value + 1
+        yield lambda node, _: setattr(node, "value", other)
+    if isinstance(node, ast.Call):
+        for number in range(len(node.keywords)):
+            yield lambda node, _, number=number: node.keywords.pop(number)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield lambda node, parents: _replace(node, node.operand, parents[-1])
+    if isinstance(node, ast.Return) and node.value is not None and not _is_none(node.value):
+        yield lambda node, _: setattr(node, "value", ast.Constant(None))
+    if isinstance(node, (ast.Raise, ast.AugAssign, ast.Delete)) or _is_call(node):
+        yield lambda node, parents: _replace(node, ast.Pass(), parents[-1])
+    if isinstance(node, (ast.Break, ast.Continue)):
+        yield lambda node, parents: _replace(node, SWAPPED[type(node)](), parents[-1])
+
+
+def _is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def _replace(node: ast.AST, other: ast.AST, parent: ast.AST) -> None:
+    for name, value in ast.iter_fields(parent):
+        if value is node:
+            setattr(parent, name, other)
+        elif isinstance(value, list) and any(each is node for each in value):
+            value[:] = [other if each is node else each for each in value]

@@ -1,0 +1,55 @@
+"""`experiments.reliability`: its mutants, its damage, and a few of its attacks."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.reliability import damage
+from experiments.reliability.mutations import make, places
+
+TEXT = '''
+def f(x, y=1):
+    """Return 2."""
+    if x < y:
+        raise ValueError(f"{x + 1} is too small")
+    return g(x, scale=-3) or x + 1
+'''
+EXPECTED = {
+    ("def f(x, y=1):", "def f(x, y=2):"),
+    ("if x < y:", "if x <= y:"),
+    ("if x < y:", "if not x < y:"),
+    ("return g(x, scale=-3) or x + 1", "return None"),
+    ("return g(x, scale=-3) or x + 1", "return g(x, scale=-3) and x + 1"),
+    ("return g(x, scale=-3) or x + 1", "return g(x) or x + 1"),
+    ("return g(x, scale=-3) or x + 1", "return g(x, scale=3) or x + 1"),
+    ("return g(x, scale=-3) or x + 1", "return g(x, scale=-4) or x + 1"),
+    ("return g(x, scale=-3) or x + 1", "return g(x, scale=-3) or x - 1"),
+    ("return g(x, scale=-3) or x + 1", "return g(x, scale=-3) or x + 2"),
+}
+
+
+def test_the_mutants_of_a_function():
+    mutants = [make("f.py", TEXT, place) for place in places(TEXT)]
+    changed = {(each.before, each.after) for each in mutants}
+    raised = {pair for pair in changed if pair[1] == "deleted"}
+    assert changed - raised == EXPECTED
+    assert raised == {("raise ValueError(f'{x + 1} is too small')", "deleted")}
+    assert len({each.source for each in mutants}) == len(mutants)
+
+
+@pytest.mark.parametrize("change", [damage.damage_bytes, damage.damage_json, damage.damage_table])
+def test_damage_is_repeatable(change):
+    content = b'{"prompt": "a b", "completion": "c"}\n' * 3 if change is damage.damage_table else b'{"a": [1, null]}'
+    first, again = ([change(content, random.Random(seed)) for seed in range(30)] for _ in range(2))
+    assert first == again and len(set(first)) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["kills", "fuzz"])
+def test_a_few_attacks_find_nothing(part):
+    command = [sys.executable, "-m", "experiments.reliability", "--quick", "--parts", part]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
