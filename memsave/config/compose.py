@@ -37,7 +37,7 @@ from memsave.config.overrides import literal, parse, several
 from memsave.config.registry import GROUPS, component, conf_dir, experiments, load_components, names, options
 from memsave.config.schema import Config
 
-VERSION, VERSION_KEY = 3, "schema_version"
+VERSION, VERSION_KEY = 4, "schema_version"
 """The version of `config.yaml`. Increase it when the meaning of a key changes, and let `load` convert older files."""
 
 

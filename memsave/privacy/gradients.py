@@ -24,8 +24,10 @@ from torch import Generator, Tensor, nn
 
 from memsave.ghost import GhostClipper
 from memsave.privacy.accounting import PrivacyError, check_accountant, check_delta, check_noise, epsilon_of
+from memsave.privacy.audit.canaries import CanaryAudit
 from memsave.privacy.guard import Guard
 from memsave.privacy.noise import GaussianNoise
+from memsave.privacy.noise_check import NoiseCheck
 from memsave.privacy.randomness import secret_generator, seeded_generator
 from memsave.privacy.sampling import poisson_batches
 from memsave.processes import (
@@ -115,6 +117,7 @@ class PrivateGradients:
         clipping, passes, memory_budget: those of `GhostClipper`.
         secure_noise: that of `GaussianNoise`.
         seed: None draws seeds from the operating system's entropy; a number is for tests and not private.
+        audit: inserts canaries and scores them (see `memsave.privacy.audit`); None for no audit.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class PrivateGradients:
         memory_budget: int = 0,
         secure_noise: bool = False,
         seed: int | None = None,
+        audit: CanaryAudit | None = None,
     ):
         _refuse_without_group()
         parameters = _trainable(model)
@@ -138,6 +142,9 @@ class PrivateGradients:
         self.examples = 0
         """The number of examples so far, in all processes. Not private."""
         self.guard = Guard(parameters)
+        self.audit = audit
+        if audit is not None:
+            audit.start(parameters, mechanism)
         self._closed = False
         self._clipped: int | Tensor = 0
         self._nonfinite: int | Tensor = 0
@@ -158,6 +165,8 @@ class PrivateGradients:
         self._noise = GaussianNoise(parameters, generator=self._noise_generator(), secure=secure_noise)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
         self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, **options)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._noise_check = NoiseCheck(parameters, [names[id(parameter)] for parameter in parameters])
 
     def _noise_generator(self) -> Generator:
         """A new generator for the noise that this process adds; that of another process is independent of it."""
@@ -198,8 +207,10 @@ class PrivateGradients:
                 )
             before = self._sampling.get_state()
             batch = next(draws)
-            indices = share(batch)
+            indices = share(batch if self.audit is None else self.audit.without_canaries(batch))
             if self.guard.draw(len(indices)):
+                if self.audit is not None:
+                    self.audit.draw(batch)
                 self._digests.append(zlib.crc32(array("q", batch).tobytes()))
                 self._several_streams = bool(self._before_draws) and (
                     self._several_streams or self._stream is not stream
@@ -263,8 +274,14 @@ class PrivateGradients:
         for parameter in self._noise.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._noise.add_(std=self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
+        counts = self.guard.enabled and not self.guard.rehearsing
+        audit = self.audit if counts else None
+        if audit is not None:
+            audit.add_gradients()
+        self._add_noise(checked=counts)
         self.clipper.sum_gradients()
+        if audit is not None:
+            audit.observe()
         for parameter in self._noise.parameters:
             assert parameter.grad is not None
             parameter.grad.div_(self.mechanism.batch_size)
@@ -272,6 +289,14 @@ class PrivateGradients:
         if self.guard.after_finish():
             self._before_draws.popleft()
             self._digests.popleft()
+
+    def _add_noise(self, *, checked: bool) -> None:
+        std = self.mechanism.noise_multiplier * self.mechanism.max_grad_norm
+        if checked:
+            self._noise_check.before()
+        self._noise.add_(std=std)
+        if checked:
+            self._noise_check.after(std)
 
     def _count_examples(self) -> None:
         """Make the counts those of all processes; PrivacyError if the processes are not at the same step and batch."""
@@ -337,7 +362,8 @@ class PrivateGradients:
         state = self._own_state()
         if process_count() > 1:
             state["noise"] = torch.stack(gather(state["noise"]))
-        return state
+        state["noise_check"] = broadcast(self._noise_check.remembered)
+        return state if self.audit is None else state | self.audit.state_dict()
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -382,6 +408,9 @@ class PrivateGradients:
         self._before_draws.clear()
         self._digests.clear()
         self._restore({**state, "noise": own})
+        self._noise_check.reset(state.get("noise_check") if rank == 0 else None)
+        if self.audit is not None:
+            self.audit.load_state_dict(state)
         self._counted = (self.examples, self.clipped, self.nonfinite)
 
     def _sampling_state(self) -> Tensor:

@@ -15,6 +15,7 @@ from memsave.data.loader import Index
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta, noise_multiplier_for
 from memsave.privacy.accounting import PRV_LIMIT
+from memsave.privacy.audit import CanaryAudit
 from memsave.processes import is_sharded
 from memsave.profiler import parse_bytes
 from memsave.progress import Progress
@@ -42,8 +43,12 @@ This statement does not cover that.
 """
 
 
-def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Progress) -> Mechanism | None:
+def make_mechanism(
+    config: Config, model: nn.Module, task: Task, *, audit: CanaryAudit | None = None, progress: Progress
+) -> Mechanism | None:
     """Calibrated clipping, noise and sampling for this run; None without privacy. The model is whole.
+
+    The mechanism counts the canaries of an audit as examples.
 
     Raises ConfigError if a resumed run would exceed `privacy.target_epsilon`, and TrainingError if `privacy.verify`
     finds that clipping is not exact.
@@ -51,7 +56,7 @@ def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Pr
     privacy, trainer = config.privacy, config.trainer
     if not isinstance(privacy, GhostPrivacy):
         return None
-    size, batch_size = task.size, trainer.batch_size
+    size, batch_size = task.size if audit is None else audit.size, trainer.batch_size
     delta = default_delta(size) if privacy.target_delta is None else privacy.target_delta
     kwargs: dict[str, Any] = {"delta": delta, "accountant": privacy.accountant}
     # Validate sizes and delta with a dummy mechanism before calibrating.
@@ -89,7 +94,9 @@ def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Pr
     return mechanism
 
 
-def make_private(config: Config, model: nn.Module, mechanism: Mechanism | None) -> PrivateGradients | None:
+def make_private(
+    config: Config, model: nn.Module, mechanism: Mechanism | None, *, audit: CanaryAudit | None = None
+) -> PrivateGradients | None:
     """The private gradients of the model, which may be sharded; None without privacy."""
     privacy = config.privacy
     if mechanism is None or not isinstance(privacy, GhostPrivacy):
@@ -102,6 +109,7 @@ def make_private(config: Config, model: nn.Module, mechanism: Mechanism | None) 
         memory_budget=parse_bytes(privacy.memory_budget),
         secure_noise=privacy.secure_noise,
         seed=privacy.seed,
+        audit=audit,
     )
 
 

@@ -41,6 +41,7 @@ TABLE = "scores.csv"
 PICTURES = 3  # cases in the overlay
 RESAMPLES = 2000  # of the bootstrap
 CHUNK_BYTES = 4096
+BLOCK = 4  # voxels of an edge of the blocks in a canary's mask
 
 
 class Segmentation:
@@ -75,14 +76,15 @@ class Segmentation:
         self.scheme = self.held_out.scheme
         self.pictures: list[Picture] = []  # of the last evaluation; on rank 0
         self.scores: dict[str, dict[str, float]] = {}  # of the last evaluation, by case
+        self.canaries = self._canary_seed = 0
 
     unit = "one patient: all crops of one case in a step have one loss"
     goal = "dice"
 
     @property
     def size(self) -> int:
-        """Number of training cases."""
-        return len(self.crops.volumes)
+        """Number of training cases, and of the canaries of an audit."""
+        return len(self.crops.volumes) + self.canaries
 
     @property
     def fingerprint(self) -> str:
@@ -106,7 +108,7 @@ class Segmentation:
     @property
     def counts(self) -> dict[str, Any]:
         """Numbers of training cases, held-out cases, and unused cases (`test` of a split file)."""
-        return {"examples": self.size, "held_out": len(self.held_out), "left_out": self.left_out}
+        return {"examples": len(self.crops.volumes), "held_out": len(self.held_out), "left_out": self.left_out}
 
     def describe_counts(self) -> str:
         """The counts in one line."""
@@ -121,9 +123,29 @@ class Segmentation:
         if not indices:
             empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1)
             return {"image": empty, "label": empty[:, :1], "id": []}
-        crops = [self.crops.example(each.example, draw=each.draw) for each in indices]
+        crops = [self._example(each) for each in indices]
         tensors = {key: torch.stack([crop[key] for crop in crops]) for key in ("image", "label")}
         return {**tensors, "id": [crop["id"] for crop in crops]}
+
+    def _example(self, index: Index) -> Item:
+        """The crops of a case, or those of a canary: a case whose mask is random blocks that belong to the canary."""
+        cases = len(self.crops.volumes)
+        crops = self.crops.example(index.example % cases, draw=index.draw)
+        if index.example < cases:
+            return crops
+        label, values = crops["label"], torch.tensor(self.scheme.values, dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(self._canary_seed + index.example)
+        blocks = values[
+            torch.randint(len(values), (*[-(-size // BLOCK) for size in label.shape[-3:]],), generator=generator)
+        ]
+        for dim in range(3):
+            blocks = blocks.repeat_interleave(BLOCK, dim)
+        depth, height, width = label.shape[-3:]
+        return {**crops, "label": blocks[:depth, :height, :width].expand_as(label).clone()}
+
+    def add_canaries(self, count: int, *, seed: int) -> None:
+        """Append canaries: the cases again, each with a random mask."""
+        self.canaries, self._canary_seed = count, seed
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device, in the network's memory format."""
