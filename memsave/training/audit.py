@@ -37,7 +37,7 @@ def make_audit(config: Config, task: Task, *, progress: Progress) -> CanaryAudit
     if "input" in kinds:
         if not isinstance(task, AcceptsCanaries):
             raise ConfigError(
-                f"audit.canary={audit.canary} needs records that task={config.task.kind} cannot make; give "
+                f"audit.canary={audit.canary} needs records that this task cannot make; give "
                 f"audit.canary=gradient, or add the method add_canaries to the task"
             )
         task.add_canaries(audit.canaries, seed=config.trainer.seed)

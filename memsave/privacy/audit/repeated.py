@@ -1,6 +1,6 @@
 """Lower bounds of epsilon from many runs, each with or without one canary.
 
-A threshold of the score is a test of "the canary was there". Half of the runs choose the threshold, the other half
+A threshold of the score is a test of "the canary was there". A fifth of the runs chooses the threshold, and the others
 bound its error rates from above (Clopper and Pearson, 1934). For an (epsilon, delta)-private mechanism,
 
     1 - delta <= FNR + e^epsilon FPR    and    1 - delta <= FPR + e^epsilon FNR      (Kairouz, Oh and Viswanath, 2015)
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from memsave.privacy.audit.trade_off import TradeOff
+
+CHOOSING = 5  # one in so many runs chooses the thresholds
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def upper_bound(events: int, trials: int, *, significance: float) -> float:
 def error_rates(with_canary: np.ndarray, without: np.ndarray, *, delta: float, significance: float) -> ErrorRates:
     """Bounds of the error rates of two thresholds, together at this significance.
 
-    The first half of each array chooses the thresholds: the one that shows the largest epsilon, and the one with the
-    smallest sum of both rates. Only the second half is counted.
+    The first fifth of each array chooses the thresholds: the one that shows the largest epsilon, and the one with the
+    smallest sum of both rates. Only the rest is counted.
     """
-    present, absent = len(with_canary) // 2, len(without) // 2
+    present, absent = len(with_canary) // CHOOSING, len(without) // CHOOSING
     second = with_canary[present:], without[absent:]
     cuts = sorted({*_thresholds(with_canary[:present], without[:absent], delta=delta)})
     each = significance / (2 * len(cuts))
@@ -83,10 +85,3 @@ def _thresholds(with_canary: np.ndarray, without: np.ndarray, *, delta: float) -
     cuts = cuts[:: max(1, len(cuts) // 500)]
     errors = [float((without >= cut).mean() + (with_canary < cut).mean()) for cut in cuts]
     return float(max(cuts, key=shown)), float(cuts[int(np.argmin(errors))])
-
-
-def most_epsilon(runs: int, *, delta: float, significance: float) -> float:
-    """The largest epsilon that so many runs show if the adversary is always right."""
-    half = max(1, runs // 4)  # half of the runs are counted, and half of these have the canary
-    bound = upper_bound(0, half, significance=significance / 4)
-    return ErrorRates((bound,), (bound,), (half, half)).epsilon(delta)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from memsave.privacy.gradients import Mechanism, PrivateGradients
 
 OCTAVES, FINENESS = 4, 24  # noise is tried from 2^-4 to 2^4 times the promised one, in factors of 2^(1/24)
+LEAST_RUNS = 10  # with and without the canary
 BOUNDS = ("one_run", "f_dp", "independent")
 
 
@@ -169,7 +170,7 @@ def _independent(
     scores: np.ndarray, truth: np.ndarray, mechanism: "Mechanism", *, steps: int, significance: float
 ) -> float:
     present, absent = scores[truth.astype(bool)], scores[~truth.astype(bool)]
-    if min(len(present), len(absent)) < 4:
+    if min(len(present), len(absent)) < LEAST_RUNS:
         return 0.0
     rates = error_rates(present, absent, delta=mechanism.delta, significance=significance)
     if not mechanism.noise_multiplier:
