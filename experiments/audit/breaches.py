@@ -105,9 +105,11 @@ def noise_again_after_resume() -> Iterator[None]:
         original(self, state)
         self._noise.generator.set_state(first[0])
 
-    with patch.object(GaussianNoise, "add_", remember):
-        with patch.object(gradients.PrivateGradients, "load_state_dict", load):
-            yield
+    with (
+        patch.object(GaussianNoise, "add_", remember),
+        patch.object(gradients.PrivateGradients, "load_state_dict", load),
+    ):
+        yield
 
 
 @contextmanager
@@ -172,6 +174,7 @@ HONEST = Breach("none: an honest run", statistics="both")
 BREACHES = (
     Breach("noise off", lambda: noise_times(0.0), statistics="one run", off=no_noise_check),
     Breach("noise halved", lambda: noise_times(0.5), statistics="one run", off=no_noise_check),
+    Breach("noise 10% too small", lambda: noise_times(0.9), statistics="one run", off=no_noise_check),
     Breach("one layer without noise", layer_without_noise),
     Breach("the same noise twice", same_noise_twice),
     Breach("a resumed run repeats noise", noise_again_after_resume, resumed=True),

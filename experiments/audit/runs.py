@@ -16,7 +16,7 @@ from memsave.privacy.audit import CanaryAudit, audit_report
 from memsave.privacy.audit.trials import run_trials
 
 WORDS, WIDTH, LENGTH, RECORDS = 40, 48, 8, 120
-STEPS = 24
+STEPS = 48
 CHECKS = {
     "noise_check": "noise check of every step",
     "guard": "order of calls (Guard)",

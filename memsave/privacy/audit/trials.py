@@ -86,7 +86,7 @@ def _trial(problem: Problem, mechanism: Mechanism, *, steps: int, clipping: str)
     private = PrivateGradients(model, mechanism, clipping=clipping, audit=audit)
     optimizer, score = torch.optim.SGD(model.parameters(), LEARNING_RATE), 0.0
     try:
-        for indices, _ in zip(private.batches(), range(steps), strict=False):
+        for _, indices in zip(range(steps), private.batches(), strict=False):
             twin.load_state_dict(model.state_dict())
             clipped = _clipped_gradients(twin, problem, bound=mechanism.max_grad_norm)
             if indices:
