@@ -174,6 +174,7 @@ def privacy_result(
         "processes": state.processes,
         "sharded": any(is_sharded(p) for p in state.model.parameters()),
         "nonfinite_examples": private.nonfinite,
+        **({} if private.audit is None else {"canaries": private.audit.size - private.audit.examples}),
         "run": state.run,
         "other_runs": other_runs(steps=private.steps),
         "not_private": list(NOT_PRIVATE),
@@ -223,7 +224,7 @@ The weights after {spent["steps"]} steps, those in `model/`, are
 ({round_up(spent["epsilon"], ".2f")}, {round_up(spent["delta"], ".2e")})-differentially private.
 
 **Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}, of {spent["size"]} in training. If a person has
-several, this person's protection is weaker than stated.
+several, this person's protection is weaker than stated.{_canaries(spent)}
 
 **What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
 without it (e to the power of epsilon), except with probability delta.{practice}{weak}
@@ -246,6 +247,12 @@ hardened against attacks on the gaps between floating-point numbers.
 Every run on the same data spends more privacy, including runs that only tried settings. Runs on other machines, and
 runs without privacy, are not in the ledger; `python -m memsave.account FOLDER...` adds up any folders of runs.
 """
+
+
+def _canaries(spent: dict[str, Any]) -> str:
+    """A sentence about the canaries of an audit; empty without one."""
+    count = spent.get("canaries")
+    return f"\n{count} of them are canaries of an audit, each included with probability 1/2." if count else ""
 
 
 def _processes(spent: dict[str, Any]) -> str:

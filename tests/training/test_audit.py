@@ -31,6 +31,7 @@ def test_a_run_reports_the_bounds_of_both_kinds_of_canaries(tmp_path):
     assert code == 0
     assert result["privacy"]["size"] == 40 + 2 * 40
     assert result["data"]["examples"] == 40
+    assert "80 of them are canaries of an audit" in (tmp_path / "privacy.md").read_text()
     audit = result["audit"]
     assert [(group["kind"], group["canaries"]) for group in audit["groups"]] == [("input", 40), ("gradient", 40)]
     assert audit["epsilon"] <= audit["promised"] == pytest.approx(result["privacy"]["epsilon"])
