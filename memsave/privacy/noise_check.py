@@ -95,7 +95,7 @@ class NoiseCheck:
                 else torch.arange(each.numel(), device=each.device)
                 for each in local
             ]
-            lengths = torch.tensor([len(each) for each in self._positions], device="cpu")
+            lengths = torch.tensor([len(each) for each in self._positions], dtype=torch.long, device="cpu")
             self._groups = torch.tensor(self._own, dtype=torch.long, device="cpu").repeat_interleave(lengths)
         if not local:
             return torch.empty(0, dtype=torch.float64, device="cpu")
