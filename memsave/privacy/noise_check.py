@@ -69,7 +69,8 @@ class NoiseCheck:
         with together():
             if self._before is None or not std:
                 return
-            changes, resolution = self._read() - self._before, self._before.abs() * self._last_digit()
+            numbers = torch.finfo(self._parameters[0].dtype)
+            changes, resolution = self._read() - self._before, self._before.abs().clamp(min=numbers.tiny) * numbers.eps
             usable = std > ROUNDING * resolution
             self._before = None
             self._check_presence(changes, usable)
@@ -101,9 +102,6 @@ class NoiseCheck:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         parts = [gradient.take(place) for gradient, place in zip(local, self._positions, strict=True)]
         return torch.cat([part.double() for part in parts]).cpu()
-
-    def _last_digit(self) -> float:
-        return float(torch.finfo(self._parameters[0].dtype).eps)
 
     def _sum(self, values: Tensor) -> Tensor:
         """The sum of the values of each parameter."""
