@@ -37,6 +37,15 @@ from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_htm
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint
+from memsave.training.audit import (
+    AuditBreach,
+    audit_result,
+    describe_breach,
+    finish_audit,
+    make_audit,
+    prepare_audit,
+    write_audit,
+)
 from memsave.training.distributed import start_alike
 from memsave.training.ledger import RunLedger, describe_others
 from memsave.training.log import RunLog
@@ -115,6 +124,8 @@ def _trained(
     _release(config, state, task, folder)
     spent = privacy_result(config, state, unit=task.unit, other_runs=ledger.other_runs)
     on_main(write_statement, spent, folder)
+    report = finish_audit(config, state, task)
+    on_main(write_audit, report, folder)
     scores = _evaluate_last(state, task, log, progress=progress)
     memory = on_main(_write_memory, config, folder, monitor.worst, measured)
     if process_count() > 1:
@@ -132,7 +143,7 @@ def _trained(
         progress.say(describe(spent))
         if others := describe_others(spent["other_runs"]):
             progress.say(others)
-    return {
+    result = {
         "data": _data(state, task),
         "metrics": {"loss": loss, **scores, **first},
         **({"processes": process_count()} if process_count() > 1 else {}),
@@ -140,7 +151,15 @@ def _trained(
         **({"tokens_per_second": median(monitor.token_rates)} if monitor.token_rates else {}),
         "memory": memory,
         "privacy": spent,
+        **audit_result(report),
     }
+    if report is not None:
+        progress.say(str(report))
+        if report.breach:
+            breach = AuditBreach(describe_breach(report))
+            breach.outcome = result  # type: ignore[attr-defined]
+            raise breach
+    return result
 
 
 def _release(config: Config, state: State, task: Task, folder: Path) -> None:
@@ -186,26 +205,28 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     progress.say(task.describe_counts())
     config = config.changed({"trainer.steps": config.trainer.steps_for(task.size), "trainer.epochs": None})
     trainer = config.trainer
-    frozen = checkpoint.digest_of_frozen(model)
-    mechanism = make_mechanism(config, model, task, progress=progress)
+    frozen, data, examples = checkpoint.digest_of_frozen(model), data_fingerprint(task), task.fingerprint
+    audit = make_audit(config, task, progress=progress)
+    mechanism = make_mechanism(config, model, task, audit=audit, progress=progress)
     if wants_sharding(trainer):
         shard_model(model, device)
-    private = make_private(config, model, mechanism)
+    private = make_private(config, model, mechanism, audit=audit)
     if private is not None and not private.seeded:
         torch.seed()  # a known seed would tie the dropout of all examples to which of them are in the batch
     state = make_state(model, trainer, private=private)
-    state.data, state.frozen = data_fingerprint(task), frozen
+    state.data, state.frozen = data, frozen
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
         "trainer.seed": trainer.seed,
         **identity_of(config.data),
-        "set of training data": task.fingerprint,
+        "set of training data": examples,
     }
     if trainer.resume:
         checkpoint.load(state, Path(trainer.resume).expanduser())
         if state.step > trainer.steps:
             raise ConfigError(f"trainer.steps is {trainer.steps}, but the checkpoint is at step {state.step}")
         progress.say(f"continuing after step {state.step} of {trainer.steps}")
+    prepare_audit(state, task, trainer)
     return config, state, task
 
 

@@ -45,7 +45,7 @@ from memsave.training.signals import interrupt_at_signals
 
 OUTPUT_FILES = (
     "plan.md", "plan.png", "overlay.png", "scores.csv", "confusion.png", "samples.md",
-    "memory.png", "memory.html", "privacy.md",
+    "memory.png", "memory.html", "privacy.md", "audit.md", "audit.png",
     "model", "tensorboard", "result.json", "error.txt",
 )  # fmt: skip
 """Files and folders of a run that its last line lists, in this order."""

@@ -1,6 +1,6 @@
 """Configuration of a run: schemas of the config groups, a registry of components, and composition by Hydra.
 
-schema      the groups that every run has: memory, privacy, trainer, profiler
+schema      the groups that every run has: memory, privacy, audit, trainer, profiler
 registry    data sets, models and tasks by name, including those of other packages
 fields      constraints of keys: choices and ranges
 compose     from overrides to a checked, frozen `Config`, with one-sentence errors

@@ -3,7 +3,7 @@
 from memsave.config.errors import ConfigError
 from memsave.config.fields import check_fields, sections
 from memsave.config.known_keys import listed
-from memsave.config.schema import MODES, Config, GhostPrivacy
+from memsave.config.schema import MODES, CanariesAudit, Config, GhostPrivacy
 
 
 def check(config: Config) -> None:
@@ -18,6 +18,7 @@ def check(config: Config) -> None:
     for _, section in sections(config):
         getattr(section, "validate", lambda: None)()
     _check_privacy(config)
+    _check_audit(config)
     _check_memory(config)
     _check_sharding(config)
     task.validate()
@@ -37,6 +38,17 @@ def _check_privacy(config: Config) -> None:
         raise ConfigError("trainer.precision=float16 scales losses, which clipping would undo; give bfloat16")
     if privacy.option == "direct" and trainer.micro_batch_size != 1:
         raise ConfigError("privacy.passes=direct processes one example at a time; give trainer.micro_batch_size=1")
+
+
+def _check_audit(config: Config) -> None:
+    if not isinstance(config.audit, CanariesAudit):
+        return
+    if not isinstance(config.privacy, GhostPrivacy):
+        raise ConfigError("audit=canaries audits the noise of a private run; give privacy=ghost, or audit=none")
+    if config.trainer.parallel == "fsdp":
+        raise ConfigError(
+            "audit=canaries adds whole gradients, which trainer.parallel=fsdp does not have; give trainer.parallel=ddp"
+        )
 
 
 def _check_memory(config: Config) -> None:

@@ -38,7 +38,7 @@ from memsave.config.registry import GROUPS, component, conf_dir, experiments, lo
 from memsave.config.schema import Config
 from memsave.config.yaml_files import read_yaml
 
-VERSION, VERSION_KEY = 3, "schema_version"
+VERSION, VERSION_KEY = 4, "schema_version"
 """The version of `config.yaml`. Increase it when the meaning of a key changes, and let `load` convert older files."""
 
 

@@ -12,7 +12,7 @@ from memsave.config.fields import closest
 from memsave.config.registry import options
 from memsave.config.schema import Config
 
-ORDER = ("trainer", "privacy", "task", "data", "model", "adapter", "memory", "profiler")
+ORDER = ("trainer", "privacy", "audit", "task", "data", "model", "adapter", "memory", "profiler")
 """The groups in the order in which messages name their keys."""
 ALIKE = 0.75  # least similarity of a suggested key of another section
 

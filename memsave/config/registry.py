@@ -24,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 
 from memsave.config.errors import ConfigError
 
-GROUPS = ("experiment", "task", "data", "model", "adapter", "memory", "privacy", "trainer", "profiler")
+GROUPS = ("experiment", "task", "data", "model", "adapter", "memory", "privacy", "audit", "trainer", "profiler")
 """The config groups of a run, as on the command line."""
 ENTRY_POINTS = "memsave.components"
 PACKAGES = ("config", "data", "models", "tasks")

@@ -1,4 +1,4 @@
-"""The groups that every run has (memory, privacy, trainer, profiler), and `Config`, the config of a whole run.
+"""The groups that every run has (memory, privacy, audit, trainer, profiler), and `Config`, the config of a whole run.
 
 Hydra composes `conf/`. The YAML file of an option starts from one of the dataclasses below, or from the dataclass that
 a data set or a model registers (`memsave.config.registry`): each key has its type, constraint and description in one
@@ -209,6 +209,30 @@ class GhostPrivacy(PrivacyConfig):
             raise ConfigError("privacy.clipping=per_layer forms its sums in one pass; give privacy.passes=auto")
 
 
+@register("audit", "none")
+@dataclass
+class AuditConfig(Section):
+    """No audit."""
+
+    kind: str = "none"
+
+
+@register("audit", "canaries")
+@dataclass
+class CanariesAudit(AuditConfig):
+    """Canaries in the training data, each included with probability 1/2, bound epsilon from below."""
+
+    kind: str = "canaries"
+    canaries: int = option(1000, least=16)
+    """Number of canaries of each kind; more of them show larger epsilons."""
+    canary: str = option("gradient", choices=("gradient", "input", "both"))
+    """gradient: vectors of norm C, added before the noise; input: records that the model learns."""
+    confidence: float = option(0.95, least=0.5, most=0.9999)
+    """The lower bound holds with this probability."""
+    seed: int | None = option(None, least=0)
+    """Only for tests: the seed of the inclusion; null takes it from the operating system."""
+
+
 @dataclass
 class OptimizerConfig(Section):
     """`torch.optim.AdamW` or `torch.optim.SGD`."""
@@ -307,6 +331,7 @@ class Config(Section):
     adapter: AdapterConfig = MISSING
     memory: MemoryConfig = MISSING
     privacy: PrivacyConfig = MISSING
+    audit: AuditConfig = MISSING
     trainer: TrainerConfig = MISSING
     profiler: ProfilerConfig = MISSING
     budget: str | None = option(None, choices=("auto",), size=True)

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from memsave.ghost import GhostClipper
+from memsave.privacy.audit.canaries import CanaryAudit
 from memsave.privacy.errors import PrivacyError
 from memsave.privacy.guard import Guard
 from memsave.privacy.mechanism import Mechanism
 from memsave.privacy.noise import GaussianNoise
+from memsave.privacy.noise_check import NoiseCheck
 from memsave.privacy.randomness import WORDS, SecretStream
 from memsave.privacy.sampling import Sampler
 from memsave.processes import (
@@ -73,6 +75,7 @@ class PrivateGradients:
         clipping, passes, memory_budget: those of `GhostClipper`.
         secure_noise: that of `GaussianNoise`.
         seed: None draws seeds from the operating system's entropy; a number is for tests and not private.
+        audit: inserts canaries and scores them (see `memsave.privacy.audit`); None for no audit.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class PrivateGradients:
         memory_budget: int = 0,
         secure_noise: bool = False,
         seed: int | None = None,
+        audit: CanaryAudit | None = None,
     ):
         _refuse_without_group()
         parameters = _trainable(model)
@@ -96,6 +100,9 @@ class PrivateGradients:
         self.examples = 0
         """The number of examples so far, in all processes. Not private."""
         self.guard = Guard(parameters)
+        self.audit = audit
+        if audit is not None:
+            audit.start(parameters, mechanism)
         self._closed = False
         self._clipped: int | Tensor = 0
         self._nonfinite: int | Tensor = 0
@@ -117,6 +124,8 @@ class PrivateGradients:
         self._noise = GaussianNoise(parameters, stream=self._noise_stream(), secure=secure_noise, **kind)
         options: dict[str, Any] = {"clipping": clipping, "passes": passes, "memory_budget": memory_budget}
         self.clipper = GhostClipper(model, max_grad_norm=mechanism.max_grad_norm, **options)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._noise_check = NoiseCheck(parameters, [names[id(parameter)] for parameter in parameters], **kind)
 
     def _noise_stream(self) -> SecretStream:
         """A new stream for the noise that this process adds; that of another process is independent of it."""
@@ -154,8 +163,10 @@ class PrivateGradients:
                 )
             before = self._sampler.get_state()
             batch = self._sampler.draw()
-            indices = share(batch)
+            indices = share(batch if self.audit is None else self.audit.without_canaries(batch))
             if self.guard.draw(len(indices)):
+                if self.audit is not None:
+                    self.audit.draw(batch)
                 self._digests.append(zlib.crc32(array("q", batch).tobytes()))
                 self._several_streams = bool(self._before_draws) and (
                     self._several_streams or self._stream is not stream
@@ -219,8 +230,14 @@ class PrivateGradients:
         for parameter in self._noise.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._noise.add_(std=self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
+        counts = self.guard.enabled and not self.guard.rehearsing
+        audit = self.audit if counts else None
+        if audit is not None:
+            audit.add_gradients()
+        self._add_noise(checked=counts)
         self.clipper.sum_gradients()
+        if audit is not None:
+            audit.observe()
         for parameter in self._noise.parameters:
             assert parameter.grad is not None
             parameter.grad.div_(self.mechanism.batch_size)
@@ -228,6 +245,14 @@ class PrivateGradients:
         if self.guard.after_finish():
             self._before_draws.popleft()
             self._digests.popleft()
+
+    def _add_noise(self, *, checked: bool) -> None:
+        std = self.mechanism.noise_multiplier * self.mechanism.max_grad_norm
+        if checked:
+            self._noise_check.before()
+        self._noise.add_(std=std)
+        if checked:
+            self._noise_check.after(std)
 
     def _count_examples(self) -> None:
         """Make the counts those of all processes; PrivacyError if the processes are not at the same step and batch."""
@@ -294,7 +319,9 @@ class PrivateGradients:
         if process_count() > 1:
             state["noise"] = torch.stack(gather(state["noise"]))
             state["noise_past"] = broadcast(state["noise_past"])
-        return state
+        state["noise_check"] = broadcast(self._noise_check.remembered)
+        state["noise_check_past"] = broadcast(self._noise_check.past)
+        return state if self.audit is None else state | self.audit.state_dict()
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -339,6 +366,10 @@ class PrivateGradients:
         self._before_draws.clear()
         self._digests.clear()
         self._restore({**state, "noise": own})
+        own_check = (state.get("noise_check"), state.get("noise_check_past")) if rank == 0 else ()
+        self._noise_check.reset(*own_check)
+        if self.audit is not None:
+            self.audit.load_state_dict(state)
         self._counted = (self.examples, self.clipped, self.nonfinite)
 
     def _sampling_state(self) -> np.ndarray:

@@ -17,6 +17,7 @@ from memsave.files import replacing
 from memsave.ghost import verify
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
 from memsave.privacy.accountants import PRV_LIMIT
+from memsave.privacy.audit import CanaryAudit
 from memsave.processes import is_sharded
 from memsave.profiler import parse_bytes
 from memsave.progress import Progress
@@ -59,8 +60,12 @@ This statement does not cover that.
 """
 
 
-def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Progress) -> Mechanism | None:
+def make_mechanism(
+    config: Config, model: nn.Module, task: Task, *, audit: CanaryAudit | None = None, progress: Progress
+) -> Mechanism | None:
     """Calibrated clipping, noise and sampling for this run; None without privacy. The model is whole.
+
+    The mechanism counts the canaries of an audit as examples.
 
     Raises ConfigError if a resumed run would exceed `privacy.target_epsilon`, and TrainingError if `privacy.verify`
     finds that clipping is not exact.
@@ -68,7 +73,8 @@ def make_mechanism(config: Config, model: nn.Module, task: Task, *, progress: Pr
     privacy, trainer = config.privacy, config.trainer
     if not isinstance(privacy, GhostPrivacy):
         return None
-    mechanism = mechanism_of(privacy, size=task.size, batch_size=trainer.batch_size)  # checks the numbers
+    size = task.size if audit is None else audit.size
+    mechanism = mechanism_of(privacy, size=size, batch_size=trainer.batch_size)  # checks the numbers
     noise, delta = privacy.noise_multiplier, mechanism.delta
     if noise is None and trainer.resume:
         noise = read_noise_multiplier(Path(trainer.resume).expanduser())
@@ -134,7 +140,9 @@ def compared_noise(mechanism: Mechanism, *, steps: int) -> str:
     )
 
 
-def make_private(config: Config, model: nn.Module, mechanism: Mechanism | None) -> PrivateGradients | None:
+def make_private(
+    config: Config, model: nn.Module, mechanism: Mechanism | None, *, audit: CanaryAudit | None = None
+) -> PrivateGradients | None:
     """The private gradients of the model, which may be sharded; None without privacy."""
     privacy = config.privacy
     if mechanism is None or not isinstance(privacy, GhostPrivacy):
@@ -147,6 +155,7 @@ def make_private(config: Config, model: nn.Module, mechanism: Mechanism | None) 
         memory_budget=parse_bytes(privacy.memory_budget),
         secure_noise=privacy.secure_noise,
         seed=privacy.seed,
+        audit=audit,
     )
 
 
@@ -213,6 +222,7 @@ def privacy_result(
         "processes": state.processes,
         "sharded": any(is_sharded(p) for p in state.model.parameters()),
         "nonfinite_examples": private.nonfinite,
+        **({} if private.audit is None else {"canaries": private.audit.size - private.audit.examples}),
         "run": state.run,
         "other_runs": other_runs(steps=private.steps),
         "not_private": list(NOT_PRIVATE),
@@ -276,7 +286,7 @@ The weights after {spent["steps"]} steps, those in `model/`, are
 ({round_up(spent["epsilon"], ".2f")}, {round_up(spent["delta"], ".2e")})-differentially private.
 
 **Who is protected.** {spent["unit"][:1].upper()}{spent["unit"][1:]}. Each of {spent["size"]} in training is one
-example. {SEVERAL_NAMES if spent["unit_key"] else SEVERAL}
+example. {SEVERAL_NAMES if spent["unit_key"] else SEVERAL}{_canaries(spent)}
 
 **What it means.** Any outcome of any computation on the model is at most {odds} times as likely with one example as
 without it (e to the power of epsilon), except with probability delta.{practice}{weak}
@@ -331,6 +341,12 @@ def _noise(spent: dict[str, Any]) -> str:
         f"\nThe noise of a step cancels a part of that of earlier steps (matrix factorisation, {spent['noise']}, "
         f"{spent['bands']} bands); the standard deviation is that of its new part."
     )
+
+
+def _canaries(spent: dict[str, Any]) -> str:
+    """A sentence about the canaries of an audit; empty without one."""
+    count = spent.get("canaries")
+    return f"\n{count} of them are canaries of an audit, each included with probability 1/2." if count else ""
 
 
 def _processes(spent: dict[str, Any]) -> str:

@@ -87,6 +87,17 @@ class HasDataFingerprint(Protocol):
         """
 
 
+@runtime_checkable
+class AcceptsCanaries(Protocol):
+    """A task that can make records for an audit (`audit.canary=input`); optional."""
+
+    def add_canaries(self, count: int, *, seed: int) -> None:
+        """Append records that no real example resembles, such as random targets, to the training examples.
+
+        They get the indices from `size` on, and `size` grows. The same seed gives the same records.
+        """
+
+
 def data_fingerprint(task: Task) -> str:
     """Sixteen hexadecimal digits that identify the task's training data, for file names."""
     found = task.data_fingerprint if isinstance(task, HasDataFingerprint) else task.fingerprint

@@ -9,6 +9,7 @@ from torch import nn
 
 from memsave.ghost import GhostClipper
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
+from memsave.privacy.audit import CanaryAudit
 from memsave.privacy.randomness import SecretStream
 from memsave.privacy.sampling import Sampler
 from memsave.processes import process_count, process_rank, share
@@ -212,3 +213,30 @@ def test_processes_that_disagree_are_refused():
         assert (
             issubclass(PrivacyError, ValueError) and "not at the same step or drew different" in found["other batches"]
         )
+
+
+def audited(steps=3):
+    """(what was included, the scores, the numbers of draws) of an audit, and the parameters after the steps."""
+    model = nn.Sequential(nn.Linear(10, 30), nn.Linear(30, 2)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    audit = CanaryAudit(examples=EXAMPLES, gradient=20)
+    private = PrivateGradients(model, Mechanism(audit.size, audit.size, 1.0, 0.5, delta=1e-3), audit=audit)
+    for _, rows in zip(range(steps), private.batches()):
+        private.backward(model(draw(len(rows), 10)).sum(1) * 0)
+        private.finish()
+        model.zero_grad()
+    private.close()
+    return audit.included, audit.evidence, audit.draws
+
+
+def test_an_audit_has_the_same_canaries_and_scores_in_all_processes():
+    first, other = run_processes(2, audited)
+    assert all(torch.equal(one, two) for one, two in zip(first, other))
+    included, evidence, draws = first
+    assert (draws == 3).all()
+    # normal with mean 3/2 or -3/2 and variance 3: a canary that both processes add has 9/2
+    means = [evidence[which].mean().item() for which in (included, ~included)]
+    assert abs(means[0] - 1.5) < 2.4
+    assert abs(means[1] + 1.5) < 2.4

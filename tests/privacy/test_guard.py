@@ -192,7 +192,8 @@ def test_a_rehearsal_counts_nothing_and_takes_no_step():
         with pytest.raises(PrivacyError, match="steps of a rehearsal or a pause are not counted"):
             loop.optimizer.step()
     after = loop.private.state_dict()
-    assert all(torch.equal(after.pop(key), state.pop(key)) for key in ("sampling", "noise", "noise_past"))
+    keys = ("sampling", "noise", "noise_past", "noise_check", "noise_check_past")
+    assert all(torch.equal(after.pop(key), state.pop(key)) for key in keys)
     assert after == state
     assert not loop.moved(before)
     assert all(p.grad is None for p in loop.model.parameters())

@@ -1,5 +1,6 @@
 """`Classification`: labelled texts as a task of the training loop, and the labels that a model gives to texts."""
 
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -186,6 +187,13 @@ class Classification(LanguageTask):
         examples: list[Any] = [self.examples[each.example] for each in indices]
         batch = collate_texts([text for text, _ in examples], pad=self.tokenizer.pad_token_id)
         return {**batch, "label": torch.tensor([label for _, label in examples], dtype=torch.long)}
+
+    def add_canaries(self, count: int, *, seed: int) -> None:
+        """Append copies of examples with a wrong label, at random."""
+        chance, labels = random.Random(seed), range(len(self.objective.labels))
+        copied: list[Any] = [self.examples[number % len(self.examples)] for number in range(count)]
+        wrong: Any = [(text, chance.choice([each for each in labels if each != label])) for text, label in copied]
+        self.examples += wrong
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,): the cross-entropy over the labels."""

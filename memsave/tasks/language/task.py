@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave.data.loader import Index
-from memsave.data.text.collate import IGNORED, Example, collate, in_batches
+from memsave.data.text.collate import IGNORED, Example, Tokens, collate, in_batches
 from memsave.models.language import causal_lm_losses
 from memsave.processes import map_shares
 from memsave.tasks.language.adapter_files import save_model
@@ -70,6 +71,13 @@ class LanguageTask:
         """The batch of some examples."""
         return collate(examples, pad=self.tokenizer.pad_token_id)
 
+    def add_canaries(self, count: int, *, seed: int) -> None:
+        """Append copies of examples whose targets are random tokens of the training examples."""
+        chance = random.Random(seed)
+        words = sorted({token for example in self.examples for row in example for token in row.ids})
+        copied = [self.examples[number % len(self.examples)] for number in range(count)]
+        self.examples += [[_scrambled(row, words, chance) for row in example] for example in copied]
+
     def count_targets(self, batch: Batch) -> Tensor:
         """(B,): the number of targets of each example."""
         return (batch["labels"][..., 1:] != IGNORED).flatten(1).sum(1)
@@ -110,6 +118,12 @@ class LanguageTask:
         save_model(model, folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "prompt.json").write_text(json.dumps(self.prompt_format(), indent=2) + "\n")
+
+
+def _scrambled(row: Tokens, words: Sequence[int], chance: random.Random) -> Tokens:
+    """The row with random tokens as targets."""
+    ids = [token if label == IGNORED else chance.choice(words) for token, label in zip(*row, strict=True)]
+    return Tokens(ids, [IGNORED if label == IGNORED else token for token, label in zip(ids, row.labels, strict=True)])
 
 
 def text_losses(model: nn.Module, batch: Batch, *, head: str = "chunked") -> Tensor:

@@ -43,6 +43,7 @@ RESAMPLES = 2000  # of the bootstrap
 CHUNK_BYTES = 4096
 ONE_PATIENT = "one patient: all crops of one case in a step have one loss"
 ONE_SCAN = "one scan, of which a patient may have several (data.unit=patient protects patients)"
+BLOCK = 4  # voxels of an edge of the blocks in a canary's mask
 
 
 class Segmentation:
@@ -77,7 +78,7 @@ class Segmentation:
         self.scheme = self.held_out.scheme
         self.pictures: list[Picture] = []  # of the last evaluation; on rank 0
         self.scores: dict[str, dict[str, float]] = {}  # of the last evaluation, by case
-
+        self.canaries = self._canary_seed = 0
         patients = len(set(self.record_units))
         self.unit = ONE_PATIENT if patients == len(train) else ONE_SCAN
 
@@ -85,8 +86,8 @@ class Segmentation:
 
     @property
     def size(self) -> int:
-        """Number of training cases."""
-        return len(self.crops.volumes)
+        """Number of training cases, and of the canaries of an audit."""
+        return len(self.crops.volumes) + self.canaries
 
     @property
     def record_units(self) -> list[str]:
@@ -115,7 +116,7 @@ class Segmentation:
     @property
     def counts(self) -> dict[str, Any]:
         """Numbers of training cases, held-out cases, and unused cases (`test` of a split file)."""
-        return {"examples": self.size, "held_out": len(self.held_out), "left_out": self.left_out}
+        return {"examples": len(self.crops.volumes), "held_out": len(self.held_out), "left_out": self.left_out}
 
     def describe_counts(self) -> str:
         """The counts in one line."""
@@ -130,9 +131,29 @@ class Segmentation:
         if not indices:
             empty = torch.zeros(0, len(self.held_out.modalities), 1, 1, 1)
             return {"image": empty, "label": empty[:, :1], "id": []}
-        crops = [self.crops.example(each.example, draw=each.draw // self.size) for each in indices]
+        crops = [self._example(each) for each in indices]
         tensors = {key: torch.stack([crop[key] for crop in crops]) for key in ("image", "label")}
         return {**tensors, "id": [crop["id"] for crop in crops]}
+
+    def _example(self, index: Index) -> Item:
+        """The crops of a case, or those of a canary: a case whose mask is random blocks that belong to the canary."""
+        cases = len(self.crops.volumes)
+        crops = self.crops.example(index.example % cases, draw=index.draw // self.size)
+        if index.example < cases:
+            return crops
+        label, values = crops["label"], torch.tensor(self.scheme.values, dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(self._canary_seed + index.example)
+        blocks = values[
+            torch.randint(len(values), (*[-(-size // BLOCK) for size in label.shape[-3:]],), generator=generator)
+        ]
+        for dim in range(3):
+            blocks = blocks.repeat_interleave(BLOCK, dim)
+        depth, height, width = label.shape[-3:]
+        return {**crops, "label": blocks[:depth, :height, :width].expand_as(label).clone()}
+
+    def add_canaries(self, count: int, *, seed: int) -> None:
+        """Append canaries: the cases again, each with a random mask."""
+        self.canaries, self._canary_seed = count, seed
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device, in the network's memory format."""

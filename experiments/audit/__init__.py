@@ -1,0 +1,1 @@
+"""Planted breaches of privacy, and what finds each of them."""
