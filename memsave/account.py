@@ -22,9 +22,9 @@ from pathlib import Path
 from memsave.arguments import ArgumentError, parse_arguments
 from memsave.collect import markdown
 from memsave.privacy import PrivacyError
-from memsave.training.private import round_up
 from memsave.training.spending import Spending, Total, once, total
 from memsave.training.spent_folders import by_data, read_spending, runs_in
+from memsave.training.statement import round_up
 
 
 @dataclass

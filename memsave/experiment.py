@@ -52,17 +52,11 @@ from memsave.training.log import RunLog
 from memsave.training.loop import State, StepResult, averaged, make_state, run_steps
 from memsave.training.measure import PLAIN, Measurement
 from memsave.training.monitor import MemoryMonitor
-from memsave.training.private import (
-    describe,
-    make_mechanism,
-    make_private,
-    privacy_result,
-    round_up,
-    write_statement,
-)
+from memsave.training.private import make_mechanism, make_private, privacy_result
 from memsave.training.process import process_bytes, process_peak, reset_process_peak, return_freed_memory
 from memsave.training.sharding import full_tensors, is_sharded_model, shard_model, wants_sharding, whole
 from memsave.training.signals import stop_requested
+from memsave.training.statement import describe, round_up, write_statement
 from memsave.training.task import Task, data_fingerprint
 
 

@@ -6,7 +6,7 @@ pytest.importorskip("opacus")
 
 from memsave.account import main
 from memsave.privacy import epsilon_of_runs
-from memsave.training.private import round_up
+from memsave.training.statement import round_up
 from tests.support.run_folders import SEED, write_killed_run, write_run
 
 

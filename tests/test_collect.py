@@ -11,8 +11,8 @@ from memsave.config import ConfigError
 from memsave.config.compose import compose
 from memsave.privacy import epsilon_of_runs
 from memsave.run import is_done
-from memsave.training.private import round_up
 from memsave.training.result import read_request, request_digest, write_config
+from memsave.training.statement import round_up
 from tests.support.commands import run_command, run_interpreter
 from tests.support.run_folders import write_run
 from tests.support.tiny_configs import TINY_UNET

@@ -18,7 +18,7 @@ from experiments.private_text.__main__ import read
 from experiments.record import insert, keep, machine
 from memsave.profiler import format_bytes
 from memsave.training.measure import PLAIN
-from memsave.training.private import round_up
+from memsave.training.statement import round_up
 
 INFILLING, HEAD = ["experiment=roberta_dp"], ["experiment=roberta_dp", "task.objective=head"]
 DIALOG, RECORDS = ["experiment=gpt2_dp_dialog"], ["experiment=gpt2_dp"]

@@ -21,7 +21,7 @@ from memsave.experiment import make_model
 from memsave.privacy import default_delta, noise_multiplier_for
 from memsave.profiler import format_bytes
 from memsave.training.measure import PLAIN
-from memsave.training.private import round_up
+from memsave.training.statement import round_up
 
 HELD_OUT = 80
 PATIENTS = (50, 300, 1000)

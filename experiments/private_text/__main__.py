@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from experiments.record import insert, keep, machine, median
 from memsave.profiler import format_bytes
 from memsave.training.measure import PLAIN
-from memsave.training.private import round_up
+from memsave.training.statement import round_up
 
 # on two cores: smaller batches than the paper's, and few sentences by beam search
 SMOLLM2 = ["trainer.batch_size=64", "task.generate=8", "task.evaluate=64"]

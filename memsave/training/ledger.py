@@ -20,8 +20,8 @@ from memsave.data.cache import cache_root
 from memsave.files import parse_json, write_json
 from memsave.processes import process_rank
 from memsave.training.loop import State
-from memsave.training.private import round_up, why_no_guarantee
 from memsave.training.spending import Spending, Total, check_mechanism, once, total_or_none
+from memsave.training.statement import round_up, why_no_guarantee
 
 UNREADABLE = "its entry in the ledger cannot be read"
 FIELDS = {each.name for each in fields(Spending)}

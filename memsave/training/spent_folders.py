@@ -7,9 +7,9 @@ from typing import Any
 from memsave.files import parse_json
 from memsave.privacy import Mechanism
 from memsave.training.checkpoint import read_state
-from memsave.training.private import why_no_guarantee
 from memsave.training.result import read_config, read_result
 from memsave.training.spending import Spending, check_mechanism
+from memsave.training.statement import why_no_guarantee
 
 PLAIN = "it was trained without privacy"
 UNKNOWN = "its files do not name its mechanism"

@@ -22,7 +22,7 @@ from memsave.progress import Progress
 from memsave.tasks.language.generation import Generation
 from memsave.training import checkpoint
 from memsave.training.loop import TrainingError, make_state, run_steps
-from memsave.training.private import round_up
+from memsave.training.statement import round_up
 from tests.support.commands import Command
 from tests.support.linear_task import Lines, line_model, trainer
 from tests.support.tiny_configs import TINY_GPT2_DP

@@ -13,8 +13,8 @@ from memsave.experiment import run_experiment
 from memsave.privacy import epsilon_of_runs
 from memsave.progress import Progress
 from memsave.training.ledger import read_entries
-from memsave.training.private import round_up
 from memsave.training.result import read_result, write_config
+from memsave.training.statement import round_up
 from tests.support.tiny_configs import TINY_GPT2_DP
 
 QUICK = ["privacy.accountant=rdp", "privacy.verify=false", "profiler.compare=[]", "trainer.evaluate_first=false"]
