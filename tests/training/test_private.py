@@ -127,8 +127,8 @@ def test_an_epsilon_that_cannot_be_computed_stops_a_run_before_its_first_step(tm
 def test_a_very_large_epsilon_is_reported_as_no_protection(tmp_path, cache, capfd):
     spent = run(["privacy.noise_multiplier=1e-3"], tmp_path / "run", cache)["privacy"]
     assert 1e5 < spent["epsilon"] < 1e9
-    assert spent["accountant"] == "rdp"  # PRV is not used for such a large epsilon
-    assert "(rdp), 3 steps; an epsilon this large protects nobody" in capfd.readouterr().err
+    assert spent["accountant"] == "pld"
+    assert "(pld), 3 steps; an epsilon this large protects nobody" in capfd.readouterr().err
     statement = (tmp_path / "run" / "privacy.md").read_text()
     assert (
         f"at most e^{spent['epsilon']:.3g} times as likely" in statement
