@@ -101,8 +101,11 @@ def epsilon_curve(events: Sequence[Event], deltas: Sequence[float]) -> list[floa
     bound = epsilon_of_events(found, delta=min(deltas))
     if bound == math.inf:
         return [bound] * len(deltas)
-    distribution = loss_distribution(found, bound / FINE)
-    return [min(float(distribution.get_epsilon_for_delta(delta)), bound) for delta in deltas]
+    try:
+        distribution = loss_distribution(found, bound / FINE)
+        return [min(float(distribution.get_epsilon_for_delta(delta)), bound) for delta in deltas]
+    except OverflowError:  # of an epsilon of thousands
+        return [epsilon_of_events(found, delta=delta) for delta in deltas]
 
 
 def noise_multiplier_for(
