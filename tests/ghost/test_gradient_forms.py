@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, gradient_products
 from memsave.ghost.gradient_products import cheapest_form, inner_products
-from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
+from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, ViewGrad
 from memsave.ghost.ledger import Ledger
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper
@@ -125,6 +125,26 @@ def test_inner_products_equal_those_of_the_full_gradients(kind, other, tile):
     (one, full), (two, other_full) = form(kind), form(other, positions=9, seed=1)
     expected = (full * other_full).sum((1, 2))
     torch.testing.assert_close(inner_products(one, two), expected, rtol=1e-10, atol=1e-12)
+
+
+def view(kind, *, first, seed):
+    """(a form of two rows of a parameter (6, ROWS * WIDTH // 2), from row `first`; the gradient of the parameter)."""
+    gradient, full = form(kind, seed=seed)
+    columns = ROWS * WIDTH // 2
+    whole = torch.zeros(BATCH, 6, columns, dtype=torch.float64)
+    whole[:, first : first + 2] = full.reshape(BATCH, 2, columns)
+    return ViewGrad(gradient, (6, columns), (ROWS, WIDTH), (WIDTH, 1), first * columns), whole
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("first", [1, 2, 3], ids=["the same elements", "some of them", "others"])
+def test_inner_products_of_views_equal_those_of_the_full_gradients(kind, first):
+    (one, full), (two, other_full) = view(kind, first=1, seed=0), view("factored", first=first, seed=1)
+    expected = (full * other_full).sum((1, 2))
+    torch.testing.assert_close(inner_products(one, two), expected, rtol=1e-10, atol=1e-12)
+    whole = PerSampleGrad(other_full.clone())
+    torch.testing.assert_close(inner_products(one, whole), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(inner_products(whole, one), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

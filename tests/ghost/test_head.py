@@ -350,6 +350,28 @@ def test_logits_are_stored_only_within_the_memory_budget(monkeypatch):
     assert peaks[one, True] < one / 4
 
 
+def test_the_head_of_a_bfloat16_model_has_bfloat16_gradients_of_weight_and_bias():
+    torch.manual_seed(0)
+    values = [torch.randn(2, 3, 5), torch.randn(17, 5), torch.randn(17)]
+    targets = torch.tensor([[1, 2, -100], [3, 4, 16]])
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight, bias = (each.to(torch.bfloat16).to(dtype).requires_grad_() for each in values)
+        linear_cross_entropy(hidden, weight, targets, bias=bias).sum().backward()
+        assert {each.grad.dtype for each in (hidden, weight, bias)} == {dtype}
+        found.append([each.grad.float() for each in (hidden, weight, bias)])
+    for rounded, exact in zip(*found, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+def test_a_batch_of_no_examples_has_losses_of_shape_zero():
+    weight = torch.randn(17, 5, requires_grad=True)
+    losses = linear_cross_entropy(torch.randn(0, 3, 5), weight, torch.zeros(0, 3, dtype=torch.long))
+    assert losses.shape == (0, 3)
+    losses.sum().backward()
+    assert not weight.grad.any()
+
+
 def test_errors_name_the_value_and_the_remedy():
     hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"hidden \(6, 4\).*give \(B, T, d\)"):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memsave.ghost import GhostClipper, rules
-from memsave.ghost.rule import registered_rule
+from memsave.ghost.rule import LayerInputs, registered_rule
 from memsave.ghost.rules.norm_forwards import known_neutral_weight
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
@@ -70,6 +70,17 @@ def test_further_forwards_of_the_allow_list_are_exact(name):
     modeling = pytest.importorskip(f"transformers.models.{package}.modeling_{package}")
     layer = normed(getattr(modeling, f"{prefix}RMSNorm"))
     assert_exact(Head(layer, before=nn.Linear(6, 6)).double(), draw(3, 5, 6), losses_of, rtol=1e-6)
+
+
+def test_an_input_without_positions_and_one_given_by_name_have_the_rule():
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    layer, (flat, deep) = normed(GemmaRMSNorm), (torch.randn(3, 6), torch.randn(3, 5, 6))
+    options = {"batch_size": 3, "trainable": ("weight",), "name": "norm"}
+    for args, kwargs in (((flat,), {}), ((deep,), {}), ((), {"x": deep})):
+        found = rules.norm.hugging_face(layer, LayerInputs(args, kwargs, **options))
+        assert found is not None and (found.args, found.kwargs) == (args, kwargs)
+    assert rules.norm.hugging_face(layer, LayerInputs((deep,), {"gate": deep}, **options)) is None
 
 
 def own_kind(forward, **others):
