@@ -46,6 +46,7 @@ def compatible_runs(experiment):
 
 
 @pytest.mark.parametrize("overrides", [each for name in EXPERIMENTS for each in compatible_runs(name)], ids=" ".join)
+@pytest.mark.slow
 def test_an_experiment_composes_with_every_compatible_option(overrides):
     more = ["budget=8GiB"] if "memory=auto" in overrides else []
     more += ["model.target=torch.nn.Identity"] if "model=custom" in overrides else []

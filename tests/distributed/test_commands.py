@@ -72,6 +72,7 @@ def sources(phantoms, folder):
 
 
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_predictions_are_those_of_one_process(unet, tmp_path, count):
     model, phantoms = unet
     known = sources(phantoms, tmp_path)

@@ -114,6 +114,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_language_tasks_have_the_scores_and_files_of_one_process(alone, tmp_path, count):
     for rank, found in enumerate(run_processes(count, all_evaluated, tmp_path, BATCHES)):
         for key, expected in alone.items():
@@ -161,6 +162,7 @@ def phantoms(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("count", "most"), [pytest.param(2, 3, marks=pytest.mark.slow), (3, 4)])
+@pytest.mark.slow
 def test_segmentations_have_the_scores_and_files_of_one_process(phantoms, monkeypatch, count, most):
     monkeypatch.setenv("MEMSAVE_CACHE", "x")  # `segmentation` changes it
     alone = several_segmentations(phantoms, most)

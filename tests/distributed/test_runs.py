@@ -114,6 +114,7 @@ def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count, 
         assert found["privacy"]["processes"] == [count] and expected["privacy"]["processes"] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(alone, folder):
     """Two processes with a sharded model, then three, then one with the whole model, then two with whole models."""
     steps = {1: (2, "fsdp"), 2: (3, "fsdp"), 3: (1, "ddp")}

@@ -310,6 +310,7 @@ def test_an_example_that_is_not_finite_adds_zero(passes, cap):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.slow
 def test_fake_tensors_have_the_memory_peak_of_real_ones(passes):
     peaks = []
     for fake in (False, True):

@@ -40,6 +40,7 @@ def test_a_micro_batch_is_planned_as_given():
     assert len(dummy_task(small, device=CPU).batch["input_ids"]) == 10  # two micro-batches
 
 
+@pytest.mark.slow
 def test_banded_noise_is_planned_with_its_copies_and_regenerated_noise_without():
     def live_bytes(*overrides):
         planned = config("trainer.micro_batch_size=2", *overrides)

@@ -210,6 +210,7 @@ def test_a_private_step_can_be_planned_on_fake_tensors(objective, passes):
 
 
 @pytest.mark.parametrize("model", ["small_gpt2", "rev_gpt2"])
+@pytest.mark.slow
 def test_label_words_of_a_causal_model_run(command, model):
     start = ["experiment=roberta_dp", f"model={model}", "task.objective=label_words", "data.comments=40"]
     start += ["data.held_out=10", "trainer.steps=2", "trainer.batch_size=8", "data.max_length=50"]

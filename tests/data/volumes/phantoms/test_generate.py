@@ -145,6 +145,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     assert len(ensure_phantoms(tmp_path, cases=2, size=(16, 16, 16))) == 2
 
 
+@pytest.mark.slow
 def test_concurrent_generations_agree(tmp_path):
     program = (
         "import sys; from memsave.data.volumes.phantoms.generate import ensure_phantoms\n"
