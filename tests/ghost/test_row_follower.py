@@ -294,3 +294,12 @@ def test_mixed_rows_are_lost(change):
     with trace:
         found = trace.provenance(change(x))
     assert isinstance(found, Lost) or found.dim == 1
+
+
+def test_the_first_operator_that_lost_the_rows_is_named_by_all_that_follow():
+    x = torch.randn(3, 3, requires_grad=True)
+    trace = OperatorTrace(BackwardContext(torch.zeros(3)), {}, {})
+    trace.mark_examples(iter([x]))
+    with trace:
+        lost = x.sum(0)
+        assert trace.provenance(lost.exp().neg()) == trace.provenance(lost) == Lost("sum")
