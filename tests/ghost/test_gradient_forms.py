@@ -147,6 +147,24 @@ def test_inner_products_of_views_equal_those_of_the_full_gradients(kind, first):
     torch.testing.assert_close(inner_products(whole, one), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_weighted_sums_of_views_equal_those_of_the_full_gradients(kind):
+    (gradient, full), weights = view(kind, first=3, seed=0), torch.tensor([0.7, 0.2, 1.3], dtype=torch.float64)
+    expected = (weights[:, None, None] * full).sum(0)
+    torch.testing.assert_close(gradient.weighted_sum(weights), expected, rtol=1e-12, atol=1e-14)
+    total = torch.ones(7, *full.shape[1:], dtype=torch.float64)  # the sum is a part of a larger tensor
+    gradient.weighted_sum(weights, add_to=total[2])
+    torch.testing.assert_close(total[2], 1 + expected, rtol=1e-12, atol=1e-14)
+    assert (total[[0, 1, 3, 4, 5, 6]] == 1).all()
+
+
+def test_a_sum_takes_the_memory_of_its_gradient_only_if_it_may():
+    gradient, weight = PerSampleGrad(torch.ones(1, 4), owns_values=True), torch.tensor([3.0])
+    assert gradient.weighted_sum(weight).equal(torch.full((4,), 3.0)) and gradient.values.equal(torch.ones(1, 4))
+    total = gradient.weighted_sum(weight, overwrite=True)
+    assert total.data_ptr() == gradient.values.data_ptr() and total.equal(torch.full((4,), 3.0))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weighted_sums_equal_those_of_the_full_gradients(kind):
     gradient, full = form(kind)
