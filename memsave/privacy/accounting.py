@@ -7,6 +7,7 @@ by one of the accountants of `accountants.py`.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from memsave.privacy.accountants import check_accountant, loss_distribution, upper_bound
 from memsave.privacy.errors import PrivacyError
@@ -84,13 +85,9 @@ def _merged(events: Iterable[Event]) -> tuple[Event, ...]:
     counts: dict[Event, int] = {}
     for each in events:
         if each.count:
-            noise = min(each.noise_multiplier, MOST_NOISE)
-            kind = Event(noise, each.sample_rate, 1, each.bins, each.largest_batch, each.size)
+            kind = replace(each, noise_multiplier=min(each.noise_multiplier, MOST_NOISE), count=1)
             counts[kind] = counts.get(kind, 0) + each.count
-    return tuple(
-        Event(kind.noise_multiplier, kind.sample_rate, count, kind.bins, kind.largest_batch, kind.size)
-        for kind, count in counts.items()
-    )
+    return tuple(replace(kind, count=count) for kind, count in counts.items())
 
 
 def epsilon_curve(events: Sequence[Event], deltas: Sequence[float]) -> list[float]:

@@ -107,11 +107,6 @@ class Mechanism:
         """q: the share of the examples that a batch is expected to hold."""
         return 1 / self.bins if self.sampler in ("balls_in_bins", "cyclic") else self.batch_size / self.size
 
-    @property
-    def amplifies(self) -> bool:
-        """Whether the random choice of batches makes epsilon smaller."""
-        return self.sampler != "cyclic"
-
     def events(self, steps: int) -> list[Event]:
         """What `steps` steps do to the data, for the accountants."""
         sigma, epochs = self.noise_multiplier, math.ceil(steps / self.bins)

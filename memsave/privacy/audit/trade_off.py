@@ -11,11 +11,11 @@ Here the maximum is over a grid of epsilons. That makes f smaller, so that an au
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from memsave.privacy.errors import PrivacyError
+from memsave.privacy.accountants import loss_distribution
+from memsave.privacy.events import Event
 
 GRID = 240
 SMALLEST_DELTA = 1e-9  # the grid ends where delta is smaller: further lines would not matter at these error rates
@@ -57,19 +57,8 @@ def mechanism_trade_off(*, noise_multiplier: float, sample_rate: float, steps: i
     """
     if sample_rate == 1:
         return gaussian_trade_off(math.sqrt(steps) / noise_multiplier)
-    loss = _privacy_loss(noise_multiplier, sample_rate, steps)
+    interval = min(0.1, max(1e-4, 2e-3 * min(1.0, sample_rate * 10) / min(noise_multiplier, 2.0) ** 2))
+    loss = loss_distribution((Event(noise_multiplier, sample_rate, steps),), interval)
     top = min(MOST_EPSILON, max(0.5, float(loss.get_epsilon_for_delta(SMALLEST_DELTA))))
     epsilons = np.linspace(0, top, GRID)
     return TradeOff(epsilons, np.asarray(loss.get_delta_for_epsilon(epsilons)))
-
-
-def _privacy_loss(noise_multiplier: float, sample_rate: float, steps: int) -> Any:
-    try:
-        from dp_accounting.pld import privacy_loss_distribution
-    except ModuleNotFoundError as error:
-        raise PrivacyError("an audit of sampled batches needs dp-accounting: pip install dp-accounting") from error
-    interval = min(0.1, max(1e-4, 2e-3 * min(1.0, sample_rate * 10) / min(noise_multiplier, 2.0) ** 2))
-    loss = privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=interval
-    )
-    return loss.self_compose(steps) if steps > 1 else loss
