@@ -344,11 +344,7 @@ class PrivateGradients:
         All processes must load the same state. If there are more processes than when it was saved, the others draw
         their noise from new secret generators.
         """
-        if state["noise"].shape[-1] != WORDS or "noise_past" not in state:
-            raise PrivacyError(
-                "the checkpoint was made by a version of memsave with other random generators, whose noise cannot be "
-                "continued; start a new run, or continue with that version"
-            )
+        refuse_other_generators(state)
         current = {**asdict(self.mechanism), "clipping": self.clipper.clipping, "secure_noise": self._noise.secure}
         found = {**state["mechanism"], **{key: state[key] for key in ("clipping", "secure_noise")}}
         for key, value in current.items():
@@ -407,6 +403,15 @@ def _refuse_without_group() -> None:
         raise PrivacyError(
             f"{found}, but they have no process group: each would draw its own batches and noise, and together they "
             f"would spend more than the accountant counts; call torch.distributed.init_process_group() first"
+        )
+
+
+def refuse_other_generators(state: dict[str, Any]) -> None:
+    """Raise PrivacyError for the state of a version whose random generators were others."""
+    if "noise_past" not in state or state["noise"].shape[-1] != WORDS:
+        raise PrivacyError(
+            "the checkpoint was made by a version of memsave with other random generators, whose noise cannot be "
+            "continued; start a new run, or continue with that version"
         )
 
 

@@ -38,6 +38,7 @@ from memsave.files import (
     start_draft,
 )
 from memsave.privacy import PrivacyError
+from memsave.privacy.gradients import refuse_other_generators
 from memsave.processes import gather, is_sharded, on_main, process_count, process_rank, together
 from memsave.random_state import get_random_state, set_random_state
 from memsave.training import shards
@@ -170,6 +171,7 @@ def _restore(state: State, content: dict[str, Any], tensors: dict[str, Tensor], 
         )
     generators = _take(tensors, PRIVATE)
     if state.private is not None:
+        refuse_other_generators(generators)
         _check_kinds(content["private"], like=state.private.state_dict())
         state.private.load_state_dict({**content["private"], **generators})
     for name, tensor in _unique_tensors(state.model).items():
