@@ -36,6 +36,7 @@ from memsave.processes import (
 from memsave.profiler import MemoryReport, format_bytes, plot_reports, write_html
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
+from memsave.tf32 import tf32
 from memsave.training import checkpoint
 from memsave.training.audit import (
     AuditBreach,
@@ -67,6 +68,13 @@ def run_experiment(
 
     With `mode=plan`, plan the strategies of the task (or only `strategies`), and return the entry `plan`.
     """
+    with tf32(allowed=config.trainer.tf32):
+        return _planned_and_trained(config, folder, strategies=strategies, progress=progress)
+
+
+def _planned_and_trained(
+    config: Config, folder: Path, *, strategies: list[str] | None, progress: Progress
+) -> dict[str, Any]:
     if config.profiler.process and not return_freed_memory():
         progress.say("malloc is not glibc's and may keep freed memory: the memory of the process will look larger")
     device = own_device(choose_device(config.trainer.device), key="trainer.device")

@@ -4,7 +4,7 @@ PyTorch allows it for cuDNN's convolutions by default, and for matrix products o
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +15,18 @@ def allows_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and any(each.fp32_precision == "tf32" for each in _operators())
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
+def without_tf32() -> AbstractContextManager[None]:
     """Context in which float32 products on CUDA are those of float32."""
+    return tf32(allowed=False)
+
+
+@contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Context in which float32 products on CUDA are rounded to TF32, or are not."""
     before = [each.fp32_precision for each in _operators()]
     try:
         for each in _operators():
-            each.fp32_precision = "ieee"
+            each.fp32_precision = "tf32" if allowed else "ieee"
         yield
     finally:
         for each, precision in zip(_operators(), before, strict=True):

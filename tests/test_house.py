@@ -19,7 +19,7 @@ ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes", "tf32"},
     "profiler": {"profiler", "files"},
-    "models": {"models", "reversible", "ghost", "processes"},
+    "models": {"models", "reversible", "tf32", "ghost", "processes"},
     "config": {"config", "profiler"},
     "data": {"data", "config", *LEAVES},
     "privacy": {"privacy", "ghost", "processes"},

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of all batch normalisations
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm  # the common base of all instance norms
@@ -296,6 +296,8 @@ class FsdpGroup:
 def fsdp_groups(model: nn.Module) -> list[FsdpGroup]:
     """The groups of a model, in the order of its modules."""
     groups: dict[int, FsdpGroup] = {}
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return []
     for module in model.modules():
         if is_fully_sharded(module):
             state: Any = module._get_fsdp_state()  # type: ignore[operator]

@@ -41,7 +41,7 @@ class Attachment:
         raise_refusals([*find_refusals(model), *sharded, *self._other_clippers(model)])
         self.sharding.update(model)
         self.sharding.sum_gradients()
-        self.trainable = self._trainable_now(model)
+        self.trainable = self._trainable_now(list(model.named_modules()))
         self._parameters = set(self.trainable.values())
         self.groups = groups_by_layer(model, copy_of=self.sharding.whole) if self._per_layer else None
         if not self._direct:
@@ -68,15 +68,24 @@ class Attachment:
         patched = {self.sharding.whole(p) for p in own}
         return patched >= set(self.trainable.values())
 
-    def is_current(self, model: nn.Module) -> bool:
-        """Whether the same parameters are trainable as when the layers were patched."""
+    def is_current(self, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> bool:
+        """Whether the same parameters are trainable as when the layers were patched; `modules` are the model's own."""
         self.sharding.update(model)
-        now = self._trainable_now(model)
+        now = self._trainable_now(modules)
         return now.keys() == self.trainable.keys() and all(p is self.trainable[name] for name, p in now.items())
 
-    def _trainable_now(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        named = ((name, self.sharding.whole(p)) for name, p in model.named_parameters())
-        return {name: p for name, p in named if p.requires_grad}
+    def _trainable_now(self, modules: list[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+        """What `named_parameters` finds, from modules that were listed before, because listing them takes time."""
+        found, seen = dict[str, nn.Parameter](), set()
+        for path, module in modules:
+            for key, own in internals.own_parameters(module).items():
+                if own is None or id(own) in seen:
+                    continue
+                seen.add(id(own))
+                parameter = self.sharding.whole(own)
+                if parameter.requires_grad:
+                    found[f"{path}.{key}" if path else key] = parameter
+        return found
 
     @property
     def summed(self) -> dict[str, nn.Parameter]:

@@ -23,6 +23,7 @@ from memsave.ghost import _torch_internals as internals
 from memsave.ghost.gradients import Gradient, has_values
 from memsave.ghost.groups import Groups
 from memsave.ghost.independence import IndependenceCheck
+from memsave.ghost.late_checks import LateChecks
 from memsave.ghost.ledger import Ledger
 from memsave.ghost.refusals import Refusal, raise_refusals
 from memsave.ghost.rows import STANDARD, Rows, RowSplit
@@ -80,6 +81,8 @@ class BackwardContext:
         """Called with the arguments of each norm hook: output, spec, saved tensors, parameters."""
         self.trace: Any = None
         """The OperatorTrace that follows the forward, or None."""
+        self.late = LateChecks()
+        """What the forward did not read, because it would have waited for the device."""
         self.before_backward: Callable[[], None] = lambda: None
         """Called before each backward."""
         self.recomputes = False
@@ -93,7 +96,7 @@ class BackwardContext:
 
     def has_rows(self, tensor: Tensor) -> bool:
         """Whether the tensor has one entry per row of the model's inputs in dimension 0."""
-        return tensor.dim() > 0 and len(tensor) == self.row_count
+        return tensor.dim() > 0 and tensor.shape[0] == self.row_count
 
     @property
     def example_of_row(self) -> list[int]:
@@ -163,33 +166,47 @@ class BackwardContext:
         squared, *found = gradients
         return squared, found
 
-    def add_clipped_sums(self, factors: Tensor) -> None:
-        """Add sum_b factors[b] g_b to `.grad`, from the gradients that `measure_norms` kept."""
-        self.ledger.add_clipped_sums(list(self.ledger.entries), factors)
+    def examples_kept(self, factors: Tensor) -> Tensor | None:
+        """The examples (B,) with a factor above zero; None if those are all. Raises what late checks have found."""
+        kept = factors != 0
+        return None if not has_values(kept) or self.late.all_true(kept) else kept
+
+    def add_clipped_sums(self, factors: Tensor, kept: Tensor | None) -> None:
+        """Add sum_b factors[b] g_b to `.grad`, from the gradients that `measure_norms` kept.
+
+        `kept`: see `examples_kept`.
+        """
+        self.ledger.add_clipped_sums(list(self.ledger.entries), factors, kept)
 
     def add_clipped_sums_in_second_backward(
-        self, losses: Tensor, parameters: list[nn.Parameter], factors: Tensor
+        self, losses: Tensor, parameters: list[nn.Parameter], factors: Tensor, kept: Tensor | None
     ) -> None:
         """Add sum_b factors[b] g_b to `.grad` in a second backward of the same losses.
 
         The losses are not weighted, because weighted losses would be rounded again in low precision. Raises ValueError
         if a layer had other activations in this backward, because the sums could then exceed the bound.
         """
-        kept = factors != 0
-        self._kept = None if not has_values(kept) or bool(kept.all()) else kept
-        self.phase, self._factors = Phase.ADD_SUMS, factors
+        self.phase, self._factors, self._kept = Phase.ADD_SUMS, factors, kept
         self.ledger.free()
         used = [p for p in parameters if p in self.ledger.uses]
         with self._backward_of(losses):
             backward = BACKWARD_INSIDE_A_TRACE if self._follows_backward else torch.autograd.backward
             backward(losses, grad_tensors=torch.ones_like(losses), inputs=used)
-        for layer, same in self._repeats.items():
-            if has_values(same) and not same:
-                raise ValueError(
-                    f"{layer} got other activations in the second pass than those whose norms were measured (dropout "
-                    f"with preserve_rng_state=False, or a separate random generator); keep the random state in "
-                    f"checkpoints, or set passes=1"
-                )
+        different = self._not_repeated()
+        if different:
+            raise ValueError(
+                f"{different[0]} got other activations in the second pass than those whose norms were measured "
+                f"(dropout with preserve_rng_state=False, or a separate random generator); keep the random state in "
+                f"checkpoints, or set passes=1"
+            )
+
+    def _not_repeated(self) -> list[str]:
+        """The layers whose two passes differ, by one read."""
+        names, flags = list(self._repeats), list(self._repeats.values())
+        if not flags or not has_values(flags[0]):
+            return []
+        passed = torch.stack([each.to(self.probe.device) for each in flags]).tolist()
+        return [name for name, same in zip(names, passed, strict=True) if not same]
 
     def finish(self) -> None:
         """Free what the backwards kept; no other backward may follow."""

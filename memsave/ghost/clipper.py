@@ -30,7 +30,7 @@ from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.direct import add_clipped_gradient
 from memsave.ghost.example_rows import ExampleRows, current_example_rows
 from memsave.ghost.following import Following
-from memsave.ghost.gradients import has_values, safe_sqrt
+from memsave.ghost.gradients import has_values, safe_sqrt, without_autocast
 from memsave.ghost.groups import clip_factors, only_counted
 from memsave.ghost.independence import IndependenceSchedule, layers_reached, raised_together, same_number
 from memsave.ghost.layer_patch import tensors_in
@@ -114,6 +114,7 @@ class GhostClipper:
         self._following = Following()
         self._context: BackwardContext | None = None  # of the model's last forward
         self._snapshot: StateSnapshot | None = None
+        self._last_snapshot: StateSnapshot | None = None
         self._forward_is_running = self._is_copy = False
         self._handles: list[Any] = []
         self._attachment = Attachment(self, direct=passes == "direct", per_layer=clipping == "per_layer")
@@ -168,7 +169,8 @@ class GhostClipper:
             norms, self._context, self.clipped = losses.detach(), None, losses.detach() < 0
         else:
             norms = self._clip_directly(losses, counted) if self.passes == "direct" else self._clip(losses, counted)
-        for parameter in self.parameters:
+        followed = len(losses) and self.passes != "direct"  # the forward has found what is trainable
+        for parameter in self._attachment.summed.values() if followed else self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._is_local_sum = self._processes > 1
@@ -202,7 +204,7 @@ class GhostClipper:
         adding = done = False
         try:
             squared = self._squared_norms(context, losses, parameters)
-            with torch.no_grad(), torch.autocast(context.probe.device.type, enabled=False):
+            with torch.no_grad(), without_autocast(context.probe.device.type):
                 if sharding and context.ledger.has_remaining_groups:
                     raise ValueError(INCOMPLETE_GROUPS)
                 context.ledger.clip_remaining_groups()
@@ -211,12 +213,13 @@ class GhostClipper:
                 if self._attachment.groups is None:
                     factors = only_counted(self._clip_factors(norms), counted)
                 self._record(norms, factors, counted)
+                kept = context.examples_kept(factors) if self._attachment.groups is None else None
                 adding = True
                 if self._attachment.groups is None and self.chosen_passes == 1:
-                    context.add_clipped_sums(factors)
+                    context.add_clipped_sums(factors, kept)
             if self.chosen_passes == 2:
                 with sharding.reducing_sums():
-                    context.add_clipped_sums_in_second_backward(losses, parameters, factors)
+                    context.add_clipped_sums_in_second_backward(losses, parameters, factors, kept)
             done = True
         except refusals.GradientWritten:
             adding = True
@@ -305,6 +308,8 @@ class GhostClipper:
             raise ValueError(f"there are {len(losses)} losses, but the model saw {seen}; give one loss per example")
         frozen = refusals.frozen_after_forward(self._attachment.trainable, context.ledger.uses)
         raise_refusals([*context.refusals, *frozen])
+        if self.passes == "direct" or self._attachment.groups is not None:  # these add sums as soon as they have them
+            context.late.raise_failed()
         return context
 
     def passes_for(self, context: BackwardContext) -> str | int:
@@ -319,7 +324,9 @@ class GhostClipper:
         if not context.recomputes:
             return 1, "activations are stored"
         # for one example, only its gradient is kept, and it becomes the sum if there is no .grad yet
-        held = sum(p.grad.numel() * p.grad.element_size() for p in self.parameters if p.grad is not None)
+        held = sum(
+            p.grad.numel() * p.grad.element_size() for p in self._attachment.summed.values() if p.grad is not None
+        )
         if context.batch_size == 1 and held <= self.memory_budget:
             return 1, "one example's gradient takes no more memory than the sum"
         return 2, "activations are recomputed in the backward"
@@ -350,14 +357,15 @@ class GhostClipper:
         self._attachment.detach()
         self._following.reset()
         self._handles, self._context, self._forward_is_running = [], None, False
+        self._snapshot = self._last_snapshot = None
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether it was a trainable parameter of the model when the layers were attached."""
         return self._attachment.holds(parameter)
 
-    def _reattach_if_changed(self, model: nn.Module) -> None:
+    def _reattach_if_changed(self, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
         """Attach the layers again if other parameters are trainable than before: unfrozen layers, new adapters."""
-        if self._attachment.is_current(model):
+        if self._attachment.is_current(model, modules):
             return
         self._drop_frozen_sums()
         self._attachment.detach()
@@ -382,8 +390,8 @@ class GhostClipper:
         """Start the context of a forward."""
         if self._is_copy or not torch.is_grad_enabled() or in_backward():
             return
-        self._reattach_if_changed(model)
         modules = list(model.named_modules())
+        self._reattach_if_changed(model, modules)
         trained = [*self._attachment.trainable.items(), *self._attachment.summed.items()]
         raise_refusals([*refusals.batch_statistics(modules), *refusals.gradient_hooks(trained)])
         first, grouped = next(tensors_in([*args, *kwargs.values()]), None), current_example_rows()
@@ -397,7 +405,9 @@ class GhostClipper:
         self._forward_is_running = True
         if self._independence.begin_forward(module for _, module in modules):
             self._following.reset()
-        self._snapshot = StateSnapshot(modules, shard_of=self._attachment.sharding.local)
+        shard_of = self._attachment.sharding.local
+        self._snapshot = StateSnapshot(modules, shard_of=shard_of, earlier=self._last_snapshot)
+        self._last_snapshot = self._snapshot
         if self.passes != "direct":
             inputs = tensors_in([*args, *kwargs.values()])
             trainable, has_rules = self._attachment.trainable, self._attachment.has_rules
@@ -435,7 +445,7 @@ class GhostClipper:
         self._forward_is_running = False
         self._following.end(tensors_in([output]))
         if self._context is not None and output is not None:
-            changes = self._snapshot.changes() if self._snapshot is not None else ()
+            changes = self._snapshot.changes(self._context.late) if self._snapshot is not None else ()
             found = [*self._context.refusals, *changes]
             self._snapshot = None
             if found:

@@ -40,6 +40,10 @@ class ActivationGramCache:
 
 
 def _gram_tiles(activations: Tensor) -> Iterator[Tensor]:
+    if 0 < activations.shape[1] <= TRIANGLE:
+        activations = upcast(activations)
+        yield activations @ activations.transpose(1, 2)
+        return
     for first in range(0, activations.shape[1], TRIANGLE):
         last = first + TRIANGLE
         yield upcast(activations[:, first:last]) @ upcast(activations[:, :last]).transpose(1, 2)
@@ -135,8 +139,10 @@ def _elementwise_products(one: Tensor, other: Tensor) -> Tensor:
 
     `experiments/float32_norms` measures by how much.
     """
-    one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
-    step = max(1, PIECE // max(1, len(one)))
+    one, other = one.reshape(one.shape[0], -1), other.reshape(other.shape[0], -1)
+    step = max(1, PIECE // max(1, one.shape[0]))
+    if one.shape[1] <= step:
+        return (upcast(one) * upcast(other)).sum(1)
     pieces = [(upcast(a) * upcast(b)).sum(1) for a, b in zip(one.split(step, 1), other.split(step, 1), strict=True)]
     return torch.stack(pieces).sum(0)
 
@@ -156,6 +162,9 @@ def _mixed_products(formed: PerSampleGrad, factored: FactoredGrad) -> Tensor:
 
 def _squared_norms(grads: Tensor, activations: Tensor, gram_cache: ActivationGramCache) -> Tensor:
     """sum_ts <g_t, g_s> <a_t, a_s>: entries above the diagonal equal those below it."""
+    if 0 < grads.shape[1] <= TRIANGLE:  # one tile, without slices: small layers take as long as their operators start
+        (tile,) = gram_cache.tiles(activations)
+        return _pairwise_products(grads, grads).mul_(tile).sum((1, 2))
     total = activations.new_zeros(len(activations), dtype=upcast(activations).dtype)
     for number, tile in enumerate(gram_cache.tiles(activations)):
         first, last = number * TRIANGLE, (number + 1) * TRIANGLE

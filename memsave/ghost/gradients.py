@@ -12,6 +12,7 @@ one-hot. Norms, inner products and weighted sums follow from g and a without the
 `FactoredGrad` holds (g, a), `PerSampleGrad` holds the gradients. All arithmetic is in float32 or wider.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -66,11 +67,11 @@ class PerSampleGrad:
         """
         values = upcast(self.values)
         weights = weights.to(values.dtype)
-        if len(values) == 1 and add_to is None and overwrite and self.owns_values:
+        if values.shape[0] == 1 and add_to is None and overwrite and self.owns_values:
             return values[0].mul_(weights[0])
-        if len(values) == 1 and add_to is not None:
+        if values.shape[0] == 1 and add_to is not None:
             return add_to.addcmul_(values[0], weights[0])
-        total = (values.reshape(len(values), -1).T @ weights).view(values.shape[1:])
+        total = (values.reshape(values.shape[0], -1).T @ weights).view(values.shape[1:])
         return total if add_to is None else add_to.add_(total)
 
     def masked(self, mask: Tensor) -> "PerSampleGrad":
@@ -237,6 +238,13 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Context manager: operators run in the dtypes of their inputs; where autocast is off, nothing is entered."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def safe_sqrt(squared: Tensor) -> Tensor:
     """Norms from squared norms that rounding may have made negative; NaN stays NaN."""
     return torch.where(squared < 0, 0.0, squared).sqrt()
@@ -249,7 +257,7 @@ def has_values(tensor: Tensor) -> bool:
 
 def flatten_positions(tensor: Tensor) -> Tensor:
     """(B, ..., d) to (B, T, d)."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
 def zero_unless(mask: Tensor, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_values, upcast
+from memsave.ghost.late_checks import is_slow_to_read
 from memsave.ghost.logits import LogitGradients, TargetPositions, scan
 from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
 from memsave.ghost.owners import clipper_of
@@ -66,7 +67,7 @@ def linear_cross_entropy(
         )
     of_row = list(range(len(targets))) if context is None else context.example_of_row
     batch = len(targets) if context is None else context.batch_size
-    positions, labels = _target_positions(targets, ignore_index, of_row=of_row, batch=batch)
+    positions, labels = _target_positions(targets, ignore_index, vocabulary=weight.shape[0], of_row=of_row, batch=batch)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
@@ -214,16 +215,17 @@ def _clipper_of(*parameters: Tensor | None) -> tuple[Any, BackwardContext | None
 
 
 def _target_positions(
-    targets: Tensor, ignore_index: int, *, of_row: list[int], batch: int
+    targets: Tensor, ignore_index: int, *, vocabulary: int, of_row: list[int], batch: int
 ) -> tuple[TargetPositions, Tensor]:
     """The positions with a target, and their targets (N,); of fake tensors, which have no values, all positions.
 
-    `of_row`: the example of each row of the targets (R, T), of `batch` examples.
+    `of_row`: the example of each row of the targets (R, T), of `batch` examples. Raises ValueError for a target beyond
+    the vocabulary.
     """
     rows, length = targets.shape
     has_target = targets != ignore_index
     known = has_values(targets)
-    counts = has_target.sum(1).tolist() if known else [length] * rows
+    counts = _counts(targets, has_target, vocabulary, ignore_index) if known else [length] * rows
     before, total = [], [0] * batch  # targets of the example in earlier rows, and in all rows
     for example, count in zip(of_row, counts, strict=True):
         before.append(total[example])
@@ -235,9 +237,28 @@ def _target_positions(
         slots = None if in_order else (first + torch.arange(length, device=targets.device)).flatten()
         labels = targets if known else targets.masked_fill(~has_target, -1)
         return TargetPositions(rows, length, batch, width, None, slots), labels.flatten()
-    index = has_target.flatten().nonzero()[:, 0]
+    index = _true_indices(has_target.flatten(), sum(counts))
     slots = None if in_order else (first + has_target.cumsum(1) - 1).flatten()[index]
     return TargetPositions(rows, length, batch, width, index, slots), targets.flatten()[index]
+
+
+def _counts(targets: Tensor, has_target: Tensor, vocabulary: int, ignore_index: int) -> list[int]:
+    """How many targets each row of the targets (R, T) has; ValueError for one beyond the vocabulary. One read."""
+    wrong = has_target & ((targets < 0) | (targets >= vocabulary))
+    *counts, wrongs = torch.cat([has_target.sum(1), wrong.sum()[None]]).tolist()
+    if wrongs:
+        raise ValueError(
+            f"{NAME} got the target {targets[wrong][0].item()}, but the weight has {vocabulary} rows; give numbers "
+            f"below that, or ignore_index={ignore_index}"
+        )
+    return counts
+
+
+def _true_indices(flags: Tensor, count: int) -> Tensor:
+    """The positions of the `count` flags (n,) that are True, in their order; `nonzero` would wait for a GPU."""
+    if not is_slow_to_read(flags):
+        return flags.nonzero()[:, 0]
+    return flags.logical_not().to(torch.uint8).argsort(stable=True)[:count]
 
 
 def _check(
@@ -262,10 +283,3 @@ def _check(
         raise ValueError(f"{NAME} got a bias {tuple(bias.shape)} for {len(weight)} rows; give ({len(weight)},)")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(f"{NAME} got soft_cap={soft_cap}; give a positive number, or None for no cap")
-    if has_values(targets) and targets.numel():
-        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
-        if wrong.any():
-            raise ValueError(
-                f"{NAME} got the target {targets[wrong][0].item()}, but the weight has {len(weight)} rows; give "
-                f"numbers below that, or ignore_index={ignore_index}"
-            )

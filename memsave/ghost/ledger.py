@@ -79,14 +79,21 @@ class Ledger:
             squared = squared + 2 * inner_products(gradient, earlier)
         several = self.uses.get(parameter, 0) > 1
         if several or isinstance(gradient, FactoredGrad):
-            before = self._magnitudes.get(parameter, 0.0)
-            after = self._magnitudes[parameter] = before + magnitude(gradient)
-            squared = squared + ROUNDING * torch.finfo(squared.dtype).eps * (after**2 - before**2)
+            squared = self._with_rounding_bound(parameter, squared, magnitude(gradient))
         if self.keep_all or several:
             self.entries.setdefault(parameter, []).append(gradient)
         if self.groups is not None:
             self._add_to_group(self.groups, parameter, squared)
         return squared
+
+    def _with_rounding_bound(self, parameter: nn.Parameter, squared: Tensor, added: Tensor) -> Tensor:
+        """The squared norms plus ROUNDING eps m^2, less what earlier uses added; `added` is this use's part of m."""
+        factor, before = ROUNDING * torch.finfo(squared.dtype).eps, self._magnitudes.get(parameter)
+        if before is None:
+            self._magnitudes[parameter] = added
+            return torch.addcmul(squared, added, added, value=factor)
+        after = self._magnitudes[parameter] = before + added
+        return squared + factor * (after.square() - before.square())
 
     def _choose_form(self, gradient: Gradient, name: str) -> Gradient:
         chosen = cheapest_form(gradient, summed=self.keep_all, bytes_left=self.bytes_left)
@@ -111,7 +118,9 @@ class Ledger:
         self.clipped_groups.add(group)
         factors = only_counted(self._clip_factors_of(safe_sqrt(self._squared_of_group.pop(group))), self.counted)
         self.lowest_factors = torch.minimum(self.lowest_factors, factors)
-        self.add_clipped_sums(groups.members[group], factors)
+        kept = factors != 0
+        all_kept = not has_values(kept) or bool(kept.all())
+        self.add_clipped_sums(groups.members[group], factors, None if all_kept else kept)
 
     @property
     def has_remaining_groups(self) -> bool:
@@ -124,20 +133,19 @@ class Ledger:
             for group in list(self._squared_of_group):
                 self._clip_group(self.groups, group)
 
-    def add_clipped_sums(self, parameters: Iterable[nn.Parameter], factors: Tensor) -> None:
+    def add_clipped_sums(self, parameters: Iterable[nn.Parameter], factors: Tensor, kept: Tensor | None) -> None:
         """Add sum_b factors[b] g_b to each `.grad`, smallest parameter first; each sum frees what it was formed from.
 
-        Examples with a factor of zero contribute nothing, even where their gradient is NaN.
+        `kept`: the examples (B,) with a factor above zero, or None for all. The others contribute nothing, even where
+        their gradient is NaN.
         """
-        kept = factors != 0
-        all_kept = not has_values(kept) or bool(kept.all())
         for parameter in sorted((p for p in parameters if p in self.entries), key=Tensor.numel):
             gradients = sorted(
                 self.entries.pop(parameter), key=lambda each: isinstance(each, FactoredGrad) and each.one_hot
             )
             while gradients:
                 gradient = gradients.pop(0)
-                add_sum(parameter, gradient if all_kept else gradient.masked(kept), factors)
+                self.add_clipped_sum(parameter, gradient, factors, kept)
 
     def add_clipped_sum(
         self, parameter: nn.Parameter, gradient: Gradient, factors: Tensor, kept: Tensor | None

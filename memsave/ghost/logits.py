@@ -21,7 +21,7 @@ from torch import Tensor
 from memsave.ghost.gradient_products import TRIANGLE
 from memsave.ghost.gradients import LazyOutputGrads, upcast
 
-BLOCK = 2**22  # logits at a time: 16 MiB in float32
+BLOCK = {"cpu": 2**22, "cuda": 2**25}  # logits at a time: 16 MiB in float32, or 128 MiB, for few starts of kernels
 MIN_COLUMNS = 512  # of a block, which exceeds BLOCK for very many tokens, but is smaller than their hidden states
 
 
@@ -103,7 +103,7 @@ class LogitGradients:
 
     def blocks(self, *, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(columns, q (N, columns)) over the vocabulary; `rows`: the number of tokens that sets the size of a block."""
-        for columns in vocabulary_blocks(len(self.labels) if rows is None else rows, len(self.weight)):
+        for columns in vocabulary_blocks(len(self.labels) if rows is None else rows, self.weight):
             logits, slopes = self._shifted_logits(columns)
             q = logits.exp_().mul_(self.inverse_sums[:, None])
             if slopes is not None:
@@ -211,9 +211,9 @@ def scan(logit_grads: LogitGradients, *, with_hidden_grads: bool, with_gram: boo
     target_slope = None if soft_cap is None else torch.zeros(count, **options)
     hidden_grads = torch.zeros(hidden.shape, **options) if with_hidden_grads else None
     gram = torch.zeros(positions.batch, positions.width, positions.width, **options) if with_gram else None
-    store = max((each.stop for each in vocabulary_blocks(count, len(weight)) if each.stop <= store), default=0)
+    store = max((each.stop for each in vocabulary_blocks(count, weight) if each.stop <= store), default=0)
     first_logits = torch.empty(count, store, **options) if store else None
-    for columns in vocabulary_blocks(count, len(weight)):
+    for columns in vocabulary_blocks(count, weight):
         logits = logits_of(hidden, weight, logit_grads.bias, columns)
         if first_logits is not None and columns.stop <= store:
             first_logits[:, columns] = logits
@@ -286,9 +286,10 @@ def _gram_with_targets(logit_grads: LogitGradients, gram: Tensor, factor: Tensor
     return gram.sub_(same * others[:, :, None] * others[:, None])
 
 
-def vocabulary_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Blocks of the vocabulary: at most BLOCK logits of this many tokens, but at least MIN_COLUMNS columns."""
-    size = max(MIN_COLUMNS, BLOCK // max(1, rows))
+def vocabulary_blocks(rows: int, weight: Tensor) -> Iterator[slice]:
+    """Blocks of the vocabulary of weight (V, d): at most BLOCK logits of this many tokens, but MIN_COLUMNS columns."""
+    vocabulary, most = weight.shape[0], BLOCK.get(weight.device.type, BLOCK["cpu"])
+    size = max(MIN_COLUMNS, most // max(1, rows))
     return (slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from memsave.ghost import _torch_internals as internals
 from memsave.ghost.backward_context import BackwardContext, Phase
-from memsave.ghost.gradients import Gradient, upcast
+from memsave.ghost.gradients import Gradient, upcast, without_autocast
 from memsave.ghost.rows import STANDARD, Rows, RowSplit
 from memsave.tf32 import allows_tf32
 
@@ -72,34 +72,37 @@ class NormHook(torch.autograd.Function):
         context.refuse_other_backward(spec.name)
         saved = tuple(each.detach() for each in ctx.saved_tensors)  # recomputed here, where a trace may follow it
         # Gram matrices must not be bfloat16, and operators of the backward need not be followed
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), internals.unfollowed():
+        with torch.no_grad(), without_autocast(grad.device.type), internals.unfollowed():
             if context.phase is Phase.CHECK_INDEPENDENCE:
-                context.record_output_grad(spec.name, grad, _split(ctx, saved[-1]))
+                context.record_output_grad(spec.name, grad, _split(ctx, saved)[0])
                 return grad, None, *nothing
             gradients = _per_example_grads(ctx, saved, grad)
             del saved
             named = [(p, name, gradients.pop(name)) for p, name in zip(ctx.parameters, spec.parameter_names)]
             if context.phase is Phase.MEASURE_NORMS:
-                squared = torch.zeros_like(context.probe)
+                found = []
                 for parameter, name, gradient in named:
                     label = name if spec.name in spec.parameter_names else f"{spec.name}.{name}"
-                    squared += context.squared_norms(parameter, gradient, label)
-                return grad, squared, *nothing
+                    found.append(context.squared_norms(parameter, gradient, label))
+                return grad, sum(found[1:], found[0]).to(context.probe.dtype), *nothing
             for parameter, _, gradient in named:
                 context.add_clipped_sum(parameter, gradient)
             return grad, None, *nothing
 
 
-def _split(ctx: Any, examples: Tensor) -> RowSplit:
-    rows = ctx.hook_spec.rows
-    return RowSplit(rows, examples if isinstance(rows.examples, Tensor) else None, ctx.context.batch_size)
+def _split(ctx: Any, saved: tuple[Tensor, ...]) -> tuple[RowSplit, tuple[Tensor, ...]]:
+    """(the split of the rows, the layer's saved tensors); the last saved tensor has the example of each row, if any."""
+    rows, examples = ctx.hook_spec.rows, None
+    if isinstance(rows.examples, Tensor):
+        *saved, examples = saved  # type: ignore[assignment]
+    return RowSplit(rows, examples, ctx.context.batch_size), tuple(saved)
 
 
 def _per_example_grads(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> dict[str, Gradient]:
-    split = _split(ctx, saved[-1])
-    gradients = ctx.hook_spec.per_example_grads(saved[:-1], grad, split)
+    split, saved = _split(ctx, saved)
+    gradients = ctx.hook_spec.per_example_grads(saved, grad, split)
     if ctx.context.runs_two_passes:
-        _compare_passes(ctx, (grad, *saved[:-1]), split)
+        _compare_passes(ctx, (grad, *saved), split)
     return gradients
 
 
@@ -139,6 +142,6 @@ def apply_norm_hook(
     """The output with a norm hook; `parameters` in the order of `spec.parameter_names`."""
     if context.observer is not None:
         context.observer(output, spec, saved, parameters)
-    examples = spec.rows.examples
-    saved = (*saved, examples if isinstance(examples, Tensor) else context.probe.detach())
+    if isinstance(spec.rows.examples, Tensor):
+        saved = (*saved, spec.rows.examples)
     return NormHook.apply(output, context.probe, spec, context, len(saved), *saved, *parameters)

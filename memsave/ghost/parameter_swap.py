@@ -1,13 +1,12 @@
 """Run a layer with other tensors in place of its parameters."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from memsave.ghost._torch_internals import own_parameters
+from memsave.ghost._torch_internals import own_children, own_parameters
 
 _thread = threading.local()
 
@@ -17,28 +16,32 @@ def parameters_are_swapped() -> bool:
     return getattr(_thread, "depth", 0) > 0
 
 
-@contextmanager
-def swapped_parameters(layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the layer has these tensors in place of its parameters, by their names below the layer."""
-    slots: list[tuple[dict[str, Any], str, Tensor]] = []
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        slots.append((own_parameters(layer.get_submodule(path)), key, tensor))
-    by_parameter = {id(registry[key]): tensor for registry, key, tensor in slots}
-    all_names = [  # a parameter may have several names
-        (own_parameters(module), key, by_parameter[id(p)])
-        for module in layer.modules()
-        for key, p in own_parameters(module).items()
-        if id(p) in by_parameter
-    ]
-    slots = [*all_names, *slots]
-    before: list[tuple[dict[str, Any], str, Any]] = [(registry, key, registry[key]) for registry, key, _ in slots]
-    _thread.depth = getattr(_thread, "depth", 0) + 1
-    try:
-        for registry, key, tensor in slots:
+class swapped_parameters:
+    """Context manager: inside, the layer has these tensors in place of its parameters, by their names below the layer.
+
+    None in place of a tensor is a parameter that the layer does not have, such as the bias of a layer without one.
+    """
+
+    def __init__(self, layer: nn.Module, tensors: dict[str, Tensor] | dict[str, Tensor | None]) -> None:
+        slots: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        for name, tensor in tensors.items():
+            path, _, key = name.rpartition(".")
+            slots.append((own_parameters(layer.get_submodule(path) if path else layer), key, tensor))
+        by_parameter = {id(registry[key]): tensor for registry, key, tensor in slots}
+        modules: Iterable[nn.Module] = layer.modules() if any(own_children(layer)) else (layer,)
+        for module in modules:  # a parameter may have several names
+            for key, p in own_parameters(module).items():
+                if id(p) in by_parameter:
+                    slots.append((own_parameters(module), key, by_parameter[id(p)]))
+        self._slots = slots
+
+    def __enter__(self) -> None:
+        self._before = [(registry, key, registry[key]) for registry, key, _ in self._slots]
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+        for registry, key, tensor in self._slots:
             registry[key] = tensor
-        yield
-    finally:
+
+    def __exit__(self, *_: Any) -> None:
         _thread.depth -= 1
-        for registry, key, tensor in before:
+        for registry, key, tensor in self._before:
             registry[key] = tensor

@@ -7,13 +7,14 @@ values of a small buffer, and a sample of any other tensor.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memsave.ghost import _torch_internals as internals
-from memsave.ghost.gradients import has_values
+from memsave.ghost.late_checks import LateChecks
 from memsave.ghost.refusals import Refusal
 
 WHOLE = 2**16  # elements of the largest buffer that is compared completely
@@ -29,7 +30,7 @@ class _Entry:
     tensor: Tensor
     version: int | None
     """Its in-place counter; None if that may change."""
-    storage: int
+    geometry: tuple[Any, ...]
     sample: Tensor
     """A view of the compared elements."""
 
@@ -38,7 +39,7 @@ class StateSnapshot:
     """The buffers and parameters of a model before a forward; `modules` are the model's modules with their names.
 
     `shard_of`: the data of this process of a sharded parameter. The module has another copy of it while it computes,
-    and what a forward writes into that copy is lost.
+    and what a forward writes into that copy is lost. `earlier`: a snapshot whose views of elements are used again.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class StateSnapshot:
         modules: Iterable[tuple[str, nn.Module]],
         *,
         shard_of: Callable[[Tensor], Tensor | None] = lambda _: None,
+        earlier: "StateSnapshot | None" = None,
     ):
-        self._entries: list[_Entry] = []
+        self.entries: list[_Entry] = []
+        known = {} if earlier is None else {id(each.tensor): each for each in earlier.entries}
         self._buffers: list[tuple[str, nn.Module, set[str]]] = []
         """By module, the names of the buffers in its state_dict."""
         modules = list(modules)
@@ -67,22 +70,27 @@ class StateSnapshot:
                         registry, tensor = {key: shard}, shard
                     name, size = f"{path}.{key}" if path else key, WHOLE if kind == "buffer" else SAMPLE
                     version = None if id(tensor) in rewritten else internals.version(tensor)
-                    sample = _sample(tensor, size)
-                    self._entries.append(_Entry(kind, name, registry, key, tensor, version, _storage(tensor), sample))
-        self._values = _concatenated([each.sample for each in self._entries])
+                    before, geometry = known.get(id(tensor)), _geometry(tensor)
+                    same = before is not None and before.tensor is tensor and before.geometry == geometry
+                    sample = before.sample if before is not None and same else _sample(tensor, size)
+                    self.entries.append(_Entry(kind, name, registry, key, tensor, version, geometry, sample))
+        self._values = _concatenated([each.sample for each in self.entries])
 
-    def changes(self) -> list[Refusal]:
-        """A refusal for each buffer and parameter that is another tensor now, or has other values."""
+    def changes(self, late: LateChecks) -> list[Refusal]:
+        """A refusal for each buffer and parameter that is another tensor now, or has other values.
+
+        Values of a GPU are compared by `late`.
+        """
         changed = [
             each
-            for each in self._entries
+            for each in self.entries
             if each.registry.get(each.key) is not each.tensor
             or each.version not in (None, internals.version(each.tensor))
         ]
         samples = []
-        for each in self._entries:
+        for each in self.entries:
             sample = each.sample
-            if _storage(each.tensor) != each.storage:
+            if _geometry(each.tensor) != each.geometry:
                 sample = _sample(each.tensor, each.sample.numel())
             if (sample.shape, sample.dtype, sample.device) != (
                 each.sample.shape,
@@ -92,25 +100,31 @@ class StateSnapshot:
                 changed.append(each)
                 sample = each.sample
             samples.append(sample)
+        found = [_changed(each.kind, each.name) for each in changed]
         for key, now in _concatenated(samples).items():
             same = _equal(now, self._values[key])
-            if has_values(same) and not same.all():
-                mine = [each for each in self._entries if (each.sample.device, each.sample.dtype) == key]
-                parts = same.split([each.sample.numel() for each in mine])
-                changed += [each for each, part in zip(mine, parts, strict=True) if not part.all()]
-        found = [(each.kind, each.name) for each in changed]
+            mine = [each for each in self.entries if (each.sample.device, each.sample.dtype) == key]
+            found += late.add(same.all(), partial(_differing, mine, same))
         for path, module, before in self._buffers:
-            found += [("buffer", f"{path}.{key}" if path else key) for key in sorted(_persistent(module) - before)]
-        return [
-            Refusal(
-                name,
-                "",
-                f"is a {kind} that the forward changed: it may contain information about the examples, and would be "
-                f"released without noise",
-                "keep it unchanged while training, for instance with the module that changes it in eval mode",
-            )
-            for kind, name in found
-        ]
+            added = sorted(_persistent(module) - before)
+            found += [_changed("buffer", f"{path}.{key}" if path else key) for key in added]
+        return found
+
+
+def _changed(kind: str, name: str) -> Refusal:
+    return Refusal(
+        name,
+        "",
+        f"is a {kind} that the forward changed: it may contain information about the examples, and would be released "
+        f"without noise",
+        "keep it unchanged while training, for instance with the module that changes it in eval mode",
+    )
+
+
+def _differing(entries: list[_Entry], same: Tensor) -> list[Refusal]:
+    """A refusal for each entry with an element of its sample that is not the same; `same`: their samples in a row."""
+    parts = same.split([each.sample.numel() for each in entries])
+    return [_changed(each.kind, each.name) for each, part in zip(entries, parts, strict=True) if not part.all()]
 
 
 def _rewritten(modules: Iterable[Any]) -> set[int]:
@@ -128,9 +142,11 @@ def _persistent(module: nn.Module) -> set[str]:
     return {key for key, buffer in internals.own_buffers(module).items() if buffer is not None and key not in left_out}
 
 
-def _storage(tensor: Tensor) -> int:
-    """The identity of the storage, which an assignment to `.data` changes."""
-    return internals.storage_id(tensor) if tensor.layout == torch.strided else 0
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    """Which elements of which storage the tensor has; an assignment to `.data` changes it."""
+    if tensor.layout != torch.strided:
+        return ()
+    return internals.storage_id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _sample(tensor: Tensor, size: int) -> Tensor:

@@ -17,6 +17,7 @@ Tensors are matrices of voxels by channels, (B, V, C): the memory layout of a ch
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memsave.models.depthwise import depthwise_gradients, same_depthwise_conv
+from memsave.tf32 import allows_tf32, without_tf32
 
 LAST = torch.channels_last_3d
-MAX_BLOCKS = 16  # of voxels in a contraction; the blocks are summed in float64
+MAX_BLOCKS = {"cpu": 16, "cuda": 256}  # of voxels in a contraction, which the blocks share; summed in float64
 
 
 class Affine(NamedTuple):
@@ -180,7 +182,7 @@ class Norm:
 
     def __init__(self, norm: nn.GroupNorm, x: Tensor, part: slice = slice(None)):
         self.voxels = x.shape[1]
-        square = _inner(x, x).diagonal(dim1=1, dim2=2) / self.voxels  # (B, C)
+        square = _products(x, x) / self.voxels  # (B, C)
         self.leaves = [each.detach().double() for each in (_sum(x) / self.voxels, square, *_of(norm, part))]
         self.groups = norm.num_groups * x.shape[2] // norm.num_channels
         self.eps = norm.eps
@@ -196,7 +198,7 @@ class Norm:
 
     def gradients(self, grad: Tensor, x: Tensor, *, over: Tensor) -> tuple[Tensor, list[Tensor]]:
         """dL/dx, written to `over` (`grad` or x), and the gradients of weight and bias."""
-        by_scale, by_shift = _inner(grad, x).diagonal(dim1=1, dim2=2), _sum(grad)
+        by_scale, by_shift = _products(grad, x), _sum(grad)
         with torch.enable_grad():
             for leaf in self.leaves:
                 leaf.requires_grad_()
@@ -325,33 +327,52 @@ def _add_products(total: Tensor, rows: Tensor, weight: Tensor) -> None:
         _add_product(*each)
 
 
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """The inner products of the channels of (B, V, P) and (B, V, P) over voxels: (B, P) in float64."""
+    if one.device.type == "cpu":  # where the products of all pairs of channels take less time than a sum of products
+        return _inner(one, other).diagonal(dim1=1, dim2=2)
+    count = _blocks(one, at_most=16)  # so that the products take little memory
+    pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
+    dtype = _accumulation_dtype(one.dtype)
+    return torch.stack([(a.to(dtype) * b).sum(1).double() for a, b in pairs]).sum(0)
+
+
 def _inner(one: Tensor, other: Tensor) -> Tensor:
     """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q) in float64."""
-    count = _blocks(one.shape[1])
-    if _accumulation_dtype(one.dtype) != one.dtype:  # by block, without a float32 copy of the whole tensor
+    count = _blocks(one)
+    narrow = _accumulation_dtype(one.dtype) != one.dtype
+    if narrow and one.device.type == "cpu":  # by block, without a float32 copy of the whole tensor
         pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
         return torch.stack([(a.float().transpose(1, 2) @ b.float()).double() for a, b in pairs]).sum(0)
     a, b = (each.unflatten(1, (count, -1)).flatten(0, 1) for each in (one, other))
-    return torch.bmm(a.transpose(1, 2), b).double().unflatten(0, (-1, count)).sum(1)
+    if narrow:  # sums are not rounded
+        products = torch.bmm(a.transpose(1, 2), b, out_dtype=torch.float32)
+    else:
+        products = torch.bmm(a.transpose(1, 2), b)
+    return products.double().unflatten(0, (-1, count)).sum(1)
 
 
-def _blocks(voxels: int) -> int:
-    """The number of equal blocks of voxels in a sum."""
-    return next(count for count in range(MAX_BLOCKS, 0, -1) if voxels % count == 0)
+def _blocks(rows: Tensor, *, at_most: int | None = None) -> int:
+    """The number of equal blocks of the voxels of (B, V, C) in a sum."""
+    most = MAX_BLOCKS.get(rows.device.type, 16) if at_most is None else at_most
+    return next(count for count in range(most, 0, -1) if rows.shape[1] % count == 0)
 
 
 def _sum(rows: Tensor) -> Tensor:
     """(B, V, C) summed over voxels: (B, C) in float64."""
     if _accumulation_dtype(rows.dtype) == rows.dtype:
         return rows.sum(1).double()
-    blocks = rows.chunk(_blocks(rows.shape[1]), dim=1)
+    if rows.device.type != "cpu":
+        return rows.sum(1, dtype=torch.float32).double()
+    blocks = rows.chunk(_blocks(rows), dim=1)
     return torch.stack([block.sum(1, dtype=torch.float32).double() for block in blocks]).sum(0)
 
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
     """The covariance (B, C, C) in float64 of x (B, V, C) with this mean."""
     centred = x - mean[:, None].to(_accumulation_dtype(x.dtype))
-    return _inner(centred, centred) / x.shape[1]
+    with without_tf32() if allows_tf32(x.device) else nullcontext():  # moments are not rounded
+        return _inner(centred, centred) / x.shape[1]
 
 
 def _like(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:

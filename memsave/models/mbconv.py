@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from memsave.models import chunks as chunked
 from memsave.models.depthwise import depthwise_conv3d
+from memsave.models.norm import GroupNorm
 
 NORM_GROUPS = 8
 
@@ -131,21 +132,21 @@ class MBConv3d(nn.Module):
 POINTWISE = {"kernel_size": (1, 1, 1), "stride": (1, 1, 1), "padding": (0, 0, 0), "groups": 1}
 PARTS: dict[str, tuple[tuple[type, ...], set[str], dict[str, object]]] = {
     "expand": ((nn.Conv3d,), {"weight"}, POINTWISE),
-    "expand_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
+    "expand_norm": ((nn.GroupNorm, GroupNorm), {"weight", "bias"}, {}),
     "depthwise": ((DepthwiseConv3d,), {"weight"}, {}),
-    "depthwise_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
+    "depthwise_norm": ((nn.GroupNorm, GroupNorm), {"weight", "bias"}, {}),
     "act": ((nn.SiLU,), set(), {}),
     "gate": ((nn.Identity,), set(), {}),
     "project": ((nn.Conv3d,), {"weight"}, POINTWISE),
-    "project_norm": ((nn.GroupNorm,), {"weight", "bias"}, {}),
+    "project_norm": ((nn.GroupNorm, GroupNorm), {"weight", "bias"}, {}),
     "dropout": ((nn.Identity, nn.Dropout3d), set(), {}),
 }
 """The parts that `chunks.py` can recompute: allowed types, parameters and options by name."""
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """GroupNorm with up to 8 groups of at least two channels, so that a volume of one voxel has a variance."""
-    return nn.GroupNorm(norm_groups(channels), channels)
+    return GroupNorm(norm_groups(channels), channels)
 
 
 def norm_groups(channels: int) -> int:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -43,7 +44,7 @@ from memsave.processes import (
 )
 from memsave.training.ema import Ema
 from memsave.training.sharding import is_sharded_model
-from memsave.training.task import Batch, CountsTokens, Losses, Task, examples, split
+from memsave.training.task import Batch, CountsTokens, Losses, Task, examples, pinned_batch, split
 
 
 class TrainingError(RuntimeError):
@@ -177,8 +178,9 @@ def run_steps(
 
 
 def _are_finite(model: nn.Module) -> bool:
-    """Whether all parameters are finite, in all processes."""
-    return not any_process(not all(bool(local_part(p.detach()).isfinite().all()) for p in model.parameters()))
+    """Whether all parameters are finite, in all processes. One read of the device."""
+    flags = [local_part(p.detach()).isfinite().all() for p in model.parameters()]
+    return not any_process(bool(flags) and not bool(torch.stack([each.to(flags[0].device) for each in flags]).all()))
 
 
 def update(state: State) -> None:
@@ -217,7 +219,8 @@ def batches_of(
             sizes.append(len(indices))
             yield indices or ([Index(0, 0)] if is_sharded_model(state.model) else [])
 
-    for batch in load_ahead(task.load, noted(), workers=workers):
+    load = partial(pinned_batch, task.load) if next(state.model.parameters()).device.type == "cuda" else task.load
+    for batch in load_ahead(load, noted(), workers=workers):
         own = sizes.popleft()
         tokens = task.count_tokens(batch) if isinstance(task, CountsTokens) else None
         yield task.place(batch), own, tokens if own or tokens is None else 0

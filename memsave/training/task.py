@@ -5,10 +5,11 @@ size, and private training can clip each example.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from memsave.data.loader import Index
@@ -102,6 +103,18 @@ def data_fingerprint(task: Task) -> str:
     """Sixteen hexadecimal digits that identify the task's training data, for file names."""
     found = task.data_fingerprint if isinstance(task, HasDataFingerprint) else task.fingerprint
     return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def pinned_batch(load: Callable[[Sequence[Index]], Batch], indices: Sequence[Index]) -> Batch:
+    """A loaded batch in pinned memory, from which a copy to a GPU need not be waited for."""
+    return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in load(indices).items()}
+
+
+def placed(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device; nothing waits for the copy of pinned memory."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
 
 
 def split(batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memsave.ghost import GhostClipper, linear_cross_entropy, logits
+from memsave.ghost import GhostClipper, head, linear_cross_entropy, logits
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 from tests.support.per_example_reference import assert_exact, by_clipper, by_loop
@@ -25,7 +25,7 @@ ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Small blocks, of which few sizes divide the vocabulary."""
-    monkeypatch.setattr(logits, "BLOCK", 50)
+    monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, 50))
     monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     monkeypatch.setattr(logits, "TRIANGLE", 3)
 
@@ -107,7 +107,7 @@ def test_losses_gradients_norms_and_sums_equal_those_with_logits(bias, tied, bat
 
 @pytest.mark.parametrize("block", [1, 7, 18, 100, 2**20])
 def test_a_soft_cap_is_exact_in_blocks_of_any_size(monkeypatch, block):
-    monkeypatch.setattr(logits, "BLOCK", block)
+    monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, block))
     torch.manual_seed(0)
     for tied in (True, False):
         assert_as_with_logits(Speaker(bias=True, tied=tied, cap=1.5).double(), draw(), memory_budget=600)
@@ -330,7 +330,7 @@ def test_fake_tensors_have_the_memory_peak_of_real_ones(passes):
 
 def test_logits_are_stored_only_within_the_memory_budget(monkeypatch):
     """Without a budget, no logits are stored; ignored positions take no memory."""
-    monkeypatch.setattr(logits, "BLOCK", 10_000)
+    monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, 10_000))
     monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     torch.manual_seed(0)
     model, whole = Speaker(vocabulary=3000, width=4), draw(4, 50, vocabulary=3000, ignored=0.0)
@@ -408,8 +408,16 @@ def test_a_loss_that_mixes_examples_is_refused():
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 1000), (1, 1000), (20, 50), (21, 47), (100, 10), (5000, 10)])
 def test_blocks_of_the_vocabulary_have_a_minimal_width(monkeypatch, rows, width):
-    monkeypatch.setattr(logits, "BLOCK", 1000)
+    monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, 1000))
     monkeypatch.setattr(logits, "MIN_COLUMNS", 10)
-    found = list(logits.vocabulary_blocks(rows, 107))
+    found = list(logits.vocabulary_blocks(rows, torch.empty(107, 1)))
     assert [place for part in found for place in range(part.start, part.stop)] == list(range(107))
     assert {part.stop - part.start for part in found[:-1]} <= {width}
+
+
+@pytest.mark.parametrize("flags", [[], [True], [False, False], [False, True, True, False, True]])
+def test_positions_are_found_without_waiting_for_a_gpu(flags, monkeypatch, device):
+    flags = torch.tensor(flags, dtype=torch.bool)
+    expected = flags.nonzero()[:, 0]
+    monkeypatch.setattr(head, "is_slow_to_read", lambda tensor: True)
+    assert torch.equal(head._true_indices(flags, int(flags.sum())), expected)

@@ -132,11 +132,29 @@ def test_a_buffer_that_the_forward_fills_or_registers_is_refused(new):
         clipper.backward(losses_of(model, draw(3, 4)))
 
 
-def test_a_change_is_refused_at_the_end_of_the_forward_before_any_backward():
+def test_a_change_is_refused_before_anything_is_added_to_grad():
     model = nn.Sequential(nn.Linear(8, 8), Keeps("buffer", through_data)).double()
-    GhostClipper(model, max_grad_norm=1.0)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"1\.kept is a buffer that the forward changed"):
-        model(draw(3, 8))
+        output = model(draw(3, 8))  # where values can be read without waiting for a GPU, the forward raises already
+        assert output.device.type == "cuda"
+        clipper.backward(output.square().sum(1))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("passes", ["auto", "direct", 2])
+def test_a_change_of_values_on_a_gpu_is_refused_before_anything_is_added_to_grad(passes, clipping, monkeypatch):
+    monkeypatch.setattr("memsave.ghost.late_checks.is_slow_to_read", lambda tensor: True)
+    if (passes, clipping) == (2, "per_layer"):
+        return
+    model = nn.Sequential(nn.Linear(8, 8), Keeps("parameter", through_data)).double()
+    clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes, clipping=clipping)
+    losses = model(draw(1, 8)).square().sum(1)
+    with pytest.raises(ValueError, match=r"1\.kept is a parameter that the forward changed"):
+        clipper.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
+    assert not clipper.unfinished
 
 
 def test_a_parameter_whose_type_the_forward_changes_is_refused():

@@ -44,7 +44,7 @@ MODELS = {**LANGUAGE, "gpt-neox": lambda: of("GPTNeoX"), "gpt-j, with a bias": g
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(logits, "BLOCK", 100)
+    monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, 100))
     monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
 
 

@@ -57,7 +57,8 @@ def test_correlated_noise_is_the_inverse_matrix_times_independent_noise(
     monkeypatch.setattr("memsave.privacy.noise.CHUNK", chunk)
     independent = steps_of(*make(device, secure=secure), 6)
     weights = inverse_series(noise, bands=bands, steps=6)
-    matrix = torch.tensor([[weights[i - j] if i >= j else 0.0 for j in range(6)] for i in range(6)])
+    rows = [[weights[i - j] if i >= j else 0.0 for j in range(6)] for i in range(6)]
+    matrix = torch.tensor(rows, device="cpu")
     found = steps_of(*make(device, secure=secure, noise=noise, bands=bands), 6)
     assert torch.allclose(found, matrix.double() @ independent, atol=1e-12)
     assert len(found.unique()) == found.numel()

@@ -16,7 +16,9 @@ from memsave.ghost.gradients import Gradient, PerSampleGrad, has_values, upcast
 from memsave.ghost.parameter_swap import swapped_parameters
 from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
 from memsave.ghost.rules.norm_forwards import known_neutral_weight
+from memsave.processes import class_of
 
+OF_TORCH = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 COMPARED = 8  # positions of the first example, in each dimension
 
 
@@ -26,7 +28,7 @@ def over_the_last_dimensions(layer: nn.Module, inputs: LayerInputs) -> RuleOutpu
     return _rule(layer, inputs, neutral_weight=1.0)
 
 
-@register_rule(nn.GroupNorm)
+@register_rule(nn.GroupNorm, "memsave.models.norm.GroupNorm")
 def group_norm(layer: nn.Module, inputs: LayerInputs) -> RuleOutput:
     """`nn.GroupNorm`: channels in dimension 1."""
     return _rule(layer, inputs, neutral_weight=1.0, channels=1)
@@ -82,7 +84,9 @@ def _rule(layer: nn.Module, inputs: LayerInputs, *, neutral_weight: float, chann
         def summed(values: Tensor) -> PerSampleGrad:
             """Sum over all dimensions except the batch and those of the parameter."""
             values = values if channels is None else values.movedim(channels, -1)
-            return PerSampleGrad(values.reshape(len(values), -1, *values.shape[values.dim() - parameter_dims :]).sum(1))
+            return PerSampleGrad(
+                values.reshape(values.shape[0], -1, *values.shape[values.dim() - parameter_dims :]).sum(1)
+            )
 
         if "weight" in trainable:
             found["weight"] = summed(grad * _run(layer, upcast(saved[0]), neutral_weight))
@@ -97,6 +101,12 @@ def _rule(layer: nn.Module, inputs: LayerInputs, *, neutral_weight: float, chann
 def _run(layer: nn.Module, x: Tensor, weight: float) -> Tensor:
     """The layer's output for x with another weight and no bias."""
     forward: Any = type(layer).forward
-    parameters = {name: x.new_full(p.shape, 0.0 if name == "bias" else weight) for name, p in layer.named_parameters()}
+    parameters: dict[str, Tensor | None]
+    if class_of(layer) in OF_TORCH:  # their weight and bias may be None
+        parameters = {name: None for name, _ in layer.named_parameters()}
+    else:
+        parameters = {
+            name: x.new_full(p.shape, 0.0 if name == "bias" else weight) for name, p in layer.named_parameters()
+        }
     with swapped_parameters(layer, parameters):
         return forward(layer, x)

@@ -17,7 +17,7 @@ from memsave.models.language import causal_lm_losses
 from memsave.processes import map_shares
 from memsave.tasks.language.adapter_files import save_model
 from memsave.training.loop import autocast, evaluating
-from memsave.training.task import Batch
+from memsave.training.task import Batch, placed
 
 EVALUATION_BATCH = 32
 
@@ -88,7 +88,7 @@ class LanguageTask:
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device."""
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return placed(batch, self.device)
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses: the mean cross-entropy over the target tokens of each example."""

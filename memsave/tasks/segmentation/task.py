@@ -34,7 +34,7 @@ from memsave.tasks.segmentation.losses import case_losses
 from memsave.tasks.segmentation.overlay import Picture, draw_overlay
 from memsave.tasks.segmentation.unet_config import CONFIG, UNetConfig
 from memsave.training.loop import autocast
-from memsave.training.task import Batch
+from memsave.training.task import Batch, placed
 
 WEIGHTS = "model.safetensors"
 TABLE = "scores.csv"
@@ -157,8 +157,7 @@ class Segmentation:
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the device, in the network's memory format."""
-        moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        return channels_last(moved)
+        return channels_last(placed(batch, self.device))
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses, one per case over all of its crops."""
