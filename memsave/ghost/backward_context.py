@@ -169,7 +169,7 @@ class BackwardContext:
     def examples_kept(self, factors: Tensor) -> Tensor | None:
         """The examples (B,) with a factor above zero; None if those are all. Raises what late checks have found."""
         kept = factors != 0
-        return None if not has_values(kept) or self.late.all_true(kept) else kept
+        return None if self.late.all_true(kept) else kept
 
     def add_clipped_sums(self, factors: Tensor, kept: Tensor | None) -> None:
         """Add sum_b factors[b] g_b to `.grad`, from the gradients that `measure_norms` kept.

@@ -31,6 +31,8 @@ class LateChecks:
     def all_true(self, values: Tensor) -> bool:
         """Whether all of the bools are True; raises ValueError if a check has failed. Both by one read."""
         checks, self._checks = self._checks, []
+        if not has_values(values):
+            return True
         flags = torch.stack([values.all(), *(passed.to(values.device) for passed, _ in checks)])
         first, *others = flags.tolist()
         failed = [explain for passed, (_, explain) in zip(others, checks, strict=True) if not passed]
@@ -39,7 +41,7 @@ class LateChecks:
 
     def raise_failed(self) -> None:
         """Raise ValueError if a check has failed."""
-        if self._checks and has_values(self._checks[0][0]):
+        if self._checks:
             self.all_true(self._checks[0][0])
 
 

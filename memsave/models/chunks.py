@@ -331,7 +331,7 @@ def _products(one: Tensor, other: Tensor) -> Tensor:
     """The inner products of the channels of (B, V, P) and (B, V, P) over voxels: (B, P) in float64."""
     if one.device.type == "cpu":  # where the products of all pairs of channels take less time than a sum of products
         return _inner(one, other).diagonal(dim1=1, dim2=2)
-    count = _blocks(one, at_most=16)  # so that the products take little memory
+    count = _blocks(one, at_most=4)  # so that the products take little memory
     pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
     dtype = _accumulation_dtype(one.dtype)
     return torch.stack([(a.to(dtype) * b).sum(1).double() for a, b in pairs]).sum(0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memsave.models import chunks as chunked
 from memsave.models.depthwise import depthwise_conv3d
 from memsave.models.norm import GroupNorm
+from memsave.models.pointwise import PointwiseConv3d
 
 NORM_GROUPS = 8
 
@@ -75,14 +76,14 @@ class MBConv3d(nn.Module):
     ):
         super().__init__()
         expanded = channels * expansion
-        self.expand = nn.Conv3d(channels, expanded, 1, bias=False)
+        self.expand = PointwiseConv3d(channels, expanded)
         self.expand_norm = group_norm(expanded)
         self.depthwise = DepthwiseConv3d(expanded, kernel_size=kernel_size)
         self.depthwise_norm = group_norm(expanded)
         self.act = nn.SiLU()
         hidden = max(1, round(channels * squeeze_excitation))
         self.gate = SqueezeExcitation(expanded, hidden=hidden) if squeeze_excitation else nn.Identity()
-        self.project = nn.Conv3d(expanded, channels, 1, bias=False)
+        self.project = PointwiseConv3d(expanded, channels)
         self.project_norm = group_norm(channels)
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
         self.chunks = chunks
@@ -131,13 +132,13 @@ class MBConv3d(nn.Module):
 
 POINTWISE = {"kernel_size": (1, 1, 1), "stride": (1, 1, 1), "padding": (0, 0, 0), "groups": 1}
 PARTS: dict[str, tuple[tuple[type, ...], set[str], dict[str, object]]] = {
-    "expand": ((nn.Conv3d,), {"weight"}, POINTWISE),
+    "expand": ((nn.Conv3d, PointwiseConv3d), {"weight"}, POINTWISE),
     "expand_norm": ((nn.GroupNorm, GroupNorm), {"weight", "bias"}, {}),
     "depthwise": ((DepthwiseConv3d,), {"weight"}, {}),
     "depthwise_norm": ((nn.GroupNorm, GroupNorm), {"weight", "bias"}, {}),
     "act": ((nn.SiLU,), set(), {}),
     "gate": ((nn.Identity,), set(), {}),
-    "project": ((nn.Conv3d,), {"weight"}, POINTWISE),
+    "project": ((nn.Conv3d, PointwiseConv3d), {"weight"}, POINTWISE),
     "project_norm": ((nn.GroupNorm, GroupNorm), {"weight", "bias"}, {}),
     "dropout": ((nn.Identity, nn.Dropout3d), set(), {}),
 }

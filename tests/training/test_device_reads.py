@@ -1,7 +1,7 @@
 """A training step does not wait for its device, except for reads that are listed here.
 
-Reading a value of a GPU (`.item()`, `bool(tensor)`, `nonzero`) waits until it has done all work so far. On the CPU these
-reads are counted instead: reads of our own code, of tensors that would be on the GPU.
+Reading a value of a GPU (`.item()`, `bool(tensor)`, `nonzero`) waits until it has done all work so far. On the CPU,
+reads by our own code are counted instead.
 """
 
 import sys
@@ -50,7 +50,12 @@ def warm(overrides, device, monkeypatch):
         monkeypatch.setattr(f"memsave.ghost.{module}.is_slow_to_read", lambda tensor: True)
     monkeypatch.setattr("memsave.ghost.independence.IndependenceSchedule.next_check", only_unchecked)
     torch.manual_seed(0)
-    step = fake_step(to_objects(compose(overrides)), device=torch.device(device)).run
+    made = fake_step(to_objects(compose(overrides)), device=torch.device(device))
+
+    def step():
+        with torch.device("cpu"):  # a run has no other default device
+            made.run()
+
     for _ in range(WARM_UP):
         step()
     return step

@@ -13,7 +13,13 @@ from memsave.ghost.rule import LayerInputs, RuleOutput, register_rule
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, "memsave.models.mbconv.DepthwiseConv3d")
+@register_rule(
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    "memsave.models.mbconv.DepthwiseConv3d",
+    "memsave.models.pointwise.PointwiseConv3d",
+)
 def conv(layer: nn.Module, inputs: LayerInputs) -> RuleOutput | None:
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`, with padding by zeros."""
     assert isinstance(layer, Convolution)
