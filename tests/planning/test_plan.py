@@ -298,7 +298,7 @@ def test_if_nothing_fits_the_error_names_a_sufficient_budget(tmp_path):
 
 
 def test_training_uses_the_largest_size_that_fits_and_stays_within_the_budget(tmp_path):
-    config = config_of("vary=volume", "budget=40MiB", "trainer.steps=1", "profiler.compare=[]", "data.size=[48,48,48]")
+    config = config_of("vary=volume", "budget=40MiB", "trainer.steps=2", "profiler.compare=[]", "data.size=[48,48,48]")
     result = run_experiment(config, tmp_path, progress=Progress())
     (row,) = result["plan"]["rows"]
     assert row["size"] == 32
