@@ -16,6 +16,7 @@ from experiments.distributed.variants import APART, variants
 ROW = {"way": "plain", "parallel": "ddp", "processes": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_way_arrives_at_the_same_numbers(tmp_path, monkeypatch):
     problem = problems(torch.device("cpu"), quick=True)["language"]

@@ -124,6 +124,7 @@ def test_an_extension_that_cannot_be_imported_is_named(tmp_path):
     assert "the package broken extends memsave by nowhere_to_be_found, which cannot be imported" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_from_outside_decides_which_parameters_train(installed, trained_points, tmp_path):
     arguments = ["experiment=points", "adapter=only_bias", "privacy=ghost", *RDP, "trainer.steps=5"]
     done = memsave(installed, *arguments, "hydra.run.dir=biases", cwd=tmp_path)

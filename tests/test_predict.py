@@ -142,7 +142,10 @@ def test_another_layout_sets_its_labels(trained, tmp_path):
     assert (new == np.where(old == 4, 3, old)).all() and (old == 4).any()
 
 
-@pytest.mark.parametrize("layout", ["brats2021", "brats2023", "msd", "folder", "folder, as in 2023"])
+SLOWER = pytest.param("folder, as in 2023", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("layout", ["brats2021", "brats2023", "msd", "folder", SLOWER])
 def test_the_order_of_modalities_does_not_change_the_segmentation(trained, one_case, tmp_path, monkeypatch, layout):
     """The network identifies modalities by position, the user by name."""
     from memsave import predict as module
@@ -238,8 +241,8 @@ def test_flips_average_the_probabilities_over_reflections():
     torch.testing.assert_close(mixed[0, :, 0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_case_over_the_budget_is_reported(trained, tmp_path, capfd):
-    assert predict(trained, tmp_path, "budget=1MiB") == 1
+def test_a_case_over_the_budget_is_reported(trained, one_case, tmp_path, capfd):
+    assert predict(trained, tmp_path / "out", "budget=1MiB", source=one_case) == 1
     assert "more than the budget of 1.00 MiB; give a smaller window" in capfd.readouterr().err
 
 

@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 from memsave.config.compose import compose
 from memsave.config.overrides import override
 from memsave.ghost import GhostClipper
-from memsave.run import is_done, output_files
+from memsave.run import execute, is_done, output_files
 from memsave.training.result import write_config
 from tests.support.commands import TWO_STEPS, run_command
 from tests.support.tiny_configs import TINY_UNET
 
 
 def test_a_run_writes_its_files(tmp_path):
-    done = run_command(tmp_path, *TWO_STEPS, "profiler.process=true")
+    done = run_command(tmp_path, *TWO_STEPS, "profiler.process=true", "profiler.compare=[stored,reversible]")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "brats_rev").iterdir()
     names = {path.name for path in folder.iterdir()}
@@ -46,9 +46,7 @@ def test_a_run_writes_its_files(tmp_path):
     assert memory["process_peak_bytes"] > memory["peak_bytes"] or not Path("/proc/self/status").is_file()
     assert result["seconds_per_step"] > 0
     compared = memory["compared"]
-    assert (
-        compared["reversible"]["peak_bytes"] < compared["checkpoint"]["peak_bytes"] < compared["stored"]["peak_bytes"]
-    )
+    assert compared["reversible"]["peak_bytes"] < compared["stored"]["peak_bytes"]
     assert compared["reversible"]["loss"] == pytest.approx(compared["stored"]["loss"], rel=1e-5)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2, 2]
@@ -104,26 +102,33 @@ def test_help_prints_the_module_docstring(tmp_path):
     assert "python -m memsave.run experiment=brats_rev" in done.stdout
 
 
-def test_a_run_continues_from_a_checkpoint(run):
-    _, whole, _ = run("trainer.steps=4", name="whole")
-    # the learning rate depends on trainer.steps: an interrupted run has the same number of steps
-    _, _, first = run("trainer.steps=4", "trainer.checkpoint_every=1", name="first")
-    code, resumed, folder = run("trainer.steps=4", f"trainer.resume={first / 'checkpoint'}", name="resumed")
+def test_a_completed_run_continues_with_its_evaluation(run):
+    _, whole, first = run("trainer.steps=2", name="whole")
+    code, resumed, folder = run("trainer.steps=2", f"trainer.resume={first / 'checkpoint'}", name="resumed")
     assert code == 0
     assert resumed["metrics"]["dice_wt"] == whole["metrics"]["dice_wt"]
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1  # only the evaluation
     assert resumed["metrics"]["loss"] is None
-    code, refused, _ = run("trainer.steps=3", f"trainer.resume={first / 'checkpoint'}", name="refused")
+    code, refused, _ = run("trainer.steps=1", f"trainer.resume={first / 'checkpoint'}", name="refused")
     assert code == 2
-    assert "trainer.steps is 3, but the checkpoint is at step 4" in refused["error"]
+    assert "trainer.steps is 1, but the checkpoint is at step 2" in refused["error"]
 
 
 def test_epochs_set_the_steps_of_a_segmentation_run(run):
-    code, _, folder = run("trainer.steps=2", "trainer.epochs=5", "trainer.batch_size=1")
+    code, _, folder = run("trainer.steps=2", "trainer.epochs=2", "trainer.batch_size=1", "memory=stored")
     assert code == 0
     steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
-    assert steps == list(range(1, 5 * 3 + 1))  # three training cases, one per step
+    assert steps == list(range(1, 2 * 3 + 1))  # three training cases, one per step
     assert (folder / "checkpoint").is_dir()
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """(folder of a run of one step with two examples, folder of its phantoms); tests do not change them."""
+    folder, data = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("data")
+    settings = ["trainer.steps=1", "trainer.batch_size=2", "profiler.compare=[]", f"data.root={data}"]
+    assert execute(compose([*TINY_UNET, *settings]), folder, experiment="brats_rev") == 0
+    return folder, data
 
 
 @pytest.mark.parametrize(
@@ -135,11 +140,10 @@ def test_epochs_set_the_steps_of_a_segmentation_run(run):
         ("data.crop_size=[8,16,16]", "another set of training data"),
     ],
 )
-def test_a_run_is_not_continued_with_other_batches(run, change, words):
-    _, _, first = run("trainer.steps=2", "trainer.batch_size=2", name="first")
-    code, result, _ = run(
-        "trainer.steps=3", "trainer.batch_size=2", f"trainer.resume={first / 'checkpoint'}", change, name="other"
-    )
+def test_a_run_is_not_continued_with_other_batches(run, one_step, change, words):
+    first, data = one_step
+    settings = ["trainer.steps=2", "trainer.batch_size=2", f"data.root={data}"]
+    code, result, _ = run(*settings, f"trainer.resume={first / 'checkpoint'}", change)
     assert code == 2
     assert re.search(f"{words}.*which changes the batches; continue with the same", result["error"])
 
@@ -158,6 +162,7 @@ def test_the_crops_of_a_patient_are_clipped_as_one_gradient(run, monkeypatch):
 
     monkeypatch.setattr(GhostClipper, "backward", backward)
     private = ["privacy=ghost", "privacy.passes=direct", "privacy.noise_multiplier=1", "privacy.seed=1"]
+    private += ["privacy.accountant=rdp", "privacy.verify=false"]  # the exact accountant and the check take seconds
     crops = ["data.crops_per_case=3", "trainer.micro_batch_size=1", "privacy.max_grad_norm=0.01"]
     code, result, _ = run(*private, *crops, "trainer.steps=3")
     assert code == 0 and norms and min(norms) > 0.01  # every gradient was clipped
@@ -204,7 +209,7 @@ def test_training_stops_after_patience_evaluations_without_a_better_score(run, m
     monkeypatch.setattr(Segmentation, "evaluate", lambda self, model: {"dice": next(scores)})
     monkeypatch.setattr(Segmentation, "summary", lambda self, scores: "")
     monkeypatch.setattr(Segmentation, "show", lambda self, folder: [])
-    code, _, folder = run("trainer.steps=9", "trainer.evaluate_every=1", "trainer.patience=2")
+    code, _, folder = run("trainer.steps=9", "trainer.evaluate_every=1", "trainer.patience=2", "memory=stored")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert code == 0
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]  # the best step is 2, patience is 2
@@ -214,7 +219,7 @@ def test_training_stops_after_patience_evaluations_without_a_better_score(run, m
 def test_the_averaged_weights_are_released(run):
     from safetensors.torch import load_file
 
-    code, _, folder = run("trainer.steps=3", "trainer.ema=0.9")
+    code, _, folder = run("trainer.steps=3", "trainer.ema=0.9", "memory=stored")
     assert code == 0
     released, last = (
         load_file(folder / "model" / "model.safetensors"),
@@ -230,7 +235,7 @@ def test_tensorboard_has_the_losses_and_scores(run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, result, folder = run("trainer.steps=2", "trainer.tensorboard=true")
+    _, result, folder = run("trainer.steps=2", "trainer.tensorboard=true", "memory=stored")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]

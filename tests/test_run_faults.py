@@ -19,13 +19,15 @@ from memsave.data import DataError
 from memsave.data.volumes.phantoms import mni
 from memsave.outcome import explain
 from memsave.run import _restore_on_failure, execute
+from tests.support.commands import TWO_STEPS, run_command
 from tests.support.tiny_configs import TINY_UNET
 
 
 def test_an_interrupted_run_prints_the_override_that_continues_it(run, monkeypatch, capsys):
     from memsave.tasks.segmentation.task import Segmentation
 
-    _, whole, folder = run("trainer.steps=3", "model.dropout=0.2", name="whole")
+    settings = ["trainer.steps=3", "model.dropout=0.2", "memory=stored"]
+    _, whole, folder = run(*settings, name="whole")
     curve = [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
     original, calls = Segmentation.per_example_losses, []
 
@@ -36,13 +38,13 @@ def test_an_interrupted_run_prints_the_override_that_continues_it(run, monkeypat
         return original(self, model, batch)
 
     monkeypatch.setattr(Segmentation, "per_example_losses", signalled)
-    code, result, folder = run("trainer.steps=3", "model.dropout=0.2", name="stopped (a), b=c")
+    code, result, folder = run(*settings, name="stopped (a), b=c")
     assert (code, result["status"]) == (130, "interrupted")
     printed = capsys.readouterr().err.partition("interrupted; continue with ")[2].splitlines()[0]
     monkeypatch.undo()
     (resume,) = shlex.split(printed)  # as a shell reads it
     assert resume == f'trainer.resume="{folder}"'
-    _, resumed, folder = run("trainer.steps=3", "model.dropout=0.2", resume, name="resumed")
+    _, resumed, folder = run(*settings, resume, name="resumed")
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] == curve[2]
     assert resumed["metrics"] == whole["metrics"]
 
@@ -63,7 +65,10 @@ def test_a_missing_package_is_named_with_its_extra(run, monkeypatch, package, ex
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
+    [
+        pytest.param(OSError(errno.ENOSPC, "No space left on device"), marks=pytest.mark.slow),
+        SafetensorError("No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_gives_one_sentence_and_no_traceback(run, monkeypatch, error):
     from memsave.training import checkpoint
@@ -77,7 +82,7 @@ def test_a_full_disk_gives_one_sentence_and_no_traceback(run, monkeypatch, error
         original(state, folder)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    code, result, folder = run("trainer.steps=3", "trainer.checkpoint_every=1")
+    code, result, folder = run("trainer.steps=2", "trainer.checkpoint_every=1", "memory=stored")
     assert (code, result["status"]) == (1, "failed")
     assert "cannot be written" in result["error"] and f"trainer.resume={folder}" in result["error"]
     assert not (folder / "error.txt").exists()
@@ -102,7 +107,7 @@ def test_what_a_continued_run_needs_is_flushed_before_the_file_that_needs_it(run
         original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    code, _, folder = run("trainer.checkpoint_every=1")
+    code, _, folder = run("trainer.checkpoint_every=1", "memory=stored")
     assert code == 0
     first, log, state, released, result = (
         flushed.index(name)
@@ -115,13 +120,13 @@ def test_what_a_continued_run_needs_is_flushed_before_the_file_that_needs_it(run
 
 def test_a_failed_continuation_never_writes_into_the_checkpoint(run, monkeypatch):
     """A kill while the old files are restored must not find a half-written checkpoint."""
-    _, _, folder = run("trainer.checkpoint_every=1")
+    _, _, folder = run("trainer.steps=1", "memory=stored")
     before = (folder / "checkpoint" / "state.json").stat().st_mtime_ns
     with _restore_on_failure(folder):
         (folder / "metrics.jsonl").write_text("")
         (folder / "result.json").unlink()
     assert (folder / "checkpoint" / "state.json").stat().st_mtime_ns == before
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((folder / "result.json").read_text())["status"] == "ok"
 
 
@@ -135,7 +140,8 @@ def test_a_folder_that_cannot_be_created_gives_one_sentence(tmp_path, capsys):
 def test_a_data_error_saves_a_checkpoint_of_the_completed_steps(run, monkeypatch):
     from memsave.data.volumes.dataset import TrainingCrops
 
-    _, whole, _ = run("trainer.steps=3", "data.workers=0", name="whole")
+    settings = ["trainer.steps=3", "data.workers=0", "memory=stored"]
+    _, whole, _ = run(*settings, name="whole")
     original, calls = TrainingCrops.example, []
 
     def broken(self, *args, **options):
@@ -145,12 +151,12 @@ def test_a_data_error_saves_a_checkpoint_of_the_completed_steps(run, monkeypatch
         return original(self, *args, **options)
 
     monkeypatch.setattr(TrainingCrops, "example", broken)
-    code, failed, folder = run("trainer.steps=3", "data.workers=0", name="broken")
+    code, failed, folder = run(*settings, name="broken")
     resume = f"trainer.resume={folder}"
     assert code == 2 and failed["error"] == f"case 3 holds NaN: export it again. Then continue with {resume}"
     monkeypatch.undo()
     monkeypatch.setenv("MEMSAVE_CACHE", str(folder.parent / "cache"))
-    _, resumed, _ = run("trainer.steps=3", "data.workers=0", resume, name="resumed")
+    _, resumed, _ = run(*settings, resume, name="resumed")
     assert resumed["metrics"] == whole["metrics"]
 
 
@@ -241,7 +247,7 @@ def test_the_remedies_for_out_of_memory_are_not_in_use_already(run, monkeypatch,
 
 def test_a_run_over_its_budget_stops_and_names_the_largest_category(run, monkeypatch):
     monkeypatch.setattr("memsave.experiment.fit_to_budget", lambda config, *args, **kwargs: (config, {}))
-    code, result, folder = run("budget=1MiB", "trainer.steps=3")
+    code, result, folder = run("budget=1MiB", "trainer.steps=3", "memory=stored")
     assert (code, result["status"]) == (3, "over_budget")
     assert re.search(
         r"step 1 held [0-9.]+ MiB .* budget of 1.00 MiB: \w+ takes the most, [0-9.]+ .iB in [a-z]+", result["error"]
@@ -279,41 +285,37 @@ def test_a_model_that_cannot_be_built_exits_with_2(run):
     assert "even number" in result["error"]
 
 
-@pytest.mark.parametrize("part", ["evaluate", "show", "release"])
+@pytest.mark.parametrize("part", ["evaluate", pytest.param("show", marks=pytest.mark.slow), "release"])
 def test_an_error_after_training_loses_no_completed_step(run, monkeypatch, part):
     from memsave.tasks.segmentation.task import Segmentation
 
     def fail(*_, **__):
         raise DataError("a held-out volume is damaged inside")
 
-    steps = ["trainer.steps=4", "trainer.checkpoint_every=50"]
+    steps = ["trainer.steps=2", "trainer.checkpoint_every=50", "memory=stored"]
     with monkeypatch.context() as patch:
         patch.setattr(Segmentation, part, fail)
-        code, result, folder = run(*steps, *(["trainer.evaluate_every=2"] if part == "evaluate" else []), name="fault")
+        code, result, folder = run(*steps, *(["trainer.evaluate_every=1"] if part == "evaluate" else []), name="fault")
     assert (code, result["status"]) == (2, "failed")
     taken = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if "loss" in line]
-    assert taken == ([1, 2] if part == "evaluate" else [1, 2, 3, 4])
+    assert taken == ([1] if part == "evaluate" else [1, 2])
     code, _, folder = run(*steps, f"trainer.resume={folder / 'checkpoint'}", name="resumed")
     assert code == 0
     remaining = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if '"lr"' in line]
-    assert taken + remaining == [1, 2, 3, 4]
+    assert taken + remaining == [1, 2]
 
 
 @pytest.mark.parametrize("command", [["memsave.run", "experiment=brats_rev"], ["memsave.predict", "checkpoint=a"]])
 def test_one_of_several_processes_is_refused_and_writes_nothing(command, tmp_path):
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    module, *arguments = command
+    done = run_command(tmp_path, *arguments, module=module, WORLD_SIZE="2", RANK="1")
     assert done.returncode == 2
     assert "this process is one of several (WORLD_SIZE=2)" in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    from tests.support.commands import TWO_STEPS, run_command
-
-    again = [*TWO_STEPS, "trainer.steps=1", "profiler.compare=[]", "hydra.run.dir=there"]
+    again = [*TWO_STEPS, "memory=stored", "trainer.steps=1", "profiler.compare=[]", "hydra.run.dir=there"]
     assert run_command(tmp_path, *again).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()}
     done = run_command(tmp_path, *again)
@@ -328,8 +330,6 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_job_of_a_sweep_whose_choices_exclude_each_other_leaves_its_result_and_the_sweep_goes_on(tmp_path):
-    from tests.support.commands import run_command
-
     choices = [
         "memory.engine=auto,fused",
         "model.squeeze_excitation=0,0.5",

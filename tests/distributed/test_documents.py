@@ -39,6 +39,7 @@ def all_scripts():
     return {(sharded, autocast): scripts(sharded, autocast) for sharded in (False, True) for autocast in (False, True)}
 
 
+@pytest.mark.slow
 def test_the_scripts_of_the_page_train_as_one_process():
     ranks = run_processes(2, all_scripts)
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])

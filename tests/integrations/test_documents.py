@@ -71,7 +71,8 @@ def accelerated():
     return weights, names["private"].examples, names["accelerator"].num_processes, printed
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_the_script_of_accelerate_runs(count):
     pytest.importorskip("accelerate")
     ranks = run_processes(count, accelerated, group=False)

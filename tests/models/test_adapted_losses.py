@@ -93,8 +93,13 @@ def assert_same_as_alone(model, *, head, modes=("stored", "checkpoint"), passes=
                     assert difference.norm() <= 1e-9 * total.norm() + 1e-12 * bound, name
 
 
-@pytest.mark.parametrize("head", ["chunked", "logits"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        *((name, "chunked") for name in ADAPTERS),
+        *(pytest.param(name, "logits", marks=[] if name == "lora" else [pytest.mark.slow]) for name in ADAPTERS),
+    ],
+)
 def test_losses_and_clipped_gradients_are_those_of_each_text_alone(name, head):
     adapter = ADAPTERS[name]
     modes = [mode for mode in ("stored", "checkpoint") if mode in adapter.memory_modes and mode in adapter.ghost_modes]

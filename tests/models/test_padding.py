@@ -74,8 +74,15 @@ def assert_as_alone(model, batch, *, head, rtol=1e-9, passes=(1, 2)):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("head", ["chunked", "logits"])
+@pytest.mark.parametrize(
+    ("head", "side"),
+    [
+        ("chunked", "left"),
+        ("logits", "right"),
+        pytest.param("chunked", "right", marks=pytest.mark.slow),
+        pytest.param("logits", "left", marks=pytest.mark.slow),
+    ],
+)
 def test_a_padded_example_equals_the_unpadded_one(name, side, head):
     torch.manual_seed(0)
     model = in_float64(MODELS[name]()).eval()

@@ -58,8 +58,11 @@ def plan_of(*overrides, base=TINY_UNET):
         ("memory=stored",),
         ("memory=checkpoint", "data.crops_per_case=2"),
         ("memory=reversible", "trainer.micro_batch_size=1", "trainer.ema=0.9", "memory.engine=fused"),
-        ("memory=reversible", "trainer.precision=bfloat16", "model.deep_supervision=true", "model.channels=[8,8,16]",
-         "model.blocks=[1,1,1]"),
+        pytest.param(
+            ("memory=reversible", "trainer.precision=bfloat16", "model.deep_supervision=true",
+             "model.channels=[8,8,16]", "model.blocks=[1,1,1]"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("memory=stored", "privacy=ghost", "privacy.passes=direct", "trainer.micro_batch_size=1"),
             marks=pytest.mark.slow,
@@ -86,7 +89,7 @@ def test_the_peak_of_a_segmentation_run_is_predicted(overrides, tmp_path):
         (),
         ("privacy=none",),
         pytest.param(("memory=checkpoint",), marks=pytest.mark.slow),
-        ("model=rev_gpt2", "memory=reversible"),
+        pytest.param(("model=rev_gpt2", "memory=reversible"), marks=pytest.mark.slow),
         pytest.param(("model=rev_gpt2", "memory=stored", "privacy=none"), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -103,7 +106,7 @@ def test_the_peak_of_a_language_model_step_is_predicted(overrides):
 
 
 def test_more_than_two_micro_batches_do_not_raise_the_peak():
-    many, two = (config_of("trainer.micro_batch_size=1", f"trainer.batch_size={n}") for n in (8, 2))
+    many, two = (config_of("memory=stored", "trainer.micro_batch_size=1", f"trainer.batch_size={n}") for n in (8, 2))
     assert len(dummy_task(many, device=CPU).batch["image"]) == 2
     reports = [peak_on_fake(lambda config=config: fake_step(config, device=CPU)) for config in (many, two)]
     assert reports[0].peak_bytes == reports[1].peak_bytes
@@ -127,7 +130,7 @@ def test_per_example_gradients_are_counted():
         pytest.param("depth", "20MiB", TINY_UNET, marks=pytest.mark.slow),
         pytest.param("channels", "20MiB", TINY_UNET, marks=pytest.mark.slow),
         ("batch", "10MiB", TINY_UNET),
-        ("batch", "4MiB", TEXT),
+        pytest.param("batch", "4MiB", TEXT, marks=pytest.mark.slow),
     ],
     ids=["volume", "depth", "channels", "batch of volumes", "batch of texts"],
 )
@@ -152,7 +155,7 @@ def test_the_largest_size_fits_and_the_next_one_does_not(vary, budget, base):
         pytest.param("length", (32, 64), "64 tokens", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("model", [pytest.param("small_gpt2", marks=pytest.mark.slow), "rev_gpt2"])
+@pytest.mark.parametrize("model", ["small_gpt2", pytest.param("rev_gpt2", marks=pytest.mark.slow)])
 def test_a_language_model_varies_length_depth_and_channels(model, vary, sizes, words):
     varied = variation(config_of(f"vary={vary}", "budget=1GiB", "mode=plan", f"model={model}", base=TEXT))
     less, more = (
@@ -222,6 +225,7 @@ def test_varied_volumes_keep_their_proportions():
     assert varied.start == 240
 
 
+@pytest.mark.slow
 def test_checkpoint_and_reversible_fit_a_larger_volume_than_stored():
     rows = {row.strategy: row.answer.size for row in plan_of("mode=plan", "vary=volume", "budget=60MiB").rows}
     assert rows == {"stored": 16, "checkpoint": 32, "reversible": 32}
@@ -231,12 +235,12 @@ def test_a_plan_without_vary_reports_whether_the_config_fits():
     fits, tight = (plan_of("mode=plan", f"budget={budget}") for budget in ("100MiB", "4MiB"))
     assert [row.fits for row in fits.rows] == [True] * 3
     assert next(row.fits for row in tight.rows) is False
-    assert plan_of("mode=plan").own.fits is None
+    assert plan_of("mode=plan", "memory=stored", "profiler.compare=[]").own.fits is None
 
 
 def test_a_plan_leaves_the_reserve_free():
     one, other = (
-        plan_of("mode=plan", "vary=volume", "budget=60MiB", f"reserve={size}", "profiler.compare=[]")
+        plan_of("mode=plan", "vary=batch", "budget=60MiB", f"reserve={size}", "memory=stored", "profiler.compare=[]")
         for size in ("0B", "40MiB")
     )
     assert other.own.answer.size < one.own.answer.size
@@ -268,7 +272,8 @@ def test_the_calibration_step_has_one_size_for_every_crop_size(monkeypatch, tmp_
 
     monkeypatch.setattr(planning, "calibrate", calibrate)
     for size in (16, 48):
-        plan_of("mode=plan", "profiler.compare=[]", f"data.crop_size=[{size},{size},{size}]", "data.crops_per_case=2")
+        crop = [f"data.crop_size=[{size},{size},{size}]", "data.crops_per_case=2"]
+        plan_of("mode=plan", "memory=stored", "profiler.compare=[]", *crop)
     assert sizes == [(1, 4, 16, 16, 16)] * 2  # SMALL_CROP, here 16
 
 
@@ -307,7 +312,7 @@ def test_a_budget_does_not_change_losses_and_scores(tmp_path):
     losses = []
     for name, overrides in (("without", ()), ("with", ("budget=1GiB",))):
         (tmp_path / name).mkdir()
-        config = config_of("trainer.steps=2", "profiler.compare=[]", *overrides)
+        config = config_of("memory=stored", "trainer.steps=2", "profiler.compare=[]", *overrides)
         losses.append(run_experiment(config, tmp_path / name, progress=Progress())["metrics"])
     assert losses[0] == losses[1]
 

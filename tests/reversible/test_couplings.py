@@ -96,7 +96,7 @@ def test_gradients_of_any_blocks_in_any_order_equal_stored_activations(kinds, ha
     assert_same_as_stored(net, image(channels=2 * half))
 
 
-@pytest.mark.parametrize("kind", [AdditiveCoupling, AffineCoupling, Weighted])
+@pytest.mark.parametrize("kind", [AdditiveCoupling, AffineCoupling, pytest.param(Weighted, marks=pytest.mark.slow)])
 def test_gradients_pass_gradcheck(kind):
     torch.manual_seed(0)
     branches = [nn.Sequential(nn.Linear(2, 2 * kind.values), nn.Tanh()) for _ in range(2)]

@@ -69,7 +69,7 @@ def test_a_run_reports_epsilon_and_releases_its_model(tmp_path, cache, capfd):
     assert (tmp_path / "run" / "samples.md").is_file()
 
 
-@pytest.mark.parametrize(("delta", "warned"), [("null", True), ("1e-5", False)])
+@pytest.mark.parametrize(("delta", "warned"), [("null", True), pytest.param("1e-5", False, marks=pytest.mark.slow)])
 def test_a_large_delta_is_reported(delta, warned, tmp_path, cache, capfd):
     settings = [*QUICK, f"privacy.target_delta={delta}", "privacy.noise_multiplier=1.0", "trainer.steps=1"]
     run(settings, tmp_path / "run", cache)
@@ -80,7 +80,7 @@ def test_a_large_delta_is_reported(delta, warned, tmp_path, cache, capfd):
 
 
 def test_noise_is_calibrated_to_the_target(tmp_path, cache):
-    spent = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
+    spent = run([*QUICK, "privacy.target_epsilon=5"], tmp_path / "run", cache)["privacy"]
     assert 4.9 <= spent["epsilon"] <= 5
 
 
@@ -97,7 +97,7 @@ def test_noise_is_calibrated_to_the_target(tmp_path, cache):
     ],
 )
 def test_a_run_that_is_not_private_says_why_before_and_after(option, reason, tmp_path, cache, capfd):
-    result = run([option, "privacy.accountant=rdp"], tmp_path / "run", cache)
+    result = run([*QUICK, option], tmp_path / "run", cache)
     assert result["privacy"]["epsilon"] is None
     assert reason in result["privacy"]["no_guarantee"]
     statement = (tmp_path / "run" / "privacy.md").read_text()
@@ -174,7 +174,10 @@ def test_an_interrupted_run_reports_epsilon_and_releases_its_model(tmp_path, cac
     assert all(torch.equal(released[name], saved[name]) for name in released if name in saved)
 
 
-@pytest.mark.parametrize("part", ["evaluate", "show", "summary"])
+SLOW_PARTS = [pytest.param(part, marks=pytest.mark.slow) for part in ("show", "summary")]
+
+
+@pytest.mark.parametrize("part", ["evaluate", *SLOW_PARTS])
 def test_faults_after_the_last_step_keep_model_and_statement(part, tmp_path, cache, monkeypatch):
     def fail(self, *args):
         raise RuntimeError("no such font")
@@ -366,8 +369,8 @@ def test_a_reversible_unet_takes_private_steps_one_patient_at_a_time(tmp_path):
 
 
 def test_a_resumed_run_with_other_steps_keeps_noise_and_target(tmp_path, cache):
-    first = run(["privacy.target_epsilon=5", "privacy.accountant=rdp"], tmp_path / "run", cache)["privacy"]
-    known = ["privacy.target_epsilon=5", "privacy.accountant=rdp", f"trainer.resume={tmp_path / 'run'}"]
+    first = run([*QUICK, "privacy.target_epsilon=5"], tmp_path / "run", cache)["privacy"]
+    known = [*QUICK, "privacy.target_epsilon=5", f"trainer.resume={tmp_path / 'run'}"]
     with pytest.raises(
         ConfigError, match=r"5 steps with the checkpoint's noise multiplier .* would spend epsilon 6\.\d+, "
     ):
@@ -385,7 +388,7 @@ def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path,
             raise DataError("record 3 cannot be read: mend it.")
         return load(self, indices)
 
-    known = ["privacy.noise_multiplier=1.0", "profiler.compare=[]", "privacy.verify=false"]
+    known = [*QUICK, "privacy.noise_multiplier=1.0", "privacy.verify=false"]
     monkeypatch.setattr(Generation, "load", broken)
     with pytest.raises(DataError, match="record 3") as failed:
         run(known, tmp_path / "run", cache)
@@ -393,4 +396,5 @@ def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path,
     monkeypatch.undo()
     rest = run([*known, f"trainer.resume={tmp_path / 'run'}"], tmp_path / "run", cache)["privacy"]
     assert (rest["steps"], [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]) == (3, [1, 2, 3])
-    assert rest["epsilon"] == pytest.approx(Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1).epsilon(3))
+    mechanism = Mechanism(40, 8, 1.0, 0.1, delta=40**-1.1, accountant="rdp")
+    assert rest["epsilon"] == pytest.approx(mechanism.epsilon(3))

@@ -18,7 +18,13 @@ from memsave.training.statement import round_up
 from tests.support.tiny_configs import TINY_GPT2_DP
 
 QUICK = ["privacy.accountant=rdp", "privacy.verify=false", "profiler.compare=[]", "trainer.evaluate_first=false"]
-QUICK += ["task.generate=1", "task.beams=1", "privacy.noise_multiplier=1.0"]
+QUICK += [
+    "task.generate=1",
+    "task.beams=1",
+    "privacy.noise_multiplier=1.0",
+    "model.layers=1",
+    "trainer.micro_batch_size=null",
+]
 DELTA = 40**-1.1
 
 

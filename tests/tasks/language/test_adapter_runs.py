@@ -49,6 +49,8 @@ RUNS = {
     "random": ["model.random=true"],
 }
 WHOLE = {"lora, merged", "bitfit", "attention", "frozen", "random"}
+SLOW = {"lora, checkpoint", "dora", "ia3", "prompt", "attention", "bitfit", "random"}
+"""Runs by hand: what they add to the others is tested without a run in test_adapters.py."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def at_start(config):
 @pytest.mark.parametrize(
     ("name", "privacy"),
     [
-        *((name, PRIVATE) for name in RUNS),
+        *(pytest.param(name, PRIVATE, marks=[pytest.mark.slow] if name in SLOW else []) for name in RUNS),
         *(pytest.param(name, PLAIN, marks=pytest.mark.slow) for name in ("lora, checkpoint", "prefix", "bitfit")),
     ],
 )
@@ -100,7 +102,9 @@ def test_a_run_changes_only_what_trains_and_releases_it(name, privacy, cache, tm
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lora", "prefix", "frozen"])
+@pytest.mark.parametrize(
+    "name", ["lora", *(pytest.param(each, marks=pytest.mark.slow) for each in ("prefix", "frozen"))]
+)
 def test_a_resumed_private_run_equals_an_uninterrupted_one(name, cache, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     _, result = run(whole, [*RUNS[name], *PRIVATE, "trainer.steps=4", "trainer.checkpoint_every=2"])

@@ -181,7 +181,7 @@ GPT2 += ["model.records=40", "model.steps=2", "model.batch_size=4"]
         ["memory=checkpoint", *ROUGH],
         ["task.objective=head", "task.label_words=null", "privacy=none"],
         ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4", *ROUGH],
-        ["memory=auto", "budget=1GiB", "privacy=none"],
+        pytest.param(["memory=auto", "budget=1GiB", "privacy=none"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -193,7 +193,7 @@ def test_objectives_run(command, overrides):
     assert (result["privacy"] is None) == ("privacy=none" in overrides)
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("passes", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("objective", ["infilling", "head", "label_words", "causal head"])
 def test_a_private_step_can_be_planned_on_fake_tensors(objective, passes):
     start = ["experiment=roberta_dp", "data.max_length=20", "task.label_words=null"]

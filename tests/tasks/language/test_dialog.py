@@ -174,7 +174,7 @@ def test_a_plan_needs_the_number_of_rows():
         definition_of(config_of("data.max_rows=null")).dummy_batch(count=2, device=device)
 
 
-@pytest.mark.parametrize("head", ["chunked", "logits"])
+@pytest.mark.parametrize("head", ["chunked", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("privacy", ["none", "ghost"])
 def test_the_peak_of_a_step_with_several_rows_is_predicted(privacy, head):
     sizes = ("model.layers=2", "model.heads=2", "model.width=32", "model.vocabulary=1000", f"model.head={head}")

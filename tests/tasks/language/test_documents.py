@@ -134,7 +134,7 @@ def test_plans_need_the_largest_number_of_chunks(overrides, key):
     assert to_objects(compose([*base, "data.max_chunks=3", "model=small_gpt2"])).data.max_chunks == 3
 
 
-@pytest.mark.parametrize("head", ["chunked", "logits"])
+@pytest.mark.parametrize("head", ["chunked", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("privacy", ["none", "ghost"])
 def test_a_step_on_documents_is_planned(privacy, head):
     sizes = ["model.layers=1", "model.heads=2", "model.width=16", "model.vocabulary=300", "trainer.batch_size=4"]

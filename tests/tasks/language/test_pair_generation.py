@@ -122,7 +122,7 @@ def test_sizes_of_both_parts_vary_together(folder):
     assert (layer.fc1.weight.shape, layer.self_attn.num_heads) == ((48, 32), 4)
 
 
-@pytest.mark.parametrize("privacy", ["none", "ghost"])
+@pytest.mark.parametrize("privacy", [pytest.param("none", marks=pytest.mark.slow), "ghost"])
 def test_a_step_is_planned(folder, privacy):
     config = config_of(folder, f"privacy={privacy}", "trainer.batch_size=4", "data.max_length=8")
     with FakeTensorMode():
