@@ -47,6 +47,7 @@ from memsave.training.audit import (
     prepare_audit,
     write_audit,
 )
+from memsave.training.compiled import compile_blocks
 from memsave.training.distributed import start_alike
 from memsave.training.ledger import RunLedger, describe_others
 from memsave.training.log import RunLog
@@ -212,6 +213,9 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     mechanism = make_mechanism(config, model, task, audit=audit, progress=progress)
     if wants_sharding(trainer):
         shard_model(model, device)
+    if trainer.compile:
+        count = compile_blocks(definition_of(config).compiled_blocks(model))
+        progress.say(f"{count} blocks are compiled in the first steps")
     private = make_private(config, model, mechanism, audit=audit)
     if private is not None and not private.seeded:
         torch.seed()  # a known seed would tie the dropout of all examples to which of them are in the batch

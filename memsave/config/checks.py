@@ -21,6 +21,7 @@ def check(config: Config) -> None:
     _check_audit(config)
     _check_memory(config)
     _check_sharding(config)
+    _check_compilation(config)
     task.validate()
     _check_variation(config)
 
@@ -82,6 +83,22 @@ def _check_sharding(config: Config) -> None:
         )
     if config.trainer.precision == "float16":
         raise ConfigError("trainer.precision=float16 scales gradients that are whole; give bfloat16 with fsdp")
+
+
+def _check_compilation(config: Config) -> None:
+    if not config.trainer.compile:
+        return
+    if config.privacy.option != "none":
+        raise ConfigError(
+            f"trainer.compile=true compiles each block as a whole, and privacy={config.privacy.option} needs the "
+            f"layers inside it; give trainer.compile=false"
+        )
+    if config.memory.engine == "fused":
+        raise ConfigError(
+            "memory.engine=fused recomputes blocks by its own code, which is not compiled; give memory.engine=hooks"
+        )
+    if config.trainer.parallel == "fsdp":
+        raise ConfigError("trainer.compile=true was not tried with trainer.parallel=fsdp; give trainer.parallel=ddp")
 
 
 def _check_variation(config: Config) -> None:

@@ -277,6 +277,8 @@ class TrainerConfig(Section):
     """Type of autocast; the reversible stream stays in float32. float16 needs CUDA and scales the loss."""
     tf32: bool = False
     """CUDA: multiply float32 numbers with 10 bits of their fractions, which is faster; norms are then less exact."""
+    compile: bool = False
+    """Compile the blocks of the model by torch.compile, which takes minutes at the start; not for privacy=ghost."""
     ema: float = option(0.0, least=0, most=0.999999)
     """Decay of an average of the weights, such as 0.999, which is evaluated and released; 0 for no average."""
     patience: int = option(0, least=0)

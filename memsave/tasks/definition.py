@@ -133,6 +133,10 @@ class TaskDefinition:
         """
         raise NotImplementedError
 
+    def compiled_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that `trainer.compile=true` compiles; each takes most of its time in one call."""
+        raise ConfigError(f"trainer.compile=true knows no blocks of task={self.config.task.kind}; leave it out")
+
     # The data
 
     def make_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:

@@ -108,6 +108,13 @@ class LanguageDefinition(TaskDefinition):
 
     # Planning
 
+    def compiled_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The layers, as transformers marks them for checkpoints."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        return found or super().compiled_blocks(model)
+
     def variations(self) -> dict[str, Callable[[], Variation]]:
         """Length, depth, channels and batch."""
         own = {"length": self._vary_length, "depth": self._vary_depth, "channels": self._vary_width}

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memsave.config import Config, ConfigError, register
 from memsave.config.schema import TaskConfig
 from memsave.data.volumes.config import SegmentationData
+from memsave.models.mbconv import MBConv3d
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation
 from memsave.tasks.segmentation.networks import SegmentationModel
@@ -86,6 +87,10 @@ class SegmentationDefinition(TaskDefinition):
     def make_fake_model(self, *, architecture: Mapping[str, Any] | None = None) -> nn.Module:
         """The U-Net with random weights; ignores `architecture`, because all sizes are in the config."""
         return self.model.build(self.data, memory=self.config.memory)
+
+    def compiled_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The branches of the couplings."""
+        return [module for module in model.modules() if isinstance(module, MBConv3d)] or super().compiled_blocks(model)
 
     def make_task(self, device: torch.device, tokenizer: Any = None, *, progress: Progress) -> Task:
         """The task with its cases."""
