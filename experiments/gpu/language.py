@@ -21,7 +21,8 @@ def language(shape: Shape, *, repeats: int, precisions: tuple[str, ...]) -> dict
         steps: dict[str, Step] = {}
         for way in WAYS:
             if way not in LEFT_OUT:
-                model = network(shape, way).to(DEVICE)
+                with DEVICE:
+                    model = network(shape, way)
                 steps[way] = partial(take, model, WAYS[way](model), ids, name)
         print(f"GPT-2, {shape}, {name}", flush=True)
         rows[name] = measure(steps, repeats=repeats)

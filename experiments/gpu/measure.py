@@ -14,8 +14,8 @@ DEVICE = torch.device("cuda")
 Step = Callable[[], object]
 
 
-WARM_UP = 3
-SECONDS = 8.0  # in which steps are timed
+WARM_UP = 2
+SECONDS = 4.0  # in which steps are timed
 
 
 def measure(steps: Mapping[str, Step], *, repeats: int) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch.nn import functional as F
 from experiments.gpu.exactness import ENGINES, precision, set_engine
 from experiments.gpu.measure import DEVICE, Step, free, measure
 from memsave.models import ReversibleUNet3d
-from memsave.models.depthwise import _weight_gradient, same_depthwise_conv
+from memsave.models.norm import GroupNorm
+from memsave.models.pointwise import pointwise_conv3d
 
 CHANNELS = (16, 32, 64)
 BLOCKS = 2
@@ -40,18 +40,10 @@ def volumes(size: tuple[int, int, int], *, repeats: int, precisions: tuple[str, 
         modes = {"stored": ("stored", "hooks"), "checkpoint": ("checkpoint", "hooks")}
         modes |= {f"reversible, {engine}": ("reversible", engine) for engine in ENGINES}
         steps: dict[str, Step] = {each: partial(step, *way, name) for each, way in modes.items()}
-        for each in ("stored", "reversible, hooks"):
-            steps[f"{each}, contiguous"] = partial(contiguous, steps[each])
         print(f"U-Net, {size}, {name}", flush=True)
         rows[name] = measure(steps, repeats=repeats)
     precision("float32")
     return rows
-
-
-def contiguous(step: Step) -> None:
-    """The step with volumes in PyTorch's default memory format instead of channels_last_3d."""
-    with patch.object(torch, "channels_last_3d", torch.contiguous_format):
-        step()
 
 
 def operators(size: int, *, repeats: int) -> dict[str, Any]:
@@ -74,25 +66,18 @@ def operator_steps(size: int, *, layout: str, name: str) -> dict[str, Step]:
     x, narrow = x.to(dtype).requires_grad_(), narrow.to(dtype).requires_grad_()
     filters = torch.randn(channels, 1, 3, 3, 3, device=DEVICE, dtype=dtype, requires_grad=True)
     expand = torch.randn(channels, 16, 1, 1, 1, device=DEVICE, dtype=dtype, requires_grad=True)
-    norm = nn.GroupNorm(8, channels, device=DEVICE, dtype=dtype)
+    norm = GroupNorm(8, channels, device=DEVICE, dtype=dtype)
 
     def both(function: Callable[[], Tensor], over: list[Tensor]) -> None:
         precision("float32, TF32" if "TF32" in name else "float32")
         y = function()
         torch.autograd.grad(y, over, torch.ones_like(y))
 
-    def by_formulas() -> None:
-        precision("float32, TF32" if "TF32" in name else "float32")
-        with torch.no_grad():
-            y = F.conv3d(x, filters, padding=1, groups=channels)
-            upstream = torch.ones_like(y)
-            same_depthwise_conv(upstream, filters.flip(2, 3, 4))
-            _weight_gradient(x, upstream, filters)
-
     return {
         "depthwise": partial(both, lambda: F.conv3d(x, filters, padding=1, groups=channels), [x, filters]),
-        "depthwise, formulas of the CPU": by_formulas,
-        "1x1x1, 16 to 96": partial(both, lambda: F.conv3d(narrow, expand), [narrow, expand]),
-        "GroupNorm": partial(both, lambda: norm(x), [x, *norm.parameters()]),
+        "1x1x1, 16 to 96, PyTorch": partial(both, lambda: F.conv3d(narrow, expand), [narrow, expand]),
+        "1x1x1, 16 to 96, memsave": partial(both, lambda: pointwise_conv3d(narrow, expand), [narrow, expand]),
+        "GroupNorm, PyTorch": partial(both, lambda: nn.GroupNorm.forward(norm, x), [x, *norm.parameters()]),
+        "GroupNorm, memsave": partial(both, lambda: norm(x), [x, *norm.parameters()]),
         "SiLU": partial(both, lambda: F.silu(x), [x]),
     }
