@@ -25,6 +25,9 @@ rounding.
 **Sharded models** (`fully_shard`): of parameters, gradients and optimizer state, this process's shards count. The whole
 copies that FSDP gathers for a module, and frees by resizing their storages, are "gathered".
 
+**Offloaded tensors** (`memsave.offload`) are in host memory, and do not count, also where the device is the CPU. The
+report has their bytes as a separate number, `offloaded_bytes`.
+
 **Fake tensors** have storages of the true size without memory. All statements above hold for them, in either order of
 the two modes. Their sizes are those of the real run if PyTorch's fake kernels are accurate: on the CPU, for example,
 `mse_loss` and `smooth_l1_loss` keep the unreduced loss alive behind their scalar, and their fake kernels do not.
@@ -42,6 +45,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memsave.host_bytes import host_bytes, listen
 from memsave.profiler._torch_internals import (
     TorchDispatchMode,
     fake_modes,
@@ -89,6 +93,7 @@ class MemoryRecorder(TorchDispatchMode):
         self._owners: dict[int, tuple[str, str]] = {}
         self._cleanup: ExitStack | None = None
         self._categories: list[str] | None = None
+        self._offloaded = 0
 
     def __enter__(self) -> "MemoryRecorder":
         """Record the existing tensors, register the hooks and start recording."""
@@ -110,6 +115,8 @@ class MemoryRecorder(TorchDispatchMode):
                     undo.callback(self._watch_gradient(name, parameter))
             undo.callback(watch_resizes(self._ledger.resized))
             undo.callback(unrecorded_waits())
+            self._record_offloaded()
+            undo.callback(listen(self._record_offloaded))
             for mode in fake_modes(self._model.parameters()):
                 # For a fake model the tensors that the step creates from nothing must be fake, too.
                 undo.enter_context(mode)
@@ -155,8 +162,12 @@ class MemoryRecorder(TorchDispatchMode):
             events=self._ledger.events,
             categories=self._categories,
             phases=self._tracker.marks,
+            offloaded_bytes=self._offloaded,
             allocator_peak_bytes=allocator_peak_bytes,
         )
+
+    def _record_offloaded(self) -> None:
+        self._offloaded = max(self._offloaded, host_bytes())
 
     def _context(self) -> tuple[str, str | None]:
         return self._tracker.mark(len(self._ledger.events)), self._tracker.module
