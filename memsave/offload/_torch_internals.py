@@ -1,7 +1,7 @@
 """All private API of PyTorch that `memsave.offload` uses, in one place; tests/offload/test_torch_internals.py."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -47,7 +47,26 @@ def version_counter(tensor: Tensor) -> Tensor:
     return counter
 
 
-def view_of(storage: torch.UntypedStorage, like: Tensor, *, dtype: torch.dtype, offset: int, size: tuple[int, ...],
-            stride: tuple[int, ...]) -> Tensor:  # fmt: skip
+def view_of(
+    storage: torch.UntypedStorage,
+    like: Tensor,
+    *,
+    dtype: torch.dtype,
+    offset: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
     """A tensor that views the storage, with an offset in elements; a fake one if `like` is."""
-    return like.new_empty(0, dtype=dtype).set_(storage, offset, size, stride)  # type: ignore[call-overload]
+    empty, mode = like.new_empty(0, dtype=dtype), fake_mode_of(like)
+    with nullcontext() if mode is None else _uncached(mode):
+        return empty.set_(storage, offset, size, stride)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _uncached(mode: FakeTensorMode) -> Iterator[None]:
+    """Context manager: the mode does not remember operators, and with them the storages that they got."""
+    enabled, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = enabled

@@ -74,13 +74,14 @@ class ActivationOffload:
         self._transfers: dict[torch.device, Transfers] = {}  # the model may be moved between steps
 
     @contextmanager
-    def __call__(self, keep: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Context manager of one forward. The tensors of `keep`, such as the batch, stay on the device."""
+    def __call__(self, keep: Iterable[Any] = ()) -> Iterator[None]:
+        """Context manager of one forward. Tensors among `keep`, such as those of the batch, stay on the device."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         device = next((each.device for each in tensors), torch.device("cpu"))
         if device not in self._transfers:
             self._transfers[device] = Transfers(device, **self._options)
-        kept = {storage_id(each) for each in (*tensors, *keep) if _is_plain(each.data)}
+        tensors += [each for each in keep if isinstance(each, Tensor)]
+        kept = {storage_id(each) for each in tensors if _is_plain(each.data)}
         forward = _Forward(self._transfers[device], min_bytes=self.min_bytes, kept=kept)
         pack = forward.pack
         with saved_tensors_hooks(_MovingHook(pack), _open):

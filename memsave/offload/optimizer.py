@@ -69,16 +69,16 @@ def offload_optimizer(
     offloaded.send_all()
 
 
-def keep_state_offloaded(optimizer: Optimizer) -> None:
-    """Move state that was assigned on the device to host memory; does nothing for an optimizer that isn't offloaded."""
+def keep_state_offloaded(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Move a parameter's state that was assigned on the device to host memory, if the optimizer is offloaded."""
     if isinstance(optimizer, _Offloaded):
-        optimizer._offloaded.send_all()
+        optimizer._offloaded.send(parameter)
 
 
 def finish_copies(optimizer: Optimizer) -> None:
-    """Wait until the state in host memory is complete; does nothing for an optimizer that isn't offloaded.
+    """Wait until the state in host memory is complete, if the optimizer is offloaded.
 
-    `state_dict` does it, too; code that reads `optimizer.state` on CUDA calls it.
+    `state_dict` does it, too. Other code that reads the tensors of `optimizer.state` must call it before, on CUDA.
     """
     if isinstance(optimizer, _Offloaded):
         optimizer._offloaded.transfers.synchronize()
@@ -166,8 +166,14 @@ class _OffloadedState:
         """Move all state that is on the device to the host."""
         optimizer = self.optimizer()
         assert optimizer is not None
-        for parameter, state in optimizer.state.items():
-            self._send(state, parameter, {})
+        for parameter in optimizer.state:
+            self.send(parameter)
+
+    def send(self, parameter: Tensor) -> None:
+        """Move the state of one parameter that is on the device to the host."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        self._send(optimizer.state[parameter], parameter, {})
         self.transfers.release_all()
 
     def _request(self, state: dict[str, Any], parameter: Tensor) -> dict[str, Incoming]:
