@@ -191,7 +191,9 @@ def _prepared(config: Config, folder: Path, device: torch.device, *, progress: P
     The state is new, or that of the checkpoint in `trainer.resume`.
     """
     torch.manual_seed(config.trainer.seed)
-    progress.say(f"data={config.data.kind}, memory={config.memory.described}, privacy={config.privacy.option}, on {device}")
+    progress.say(
+        f"data={config.data.kind}, memory={config.memory.described}, privacy={config.privacy.option}, on {device}"
+    )
     with main_first():  # data and small models are generated once, and cached
         model, tokenizer = make_model(config, progress=progress)
         task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)

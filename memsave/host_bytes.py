@@ -22,7 +22,7 @@ def host_bytes() -> int:
 def count_storage(storage: torch.UntypedStorage, *, size: int) -> None:
     """Mark a storage of host memory, and count its `size` bytes until it dies."""
     setattr(storage, _MARK, True)  # PyTorch keeps the attributes as long as the memory
-    weakref.finalize(storage, _change, -size).atexit = False  # type: ignore[misc]
+    weakref.finalize(storage, _change, -size).atexit = False
     _change(size)
 
 

@@ -82,8 +82,8 @@ def _check_sharding(config: Config) -> None:
         )
     if config.memory.offload:
         raise ConfigError(
-            f"memory.offload=[{','.join(config.memory.offload)}] would copy whole parameters that trainer.parallel=fsdp "
-            f"gathers and frees; give memory.offload=[] or trainer.parallel=ddp"
+            f"memory.offload=[{','.join(config.memory.offload)}] would copy the whole parameters that "
+            f"trainer.parallel=fsdp gathers and frees; give memory.offload=[] or trainer.parallel=ddp"
         )
     if config.trainer.precision == "float16":
         raise ConfigError("trainer.precision=float16 scales gradients that are whole; give bfloat16 with fsdp")

@@ -59,7 +59,7 @@ def view_of(
     """A tensor that views the storage, with an offset in elements; a fake one if `like` is."""
     empty, mode = like.new_empty(0, dtype=dtype), fake_mode_of(like)
     with nullcontext() if mode is None else _uncached(mode):
-        return empty.set_(storage, offset, size, stride)  # type: ignore[call-overload]
+        return empty.set_(storage, offset, size, stride)
 
 
 @contextmanager

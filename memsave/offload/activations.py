@@ -170,7 +170,7 @@ class _Forward:
                 copy = StorageCopy(self, tensor, first, length)
                 self.by_key[key] = copy
                 self.copies.append(weakref.ref(copy))
-            offset = tensor.storage_offset() * tensor.element_size()
+            offset = int(tensor.storage_offset()) * tensor.element_size()
             return Handle(copy, version_counter(tensor), version, tensor.dtype, offset, tensor.shape, tensor.stride())
 
     def _is_offloaded(self, tensor: Tensor) -> bool:
@@ -262,10 +262,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _needed_bytes(tensor: Tensor) -> tuple[int, int]:
     """(first byte, number of bytes) of the storage to copy: all of it, or the tensor's part if that is below half."""
-    whole = tensor.untyped_storage().nbytes()
+    whole, offset = tensor.untyped_storage().nbytes(), int(tensor.storage_offset())
     if not tensor.numel():
         return 0, 0
-    start = tensor.storage_offset() * tensor.element_size() // ALIGNMENT * ALIGNMENT
+    start = offset * tensor.element_size() // ALIGNMENT * ALIGNMENT
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    length = (tensor.storage_offset() + span) * tensor.element_size() - start
+    length = (offset + span) * tensor.element_size() - start
     return (0, whole) if 2 * length >= whole else (start, length)

@@ -5,8 +5,8 @@ after the first steps. A block is one storage and returns to its chunk when that
 
 - CUDA: a chunk is page-locked memory, which a GPU reads and writes while the program goes on.
 - CPU: a chunk is a file that has no name, so that nothing is left of it when the process ends, however it ends. The
-  space on the disk is reserved when the chunk is made: a full disk is then an error, not a crash at the first write. The
-  process returns the pages after each copy; the system keeps them in its cache as long as memory is free.
+  space on the disk is reserved when the chunk is made: a full disk is then an error, not a crash at the first write.
+  The process returns the pages after each copy; the system keeps them in its cache as long as memory is free.
 - Fake tensors: a block is a fake tensor of the CPU. It has the size of the real block, without memory.
 """
 
@@ -27,8 +27,8 @@ from memsave.offload._torch_internals import fake_mode_of
 
 ALIGNMENT = 4096
 """Blocks begin and end at multiples of it: that of pages, which are returned as a whole."""
-LARGEST_GROWTH = 64 << 20
-"""Chunks grow with the memory in use up to this size; a larger block has its own chunk."""
+SMALLEST, LARGEST = 1 << 20, 64 << 20
+"""Chunks grow with the memory in use from one size to the other; a larger block has its own chunk."""
 
 
 class Block(NamedTuple):
@@ -75,7 +75,7 @@ class HostStore:
         storage = block.untyped_storage()
         count_storage(storage, size=size)
         self._places[storage] = place
-        weakref.finalize(storage, self._dead.append, place).atexit = False  # type: ignore[misc]
+        weakref.finalize(storage, self._dead.append, place).atexit = False
         return block
 
     def release_pages(self, block: Tensor) -> None:
@@ -92,7 +92,7 @@ class HostStore:
             offset = chunk.take(size)
             if offset is not None:
                 return Block(number, offset, size)
-        wanted = max(size, min(LARGEST_GROWTH, self.capacity))
+        wanted = max(size, min(LARGEST, max(SMALLEST, self.capacity)))
         self._chunks.append(_Pinned(wanted) if self.device.type == "cuda" else _MappedFile(wanted, self.folder))
         offset = self._chunks[-1].take(size)
         assert offset is not None
@@ -134,7 +134,7 @@ class _Pinned(_Chunk):
 
     def __init__(self, size: int) -> None:
         size = 1 << (size - 1).bit_length()
-        super().__init__(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy(), size)
+        super().__init__(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy(), size)
 
 
 class _MappedFile(_Chunk):

@@ -3,8 +3,8 @@
     optimizer = torch.optim.AdamW(model.parameters())
     offload_optimizer(optimizer)
 
-A step takes the parameters one after the other: the state of one is copied to the device, its update runs, and the state
-is copied back, while the state of the next one arrives (on CUDA). The device thus holds the state of about two
+A step takes the parameters one after the other: the state of one is copied to the device, its update runs, and the
+state is copied back, while the state of the next one arrives (on CUDA). The device thus holds the state of about two
 parameters, instead of that of all. The updates are the optimizer's own, bit for bit.
 
 Its class is then a subclass of the same name. Hooks of its steps, schedulers of the learning rate, `GradScaler`,
@@ -59,7 +59,9 @@ def offload_optimizer(
         )
     devices = {p.device for group in optimizer.param_groups for p in group["params"]}
     if len(devices) != 1:
-        raise ValueError(f"the parameters of this {kind.__name__} are on {len(devices)} devices; give one optimizer each")
+        raise ValueError(
+            f"the parameters of this {kind.__name__} are on {len(devices)} devices; give one optimizer each"
+        )
     transfers = Transfers(devices.pop(), folder=folder, waiting_bytes=waiting_bytes)
     step: Any = kind.step
     one_step = getattr(step, "__wrapped__", step)  # without the hooks, which run once for all parameters
@@ -103,9 +105,9 @@ class _Offloaded(Optimizer):
         self._offloaded.transfers.synchronize()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of one parameter after the other, so that the device never holds all of it."""
-        entries, loaded = state_dict["state"], {}
+        entries, loaded = state_dict["state"], dict[Any, Any]()
         super().load_state_dict({**state_dict, "state": {}})
         for key in entries:
             super().load_state_dict({**state_dict, "state": {key: entries[key]}})
@@ -143,7 +145,7 @@ class _OffloadedState:
         work = [(group, p) for group in groups for p in group["params"] if p.grad is not None]
         arriving: dict[str, Incoming] = {}
         for number, (group, parameter) in enumerate(work):
-            state = optimizer.state[parameter] if parameter in optimizer.state else {}
+            state = optimizer.state.get(parameter, {})
             arriving = arriving or self._request(state, parameter)
             blocks = {key: state[key] for key in arriving}
             for key, incoming in arriving.items():

@@ -5,9 +5,9 @@ issued. Blocks of host memory can therefore be reused at once: a copy into a blo
 copy makes the program wait.
 
 - To the host: the copy stream waits for the kernels that were issued before. The memory on the device must stay until
-  the copy has ended, and PyTorch's allocator could give it to a later kernel as soon as it is free. `Transfers` therefore
-  holds a reference, until so many bytes wait that the oldest copy must give way: the computing stream then waits for the
-  end of that copy. The bytes that wait are the memory that is exchanged for time.
+  the copy has ended, and PyTorch's allocator could give it to a later kernel as soon as it is free. `Transfers`
+  therefore holds a reference, until so many bytes wait that the oldest copy must give way: the computing stream then
+  waits for the end of that copy. The bytes that wait are the memory that is exchanged for time.
 - To the device: memory is allocated in the computing stream, and filled in the copy stream. The computing stream waits
   for it when the tensor is used (`Incoming.wait`).
 
@@ -61,9 +61,7 @@ class Transfers:
         waiting_bytes: see `WAITING_BYTES`.
     """
 
-    def __init__(
-        self, device: torch.device, *, folder: Path | None = None, waiting_bytes: int = WAITING_BYTES
-    ) -> None:
+    def __init__(self, device: torch.device, *, folder: Path | None = None, waiting_bytes: int = WAITING_BYTES) -> None:
         self.device, self.waiting_bytes = device, waiting_bytes
         self.store = HostStore(device, folder=folder)
         self._waiting: OrderedDict[int, _Outgoing] = OrderedDict()  # by number, oldest first
@@ -117,7 +115,7 @@ class Transfers:
                 return Incoming(target, stream.record_event())
 
     def release(self, number: int) -> None:
-        """Release the device's memory of a copy to the host; it is reused after the copy. Does nothing a second time."""
+        """Release the device's memory of a copy to the host; it is reused after the copy. Then does nothing."""
         waiting = self._waiting.pop(number, None)
         if waiting is not None:
             waiting.wait()
@@ -139,5 +137,5 @@ class Transfers:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
             # PyTorch does not know of the copies, and would give pinned memory to others while they run
-            weakref.finalize(self, self._stream.synchronize).atexit = False  # type: ignore[misc]
+            weakref.finalize(self, self._stream.synchronize).atexit = False
         return self._stream
