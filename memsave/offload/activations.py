@@ -153,6 +153,8 @@ class _Forward:
         self.copies: list[weakref.ref[StorageCopy]] = []
         self.by_key: weakref.WeakValueDictionary[tuple[int, ...], StorageCopy] = weakref.WeakValueDictionary()
         self.prefetched: Callable[[], StorageCopy | None] = lambda: None
+        self.recent: torch.UntypedStorage | None = None
+        """The storage that was copied back last: often the next node of the backward has saved it, too."""
         self.lock = RLock()  # autograd runs nodes of different devices in different threads
 
     def pack(self, tensor: Tensor) -> Handle | Kept | Tensor:
@@ -227,11 +229,13 @@ class StorageCopy:
         """(a storage on the device with the bytes, the position of its first byte in the whole storage)."""
         with self.forward.lock:
             found = self.on_device()
+            if found is None or found[0] is not self.forward.recent:
+                self.forward.recent = None  # before other memory is allocated
             if found is None:
                 incoming = self.incoming or self.forward.transfers.to_device(self.block, like=like)
                 self.incoming = None
                 storage = incoming.wait().untyped_storage()
-                self.restored = weakref.ref(storage)
+                self.restored, self.forward.recent = weakref.ref(storage), storage
                 found = storage, self.first
             self.forward.prefetch_before(self.number)
             return found

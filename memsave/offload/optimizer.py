@@ -113,6 +113,7 @@ class _Offloaded(Optimizer):
             super().load_state_dict({**state_dict, "state": {key: entries[key]}})
             self._offloaded.send_all()
             loaded.update(self.state)
+        self.state.clear()  # so that the order is that of the parameters
         self.state.update(loaded)
 
     def __reduce__(self) -> Any:

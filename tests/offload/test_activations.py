@@ -21,6 +21,12 @@ from memsave.profiler.calibration import TrainingStep
 from memsave.profiler.planner import peak_on_fake
 
 
+@pytest.fixture(autouse=True)
+def _no_garbage():
+    """Errors of earlier tests refer to graphs, whose bytes would count here."""
+    gc.collect()
+
+
 def offload(model, **options):
     """Every storage is offloaded, and no copy waits on the device longer than it must."""
     return ActivationOffload(model, **{"min_bytes": 1, "waiting_bytes": 0, **options})
@@ -51,7 +57,7 @@ def assert_same_bits(model, x, **options):
 
 def unet(**options):
     torch.manual_seed(0)
-    return ReversibleUNet3d(2, 2, channels=(8, 16), blocks=2, expansion=2, dropout=0.1, **options).double()
+    return ReversibleUNet3d(2, 2, channels=(8, 16), blocks=2, expansion=2, dropout=0.1, **options)
 
 
 def volume():
@@ -74,7 +80,7 @@ def volume():
     ids=str,
 )
 def test_a_unet_has_the_same_gradients_in_every_mode(options, device):
-    assert_same_bits(unet(**options), volume())
+    assert_same_bits(unet(**options).double(), volume())
 
 
 def test_a_language_model_has_the_same_gradients(device):
@@ -172,9 +178,10 @@ def test_parameters_buffers_small_and_kept_tensors_stay_on_the_device(device):
     model[1].weight.detach().mul_(2)
     before = host_bytes()
     with offload(model)(keep=[x, "text"]):
-        y = nn.functional.linear(x, model[0].weight.detach().t()) * model[1].running_var  # noqa: F841
-        z = x.clone().requires_grad_() * x[2:4].sum() * model[0].weight.t()  # noqa: F841
+        y = nn.functional.linear(x, model[0].weight.detach().t()) * model[1].running_var
+        z = x.clone().requires_grad_() * x[2:4].sum() * model[0].weight.t()
         assert host_bytes() - before <= 8 * 8 * 4 + 8  # the clone and one number
+    del y, z
     with ActivationOffload(model, min_bytes=10_000)():
         model(x).exp()
         assert host_bytes() == before
@@ -238,7 +245,7 @@ def test_a_tensor_saved_before_and_after_a_change_has_two_copies(device):
 
 
 def test_an_in_place_change_of_a_reversible_output_is_explained(device):
-    model = unet(memory="reversible", engine="hooks").encoder[0]
+    model = unet(memory="reversible", engine="hooks").double().encoder[0]
     x = torch.randn(1, 8, 4, 4, 4, dtype=torch.float64, requires_grad=True)
     with offload(model)():
         y = model(x)
@@ -282,7 +289,7 @@ def test_nothing_is_freed_late(device):
 def test_the_live_bytes_fall_and_are_reported_beside_those_of_the_host(device):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(8)])
-    x, moving = torch.randn(256, 64), offload(model)
+    x, moving, before = torch.randn(256, 64), offload(model), host_bytes()
 
     def report(context):
         with MemoryRecorder(model) as recorder:
@@ -295,17 +302,17 @@ def test_the_live_bytes_fall_and_are_reported_beside_those_of_the_host(device):
     plain, moved = report(torch.enable_grad()), report(moving(keep=[x]))
     one = x.numel() * 4
     assert plain.peak_by_category["activation"] >= 8 * one
-    assert plain.offloaded_bytes == 0 and moved.offloaded_bytes >= 8 * one
+    assert plain.offloaded_bytes == before and moved.offloaded_bytes - before >= 8 * one
     assert moved.peak_bytes < plain.peak_bytes - 4 * one
     assert report(moving(keep=[x])).peak_bytes == moved.peak_bytes
-    assert "in host memory" in str(moved) and "in host memory" not in str(plain)
+    assert "in host memory" in str(moved) and ("in host memory" in str(plain)) == bool(before)
     assert moved.from_dict(moved.as_dict()).offloaded_bytes == moved.offloaded_bytes
 
 
 @pytest.mark.parametrize("mode", ["stored", "checkpoint", "reversible"])
 def test_fake_tensors_have_the_bytes_of_the_real_step(mode):
     def make():
-        model, x = unet(memory=mode, engine="hooks"), torch.zeros(1, 2, 8, 8, 8, dtype=torch.float64)
+        model, x = unet(memory=mode, engine="hooks"), torch.zeros(1, 2, 8, 8, 8)
         moving = offload(model)
 
         def run():
@@ -316,13 +323,13 @@ def test_fake_tensors_have_the_bytes_of_the_real_step(mode):
 
         return TrainingStep(model, run)
 
-    fake, step = peak_on_fake(make), make()
+    fake, step, before = peak_on_fake(make), make(), host_bytes()
     step.run()
     with MemoryRecorder(step.model) as recorder:
         step.run()
     real = recorder.report()
     assert (fake.peak_bytes, fake.offloaded_bytes) == (real.peak_bytes, real.offloaded_bytes)
-    assert real.offloaded_bytes
+    assert real.offloaded_bytes > before
 
 
 def test_fake_storages_die(device):
