@@ -11,7 +11,7 @@ import torch
 
 _MARK = "is_offloaded"
 _total = 0
-_listeners: list[Callable[[], None]] = []
+_listeners: list[Callable[[torch.UntypedStorage], None]] = []
 
 
 def host_bytes() -> int:
@@ -21,9 +21,12 @@ def host_bytes() -> int:
 
 def count_storage(storage: torch.UntypedStorage, *, size: int) -> None:
     """Mark a storage of host memory, and count its `size` bytes until it dies."""
+    global _total
     setattr(storage, _MARK, True)  # PyTorch keeps the attributes as long as the memory
-    weakref.finalize(storage, _change, -size).atexit = False
-    _change(size)
+    weakref.finalize(storage, _subtract, size).atexit = False
+    _total += size
+    for function in _listeners:
+        function(storage)
 
 
 def is_in_host_memory(storage: torch.UntypedStorage) -> bool:
@@ -31,14 +34,12 @@ def is_in_host_memory(storage: torch.UntypedStorage) -> bool:
     return getattr(storage, _MARK, False)
 
 
-def listen(function: Callable[[], None]) -> Callable[[], None]:
-    """Call the function after each change of the count; returns its remover."""
+def listen(function: Callable[[torch.UntypedStorage], None]) -> Callable[[], None]:
+    """Call the function with each storage that is counted from now on; returns its remover."""
     _listeners.append(function)
     return lambda: _listeners.remove(function)
 
 
-def _change(size: int) -> None:
+def _subtract(size: int) -> None:
     global _total
-    _total += size
-    for function in _listeners:
-        function()
+    _total -= size

@@ -27,6 +27,7 @@ What a forward itself holds, such as the skip connections of a U-Net until they 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
@@ -107,7 +108,8 @@ class Kept(NamedTuple):
     version: int
 
 
-class Handle(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Handle:
     """Takes the place of a saved tensor in the graph: a view of a copied storage."""
 
     copy: "StorageCopy"
@@ -119,6 +121,12 @@ class Handle(NamedTuple):
     """In bytes from the start of the whole storage."""
     size: torch.Size
     stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.copy.handles += 1
+
+    def __del__(self) -> None:
+        self.copy.handles -= 1
 
 
 def _open(packed: "Handle | Kept | Tensor") -> Tensor:
@@ -154,7 +162,7 @@ class _Forward:
         self.by_key: weakref.WeakValueDictionary[tuple[int, ...], StorageCopy] = weakref.WeakValueDictionary()
         self.prefetched: Callable[[], StorageCopy | None] = lambda: None
         self.recent: torch.UntypedStorage | None = None
-        """The storage that was copied back last: often the next node of the backward has saved it, too."""
+        """The storage that was copied back last, if another node has saved it, too: often that node runs next."""
         self.lock = RLock()  # autograd runs nodes of different devices in different threads
 
     def pack(self, tensor: Tensor) -> Handle | Kept | Tensor:
@@ -204,7 +212,7 @@ class StorageCopy:
     def __init__(self, forward: _Forward, tensor: Tensor, first: int, length: int) -> None:
         storage = tensor.untyped_storage()
         self.forward, self.number, self.first = forward, len(forward.copies), first
-        self.outgoing = 0
+        self.outgoing = self.handles = 0
         self.original = weakref.ref(storage)
         self.restored: Callable[[], torch.UntypedStorage | None] = lambda: None
         self.incoming: Incoming | None = None  # prefetched, and not yet used
@@ -235,8 +243,12 @@ class StorageCopy:
                 incoming = self.incoming or self.forward.transfers.to_device(self.block, like=like)
                 self.incoming = None
                 storage = incoming.wait().untyped_storage()
-                self.restored, self.forward.recent = weakref.ref(storage), storage
+                self.restored = weakref.ref(storage)
                 found = storage, self.first
+                if self.handles > 1:
+                    self.forward.recent = storage
+            elif self.handles == 1:
+                self.forward.recent = None
             self.forward.prefetch_before(self.number)
             return found
 

@@ -202,6 +202,7 @@ class _OffloadedState:
             if (
                 isinstance(value, Tensor)
                 and type(value) in PLAIN_TYPES
+                and value.numel() > 1  # the optimizer reads a number, such as that of its steps, on the host
                 and value.device == parameter.device
                 and value.untyped_storage().nbytes() == value.numel() * value.element_size() >= self.min_bytes
                 and not is_in_host_memory(value.untyped_storage())

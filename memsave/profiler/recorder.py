@@ -37,6 +37,7 @@ arguments, so values and lifetimes are those of the run without it. (In eval mod
 the fused inference path of `nn.TransformerEncoder`.)
 """
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.host_bytes import host_bytes, listen
+from memsave.host_bytes import is_in_host_memory, listen
 from memsave.profiler._torch_internals import (
     TorchDispatchMode,
     fake_modes,
@@ -56,7 +57,7 @@ from memsave.profiler._torch_internals import (
     unrecorded_waits,
     watch_resizes,
 )
-from memsave.profiler.ledger import Block, Ledger, tensors_in
+from memsave.profiler.ledger import Block, Ledger, storages_of, tensors_in
 from memsave.profiler.phases import PhaseTracker
 from memsave.profiler.report import MemoryReport, build_report
 
@@ -93,7 +94,7 @@ class MemoryRecorder(TorchDispatchMode):
         self._owners: dict[int, tuple[str, str]] = {}
         self._cleanup: ExitStack | None = None
         self._categories: list[str] | None = None
-        self._offloaded = 0
+        self._offloaded = self._most_offloaded = 0
 
     def __enter__(self) -> "MemoryRecorder":
         """Record the existing tensors, register the hooks and start recording."""
@@ -115,7 +116,10 @@ class MemoryRecorder(TorchDispatchMode):
                     undo.callback(self._watch_gradient(name, parameter))
             undo.callback(watch_resizes(self._ledger.resized))
             undo.callback(unrecorded_waits())
-            self._record_offloaded()
+            for _, _, tensor in self._named_state():
+                for storage, _ in storages_of(tensor):
+                    if is_in_host_memory(storage):
+                        self._record_offloaded(storage)
             undo.callback(listen(self._record_offloaded))
             for mode in fake_modes(self._model.parameters()):
                 # For a fake model the tensors that the step creates from nothing must be fake, too.
@@ -162,12 +166,18 @@ class MemoryRecorder(TorchDispatchMode):
             events=self._ledger.events,
             categories=self._categories,
             phases=self._tracker.marks,
-            offloaded_bytes=self._offloaded,
+            offloaded_bytes=self._most_offloaded,
             allocator_peak_bytes=allocator_peak_bytes,
         )
 
-    def _record_offloaded(self) -> None:
-        self._offloaded = max(self._offloaded, host_bytes())
+    def _record_offloaded(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage in host memory until it dies."""
+        self._offloaded += storage.nbytes()
+        self._most_offloaded = max(self._most_offloaded, self._offloaded)
+        weakref.finalize(storage, self._forget_offloaded, storage.nbytes()).atexit = False
+
+    def _forget_offloaded(self, size: int) -> None:
+        self._offloaded -= size
 
     def _context(self) -> tuple[str, str | None]:
         return self._tracker.mark(len(self._ledger.events)), self._tracker.module

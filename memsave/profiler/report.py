@@ -39,7 +39,8 @@ class MemoryReport:
     allocator_peak_bytes: int | None = None
     """The result of `allocator_peak`: bytes above the start, workspaces included, so not comparable with the others."""
     offloaded_bytes: int = 0
-    """The most bytes that `memsave.offload` kept in host memory at one time; `peak_bytes` does not include them."""
+    """The most bytes in host memory at one time, beside `peak_bytes`: what `memsave.offload` has moved there during the
+    recording, and the optimizer's state that was there before."""
 
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON types."""

@@ -289,7 +289,7 @@ def test_nothing_is_freed_late(device):
 def test_the_live_bytes_fall_and_are_reported_beside_those_of_the_host(device):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(8)])
-    x, moving, before = torch.randn(256, 64), offload(model), host_bytes()
+    x, moving = torch.randn(256, 64), offload(model)
 
     def report(context):
         with MemoryRecorder(model) as recorder:
@@ -302,10 +302,10 @@ def test_the_live_bytes_fall_and_are_reported_beside_those_of_the_host(device):
     plain, moved = report(torch.enable_grad()), report(moving(keep=[x]))
     one = x.numel() * 4
     assert plain.peak_by_category["activation"] >= 8 * one
-    assert plain.offloaded_bytes == before and moved.offloaded_bytes - before >= 8 * one
+    assert plain.offloaded_bytes == 0 and moved.offloaded_bytes >= 8 * one
     assert moved.peak_bytes < plain.peak_bytes - 4 * one
     assert report(moving(keep=[x])).peak_bytes == moved.peak_bytes
-    assert "in host memory" in str(moved) and ("in host memory" in str(plain)) == bool(before)
+    assert "in host memory" in str(moved) and "in host memory" not in str(plain)
     assert moved.from_dict(moved.as_dict()).offloaded_bytes == moved.offloaded_bytes
 
 
@@ -323,13 +323,13 @@ def test_fake_tensors_have_the_bytes_of_the_real_step(mode):
 
         return TrainingStep(model, run)
 
-    fake, step, before = peak_on_fake(make), make(), host_bytes()
+    fake, step = peak_on_fake(make), make()
     step.run()
     with MemoryRecorder(step.model) as recorder:
         step.run()
     real = recorder.report()
     assert (fake.peak_bytes, fake.offloaded_bytes) == (real.peak_bytes, real.offloaded_bytes)
-    assert real.offloaded_bytes > before
+    assert real.offloaded_bytes
 
 
 def test_fake_storages_die(device):
