@@ -87,7 +87,7 @@ def _planned_and_trained(
     if config.mode == "plan":
         return on_main(plan_experiment, config, folder, device, strategies=strategies, progress=progress)
     config, planned = on_main(fit_to_budget, config, folder, device, progress=progress)
-    config, state, task = _prepared(config, device, progress=progress)
+    config, state, task = _prepared(config, folder, device, progress=progress)
     ledger = RunLedger(state, folder, steps=config.trainer.steps, say=progress.say)
     if line := describe_others(ledger.other_runs(steps=config.trainer.steps)):
         progress.say(line)
@@ -194,13 +194,15 @@ def whole_copy(config: Config, model: nn.Module) -> nn.Module:
     return copy.train(model.training)
 
 
-def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
-    """(the config with its number of steps, the state before the first step to take, the task).
+def _prepared(config: Config, folder: Path, device: torch.device, *, progress: Progress) -> tuple[Config, State, Task]:
+    """(the config with its number of steps, the state before the first step to take, the task); `folder`: of the run.
 
     The state is new, or that of the checkpoint in `trainer.resume`.
     """
     torch.manual_seed(config.trainer.seed)
-    progress.say(f"data={config.data.kind}, memory={config.memory.mode}, privacy={config.privacy.option}, on {device}")
+    progress.say(
+        f"data={config.data.kind}, memory={config.memory.described}, privacy={config.privacy.option}, on {device}"
+    )
     with main_first():  # data and small models are generated once, and cached
         model, tokenizer = make_model(config, progress=progress)
         task, model = make_task(config, device, tokenizer, progress=progress), model.to(device)
@@ -219,7 +221,7 @@ def _prepared(config: Config, device: torch.device, *, progress: Progress) -> tu
     private = make_private(config, model, mechanism, audit=audit)
     if private is not None and not private.seeded:
         torch.seed()  # a known seed would tie the dropout of all examples to which of them are in the batch
-    state = make_state(model, trainer, private=private)
+    state = make_state(model, trainer, private=private, memory=config.memory, folder=folder)
     state.data, state.frozen = data, frozen
     state.identity = {
         "trainer.batch_size": trainer.batch_size,
@@ -409,12 +411,15 @@ def _write_memory(
         "peak_by_category": shown.peak_by_category,
         "start_bytes": shown.start_bytes,
         "allocator_peak_bytes": own.report.allocator_peak_bytes if own else shown.allocator_peak_bytes,
+        "offloaded": config.memory.offload,
+        "offloaded_bytes": shown.offloaded_bytes,
         "compared": {
             name: {
                 "peak_bytes": each.report.peak_bytes,
                 "peak_by_category": each.report.peak_by_category,
                 "start_bytes": each.report.start_bytes,
                 "allocator_peak_bytes": each.report.allocator_peak_bytes,
+                "offloaded_bytes": each.report.offloaded_bytes,
                 "seconds": each.seconds,
                 "loss": each.loss,
             }
@@ -428,6 +433,8 @@ def _last_lines(
 ) -> Iterator[str]:
     """Lines about the scores and the memory."""
     yield task.summary(scores)
+    if memory.get("offloaded_bytes"):
+        yield f"Most bytes in host memory in a training step, measured: {format_bytes(memory['offloaded_bytes'])}"
     own = measured.get(config.memory.mode)
     if own is None:
         if memory:

@@ -11,14 +11,15 @@ import pytest
 import memsave
 
 PACKAGE = Path(memsave.__file__).parent
-MECHANISMS = ("reversible", "ghost", "profiler")
-LEAVES = {"_version", "arguments", "files", "processes", "progress", "random_state", "tf32"}
+MECHANISMS = ("reversible", "ghost", "offload", "profiler")
+LEAVES = {"_version", "arguments", "files", "host_bytes", "processes", "progress", "random_state", "tf32"}
 """Modules that import nothing else of memsave."""
 CORE = {"models", "data", "privacy", "config", "own_code", "process_group", *MECHANISMS, *LEAVES}
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes", "tf32"},
-    "profiler": {"profiler", "files"},
+"offload": {"offload", "host_bytes"},
+    "profiler": {"profiler", "files", "host_bytes"},
     "models": {"models", "reversible", "tf32", "ghost", "processes"},
     "config": {"config", "profiler"},
     "data": {"data", "config", *LEAVES},
@@ -156,6 +157,7 @@ def test_the_mechanisms_import_only_torch(package):
 def test_importing_memsave_loads_nothing_heavy():
     program = (
         "import sys, memsave, memsave.reversible, memsave.ghost, memsave.profiler, memsave.models, memsave.privacy\n"
+        "import memsave.offload\n"
         "import memsave.data.volumes.reader\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )

@@ -81,6 +81,11 @@ def _check_sharding(config: Config) -> None:
         raise ConfigError(
             "memory.engine=fused reads weights that trainer.parallel=fsdp has not gathered; give memory.engine=auto"
         )
+    if config.memory.offload:
+        raise ConfigError(
+            f"memory.offload=[{','.join(config.memory.offload)}] would copy the whole parameters that "
+            f"trainer.parallel=fsdp gathers and frees; give memory.offload=[] or trainer.parallel=ddp"
+        )
     if config.trainer.precision == "float16":
         raise ConfigError("trainer.precision=float16 scales gradients that are whole; give bfloat16 with fsdp")
 

@@ -24,6 +24,8 @@ from memsave.config.registry import register
 
 MODES = ("stored", "checkpoint", "reversible")
 """The memory modes that `memory=auto` chooses from."""
+OFFLOADED = ("activations", "optimizer")
+"""What can be kept in host memory."""
 
 
 @dataclass
@@ -139,6 +141,15 @@ class MemoryConfig(Section):
     """memory=reversible: fused recomputes blocks in chunks; hooks is bitwise exact for any block; auto uses both."""
     chunks: int = option(4, least=1)
     """Chunks of the fused engine; more chunks take less memory, and many chunks take more time."""
+    offload: list[str] = option([], choices=OFFLOADED)
+    """What is kept in host memory: what any mode stores for backward, and the optimizer's state between steps."""
+    offload_folder: str | None = None
+    """On the CPU, the folder of the files that are then mapped into memory; null is the folder of the run."""
+
+    @property
+    def described(self) -> str:
+        """The mode, and what is kept in host memory."""
+        return self.mode + (f" with {' and '.join(self.offload)} in host memory" if self.offload else "")
 
     def validate(self) -> None:
         """Raise ConfigError for keys that this mode does not read."""
@@ -149,6 +160,8 @@ class MemoryConfig(Section):
             raise ConfigError(f"memory.engine is for memory=reversible; leave it out of memory={self.mode}")
         if self.levels is not None and self.mode != "auto":
             raise ConfigError(f"memory.levels is for memory=auto; leave it out of memory={self.mode}")
+        if self.offload_folder is not None and not (self.offload or self.mode == "auto"):
+            raise ConfigError("memory.offload_folder is for memory.offload; also give memory.offload=[activations]")
 
 
 @register("privacy", "none")

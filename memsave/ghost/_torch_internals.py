@@ -48,6 +48,7 @@ __all__ = [
     "own_buffers",
     "own_children",
     "own_parameters",
+    "saved_tensors_are_moved",
     "saved_tensors_are_redirected",
     "storage_id",
     "tensor_hooks",
@@ -72,6 +73,12 @@ def in_backward() -> bool:
 def saved_tensors_are_redirected() -> bool:
     """Whether saved-tensor hooks are active, as inside checkpoints: activations are then recomputed or offloaded."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def saved_tensors_are_moved() -> bool:
+    """Whether the active saved-tensor hooks only move tensors (`memsave.offload`), which nothing recomputes then."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "only_moves", False)
 
 
 @contextmanager

@@ -87,6 +87,8 @@ class BackwardContext:
         """Called before each backward."""
         self.recomputes = False
         """Whether some activations are recomputed in the backward."""
+        self.offloads = False
+        """Whether some activations are in host memory until the backward."""
         self._layers_without_grad: set[str] = set()
         self._backward: int | None = None  # the number of the backward that the clipper runs
         self._check = IndependenceCheck()
@@ -116,7 +118,9 @@ class BackwardContext:
         for parameter in parameters:
             self.ledger.count_use(parameter)
             self.used_by.setdefault(parameter, set()).add(by)
-        self.recomputes |= internals.saved_tensors_are_redirected()
+        moved = internals.saved_tensors_are_moved()
+        self.offloads |= moved
+        self.recomputes |= internals.saved_tensors_are_redirected() and not moved
 
     def record_run_without_grad(self, layer: str) -> None:
         """Record that a trainable layer ran without gradients."""

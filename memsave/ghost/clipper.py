@@ -321,7 +321,7 @@ class GhostClipper:
             return 1, "each layer's sum is formed during the backward"
         if self._attachment.sharding:
             return 2, "FSDP reduces the gradients of each module during the backward"
-        if not context.recomputes:
+        if not (context.recomputes or context.offloads):
             return 1, "activations are stored"
         # for one example, only its gradient is kept, and it becomes the sum if there is no .grad yet
         held = sum(
@@ -329,7 +329,8 @@ class GhostClipper:
         )
         if context.batch_size == 1 and held <= self.memory_budget:
             return 1, "one example's gradient takes no more memory than the sum"
-        return 2, "activations are recomputed in the backward"
+        where = "recomputed" if context.recomputes else "copied back from the host"
+        return 2, f"activations are {where} in the backward"
 
     def _choose_passes(self, context: BackwardContext) -> None:
         if self.passes == "auto":

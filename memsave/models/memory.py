@@ -40,8 +40,10 @@ def run_blocks(sequence: nn.Module, x: Tensor, *, memory: str) -> Tensor:
 def _checkpointed(block: AdditiveCoupling, stream: Stream) -> Stream:
     """Checkpoint one block on the pair of halves, because merging them between blocks would round under autocast."""
 
+    form = stream.pair(torch.empty(0), torch.empty(0))  # the graph keeps `run`, which must not keep the halves
+
     def run(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        return block.forward_stream(stream.pair(target, source)).halves()
+        return block.forward_stream(form.pair(target, source)).halves()
 
     return stream.pair(*checkpoint(run, *stream.halves(), use_reentrant=False))
 

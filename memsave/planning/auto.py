@@ -3,7 +3,8 @@
 The task lists its choices by cost (`TaskDefinition.memory_choices`): for a U-Net, each level is stored or reversible;
 for a language model, layers are stored or checkpointed, the head forms all logits or none, and the micro-batch is the
 largest that fits. The cost of a choice is the number of FLOPs that it computes twice. The first choice that fits is
-used. It changes neither the function nor the batch, and its config keys can be set in another run.
+used. The last choices also keep activations, and then the optimizer's state, in host memory. A choice changes neither
+the function nor the batch, and its config keys can be set in another run.
 """
 
 from functools import partial
@@ -47,7 +48,7 @@ def _cheapest_that_fits(config: Config, device: torch.device) -> tuple[Config, s
     """(the config with the choice, a line about it)."""
     assert config.budget is not None
     budget, smallest = parse_bytes(config.budget), []
-    for choice in definition_of(config).memory_choices(device):
+    for choice in definition_of(config).all_memory_choices(device):
         calibration = _calibration(choice, device, progress=Progress())
         chosen, estimate = _fit(choice, device, calibration, budget=budget)
         smallest.append(estimate.total)

@@ -60,11 +60,11 @@ def fake_step(
         shard_model(model, device, mesh=pretended_mesh())
     task = dummy_task(config, device=device)
     private: Any = PerSampleGradBaseline(model) if per_sample_gradients else _private(config, model)
-    state = make_state(model, config.trainer)
+    state = make_state(model, config.trainer, memory=config.memory)
     state.scaler = None  # it reads the values of gradients, and holds only one number
 
     def run() -> None:
-        accumulate(model, task, task.batch, config.trainer, private=private)
+        accumulate(model, task, task.batch, config.trainer, private=private, offload=state.offload)
         update(state)
 
     return TrainingStep(model, run, state.optimizer)

@@ -63,6 +63,7 @@ class Row:
             "exact_bytes": self.need.exact,
             "calibrated_bytes": self.need.calibrated,
             "reserve_bytes": self.need.reserve,
+            "host_bytes": self.need.host,
             "peak_by_category": self.need.report.peak_by_category,
             "seconds_per_fake_step": round(self.seconds, 3),
         }
@@ -144,8 +145,9 @@ def fixed_sizes(config: Config) -> str:
     trainer = config.trainer
     share = math.ceil(trainer.batch_size / process_count())
     batch = [] if config.vary == "batch" else [f"{trainer.micro_batch_size or share} at once"]
-    definition = definition_of(config)
-    return ", ".join([*batch, *definition.fixed_sizes(), *definition.unit_sizes()])
+    definition, offload = definition_of(config), config.memory.offload
+    offloaded = [f"{' and '.join(offload)} in host memory"] if offload else []
+    return ", ".join([*batch, *definition.fixed_sizes(), *definition.unit_sizes(), *offloaded])
 
 
 def _row(config: Config, strategy: str, *, budget: int | None, device: torch.device, progress: Progress) -> Row:
@@ -192,7 +194,8 @@ def calibration_of(config: Config, strategy: str, device: torch.device, *, progr
     info = hardware()
     machine = info["gpu"] if device.type == "cuda" else f"{info['cpu']} ({info['threads']} threads)"
     task, memory = definition_of(config), config.memory
-    parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, memory.mode, f"engine {memory.engine}"])
+    modes = [memory.described, f"engine {memory.engine}"]
+    parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, *modes])
     name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
     if found is not None and found.get("torch") == torch.__version__:

@@ -19,9 +19,10 @@ def lines(plan: Plan) -> Iterator[str]:
     for row in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield f"each step: {_fixed(plan)}"
+    host = "; host: offloaded bytes, beside these" if _uses_host(plan) else ""
     yield (
         "exact: live tensors, predicted on fake tensors; calibrated: exact plus the workspace of operators; "
-        "calibrated plus reserve must fit"
+        f"calibrated plus reserve must fit{host}"
     )
 
 
@@ -44,12 +45,18 @@ def _fixed(plan: Plan) -> str:
     return ", ".join(filter(None, [plan.fixed, plan.processes and f"bytes of {plan.processes}"]))
 
 
+def _uses_host(plan: Plan) -> bool:
+    """Whether a strategy keeps bytes in host memory."""
+    return any(row.need.host for row in plan.rows)
+
+
 def _heads(plan: Plan) -> list[str]:
     first = (
         ["strategy"] if plan.budget is None else ["strategy", "fits" if plan.vary is None else f"largest {plan.vary}"]
     )
     last = [] if plan.vary is None else ["one step above"]
-    return [*first, "exact", "calibrated", "reserve", *last, "one fake step"]
+    host = ["host"] if _uses_host(plan) else []
+    return [*first, "exact", "calibrated", "reserve", *host, *last, "one fake step"]
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -59,6 +66,7 @@ def _cells(plan: Plan, row: Row) -> list[str]:
     elif plan.budget is not None:
         cells.append("yes" if row.fits else "no")
     cells += [format_bytes(each) for each in (row.need.exact, row.need.calibrated, row.need.reserve)]
+    cells += [format_bytes(row.need.host)] if _uses_host(plan) else []
     if plan.vary is not None:
         above = None if row.answer is None else row.answer.above
         cells.append(f"not tried: {row.limit}" if row.limit else "")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from memsave.host_bytes import is_in_host_memory
 from memsave.profiler._torch_internals import inner_tensors, is_wrapper
 
 
@@ -146,6 +147,8 @@ class Ledger:
                 self._change(ref.block, size)
             return
         if self._device is not None and not self._counts(tensor.device):
+            return
+        if is_in_host_memory(storage):  # also where the device is the CPU
             return
         phase, module = self._context() if born else ("before", None)
         ref = _StorageRef(storage, self._died)

@@ -88,6 +88,11 @@ class MemoryEstimate:
         return self.report.peak_bytes
 
     @property
+    def host(self) -> int:
+        """The most bytes that are in host memory at one time (`memsave.offload`); no part of the other numbers."""
+        return self.report.offloaded_bytes
+
+    @property
     def total(self) -> int:
         """The smallest budget for this size."""
         return self.calibrated + self.reserve

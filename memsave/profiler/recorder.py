@@ -25,6 +25,9 @@ rounding.
 **Sharded models** (`fully_shard`): of parameters, gradients and optimizer state, this process's shards count. The whole
 copies that FSDP gathers for a module, and frees by resizing their storages, are "gathered".
 
+**Offloaded tensors** (`memsave.offload`) are in host memory, and do not count, also where the device is the CPU. The
+report has their bytes as a separate number, `offloaded_bytes`.
+
 **Fake tensors** have storages of the true size without memory. All statements above hold for them, in either order of
 the two modes. Their sizes are those of the real run if PyTorch's fake kernels are accurate: on the CPU, for example,
 `mse_loss` and `smooth_l1_loss` keep the unreduced loss alive behind their scalar, and their fake kernels do not.
@@ -34,6 +37,7 @@ arguments, so values and lifetimes are those of the run without it. (In eval mod
 the fused inference path of `nn.TransformerEncoder`.)
 """
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -42,6 +46,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memsave.host_bytes import is_in_host_memory, listen
 from memsave.profiler._torch_internals import (
     TorchDispatchMode,
     fake_modes,
@@ -52,7 +57,7 @@ from memsave.profiler._torch_internals import (
     unrecorded_waits,
     watch_resizes,
 )
-from memsave.profiler.ledger import Block, Ledger, tensors_in
+from memsave.profiler.ledger import Block, Ledger, storages_of, tensors_in
 from memsave.profiler.phases import PhaseTracker
 from memsave.profiler.report import MemoryReport, build_report
 
@@ -89,6 +94,7 @@ class MemoryRecorder(TorchDispatchMode):
         self._owners: dict[int, tuple[str, str]] = {}
         self._cleanup: ExitStack | None = None
         self._categories: list[str] | None = None
+        self._offloaded = self._most_offloaded = 0
 
     def __enter__(self) -> "MemoryRecorder":
         """Record the existing tensors, register the hooks and start recording."""
@@ -110,6 +116,11 @@ class MemoryRecorder(TorchDispatchMode):
                     undo.callback(self._watch_gradient(name, parameter))
             undo.callback(watch_resizes(self._ledger.resized))
             undo.callback(unrecorded_waits())
+            for _, _, tensor in self._named_state():
+                for storage, _ in storages_of(tensor):
+                    if is_in_host_memory(storage):
+                        self._record_offloaded(storage)
+            undo.callback(listen(self._record_offloaded))
             for mode in fake_modes(self._model.parameters()):
                 # For a fake model the tensors that the step creates from nothing must be fake, too.
                 undo.enter_context(mode)
@@ -155,8 +166,18 @@ class MemoryRecorder(TorchDispatchMode):
             events=self._ledger.events,
             categories=self._categories,
             phases=self._tracker.marks,
+            offloaded_bytes=self._most_offloaded,
             allocator_peak_bytes=allocator_peak_bytes,
         )
+
+    def _record_offloaded(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage in host memory until it dies."""
+        self._offloaded += storage.nbytes()
+        self._most_offloaded = max(self._most_offloaded, self._offloaded)
+        weakref.finalize(storage, self._forget_offloaded, storage.nbytes()).atexit = False
+
+    def _forget_offloaded(self, size: int) -> None:
+        self._offloaded -= size
 
     def _context(self) -> tuple[str, str | None]:
         return self._tracker.mark(len(self._ledger.events)), self._tracker.module

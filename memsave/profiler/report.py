@@ -38,6 +38,9 @@ class MemoryReport:
     timeline: Timeline
     allocator_peak_bytes: int | None = None
     """The result of `allocator_peak`: bytes above the start, workspaces included, so not comparable with the others."""
+    offloaded_bytes: int = 0
+    """The most bytes in host memory at one time, beside `peak_bytes`: what `memsave.offload` has moved there during the
+    recording, and the optimizer's state that was there before."""
 
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON types."""
@@ -104,6 +107,8 @@ class MemoryReport:
         lines = [f"peak  {format_bytes(self.peak_bytes)}  (start {format_bytes(self.start_bytes)})"]
         if self.allocator_peak_bytes is not None:
             lines.append(f"allocator, above the start  {format_bytes(self.allocator_peak_bytes)}")
+        if self.offloaded_bytes:
+            lines.append(f"in host memory  {format_bytes(self.offloaded_bytes)}")
         for name, size in sorted(self.peak_by_category.items(), key=lambda item: -item[1]):
             if size:
                 lines.append(f"  {name:<12}{format_bytes(size):>12}{size / self.peak_bytes:>8.1%}")
@@ -123,6 +128,7 @@ def build_report(
     events: list[tuple[int, int]],
     categories: list[str],
     phases: list[tuple[int, str]],
+    offloaded_bytes: int = 0,
     allocator_peak_bytes: int | None = None,
 ) -> MemoryReport:
     """Compute the report from the events of a ledger and the categories of its blocks."""
@@ -168,5 +174,6 @@ def build_report(
         blocks=alive,
         history=live_blocks(largest),
         timeline=timeline,
+        offloaded_bytes=offloaded_bytes,
         allocator_peak_bytes=allocator_peak_bytes,
     )

@@ -25,7 +25,7 @@ from memsave.config import Config, ConfigError
 from memsave.config.fields import closest
 from memsave.config.known_keys import listed
 from memsave.config.registry import options
-from memsave.config.schema import DataConfig, GhostPrivacy, ModelConfig, PrivacyConfig
+from memsave.config.schema import OFFLOADED, DataConfig, GhostPrivacy, ModelConfig, PrivacyConfig
 from memsave.data.units import UnitKeys, units_of
 from memsave.progress import Progress
 from memsave.training.task import Batch, Task
@@ -238,13 +238,30 @@ class TaskDefinition:
         """The configs from which `memory=auto` chooses, fastest first. Raises ConfigError if there are none."""
         raise ConfigError(f"memory=auto is not available for task={self.config.task.kind}; give memory=stored")
 
+    def all_memory_choices(self, device: torch.device) -> list[Config]:
+        """`memory_choices`, then the one that recomputes most with activations in host memory, then all of it there."""
+        choices = self.memory_choices(device)
+        if self.config.trainer.parallel == "fsdp":
+            return choices
+        for kept in (["activations"], ["activations", "optimizer"]):
+            if not set(kept) <= set(choices[-1].memory.offload):
+                offload = [each for each in OFFLOADED if each in {*kept, *choices[-1].memory.offload}]
+                choices.append(choices[-1].changed({"memory.offload": offload}))
+        return choices
+
     def memory_strategies(self) -> list[str]:
         """The strategies whose calibrations are upper bounds for the configs of `memory_choices`."""
         return [self.current_strategy()]
 
     def describe_memory(self) -> str:
         """The choice of `memory=auto` as overrides."""
-        return f"memory={self.config.memory.mode}"
+        return f"memory={self.config.memory.mode}{self.described_offload}"
+
+    @property
+    def described_offload(self) -> str:
+        """What is kept in host memory, as an override with a space before it; empty if nothing is."""
+        offload = self.config.memory.offload
+        return f" memory.offload=[{','.join(offload)}]" if offload else ""
 
     # Remedies
 

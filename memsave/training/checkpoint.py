@@ -37,6 +37,7 @@ from memsave.files import (
     replace_folder,
     start_draft,
 )
+from memsave.offload import finish_copies, keep_state_offloaded
 from memsave.privacy import PrivacyError
 from memsave.privacy.gradients import refuse_other_generators
 from memsave.processes import gather, is_sharded, on_main, process_count, process_rank, together
@@ -323,6 +324,7 @@ def digest_of_frozen(model: nn.Module) -> str | None:
 
 def _optimizer_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, other values) of the optimizer's state, both keyed by "parameter name/state name"."""
+    finish_copies(state.optimizer)
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     entries = {
         f"{names[parameter]}/{key}": value
@@ -343,6 +345,7 @@ def _restore_optimizer(state: State, tensors: dict[str, Tensor], numbers: dict[s
             copy_shard(like, value)
             value = like
         state.optimizer.state[parameter][state_name] = value
+        keep_state_offloaded(state.optimizer, parameter)
 
 
 def _optimizer_tensor_like(state: State) -> Callable[[str, torch.Size], Tensor]:

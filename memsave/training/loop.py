@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from memsave.config.schema import OptimizerConfig, TrainerConfig
+from memsave.config.schema import MemoryConfig, OptimizerConfig, TrainerConfig
 from memsave.data.loader import Index, load_ahead, numbered, shuffled
+from memsave.offload import ActivationOffload, offload_optimizer
 from memsave.privacy import PrivateGradients
 from memsave.processes import (
     any_process,
@@ -64,6 +66,8 @@ class State:
     """Clipping, noise and accounting; None for training without privacy."""
     ema: Ema | None = None
     """The average of the weights, which is evaluated and released; None without an average."""
+    offload: ActivationOffload | None = None
+    """Keeps activations in host memory until backward; None where they stay on the device."""
     scaler: GradScaler | None = None
     """Scales losses so that float16 gradients do not vanish."""
     best: tuple[float, int] | None = None
@@ -93,13 +97,29 @@ class StepResult:
     """Tokens of the batch without padding; None for a task that has no tokens."""
 
 
-def make_state(model: nn.Module, config: TrainerConfig, *, private: PrivateGradients | None = None) -> State:
-    """The state before the first step: a new optimizer and learning rate schedule for the model."""
+def make_state(
+    model: nn.Module,
+    config: TrainerConfig,
+    *,
+    private: PrivateGradients | None = None,
+    memory: MemoryConfig | None = None,
+    folder: Path | None = None,
+) -> State:
+    """The state before the first step: a new optimizer and learning rate schedule for the model.
+
+    `memory` says what is kept in host memory (None: nothing), on the CPU in files of its folder, or of `folder`.
+    """
     optimizer = make_optimizer(model, config.optimizer)
+    offloaded = () if memory is None else memory.offload
+    if memory is not None and memory.offload_folder is not None:
+        folder = Path(memory.offload_folder).expanduser()
+    if "optimizer" in offloaded:
+        offload_optimizer(optimizer, folder=folder)
+    offload = ActivationOffload(model, folder=folder) if "activations" in offloaded else None
     schedule = make_schedule(optimizer, config.optimizer, steps=config.steps)
     ema = Ema(model, decay=config.ema) if config.ema else None
     scaler = GradScaler(next(model.parameters()).device.type) if config.precision == "float16" else None
-    return State(model, optimizer, schedule, private=private, ema=ema, scaler=scaler)
+    return State(model, optimizer, schedule, private=private, ema=ema, offload=offload, scaler=scaler)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -159,8 +179,8 @@ def run_steps(
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         with monitor(state.step + 1):
-            options: dict[str, Any] = {"own": own, "private": state.private, "scaler": state.scaler}
-            loss = summed_loss(accumulate(state.model, task, batch, config, **options))
+            options: dict[str, Any] = {"private": state.private, "scaler": state.scaler, "offload": state.offload}
+            loss = summed_loss(accumulate(state.model, task, batch, config, own=own, **options))
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; lower trainer.optimizer.lr (now {lr:g}) and look at "
@@ -240,6 +260,7 @@ def accumulate(
     own: int | None = None,
     private: PrivateGradients | None = None,
     scaler: GradScaler | None = None,
+    offload: ActivationOffload | None = None,
 ) -> Tensor | None:
     """Accumulate the gradient of a logical batch in `.grad` over its micro-batches; returns the mean loss, a scalar.
 
@@ -257,14 +278,14 @@ def accumulate(
     found = []
     with nullcontext() if sharded else together():  # a sharded model communicates within
         for micro in micros:
-            losses = micro_batch_losses(model, task, micro, config)
+            losses = micro_batch_losses(model, task, micro, config, offload=offload)
             if private is None:
                 found.append(backward(losses, count, scaler=scaler))
             else:
                 private.backward(losses)
                 found.append(losses.detach().nan_to_num(0, 0, 0).sum())
         for _ in range(fillers):
-            losses = micro_batch_losses(model, task, next(split(batch, 1)), config)
+            losses = micro_batch_losses(model, task, next(split(batch, 1)), config, offload=offload)
             if private is None:
                 backward(losses * 0, count)
             else:
@@ -283,9 +304,11 @@ def summed_loss(part: Tensor | None) -> float | None:
     return None if part is None else sums([part.item()])[0]
 
 
-def micro_batch_losses(model: nn.Module, task: Losses, micro: Batch, config: TrainerConfig) -> Tensor:
+def micro_batch_losses(
+    model: nn.Module, task: Losses, micro: Batch, config: TrainerConfig, *, offload: ActivationOffload | None = None
+) -> Tensor:
     """The losses (B,) of a micro-batch; TrainingError if the task returns another shape."""
-    with autocast(model, config.precision):
+    with nullcontext() if offload is None else offload(keep=micro.values()), autocast(model, config.precision):
         losses = task.per_example_losses(model, micro)
     if losses.shape != (examples(micro),):
         raise TrainingError(

@@ -116,7 +116,8 @@ class _Steps:
         plain = private is None or mode == PLAIN
         try:
             with private.paused() if private is not None and plain else nullcontext():
-                loss = accumulate(model, self.task, self.batch, self.config, private=None if plain else private)
+                options: dict[str, Any] = {"private": None if plain else private, "offload": self.state.offload}
+                loss = accumulate(model, self.task, self.batch, self.config, **options)
             mean = summed_loss(loss)
             assert mean is not None
             return mean

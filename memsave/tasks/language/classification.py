@@ -194,4 +194,5 @@ class ClassificationDefinition(LanguageDefinition):
 
     def describe_memory(self) -> str:
         """Memory mode and micro-batch."""
-        return f"memory={self.config.memory.mode} trainer.micro_batch_size={self.config.trainer.micro_batch_size}"
+        mode, size = self.config.memory.mode, self.config.trainer.micro_batch_size
+        return f"memory={mode}{self.described_offload} trainer.micro_batch_size={size}"

@@ -198,7 +198,7 @@ class LanguageDefinition(TaskDefinition):
         """Memory mode, head and micro-batch."""
         trainer = self.config.trainer
         return (
-            f"memory={self.config.memory.mode} model.head={self.model.head} "
+            f"memory={self.config.memory.mode}{self.described_offload} model.head={self.model.head} "
             f"trainer.micro_batch_size={trainer.micro_batch_size}"
         )
 

@@ -223,7 +223,7 @@ class SegmentationDefinition(TaskDefinition):
 
     def describe_memory(self) -> str:
         """The modes of the levels."""
-        return f"memory.levels=[{','.join(self.config.memory.levels or ())}]"
+        return f"memory.levels=[{','.join(self.config.memory.levels or ())}]{self.described_offload}"
 
     def less_memory(self) -> list[str]:
         """Reversible blocks, then the remedies of every task."""
