@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few trials of each part; nothing is written")
     parser.add_argument("--minutes", type=float, default=60.0, help="the longest time for each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="more mutants, of unchanged files after the earlier ones")
     options = parser.parse_args()
     if {"kills", "fuzz"} & set(options.parts):
         forks.preload()
@@ -38,9 +39,11 @@ def main() -> int:
     for name in options.parts:
         trials = (QUICK if options.quick else TRIALS)[name]
         print(f"{name}: up to {trials} trials with seed {options.seed}", flush=True)
+        known = earlier(HERE / "results.json")
+        more = {"before": known.get(name, {})} if options.more and name == "mutants" else {}
         with tempfile.TemporaryDirectory(prefix="memsave-") as folder:
             until = time.monotonic() + 60 * options.minutes
-            found = PARTS[name].part(Path(folder), seed=options.seed, trials=trials, until=until)
+            found = PARTS[name].part(Path(folder), seed=options.seed, trials=trials, until=until, **more)
         found |= {"seed": options.seed}
         text = PARTS[name].table(found)
         print(text)
