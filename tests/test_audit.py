@@ -1,6 +1,7 @@
 """`python -m memsave.audit`: exit codes and sentences; the trainings are few."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_a_canary_moves_the_scores_by_what_the_mechanism_allows():
     for scores, mean in ((trials.present, mu**2 / 2), (trials.absent, -(mu**2) / 2)):
         assert np.mean(scores) == pytest.approx(mean, abs=5 * mu / len(scores) ** 0.5)
         assert np.std(scores) == pytest.approx(mu, rel=0.4)
+
+
+def test_the_scores_of_almost_no_noise_tell_with_and_without_the_canary_apart():
+    mechanism = replace(audit.make_mechanism(audit.Options(runs=100, steps=2)), noise_multiplier=0.05)
+    trials = run_trials(audit.small_problem(), mechanism, runs=3, steps=2)
+    assert len(trials.present) + len(trials.absent) == 3
+    assert (trials.present > 100).all() and (trials.absent < -100).all()
 
 
 @pytest.mark.slow

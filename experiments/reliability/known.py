@@ -1,5 +1,9 @@
 """What the mutants need to know: the tests of each file, and why some mutants are not noticed by any test of these."""
 
+import json
+from pathlib import Path
+
+REVERSIBLE = ["sequence", "replay", "survival", "couplings", "fused"]
 GHOST = [
     "attach", "broken_rules", "clipper", "computed_weights", "conv", "coverage", "documents", "empty", "example_rows",
     "followed_layers", "followed_state", "groups", "hidden_uses", "independence", "later_forwards", "layers",
@@ -25,17 +29,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "privacy/audit/": ("privacy/audit/test_canaries.py", "privacy/audit/test_one_run.py", "test_audit.py"),
     "privacy/audit/trade_off.py": ("privacy/audit/test_repeated.py",),
     "privacy/audit/trials.py": ("privacy/audit/test_repeated.py",),
-    "reversible/": tuple(f"reversible/test_{name}.py" for name in ("sequence", "replay", "survival", "couplings")),
+    "reversible/": tuple(
+        f"reversible/test_{name}.py" for name in ("sequence", "replay", "survival", "couplings", "fused")
+    ),
     "reversible/_torch_internals.py": ("reversible/test_torch_internals.py",),
     "reversible/steps.py": ("reversible/test_residual.py",),
 }
 """Tests below `tests/` by the start of a path below `memsave/`. Only the tests that execute a mutant run on it."""
-EXPLAINED: dict[str, str] = {
-    "memsave/ghost/rules/norm.py: COMPARED = 8 -> COMPARED = 9": (
-        "equivalent: one more position is compared with autograd, and finds the same"
-    ),
-    "memsave/ghost/attach.py: self.sharding.find(model) -> deleted": (
-        "noticed by tests/distributed/test_sharded_clipper.py, which runs in processes of its own"
-    ),
-}
+EXPLAINED: dict[str, str] = json.loads(Path(__file__).with_name("explained.json").read_text())
 """By the name of a mutant, why the tests of its file do not notice it: it is equivalent, or other tests do."""

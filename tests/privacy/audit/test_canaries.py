@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
-from memsave.privacy.audit import CanaryAudit, audit_report
+from memsave.privacy.audit import CanaryAudit, audit_report, canaries
 from memsave.privacy.audit.canaries import _directions
 from memsave.privacy.audit.sampling_check import sampling_findings
 
@@ -48,6 +48,13 @@ def test_directions_have_norm_1_and_no_common_element():
         rows[canaries, start + places] = signs
         start += p.numel()
     torch.testing.assert_close(rows @ rows.T, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("most", "elements"), [(2**20, 64), (400, 8), (10, 1)])
+def test_the_elements_of_all_directions_together_are_limited(monkeypatch, most, elements):
+    monkeypatch.setattr(canaries, "MOST_ELEMENTS", most)
+    found = _directions(list(model_of().parameters()), count=50)
+    assert sum(len(places) for _, places, _, _ in found) == 50 * elements
 
 
 def test_without_noise_an_included_canary_adds_C_along_its_direction_in_each_step_that_draws_it():
