@@ -29,9 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "privacy/audit/": ("privacy/audit/test_canaries.py", "privacy/audit/test_one_run.py", "test_audit.py"),
     "privacy/audit/trade_off.py": ("privacy/audit/test_repeated.py",),
     "privacy/audit/trials.py": ("privacy/audit/test_repeated.py",),
-    "reversible/": tuple(
-        f"reversible/test_{name}.py" for name in ("sequence", "replay", "survival", "couplings", "fused")
-    ),
+    "reversible/": tuple(f"reversible/test_{name}.py" for name in REVERSIBLE),
     "reversible/_torch_internals.py": ("reversible/test_torch_internals.py",),
     "reversible/steps.py": ("reversible/test_residual.py",),
 }

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper, gradient_products
 from memsave.ghost.gradient_products import cheapest_form, inner_products
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, ViewGrad
-from memsave.ghost.ledger import Ledger
+from memsave.ghost.ledger import Ledger, add_sum
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper
 
@@ -213,6 +213,12 @@ def test_a_sum_takes_the_memory_of_its_gradient_only_if_it_may():
     assert gradient.weighted_sum(weight).equal(torch.full((4,), 3.0)) and gradient.values.equal(torch.ones(1, 4))
     total = gradient.weighted_sum(weight, overwrite=True)
     assert total.data_ptr() == gradient.values.data_ptr() and total.equal(torch.full((4,), 3.0))
+
+
+def test_the_gradient_of_one_example_becomes_the_sum_in_its_memory():
+    parameter, values = nn.Parameter(torch.zeros(4)), torch.ones(1, 4)
+    add_sum(parameter, PerSampleGrad(values, owns_values=True), torch.tensor([3.0]))
+    assert parameter.grad.data_ptr() == values.data_ptr() and parameter.grad.equal(torch.full((4,), 3.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -95,8 +95,9 @@ class BetweenLayers(nn.Module):
         return F.dropout(y.tanh(), 0.5)
 
 
-def test_other_random_numbers_between_layers_are_refused():
-    model = BetweenLayers().double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_random_numbers_between_layers_are_refused(dtype):
+    model = BetweenLayers().to(dtype)
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=2)
     with pytest.raises(ValueError, match="first got other activations in the second pass"):
-        clipper.backward(losses_of(model, draw(5, 4)))
+        clipper.backward(losses_of(model, draw(5, 4).to(dtype)))
