@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 SHARED = "shared"
-"""The name of what the fixtures of a file execute: the first test that asks for one runs it for the others."""
+"""The name of what the imports and fixtures of a test file execute, which concerns all its tests."""
 
 
 class Trace:
@@ -21,6 +21,16 @@ class Trace:
         self.lines: dict[str, set[int]] = {source: set() for source in sources}
         self.tests: dict[str, Any] = {SHARED: {"seconds": 0.0, "lines": {}}}
         self.started = 0.0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Iterator[None]:
+        """Trace what the imports of a test file execute."""
+        sys.settrace(self._enter)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            self._move(self.tests[SHARED]["lines"])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self) -> Iterator[None]:
