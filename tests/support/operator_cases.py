@@ -145,7 +145,12 @@ case(GET, lambda f, h, w: h + f(w, ids(h, 6)), (6, WIDTH))
 case(GET, lambda f, h, w: h + f(w, ids(h, 6) - 6), (6, WIDTH), about="negative")
 case(GET, lambda f, h, w: h + f(w, (ids(h, 2), ids(h, 3, at=1) - 3)), (2, 3, WIDTH), about="two indices")
 case(GET, lambda f, h, w: h + f(w, (ids(h, 6), slice(None))), (6, WIDTH), about="before a slice")
-case(GET, lambda f, h, w: f(w, (ids(h, 6), slice(None), slice(2))), (6, 2, WIDTH), about="before a part")
+case(
+    GET,
+    lambda f, h, w: h[..., :2].unsqueeze(-2) + f(w, (ids(h, 6), slice(None), slice(2))),
+    (6, 2, WIDTH),
+    about="before a part",
+)
 case(GET, lambda f, h, w: h + f(w, (slice(None), ids(h, 6))).movedim(0, -1), (WIDTH, 6), about="after a slice")
 case(_torch("index_select"), lambda f, h, w: h + f(w, 1, ids(h, 6)[:, 0]).T.unsqueeze(1), (WIDTH, 6))
 case({"embedding_bag": F.embedding_bag}, lambda f, h, w: f(ids(h, 6), w, mode="sum"), (6, WIDTH))
