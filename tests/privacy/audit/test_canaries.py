@@ -37,17 +37,33 @@ def take_steps(private, count):
         private.finish()
 
 
-def test_directions_have_norm_1_and_no_common_element():
-    model = model_of()
+def directions(model, count):
+    """(count, parameters): the directions of the canaries."""
     parameters = list(model.parameters())
-    rows = torch.zeros(50, sum(p.numel() for p in parameters), dtype=torch.float64)
+    rows = torch.zeros(count, sum(p.numel() for p in parameters), dtype=torch.float64)
     start = 0
-    entries = {id(p): rest for p, *rest in _directions(parameters, count=50)}
+    entries = {id(p): rest for p, *rest in _directions(parameters, count=count)}
     for p in parameters:
         places, canaries, signs = entries[id(p)]
         rows[canaries, start + places] = signs
         start += p.numel()
+    return rows
+
+
+def test_directions_have_norm_1_and_no_common_element():
+    rows = directions(model_of(), 50)
     torch.testing.assert_close(rows @ rows.T, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch", [28, 56])
+def test_a_step_scores_each_canary_by_its_likelihood_ratio(batch):
+    audit, sigma = CanaryAudit(examples=16, gradient=40), 0.7
+    private = private_of(audit, batch=batch, sigma=sigma)
+    take_steps(private, 1)
+    noisy = torch.cat([p.grad.flatten() for p in private.model.parameters()]).double() * batch
+    x, q = directions(private.model, 40) @ noisy / 0.5, batch / 56  # C is 0.5
+    expected = (1 - q + q * ((2 * x - 1) / (2 * sigma**2)).exp()).log()
+    torch.testing.assert_close(audit.evidence, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("most", "elements"), [(2**20, 64), (400, 8), (10, 1)])
