@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from memsave import audit
+from memsave.privacy import Mechanism
+from memsave.privacy.audit import error_rates
 from memsave.privacy.audit.trials import Trials, run_trials
 from memsave.privacy.noise import GaussianNoise
 
@@ -59,6 +61,17 @@ def test_scores_that_are_too_far_apart_refute_the_promise(distance, code, monkey
     out = capsys.readouterr().out
     assert "1000 trainings, 500 with the record; 800 are counted" in out
     assert ("the promise is not refuted" in out) == (code == 0)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_the_bounds_of_trials_are_those_of_their_error_rates(sigma):
+    mechanism = Mechanism(10, 10, sigma, 1.0, delta=1e-5, accountant="rdp")
+    chance = np.random.default_rng(0)
+    trials = Trials(mechanism, 1, 2 + chance.standard_normal(200), chance.standard_normal(200))
+    found = trials.bounds(confidence=0.9)
+    rates = error_rates(trials.present, trials.absent, delta=1e-5, significance=0.1)
+    assert found["error rates"] == pytest.approx(rates.epsilon(1e-5)) and found["error rates"] > 0
+    assert (found["Gaussian"] == found["error rates"]) == (sigma == 0)
 
 
 def test_a_step_without_noise_is_refuted_by_its_check(monkeypatch, capsys):
