@@ -8,7 +8,8 @@ GHOST = [
     "attach", "broken_rules", "clipper", "computed_weights", "conv", "coverage", "documents", "empty", "example_rows",
     "followed_layers", "followed_state", "groups", "hidden_uses", "independence", "later_forwards", "layers",
     "nested_backward", "norm_forwards", "operators", "own_parameters", "parameter_source", "partial_sums",
-    "recomputation", "row_follower", "rows", "side_outputs", "state_snapshot", "torch_internals", "trainability",
+    "recomputation", "row_follower", "rows", "sharding", "side_outputs", "state_snapshot", "torch_internals",
+    "trainability",
 ]  # fmt: skip
 """Tests of `memsave.ghost` that run for many of its files; those that take long are named with one file below."""
 TESTS: dict[str, tuple[str, ...]] = {

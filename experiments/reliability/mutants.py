@@ -112,26 +112,31 @@ class Traces:
         return any(each in self.files for each in tests_of(name))
 
     def tests(self, mutant: Mutant) -> tuple[list[str], float]:
-        """(the tests that execute a mutant, the fastest first; their seconds)."""
-        found: list[tuple[float, str]] = []
-        for file in tests_of(mutant.path):
-            tests = self.files.get(file, {})
-            everywhere = not mutant.lines or self._executes(tests.get(SHARED), mutant)
-            found += [
-                (each["seconds"], test)
-                for test, each in tests.items()
-                if test != SHARED and (everywhere or self._executes(each, mutant))
-            ]
+        """(the tests that execute a mutant, or else those that execute anything of its file; their seconds).
+
+        The fastest come first.
+        """
+        found = sorted(self._found(mutant, mutant.lines)) or sorted(self._found(mutant, None))
         taken, seconds = [], 0.0
-        for each, test in sorted(found):
+        for each, test in found:
             seconds += each
             if not taken or seconds < SECONDS:
                 taken.append(test)
         return taken, min(seconds, SECONDS)
 
-    def _executes(self, test: dict[str, Any] | None, mutant: Mutant) -> bool:
-        lines = (test or {"lines": {}})["lines"].get(str(ROOT / mutant.path), ())
-        return not mutant.lines.isdisjoint(lines)
+    def _found(self, mutant: Mutant, lines: frozenset[int] | None) -> Iterator[tuple[float, str]]:
+        """(seconds, test) of the tests that execute one of the lines, or with None any line of the file."""
+        for file in tests_of(mutant.path):
+            tests = self.files.get(file, {})
+            everywhere = lines is not None and (not lines or _executes(tests.get(SHARED), mutant, lines))
+            for test, each in tests.items():
+                if test != SHARED and (everywhere or _executes(each, mutant, lines)):
+                    yield each["seconds"], test
+
+
+def _executes(test: dict[str, Any] | None, mutant: Mutant, lines: frozenset[int] | None) -> bool:
+    found = (test or {"lines": {}})["lines"].get(str(ROOT / mutant.path), ())
+    return bool(found) if lines is None else not lines.isdisjoint(found)
 
 
 def _still_valid(before: dict[str, Any], *, seed: int) -> dict[str, Any]:

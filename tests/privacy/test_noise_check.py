@@ -92,6 +92,18 @@ def test_elements_of_all_of_a_large_parameter_are_read():
     assert places.diff().max() <= 16
 
 
+def test_sums_over_many_steps_are_not_rounded():
+    parameter = nn.Parameter(torch.zeros(1))
+    check = NoiseCheck([parameter], ["scale"])
+    check._squares += 2.0**30
+    check._counts += 2.0**30
+    parameter.grad = torch.zeros(1)
+    check.before()
+    parameter.grad += 1
+    check.after(1.0)
+    assert check._squares.item() == check._counts.item() == 2.0**30 + 1
+
+
 @pytest.mark.parametrize(("value", "std"), [(1e8, 1e-3), (0.0, 1e-46)])
 def test_noise_below_the_last_digit_is_no_fault(value, std):
     parameter = nn.Parameter(torch.zeros(100))
