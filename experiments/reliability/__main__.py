@@ -4,9 +4,10 @@
     python -m experiments.reliability --parts kills fuzz               # some of kills, fuzz and mutants
     python -m experiments.reliability --quick                          # a few trials of each part
     python -m experiments.reliability --parts mutants --minutes 30     # at most so long for each part
+    python -m experiments.reliability --parts mutants --more           # go on after the mutants of results.json
 
 Every part draws its trials from `--seed`. The exit code is 1 if a trial found a fault or a mutant survived that
-`known.py` does not explain.
+`explained.json` does not explain.
 """
 
 import argparse
