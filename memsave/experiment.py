@@ -1,7 +1,6 @@
 """`run_experiment`: from a composed config to a folder of results."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from memsave.config import Config, ConfigError
+from memsave.config.schema import TrainerConfig
 from memsave.data import DataError
 from memsave.data.units import identity_of
 from memsave.files import flush_all
@@ -295,6 +295,10 @@ def _train(
     if config.profiler.process:
         reset_process_peak()
         monitor.process_start = process_bytes()
+    if _evaluates_after(trainer, state.step):  # the run that is continued may have ended before this evaluation
+        scores = on_main(lambda: log.scores)
+        if not _evaluate(config, state, task, folder, log=log, progress=progress, scores=scores):
+            return None
     with progress.bar(trainer.steps, done=state.step) as bar, stop_requested() as stopping:
         for done in _save_on_data_error(
             run_steps(state, task, trainer, workers=config.data.workers, monitor=monitor), state, folder, log
@@ -305,7 +309,7 @@ def _train(
             bar.advance(_note(done, spent))
             stop, excess = _reasons_to_stop(stopping(), monitor.excess(done.step))
             last = done.step == trainer.steps
-            evaluate = bool(trainer.evaluate_every) and done.step % trainer.evaluate_every == 0 and not last
+            evaluate = _evaluates_after(trainer, done.step)
             if done.step % trainer.checkpoint_every == 0 or last or stop or excess or evaluate:
                 log.flush()
                 checkpoint.save(state, folder / "checkpoint")  # before an evaluation: an error there loses no steps
@@ -315,14 +319,7 @@ def _train(
                 raise KeyboardInterrupt
             if excess:
                 raise OverBudget(excess)
-            if not evaluate:
-                continue
-            improves = _evaluate(config, state, task, log)
-            if trainer.patience:
-                checkpoint.save(state, folder / "checkpoint")  # now with the best score
-            if not improves:
-                score, step = state.best or (math.nan, 0)
-                progress.say(f"stopping after step {done.step}: {task.goal} was best at step {step}, {score:.4g}")
+            if evaluate and not _evaluate(config, state, task, folder, log=log, progress=progress):
                 break
     monitor.process_peak = process_peak() if config.profiler.process else None
     return loss
@@ -375,17 +372,42 @@ def _save_on_data_error(steps: Iterator[StepResult], state: State, folder: Path,
         raise
 
 
-def _evaluate(config: Config, state: State, task: Task, log: RunLog) -> bool:
-    """Score the held-out data during training; False after `trainer.patience` evaluations without a better score."""
-    with averaged(state), whole(state.model):
-        scores = task.evaluate(state.model)
-    log.write({"step": state.step, **scores})
+def _evaluates_after(trainer: TrainerConfig, step: int) -> bool:
+    """Whether the held-out data are scored after this step, during training."""
+    return bool(trainer.evaluate_every) and step % trainer.evaluate_every == 0 and 0 < step < trainer.steps
+
+
+def _evaluate(
+    config: Config,
+    state: State,
+    task: Task,
+    folder: Path,
+    *,
+    log: RunLog,
+    progress: Progress,
+    scores: dict[str, float] | None = None,
+) -> bool:
+    """Score the held-out data during training; False after `trainer.patience` evaluations without a better score.
+
+    `scores`: those of this step in the log of the run that is continued, if there are any.
+    """
     name = task.goal.removeprefix("-")
+    if scores is None or name not in scores:
+        with averaged(state), whole(state.model):
+            scores = task.evaluate(state.model)
+        log.write({"step": state.step, **scores})
     score = -scores[name] if task.goal.startswith("-") else scores[name]
     if state.best is None or score > state.best[0]:
         state.best = score, state.step
-    evaluations = (state.step - state.best[1]) // config.trainer.evaluate_every
-    return not config.trainer.patience or evaluations < config.trainer.patience
+    patience = config.trainer.patience
+    if not patience:
+        return True
+    checkpoint.save(state, folder / "checkpoint")  # now with the best score
+    best, step = state.best
+    if (state.step - step) // config.trainer.evaluate_every < patience:
+        return True
+    progress.say(f"stopping after step {state.step}: {task.goal} was best at step {step}, {best:.4g}")
+    return False
 
 
 def _write_memory(

@@ -1,11 +1,14 @@
 """`python -m memsave.audit`: exit codes and sentences; the trainings are few."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from memsave import audit
+from memsave.privacy import Mechanism
+from memsave.privacy.audit import error_rates
 from memsave.privacy.audit.trials import Trials, run_trials
 from memsave.privacy.noise import GaussianNoise
 
@@ -60,6 +63,17 @@ def test_scores_that_are_too_far_apart_refute_the_promise(distance, code, monkey
     assert ("the promise is not refuted" in out) == (code == 0)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_the_bounds_of_trials_are_those_of_their_error_rates(sigma):
+    mechanism = Mechanism(10, 10, sigma, 1.0, delta=1e-5, accountant="rdp")
+    chance = np.random.default_rng(0)
+    trials = Trials(mechanism, 1, 2 + chance.standard_normal(200), chance.standard_normal(200))
+    found = trials.bounds(confidence=0.9)
+    rates = error_rates(trials.present, trials.absent, delta=1e-5, significance=0.1)
+    assert found["error rates"] == pytest.approx(rates.epsilon(1e-5)) and found["error rates"] > 0
+    assert (found["Gaussian"] == found["error rates"]) == (sigma == 0)
+
+
 def test_a_step_without_noise_is_refuted_by_its_check(monkeypatch, capsys):
     monkeypatch.setattr(GaussianNoise, "add_", lambda self, *, std: None)
     assert audit.main(["runs=100", "steps=1"]) == 1
@@ -85,6 +99,13 @@ def test_a_canary_moves_the_scores_by_what_the_mechanism_allows():
     for scores, mean in ((trials.present, mu**2 / 2), (trials.absent, -(mu**2) / 2)):
         assert np.mean(scores) == pytest.approx(mean, abs=5 * mu / len(scores) ** 0.5)
         assert np.std(scores) == pytest.approx(mu, rel=0.4)
+
+
+def test_the_scores_of_almost_no_noise_tell_with_and_without_the_canary_apart():
+    mechanism = replace(audit.make_mechanism(audit.Options(runs=100, steps=2)), noise_multiplier=0.05)
+    trials = run_trials(audit.small_problem(), mechanism, runs=3, steps=2)
+    assert len(trials.present) + len(trials.absent) == 3
+    assert (trials.present > 100).all() and (trials.absent < -100).all()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ CORE = {"models", "data", "privacy", "config", "own_code", "process_group", *MEC
 ALLOWED = {  # imports run downwards
     "reversible": {"reversible", "random_state"},
     "ghost": {"ghost", "processes", "tf32"},
-"offload": {"offload", "host_bytes"},
+    "offload": {"offload", "host_bytes"},
     "profiler": {"profiler", "files", "host_bytes"},
     "models": {"models", "reversible", "tf32", "ghost", "processes"},
     "config": {"config", "profiler"},

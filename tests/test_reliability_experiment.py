@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.reliability import damage
+from experiments.reliability import damage, mutants
+from experiments.reliability.__main__ import TRIALS
 from experiments.reliability.mutations import make, places
 
 TEXT = '''
@@ -38,6 +39,38 @@ def test_the_mutants_of_a_function():
     assert changed - raised == EXPECTED
     assert raised == {("raise ValueError(f'{x + 1} is too small')", "deleted")}
     assert len({each.source for each in mutants}) == len(mutants)
+
+
+CONSTANTS = """
+LIMIT = 3
+
+def f(x):
+    y = g(
+        x + 1,
+        2)
+    if x and \\
+            y:
+        return LIMIT
+"""
+
+
+def test_the_tests_of_a_mutant_execute_its_statement_or_use_its_constant():
+    lines = {
+        (each.before, each.line): set(each.lines) for each in (make("f.py", CONSTANTS, p) for p in places(CONSTANTS))
+    }
+    assert lines["LIMIT = 3", 2] == {10}
+    assert lines["y = g(x + 1, 2)", 6] == lines["y = g(x + 1, 2)", 7] == {5, 6, 7}
+    assert lines["if x and y:", 8] == {8, 9}
+    assert lines["return LIMIT", 10] == {10}
+
+
+def test_mutants_are_drawn_from_all_files_and_each_has_tests():
+    drawn = mutants.draw(seed=0, count=TRIALS["mutants"])
+    with_places = {name for name in mutants.sources() if places((mutants.ROOT / name).read_text())}
+    assert {name for name, _ in drawn} == with_places
+    assert all((mutants.ROOT / test).is_file() for name in with_places for test in mutants.tests_of(name))
+    assert all(mutants.tests_of(name) for name in with_places)
+    assert len(set(drawn)) == len(drawn) == TRIALS["mutants"]
 
 
 @pytest.mark.parametrize("change", [damage.damage_bytes, damage.damage_json, damage.damage_table])

@@ -8,8 +8,10 @@ from omegaconf import OmegaConf
 
 from memsave.config import ConfigError
 from memsave.config.compose import compose
+from memsave.data import DataError
 from memsave.resume import ResumedRun, resumed_run
 from memsave.run import continue_run, execute
+from memsave.tasks.segmentation.task import Segmentation
 from tests.support.tiny_configs import TINY_UNET
 
 
@@ -135,3 +137,30 @@ def test_a_continuation_that_fails_before_a_checkpoint_changes_no_file(uninterru
     before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
     assert continue_run(resumed_run(["trainer.steps=7", "trainer.optimizer.lr=1e30", f"trainer.resume={done}"])) == 1
     assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_an_evaluation_that_a_kill_left_out_is_made_up_for(run, monkeypatch, logged):
+    made = []
+
+    def evaluate(task, model):
+        made.append({"dice": 0.2 if made else 0.3})
+        if len(made) == 2 and not logged:
+            raise DataError("ends between the checkpoint and the evaluation, like a kill")
+        return made[-1]
+
+    monkeypatch.setattr(Segmentation, "evaluate", evaluate)
+    monkeypatch.setattr(Segmentation, "summary", lambda self, scores: "")
+    monkeypatch.setattr(Segmentation, "show", lambda self, folder: [])
+    code, _, folder = run("trainer.steps=4", "trainer.evaluate_every=1", "trainer.patience=1")
+    assert code == (0 if logged else 2)
+    log = folder / "metrics.jsonl"
+    if logged:  # as if killed between the line of the evaluation and the checkpoint with the best score
+        shutil.rmtree(folder / "checkpoint")
+        (folder / "checkpoint.previous").rename(folder / "checkpoint")
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+        (folder / "result.json").unlink()
+    assert continue_run(resumed_run([f"trainer.resume={folder}"])) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]  # the best step is 1, patience is 1
+    assert [(line["step"], line["dice"]) for line in lines if "dice" in line] == [(1, 0.3), (2, 0.2), (2, 0.2)]

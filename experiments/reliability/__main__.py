@@ -4,9 +4,10 @@
     python -m experiments.reliability --parts kills fuzz               # some of kills, fuzz and mutants
     python -m experiments.reliability --quick                          # a few trials of each part
     python -m experiments.reliability --parts mutants --minutes 30     # at most so long for each part
+    python -m experiments.reliability --parts mutants --more           # go on after the mutants of results.json
 
 Every part draws its trials from `--seed`. The exit code is 1 if a trial found a fault or a mutant survived that
-`known.py` does not explain.
+`explained.json` does not explain.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from experiments.reliability import forks, fuzz, kills, mutants
 
 HERE = Path(__file__).parent
 PARTS: dict[str, Any] = {"kills": kills, "fuzz": fuzz, "mutants": mutants}
-TRIALS = {"kills": 60, "fuzz": 220, "mutants": 400}
+TRIALS = {"kills": 60, "fuzz": 220, "mutants": 302}
 QUICK = {"kills": 6, "fuzz": 24, "mutants": 4}
 
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few trials of each part; nothing is written")
     parser.add_argument("--minutes", type=float, default=60.0, help="the longest time for each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="more mutants, of unchanged files after the earlier ones")
     options = parser.parse_args()
     if {"kills", "fuzz"} & set(options.parts):
         forks.preload()
@@ -38,9 +40,11 @@ def main() -> int:
     for name in options.parts:
         trials = (QUICK if options.quick else TRIALS)[name]
         print(f"{name}: up to {trials} trials with seed {options.seed}", flush=True)
+        known = earlier(HERE / "results.json")
+        more = {"before": known.get(name, {})} if options.more and name == "mutants" else {}
         with tempfile.TemporaryDirectory(prefix="memsave-") as folder:
             until = time.monotonic() + 60 * options.minutes
-            found = PARTS[name].part(Path(folder), seed=options.seed, trials=trials, until=until)
+            found = PARTS[name].part(Path(folder), seed=options.seed, trials=trials, until=until, **more)
         found |= {"seed": options.seed}
         text = PARTS[name].table(found)
         print(text)

@@ -29,6 +29,9 @@ PRIVATE = [
 SECRET = "private GPT-2 (secret seed)"
 PROGRAMS = {
     "private GPT-2": [*PRIVATE, "privacy.seed=1"],
+    "private GPT-2 (banded noise)": [
+        *PRIVATE, "privacy.seed=1", "privacy.noise=banded", "privacy.sampler=cyclic_poisson", "privacy.bands=3",
+    ],
     SECRET: PRIVATE,
     "U-Net": [
         "experiment=brats_rev", "data.cases=4", "data.size=[32,32,24]", "data.crop_size=[16,16,16]",

@@ -1,8 +1,11 @@
-"""Runs tests on mutants in forked processes: `python -m experiments.reliability.mutant_server JOBS ANSWERS`.
+"""Runs tests on mutants in forked processes: `python -m experiments.reliability.mutant_server`.
 
-JOBS is JSON: a list of {"module", "path", "source", "tests", "seconds"}; without a source the file stays as it is. A
-line of ANSWERS is JSON: {"code", "seconds"}, with the exit code of pytest, or -9 after a timeout. Nothing of memsave is
-imported before a fork, so that each process imports the mutant. No file is changed.
+A line of standard input is a job in JSON. {"tests", "seconds", "traced", "report"} runs test files and writes to the
+file `report` which test executes which lines of the files `traced`. {"tests", "seconds", "module", "path", "source"}
+runs single tests, in their order and until one fails, with another source in place of that of a module.
+
+A line of standard output answers it: the exit code of pytest, or -9 after a timeout. Nothing of memsave is imported
+before a fork, so that each process imports the mutant. No file is changed.
 """
 
 import importlib.abc
@@ -56,12 +59,8 @@ def main() -> None:
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine would "notice" every mutant
     hypothesis.settings.load_profile("no deadline")
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    with Path(sys.argv[2]).open("w", buffering=1) as answers:
-        for job in jobs:
-            started = time.monotonic()
-            code = _run(job)
-            answers.write(json.dumps({"code": code, "seconds": time.monotonic() - started}) + "\n")
+    for line in sys.stdin:
+        print(_run(json.loads(line)), flush=True)
 
 
 def _run(job: dict[str, Any]) -> int:
@@ -73,11 +72,7 @@ def _run(job: dict[str, Any]) -> int:
             os.dup2(silent, descriptor)
         code = 99
         try:
-            import pytest
-
-            if job["source"] is not None:
-                sys.meta_path.insert(0, Finder(job))
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *job["tests"]]))
+            code = _tests(job)
         finally:
             os._exit(code)
     end = time.monotonic() + job["seconds"]
@@ -90,6 +85,19 @@ def _run(job: dict[str, Any]) -> int:
             os.waitpid(process, 0)
             return -9
         time.sleep(0.01)
+
+
+def _tests(job: dict[str, Any]) -> int:
+    import pytest
+
+    from experiments.reliability.traced import Select, Trace
+
+    if "traced" in job:
+        files, plugin = job["tests"], Trace(job["traced"], job["report"])
+    else:
+        sys.meta_path.insert(0, Finder(job))
+        files, plugin = list(dict.fromkeys(each.partition("::")[0] for each in job["tests"])), Select(job["tests"])
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files], plugins=[plugin]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ SWAPPED: dict[type, type] = {
     ast.Break: ast.Continue, ast.Continue: ast.Break,
 }  # fmt: skip
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -27,6 +29,9 @@ class Mutant:
     after: str
     source: str
     """The whole changed file."""
+    lines: frozenset[int]
+    """The lines of the changed statement, of a compound one those of its header; of a constant those of its uses. Empty
+    for other statements that run while the file is imported."""
 
     @property
     def name(self) -> str:
@@ -47,11 +52,30 @@ def make(path: str, text: str, place: tuple[int, int]) -> Mutant:
     change = next(itertools.islice(_changes(node), place[1], None))
     line = getattr(node, "lineno", 0)
     statement = next((each for each in (node, *reversed(parents)) if isinstance(each, ast.stmt)), node)
-    before = _short(statement)
+    before, lines = _short(statement), _lines_to_test(tree, statement, parents)
     change(node, parents)
     ast.fix_missing_locations(tree)
     after = _short(statement)
-    return Mutant(path, line, before, after if after != before else "deleted", ast.unparse(tree))
+    return Mutant(path, line, before, after if after != before else "deleted", ast.unparse(tree), lines)
+
+
+def _lines_to_test(tree: ast.AST, statement: Any, parents: tuple[ast.AST, ...]) -> frozenset[int]:
+    """The lines that a test of a changed statement executes."""
+    if any(isinstance(each, FUNCTIONS) for each in parents):
+        return frozenset(_lines(statement))
+    names = {each.id for each in getattr(statement, "targets", []) if isinstance(each, ast.Name)}
+    found: set[int] = set()
+    for node, above in _nodes(tree):
+        if isinstance(node, ast.Name) and node.id in names and any(isinstance(each, FUNCTIONS) for each in above):
+            found.update(_lines([each for each in (*above, node) if isinstance(each, ast.stmt)][-1]))
+    return frozenset(found)
+
+
+def _lines(statement: Any) -> range:
+    body = getattr(statement, "body", None)
+    start = min([statement.lineno, *(each.lineno for each in getattr(statement, "decorator_list", []))])
+    end = max(start, body[0].lineno - 1) if isinstance(body, list) else statement.end_lineno
+    return range(start, end + 1)
 
 
 def _short(node: ast.AST) -> str:

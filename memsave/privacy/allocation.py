@@ -123,8 +123,7 @@ def _sum_of(sigma: float, count: int, *, capped: bool) -> tuple[np.ndarray, np.n
 def _chernoff(points: np.ndarray, mass: np.ndarray, *, count: int, most: float, largest: float) -> float:
     """An upper bound of log P(sum > most)."""
     rates = np.geomspace(1, 60, 8) / largest
-    kept = mass > 0
-    return min(count * math.log(float(mass[kept] @ np.exp(rate * points[kept]))) - rate * most for rate in rates)
+    return min(count * math.log(float(mass @ np.exp(rate * points))) - rate * most for rate in rates)
 
 
 def _compressed(step: float, mass: np.ndarray, *, mean: float) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,8 @@ class RunLog:
         self.writes = process_rank() == 0
         self.scores_before: dict[str, float] = {}
         """The scores before the first step, of a run that is continued in its folder."""
+        self.scores: dict[str, float] = {}
+        """The scores after step `step`, of such a run; empty if it ended before it wrote them."""
         self.events: Any = None
         if not self.writes:
             return
@@ -35,6 +37,7 @@ class RunLog:
             with replacing(self.path) as draft:
                 draft.write_text("".join(kept))
             self.scores_before = _scores_before(kept)
+            self.scores = _scores_of(kept, step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -69,3 +72,9 @@ def _scores_before(lines: Sequence[str]) -> dict[str, float]:
     """The entries of step 0 whose names end in _before."""
     found = [parse_json(line) for line in lines if _step_of(line) == 0]
     return {name: value for each in found for name, value in each.items() if name.endswith("_before")}
+
+
+def _scores_of(lines: Sequence[str], step: int) -> dict[str, float]:
+    """The scores after a step, whose line has no learning rate."""
+    found = [parse_json(line) for line in lines if _step_of(line) == step]
+    return {key: value for each in found if "lr" not in each for key, value in each.items() if key != "step"}

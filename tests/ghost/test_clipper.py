@@ -269,6 +269,14 @@ def test_examples_that_are_not_counted_contribute_nothing(options):
         clipper.backward(losses_of(padded, x), counted=torch.ones(3))
 
 
+def test_a_parameter_that_the_loss_does_not_use_has_no_gradient_in_direct_mode():
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double()
+    model.forward = lambda x: model[0](x)
+    clipper = GhostClipper(model, max_grad_norm=0.1, passes="direct")
+    clipper.backward(losses_of(model, draw(1, 4)))
+    assert model[0].weight.grad.any() and not model[1].weight.grad.any()
+
+
 def test_a_single_example_that_is_not_counted_adds_zeros():
     model = small()
     clipper = GhostClipper(model, max_grad_norm=0.1, passes="direct")

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from memsave.ghost import GhostClipper, coverage, linear_cross_entropy
-from memsave.ghost.refusals import Refused
+from memsave.ghost.coverage import _by_parameter
+from memsave.ghost.coverage_report import _format_bytes
+from memsave.ghost.refusals import Refusal, Refused
 
 
 class Block(nn.Module):
@@ -60,6 +62,22 @@ class Outside(nn.Module):
 
     def forward(self, x):
         return Doubled.apply(self.mix(x), self.weight)
+
+
+def test_a_refused_module_refuses_its_own_parameters_or_else_all_inside_it():
+    model = nn.Sequential(Outside(), nn.Linear(8, 8))
+    owners = {p: [(name, model)] for name, p in model.named_parameters()}
+    own = _by_parameter(model, owners, [Refusal("0", "Outside", "is not followed", "")])
+    assert set(own) == {model[0].weight}
+    inside = _by_parameter(model, owners, [Refusal("0.mix", "", "is not followed", ""), Refusal("1", "", "", "")])
+    assert set(inside) == {*model[0].mix.parameters(), *model[1].parameters()}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1023, "1023 B"), (1536, "1.50 KiB"), (5 << 19, "2.50 MiB"), (3 << 30, "3.00 GiB")]
+)
+def test_bytes_are_formatted_in_binary_units(count, text):
+    assert _format_bytes(count) == text
 
 
 class Counting(nn.Module):

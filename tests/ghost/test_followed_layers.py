@@ -212,6 +212,36 @@ def test_a_complex_linear_layer_is_exact():
     assert model[0].weight.grad.is_complex()
 
 
+class OfConstant(nn.Module):
+    """Multiplies with what a layer makes of a constant vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x * self.layer(torch.ones(4, dtype=x.dtype))
+
+
+def test_a_layer_of_a_constant_vector_is_exact():
+    assert_exact(OfConstant().double(), draw(4, 4), losses_of)
+
+
+class OneLookUp(nn.Module):
+    """Adds one entry of a table to all positions of all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def forward(self, x):  # (B, T, 4) + (1, 4)
+        return self.layer(x + self.table(torch.tensor([3])))
+
+
+def test_one_entry_of_a_table_for_all_examples_is_exact():
+    assert_exact(OneLookUp().double(), draw(3, 5, 4), losses_of)
+
+
 class Raising(Own):
     """Refuses to run on one example alone."""
 

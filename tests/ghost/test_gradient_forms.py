@@ -8,14 +8,42 @@ from torch.utils.checkpoint import checkpoint
 from memsave.ghost import GhostClipper, gradient_products
 from memsave.ghost.gradient_products import cheapest_form, inner_products
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad, ViewGrad
-from memsave.ghost.ledger import Ledger
+from memsave.ghost.ledger import Ledger, add_sum
 from tests.ghost.test_layers import Head, draw, losses_of
 from tests.support.per_example_reference import assert_exact, by_clipper
 
 pytestmark = pytest.mark.usefixtures("device")
 
 BATCH, ROWS, WIDTH = 3, 5, 4
-KINDS = ["per sample", "factored", "factored transposed", "one-hot", "one-hot transposed"]
+KINDS = ["per sample", "factored", "factored transposed", "one-hot", "one-hot transposed", "lazy", "lazy transposed"]
+
+
+class Lazy:
+    """Output gradients (B, T, p) behind the methods of those that are not stored."""
+
+    gram = None
+
+    def __init__(self, values):
+        self.values, self.shape = values, tuple(values.shape)
+
+    def pairwise_products(self, other):
+        return self.values @ (other.values if isinstance(other, Lazy) else other).transpose(1, 2)
+
+    def gather(self, index):
+        one_hot = (index[..., None] == torch.arange(self.shape[2])).to(self.values.dtype)
+        return self.values @ one_hot.transpose(1, 2)
+
+    def per_sample(self, activations):
+        return self.values.transpose(1, 2) @ activations
+
+    def matmul(self, values):
+        return self.values @ values
+
+    def add_sum(self, total, activations):
+        total += self.per_sample(activations).sum(0)
+
+    def masked(self, mask):
+        return Lazy(self.values * mask[:, None, None])
 
 
 def form(kind, *, positions=6, seed=0):
@@ -37,6 +65,7 @@ def form(kind, *, positions=6, seed=0):
     if kind == "per sample":
         return PerSampleGrad(full.clone()), full
     num_embeddings = d if kind.startswith("one-hot") else None
+    output_grads = Lazy(output_grads) if kind.startswith("lazy") else output_grads
     return FactoredGrad(output_grads, activations, transposed=transposed, num_embeddings=num_embeddings), full
 
 
@@ -127,6 +156,27 @@ def test_inner_products_equal_those_of_the_full_gradients(kind, other, tile):
     torch.testing.assert_close(inner_products(one, two), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_products_of_positions_are_formed_tile_by_tile(monkeypatch):
+    formed, original = [], gradient_products._pairwise_products
+
+    def products(one, other):
+        formed.append(original(one, other))
+        return formed[-1]
+
+    monkeypatch.setattr(gradient_products, "TILE", 60)
+    monkeypatch.setattr(gradient_products, "_pairwise_products", products)
+    inner_products(form("factored", positions=6)[0], form("factored", positions=9, seed=1)[0])
+    assert len(formed) == 6 and max(each.numel() for each in formed) <= 60
+
+
+def test_views_overlap_from_one_common_element_on():
+    values = PerSampleGrad(torch.ones(1, 2, 2))
+    first, touching, apart = (ViewGrad(values, (20,), (2, 2), (3, 1), offset) for offset in (0, 4, 5))
+    assert first.last == 4
+    assert first.overlaps(touching) and touching.overlaps(first)
+    assert not first.overlaps(apart) and not apart.overlaps(first)
+
+
 def view(kind, *, first, seed):
     """(a form of two rows of a parameter (6, ROWS * WIDTH // 2), from row `first`; the gradient of the parameter)."""
     gradient, full = form(kind, seed=seed)
@@ -165,6 +215,12 @@ def test_a_sum_takes_the_memory_of_its_gradient_only_if_it_may():
     assert total.data_ptr() == gradient.values.data_ptr() and total.equal(torch.full((4,), 3.0))
 
 
+def test_the_gradient_of_one_example_becomes_the_sum_in_its_memory():
+    parameter, values = nn.Parameter(torch.zeros(4)), torch.ones(1, 4)
+    add_sum(parameter, PerSampleGrad(values, owns_values=True), torch.tensor([3.0]))
+    assert parameter.grad.data_ptr() == values.data_ptr() and parameter.grad.equal(torch.full((4,), 3.0))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weighted_sums_equal_those_of_the_full_gradients(kind):
     gradient, full = form(kind)
@@ -181,7 +237,7 @@ def test_masked_examples_contribute_zero_even_if_they_are_nan(kind):
     gradient, full = form(kind)
     for part in ("values", "output_grads", "activations"):
         tensor = getattr(gradient, part, None)
-        if tensor is not None and tensor.is_floating_point():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             tensor[1] = float("nan")
     kept = gradient.masked(torch.tensor([True, False, True]))
     torch.testing.assert_close(

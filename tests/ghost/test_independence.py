@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memsave.ghost import GhostClipper
+from memsave.ghost.independence import layers_reached
 from tests.ghost.test_layers import draw, losses_of
 from tests.support.per_example_reference import assert_exact
 
@@ -217,3 +218,12 @@ def test_a_buffer_that_the_forward_changes_is_refused():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"0\.mean is a buffer that the forward changed"):
         clipper.backward(model(torch.randn(4, 3)).sum(1))
+
+
+def test_a_graph_with_many_paths_is_walked_once():
+    model, x = nn.Linear(3, 3).double(), draw(4, 3)
+    GhostClipper(model, max_grad_norm=1.0)
+    y = model(x)
+    for _ in range(50):
+        y = y + y
+    assert layers_reached(y) == {"the model"}

@@ -45,3 +45,11 @@ def test_a_look_up_that_is_copied_to_the_batch_is_exact_in_every_forward(name, p
         torch.testing.assert_close(clipper.backward(model(x[:size])).detach(), norms, rtol=1e-9, atol=0)
         for name, total in sums.items():
             torch.testing.assert_close(model.get_parameter(name).grad, total, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_stays_on_the_tensors_of_the_caller():
+    model, x = Prompted(COPIES["repeat"]).double(), torch.randn(5, 4, 3, dtype=torch.float64)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    losses = model(x)
+    clipper.backward(losses)
+    assert not x.__dict__ and not losses.__dict__

@@ -56,8 +56,11 @@ def test_a_reversible_layer_that_calls_backward_is_refused_by_name(passes, hold_
     model = Model(hold_grad).double()
     clipper = GhostClipper(model, max_grad_norm=0.1, passes=passes)
     losses = losses_of(model, draw(3, 4))
-    words = r"[fg] (was differentiated by a backward inside|ran without grad in the forward .* backward inside)"
-    with pytest.raises(ValueError, match=words):
+    held, lost = (
+        r"[fg] was differentiated by a backward inside",
+        r"[fg] ran without grad in the forward .* backward inside",
+    )
+    with pytest.raises(ValueError, match=held if hold_grad else lost):
         clipper.backward(losses)
     assert all(p.grad is None for p in model.parameters())
 

@@ -9,7 +9,7 @@ import torch
 from memsave.ghost import operator_trace, operators
 from memsave.ghost.gradients import FactoredGrad, PerSampleGrad
 from memsave.ghost.operator_trace import OperatorTrace
-from memsave.ghost.operators import example_by_example, rule
+from memsave.ghost.operators import convolutions, example_by_example, rule
 from tests.support.examples_alone import draw, plain_losses
 from tests.support.operator_cases import BATCH, CASES, LENGTH, WIDTH, Use
 from tests.support.per_example_reference import assert_exact
@@ -115,3 +115,19 @@ def test_a_broken_rule_of_other_operators_is_found(broken):
     broken(example_by_example)
     with pytest.raises(AssertionError):
         assert_exact(Use(call, (2, WIDTH)), batch(), plain_losses)
+
+
+def case_of(name, about):
+    """The module of a case."""
+    return next(Use(call, *shapes) for found, what, call, shapes in CASES if (found, what) == (name, about))
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
+def test_a_convolution_of_a_batch_does_not_run_example_by_example(name, monkeypatch):
+    monkeypatch.setattr(convolutions, "example_by_example", lambda *_: pytest.fail("runs example by example"))
+    assert_exact(case_of(name, ""), batch(), plain_losses)
+
+
+def test_an_einsum_that_is_a_linear_layer_makes_no_copies_of_the_weight(monkeypatch):
+    monkeypatch.setattr(OperatorTrace, "copies", lambda *_: pytest.fail("copies the weight for each example"))
+    assert_exact(case_of("einsum", "a linear layer"), batch(), plain_losses)

@@ -79,6 +79,28 @@ def test_an_example_that_is_not_finite_counts_as_the_same_in_both_passes():
     assert clipper.nonfinite == 2
 
 
+class Changing(nn.Module):
+    """Is another function when it is recomputed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        return checkpoint(self.inside, x, use_reentrant=False)
+
+    def inside(self, x):
+        self.calls += 1
+        return self.layer(x).tanh().sin() if self.calls == 1 else self.layer(x)
+
+
+def test_a_checkpoint_that_recomputes_other_operators_is_refused():
+    model = Changing().double()
+    clipper = GhostClipper(model, max_grad_norm=0.01, passes=1)
+    with pytest.raises(ValueError, match="a checkpoint recomputed something else than in the forward"):
+        clipper.backward(losses_of(model, draw(5, 4)))
+
+
 class BetweenLayers(nn.Module):
     """Recomputes no layer, only dropout between two layers."""
 
@@ -95,8 +117,9 @@ class BetweenLayers(nn.Module):
         return F.dropout(y.tanh(), 0.5)
 
 
-def test_other_random_numbers_between_layers_are_refused():
-    model = BetweenLayers().double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_random_numbers_between_layers_are_refused(dtype):
+    model = BetweenLayers().to(dtype)
     clipper = GhostClipper(model, max_grad_norm=0.01, passes=2)
     with pytest.raises(ValueError, match="first got other activations in the second pass"):
-        clipper.backward(losses_of(model, draw(5, 4)))
+        clipper.backward(losses_of(model, draw(5, 4).to(dtype)))

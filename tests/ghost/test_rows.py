@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from memsave.ghost.rows import Rows, RowSplit
 from tests.support.examples_alone import assert_exact_alone, draw, draw_ids
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -380,3 +381,13 @@ class Swin(nn.Module):
 @pytest.mark.parametrize("attention", [WindowAttention, ContinuousBias])
 def test_windows_folded_into_the_batch_are_exact(attention, batch):
     assert_exact_alone(Swin(attention).double(), draw(batch, 1, 8, 8))
+
+
+def test_the_slots_of_rows_that_depend_on_values_are_never_read_one_by_one():
+    examples = torch.tensor([1, 0, 1])
+    split = RowSplit(Rows(0, examples), examples, 2)
+    assert split._static_slots is None
+    expected = RowSplit(Rows(0, (1, 0, 1)), None, 2)
+    assert expected._static_slots == [[1, -1], [0, 2]]
+    values = draw(3, 2)
+    assert torch.equal(split.stacked(values), expected.stacked(values))

@@ -268,6 +268,15 @@ def test_the_leaves_past_a_function_are_reached_through_its_first_input():
     assert list(internals.leaves_past([torch.ones(2)], Record)) == []
 
 
+def test_a_graph_with_many_paths_is_walked_once():
+    leaf = torch.ones(2, requires_grad=True)
+    y = leaf * 2
+    for _ in range(50):
+        y = y + y
+    assert list(internals.leaves_past([y], Record)) == list(internals.leaves_of(y, stop=Record)) == [leaf]
+    assert list(internals.leaves_of(torch.ones(2), stop=Record)) == []
+
+
 def test_the_leaves_of_a_graph_end_at_a_function():
     x, z = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     assert [id(leaf) for leaf in internals.leaves_of(x.sin() * x, stop=Record)] == [id(x)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsave.privacy import (
+    Event,
     Mechanism,
     PrivacyError,
     accountants,
@@ -16,6 +17,7 @@ from memsave.privacy import (
     epsilon_of_runs,
     noise_multiplier_for,
 )
+from memsave.privacy.accounting import calibrated
 
 pytest.importorskip("opacus")
 
@@ -268,3 +270,15 @@ def test_the_example_of_several_runs_in_the_document_holds():
     how = {"delta": default_delta(size)}
     noise = noise_multiplier_for(target_epsilon=3, sample_rate=batch_size / size, steps=steps, **how)
     assert epsilon_of_runs([(noise, batch_size / size, steps)] * 3, **how) == pytest.approx(float(stated), abs=5e-3)
+
+
+def test_events_are_described_in_words():
+    assert Event(1.5, 0.1, 20).describe() == "20 steps with noise multiplier 1.5 at sample rate 0.1"
+    truncated = Event(1.0, 0.1, 5, largest_batch=30, size=100)
+    assert truncated.describe() == "5 steps with noise multiplier 1 at sample rate 0.1 with at most 30 examples"
+    assert Event(1.0, 0.25, 3, bins=4).describe() == "3 epochs with noise multiplier 1 at sample rate 0.25"
+
+
+def test_calibration_ends_where_epsilon_jumps_over_the_target():
+    found = calibrated(lambda noise_multiplier: 9.0 if noise_multiplier < 2 else 1.0, target_epsilon=5.0, what="")
+    assert 2 <= found <= 2.002

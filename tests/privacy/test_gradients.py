@@ -52,6 +52,15 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
 
 
+def test_an_infinite_loss_counts_as_nonfinite_only_if_its_example_counts():
+    for counted, nonfinite in ((None, 2), (torch.tensor([True, True, False]), 1)):
+        model = model_of()
+        private = whole_batches(model, size=3 if counted is None else 2)
+        x = X[:3] * torch.tensor([[1.0], [torch.inf], [torch.inf]], device=X.device)
+        private.backward(losses_of(model, x), counted=counted)
+        assert private.nonfinite == nonfinite
+
+
 def test_without_noise_the_gradient_is_the_clipped_sum_over_the_expected_size():
     model = model_of()
     private = whole_batches(model, size=6)

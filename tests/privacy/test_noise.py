@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from memsave.privacy import PrivacyError
 from memsave.privacy.correlated import inverse_series
 from memsave.privacy.noise import GaussianNoise
 from memsave.privacy.randomness import SecretStream
@@ -85,6 +86,13 @@ def test_regenerated_noise_keeps_nothing_of_the_size_of_the_parameters():
     assert noise.get_past().shape == (3, 13)
     assert isinstance(noise._states, deque)
     assert all(each.nbytes < 200 for each in noise._states)
+
+
+def test_correlated_noise_of_sharded_parameters_is_refused(monkeypatch):
+    monkeypatch.setattr("memsave.privacy.noise.is_sharded", lambda parameter: True)
+    make()
+    with pytest.raises(PrivacyError, match="noise=banded needs whole gradients, and FSDP shards them"):
+        make(noise="banded", bands=3)
 
 
 def test_large_parameters_are_noised_piece_by_piece(monkeypatch, device):

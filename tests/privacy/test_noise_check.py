@@ -82,6 +82,28 @@ def test_a_parameter_of_one_element_needs_several_unchanged_steps():
         check.after(1.0)
 
 
+def test_elements_of_all_of_a_large_parameter_are_read():
+    parameter = nn.Parameter(torch.zeros(1000))
+    parameter.grad = torch.zeros(1000)
+    check = NoiseCheck([parameter], ["weight"])
+    check.before()
+    (places,) = check._positions
+    assert (len(places.unique()), places[0], places[-1]) == (64, 0, 999)
+    assert places.diff().max() <= 16
+
+
+def test_sums_over_many_steps_are_not_rounded():
+    parameter = nn.Parameter(torch.zeros(1))
+    check = NoiseCheck([parameter], ["scale"])
+    check._squares += 2.0**30
+    check._counts += 2.0**30
+    parameter.grad = torch.zeros(1)
+    check.before()
+    parameter.grad += 1
+    check.after(1.0)
+    assert check._squares.item() == check._counts.item() == 2.0**30 + 1
+
+
 @pytest.mark.parametrize(("value", "std"), [(1e8, 1e-3), (0.0, 1e-46)])
 def test_noise_below_the_last_digit_is_no_fault(value, std):
     parameter = nn.Parameter(torch.zeros(100))
@@ -92,8 +114,9 @@ def test_noise_below_the_last_digit_is_no_fault(value, std):
         check.after(std)
 
 
-def test_the_noise_of_an_earlier_step_is_found():
-    private = private_of()
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 1000.0])
+def test_the_noise_of_an_earlier_step_is_found(sigma):
+    private = private_of(sigma=sigma)
     take_steps(private, 1)
     state = private._noise.stream.get_state()
     take_steps(private, 3)

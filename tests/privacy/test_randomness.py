@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from memsave.privacy import randomness
 from memsave.privacy.randomness import KEY_BITS, WORDS, SecretStream
 
 
@@ -31,6 +32,29 @@ def test_secret_numbers_are_normal_with_tails_beyond_those_of_float32(device):
     assert draws.std().item() == pytest.approx(1, abs=0.02)
     assert len(draws.unique()) == len(draws)
     assert (draws.abs() > 2).double().mean().item() == pytest.approx(0.0455, abs=0.004)
+
+
+def test_normal_numbers_on_the_cpu_are_those_of_philox():
+    expected = np.random.Generator(np.random.Philox(key=7)).standard_normal(5)
+    assert normals(SecretStream(7), 5).tolist() == expected.tolist()
+
+
+def test_normal_numbers_on_another_device_come_from_a_seed_of_64_bits_from_philox(monkeypatch):
+    """The generator of the other device is here one of the CPU."""
+
+    class Elsewhere:
+        device = torch.device("cuda")
+
+        def normal_(self, *, generator=None):
+            return torch.empty(5, dtype=torch.float64).normal_(generator=generator)
+
+    monkeypatch.setattr(randomness, "Generator", lambda device: torch.Generator())
+    stream = SecretStream(7)
+    found = [stream.fill_normal(Elsewhere()) for _ in range(2)]
+    seeds = np.random.Generator(np.random.Philox(key=7)).integers(2**63, size=2)
+    for values, seed in zip(found, seeds, strict=True):
+        generator = torch.Generator().manual_seed(int(seed))
+        assert torch.equal(values, torch.empty(5, dtype=torch.float64).normal_(generator=generator))
 
 
 @pytest.mark.parametrize("before", range(5))

@@ -111,6 +111,7 @@ def test_the_function_is_the_midpoint_rule_and_can_be_undone():
     torch.testing.assert_close(model.first(h), (one + other) / 2, rtol=0, atol=1e-12)
     conversion.undo()
     assert torch.equal(model(x), before)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
 def test_activations_are_not_kept():

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from memsave.models import MBConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.reversible import AdditiveCoupling, AffineCoupling, RecomputableBranch, ReversibleSequence, verify
+from memsave.reversible.fused import _into_value
 from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.test_sequence import distance
 from tests.support.reversible_blocks import Twice, assert_same, assert_same_as_stored, conv_branch, gradients, twin_of
@@ -155,6 +156,13 @@ def test_hooks_on_parameters_run_once():
 
     assert_step_as_stored(sequence(), step)
     assert len(calls) == 2
+
+
+def test_a_step_takes_the_memory_of_the_branchs_value_if_the_dtypes_are_equal():
+    target, value, low = torch.ones(3), torch.ones(3), torch.full((3,), 2.0, dtype=torch.bfloat16)
+    assert _into_value(torch.add, target, value).data_ptr() == value.data_ptr()
+    added = _into_value(torch.add, target, low)
+    assert added.dtype == torch.float32 and low.eq(2).all()
 
 
 def test_parameters_frozen_between_forward_and_backward_are_exact():

@@ -323,3 +323,14 @@ class OnTheCpu(nn.Module):
 
 def test_a_branch_on_two_devices_is_exact():
     assert_same_as_stored(sequence(branch=OnTheCpu), image())
+
+
+def test_parameters_frozen_between_forward_and_backward_are_exact():
+    net, x = sequence(branch=Scaled), image().requires_grad_()
+    found = []
+    for model in (net, twin_of(net)):
+        loss = model(x).square().mean()
+        model.requires_grad_(False)
+        found.append(torch.autograd.grad(loss, x))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(*found)

@@ -175,11 +175,13 @@ def test_anchors_stop_the_drift():
     net = sequence(depth=12, branch=branch, dtype=torch.float32)
     x = image(dtype=torch.float32)
     stored = gradients(twin_of(net), x)
-    errors = {}
+    errors, drift = {}, {}
     for every in (None, 4, 1):
         net.anchor_every = every
         errors[every] = distance(gradients(net, x), stored)
+        drift[every] = max(verify(net, x).drift[""])
     assert errors[1] < 1e-5 < errors[4] < errors[None]
+    assert 10 * drift[1] < drift[4] < drift[None] / 10
 
 
 @pytest.mark.parametrize("low", [False, True])

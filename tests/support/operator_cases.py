@@ -144,6 +144,13 @@ GET = {"__getitem__": torch.Tensor.__getitem__}
 case(GET, lambda f, h, w: h + f(w, ids(h, 6)), (6, WIDTH))
 case(GET, lambda f, h, w: h + f(w, ids(h, 6) - 6), (6, WIDTH), about="negative")
 case(GET, lambda f, h, w: h + f(w, (ids(h, 2), ids(h, 3, at=1) - 3)), (2, 3, WIDTH), about="two indices")
+case(GET, lambda f, h, w: h + f(w, (ids(h, 6), slice(None))), (6, WIDTH), about="before a slice")
+case(
+    GET,
+    lambda f, h, w: h[..., :2].unsqueeze(-2) + f(w, (ids(h, 6), slice(None), slice(2))),
+    (6, 2, WIDTH),
+    about="before a part",
+)
 case(GET, lambda f, h, w: h + f(w, (slice(None), ids(h, 6))).movedim(0, -1), (WIDTH, 6), about="after a slice")
 case(_torch("index_select"), lambda f, h, w: h + f(w, 1, ids(h, 6)[:, 0]).T.unsqueeze(1), (WIDTH, 6))
 case({"embedding_bag": F.embedding_bag}, lambda f, h, w: f(ids(h, 6), w, mode="sum"), (6, WIDTH))
@@ -158,6 +165,18 @@ case(MATMUL, lambda f, h, w: f(h, w), (WIDTH,), about="a vector")
 case(MATMUL, lambda f, h, w: f(w, h), (LENGTH,), about="a vector first")
 case(MATMUL, lambda f, h, w: f(h.unsqueeze(1), w), (2, WIDTH, 6), about="a batch of matrices")
 case(MATMUL, lambda f, h, w: f(h[:, 0], w).movedim(1, 0), (2, WIDTH, 6), about="rows of the examples, stacked weights")
+case(
+    MATMUL,
+    lambda f, h, w: f(h.transpose(0, 1), w).transpose(0, 1),
+    (LENGTH, WIDTH, 6),
+    about="time first, stacked weights",
+)
+case(
+    MATMUL,
+    lambda f, h, w: f(w, h.movedim(0, -1)).movedim(-1, 0),
+    (LENGTH, 6, WIDTH),
+    about="stacked weights, columns of the examples",
+)
 case({"__matmul__": named("__matmul__", torch.matmul)}, lambda f, h, w: f(h, w) + f(w, h.mT).mT, (WIDTH, WIDTH))
 case({"__rmatmul__": torch.Tensor.__rmatmul__}, lambda f, h, w: f(w, h) + f(h.mT, w).mT, (WIDTH, WIDTH))
 case(_torch("mm"), lambda f, h, w: f(h[:, 0], w) + f(w, h[:, 1].T).T, (WIDTH, WIDTH))
@@ -187,11 +206,11 @@ def _recurrent(mode, gates):
 
 def _cell(mode, gates):
     def call(f, h, *own):
-        state = h[:, 1, :3]
+        state = h[:, 1]
         found = f(h[:, 0], (state, state.sin()) if mode == "lstm_cell" else state, *own)
         return torch.cat(found, 1) if isinstance(found, tuple) else found
 
-    case(_torch(mode), call, (gates * 3, WIDTH), (gates * 3, 3), (gates * 3,), (gates * 3,))
+    case(_torch(mode), call, *[(gates * WIDTH, WIDTH)] * 2, *[(gates * WIDTH,)] * 2)
 
 
 for mode, gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
@@ -204,6 +223,12 @@ case({"rms_norm": F.rms_norm}, lambda f, h, w: f(h, (WIDTH,), w), (WIDTH,))
 case({"group_norm": F.group_norm}, lambda f, h, w, b: f(h, 2, w, b), *AFFINE)
 case({"instance_norm": F.instance_norm}, lambda f, h, w, b: f(h, weight=w, bias=b), *AFFINE)
 case({"batch_norm": F.batch_norm}, lambda f, h, w, b: f(h, h.new_zeros(LENGTH), h.new_ones(LENGTH), w, b), *AFFINE)
+case(
+    {"batch_norm": F.batch_norm},
+    lambda f, h, w, b: f(h, h.new_zeros(LENGTH), h.new_ones(LENGTH), w, b, False, 0.1, 1e-5),
+    *AFFINE,
+    about="by positions",
+)
 TORCH_NORMS = {
     "batch_norm": lambda *a: torch.batch_norm(
         *a, torch.zeros(4).double(), torch.ones(4).double(), False, 0.1, 1e-5, False

@@ -1,6 +1,7 @@
 """Canaries: their directions, what is added and scored, indices, state, refusals, and the report of a run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 
 from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
-from memsave.privacy.audit import CanaryAudit, audit_report
+from memsave.privacy.audit import CanaryAudit, audit_report, canaries
 from memsave.privacy.audit.canaries import _directions
-from memsave.privacy.audit.sampling_check import sampling_findings
+from memsave.privacy.audit.report import AuditReport, CanaryGroup, epsilon_of_refuted_noise
+from memsave.privacy.audit.sampling_check import _dispersion, sampling_findings
+from memsave.privacy.audit.trade_off import gaussian_trade_off
 
 pytest.importorskip("opacus")
 PAGE = Path(__file__).parents[3] / "docs" / "audit.md"
@@ -37,17 +40,40 @@ def take_steps(private, count):
         private.finish()
 
 
-def test_directions_have_norm_1_and_no_common_element():
-    model = model_of()
+def directions(model, count):
+    """(count, parameters): the directions of the canaries."""
     parameters = list(model.parameters())
-    rows = torch.zeros(50, sum(p.numel() for p in parameters), dtype=torch.float64)
+    rows = torch.zeros(count, sum(p.numel() for p in parameters), dtype=torch.float64)
     start = 0
-    entries = {id(p): rest for p, *rest in _directions(parameters, count=50)}
+    entries = {id(p): rest for p, *rest in _directions(parameters, count=count)}
     for p in parameters:
         places, canaries, signs = entries[id(p)]
         rows[canaries, start + places] = signs
         start += p.numel()
+    return rows
+
+
+def test_directions_have_norm_1_and_no_common_element():
+    rows = directions(model_of(), 50)
     torch.testing.assert_close(rows @ rows.T, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch", [28, 56])
+def test_a_step_scores_each_canary_by_its_likelihood_ratio(batch):
+    audit, sigma = CanaryAudit(examples=16, gradient=40), 0.7
+    private = private_of(audit, batch=batch, sigma=sigma)
+    take_steps(private, 1)
+    noisy = torch.cat([p.grad.flatten() for p in private.model.parameters()]).double() * batch
+    x, q = directions(private.model, 40) @ noisy / 0.5, batch / 56  # C is 0.5
+    expected = (1 - q + q * ((2 * x - 1) / (2 * sigma**2)).exp()).log()
+    torch.testing.assert_close(audit.evidence, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("most", "elements"), [(2**20, 64), (400, 8), (10, 1)])
+def test_the_elements_of_all_directions_together_are_limited(monkeypatch, most, elements):
+    monkeypatch.setattr(canaries, "MOST_ELEMENTS", most)
+    found = _directions(list(model_of().parameters()), count=50)
+    assert sum(len(places) for _, places, _, _ in found) == 50 * elements
 
 
 def test_without_noise_an_included_canary_adds_C_along_its_direction_in_each_step_that_draws_it():
@@ -165,3 +191,29 @@ def test_shuffled_batches_and_another_rate_are_found():
     draws, sizes = poisson(500, 0.12, 40)
     assert "1.2" in sampling_findings(draws, sizes, sample_rate=0.1)[0]
     assert sampling_findings(torch.tensor([3, 2]), [2, 2, 1], sample_rate=1.0)
+
+
+def test_the_dispersion_is_standardised_by_the_kurtosis_of_the_binomial():
+    """The mean square of k counts has the variance (excess kurtosis + 2) / k, and 2 / k' for chi^2 of k' over k'."""
+    from scipy.stats import binom
+
+    excess = float(binom.stats(20, 0.2, moments="k"))
+    ninth = (excess + 2) / 4 / 9
+    found, score = _dispersion([3, 5, 4, 8], trials=20, q=0.2)
+    assert found == pytest.approx((1 + 1 + 0 + 16) / 4 / 3.2)
+    assert score == pytest.approx((found ** (1 / 3) - (1 - ninth)) / ninth**0.5)
+
+
+def test_a_bound_that_equals_the_promise_does_not_refute_it():
+    group = CanaryGroup("gradient", 10, 5, {"one_run": 1.0}, {"one_run": 2.0}, [], [])
+    assert not AuditReport(1.0, 1e-5, 0.95, 1, [group]).breach
+    assert AuditReport(0.99, 1e-5, 0.95, 1, [group]).breach
+
+
+def test_the_epsilon_of_refuted_noise_is_that_of_the_least_refuted_noise_on_a_grid():
+    mechanism = Mechanism(10, 10, 1.0, 0.5, delta=1e-5, accountant="rdp")
+    least = 0.83
+    limit = gaussian_trade_off(1 / least)(0.3)
+    found = epsilon_of_refuted_noise(lambda f: f(0.3) > limit, mechanism, steps=1)
+    bounds = [replace(mechanism, noise_multiplier=each).epsilon(1) for each in (least * 2 ** (1 / 24), least)]
+    assert bounds[0] <= found <= bounds[1]

@@ -140,7 +140,7 @@ def test_a_sampled_mechanism_at_a_rate_close_to_one_has_almost_the_trade_off_fun
     found = mechanism_trade_off(noise_multiplier=1.5, sample_rate=1 - 1e-9, steps=3)
     exact = mechanism_trade_off(noise_multiplier=1.5, sample_rate=1.0, steps=3)
     for alpha in (0.02, 0.3, 0.7):
-        assert found(alpha) == pytest.approx(exact(alpha), abs=0.01)
+        assert found(alpha) == pytest.approx(exact(alpha), abs=1e-4)
         assert mechanism_trade_off(noise_multiplier=1.5, sample_rate=0.1, steps=3)(alpha) > exact(alpha)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from memsave.privacy.audit import ErrorRates, error_rates, gaussian_trade_off
+from memsave.privacy.audit import ErrorRates, error_rates, gaussian_trade_off, repeated
 from memsave.privacy.audit.repeated import upper_bound
 
 pytest.importorskip("scipy")
@@ -39,6 +39,14 @@ def test_gaussian_scores_are_shown_to_have_most_of_their_mu_and_no_more():
         shown += rates.refute(gaussian_trade_off(0.6 * mu))
     assert above <= 8
     assert shown >= 50
+
+
+def test_the_bounds_of_two_thresholds_share_the_significance(monkeypatch):
+    monkeypatch.setattr(repeated, "_thresholds", lambda *_, delta: (0.25, 0.75))
+    found = error_rates(np.ones(100), np.zeros(100), delta=0.0, significance=0.05)
+    bound = upper_bound(0, 80, significance=0.05 / 4)  # a fifth of the scores chooses the thresholds
+    assert found.false_positive == found.false_negative == (bound, bound)
+    assert found.runs == (80, 80)
 
 
 def test_scores_without_information_show_nothing():
