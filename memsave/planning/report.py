@@ -21,7 +21,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"each step: {_fixed(plan)}"
     yield (
         "exact: live tensors, predicted on fake tensors; calibrated: exact plus the workspace of operators; "
-        "calibrated plus reserve must fit"
+        "calibrated plus reserve must fit; time: of one batch on this machine, from the work of its operators"
     )
 
 
@@ -49,7 +49,7 @@ def _heads(plan: Plan) -> list[str]:
         ["strategy"] if plan.budget is None else ["strategy", "fits" if plan.vary is None else f"largest {plan.vary}"]
     )
     last = [] if plan.vary is None else ["one step above"]
-    return [*first, "exact", "calibrated", "reserve", *last, "one fake step"]
+    return [*first, "exact", "calibrated", "reserve", *last, "time of a step, predicted", "one fake step"]
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -64,7 +64,8 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         cells.append(f"not tried: {row.limit}" if row.limit else "")
         if above is not None:
             cells[-1] = f"{row.next_size}: {format_bytes(above.total)}"
-    return [*cells, f"{row.seconds:.1f} s"]
+    step = "not calibrated" if row.step_seconds is None else f"{row.step_seconds:.3g} s"
+    return [*cells, step, f"{row.seconds:.1f} s"]
 
 
 def draw(plan: Plan, path: Path) -> None:
