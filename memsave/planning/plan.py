@@ -221,8 +221,8 @@ def calibration_of(config: Config, strategy: str, device: torch.device, *, progr
     parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, memory.mode, f"engine {memory.engine}"])
     name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
-    cached = calibration_from(found)
-    if cached is not None and found.get("torch") == torch.__version__:
+    cached = None if found is None or found.get("torch") != torch.__version__ else calibration_from(found)
+    if cached is not None:
         return cached
     progress.say(f"  calibrating {strategy} by a small real step; the result is cached in {path}")
     small, architecture = task.calibration_config()

@@ -87,9 +87,9 @@ def create_state(optimizer: torch.optim.Optimizer | None) -> bool:
     return True
 
 
-def calibration_from(content: Mapping[str, Any] | None) -> Calibration | None:
-    """The calibration in an entry of the file; None if the entry is missing, or is one of an earlier version."""
-    if content is None or content.get("times") is None:
+def calibration_from(content: Mapping[str, Any]) -> Calibration | None:
+    """The calibration in an entry of the file; None for an entry of an earlier version, without times."""
+    if content.get("times") is None:
         return None
     return Calibration(content["workspace_ratio"], TimeModel.from_dict(content["times"]))
 

@@ -44,8 +44,17 @@ class TimeModel:
 
     def seconds(self, work: Totals) -> float:
         """The predicted time of this work."""
+        return self.together([self.inside_and_outside(work)])
+
+    def inside_and_outside(self, work: Totals) -> tuple[float, float]:
+        """(seconds in operators, seconds of the host between them)."""
         inside = sum(self._inside(kind, each) for kind, each in work.items())
-        outside = self.host * sum(each.calls for each in work.values())
+        return inside, self.host * sum(each.calls for each in work.values())
+
+    def together(self, parts: Iterable[tuple[float, float]]) -> float:
+        """The predicted time of several works, each given by `inside_and_outside`."""
+        pairs = list(parts)
+        inside, outside = (sum(pair[index] for pair in pairs) for index in (0, 1))
         return max(inside, outside) if self.concurrent else inside + outside
 
     def _inside(self, kind: str, work: Work) -> float:

@@ -187,11 +187,12 @@ class ClassificationDefinition(LanguageDefinition):
 
     # memory=auto
 
-    def memory_choices(self, device: torch.device) -> list[Config]:
+    def memory_choices(self, device: torch.device) -> list[list[Config]]:
         """The memory modes of the model, fastest first."""
         modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
-        return [self.config.changed({"memory.mode": mode}) for mode in modes]
+        return [[self.config.changed({"memory.mode": mode}) for mode in modes]]
 
     def describe_memory(self) -> str:
         """Memory mode and micro-batch."""
-        return f"memory={self.config.memory.mode} trainer.micro_batch_size={self.config.trainer.micro_batch_size}"
+        size = self.config.trainer.micro_batch_size
+        return f"memory={self.config.memory.mode} trainer.micro_batch_size={size}{self._described_budget()}"
