@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -156,7 +156,9 @@ def fixed_sizes(config: Config) -> str:
 def _row(config: Config, strategy: str, *, budget: int | None, device: torch.device, progress: Progress) -> Row:
     config = definition_of(config).with_strategy(strategy)
     reserve = parse_bytes(config.reserve)
-    calibration = calibration_of(config, strategy, device, progress=progress)
+    mixed = config.memory.mode == "auto"
+    calibrating = widest_calibration if mixed else partial(calibration_of, strategy=strategy)
+    calibration = calibrating(config, device=device, progress=progress)
     started = time.perf_counter()
     if config.vary is None or budget is None:
         work = WorkCounter()
@@ -210,6 +212,17 @@ def _step(
 ) -> TrainingStep:
     per_sample = strategy == PER_SAMPLE
     return fake_step(config, device=device, per_sample_gradients=per_sample, architecture=architecture, work=work)
+
+
+def widest_calibration(config: Config, device: torch.device, *, progress: Progress) -> Calibration:
+    """The largest workspace among the strategies that bound a config of memory=auto, and the rates of all of them."""
+    task = definition_of(config)
+    found = [
+        calibration_of(task.with_strategy(name), name, device, progress=progress) for name in task.memory_strategies()
+    ]
+    times = [each.times for each in found if each.times is not None]
+    merged = reduce(lambda one, other: one.with_kinds_of(other), times) if times else None
+    return Calibration(max(each.workspace_ratio for each in found), merged)
 
 
 def calibration_of(config: Config, strategy: str, device: torch.device, *, progress: Progress) -> Calibration:

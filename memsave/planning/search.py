@@ -16,8 +16,8 @@ import torch
 from memsave.config import Config
 from memsave.planning.fake_step import fake_step, whole_batch
 from memsave.planning.parts import Trace, mixed_peak, mixed_seconds, trace_of
-from memsave.planning.plan import calibration_of
-from memsave.profiler import Calibration, MemoryEstimate, parse_bytes, peak_on_fake
+from memsave.planning.plan import widest_calibration
+from memsave.profiler import MemoryEstimate, parse_bytes, peak_on_fake
 from memsave.profiler.planner import search
 from memsave.profiler.seconds import TimeModel
 from memsave.profiler.work import WorkCounter
@@ -57,9 +57,10 @@ class Search:
 
     def trial(self, config: Config) -> Trial:
         """Take a fake step of a config."""
-        task = definition_of(config)
-        calibration = self._calibration(config)
-        work = WorkCounter(task.memory_part)
+        calibration = widest_calibration(config, self.device, progress=Progress())
+        if calibration.times is not None:
+            self.times = calibration.times if self.times is None else self.times.with_kinds_of(calibration.times)
+        work = WorkCounter(definition_of(config).memory_part)
         report = peak_on_fake(lambda: fake_step(config, device=self.device, work=work))
         need = MemoryEstimate(report, calibration.allocator_bytes(report), parse_bytes(config.reserve))
         self.trials.append(Trial(config, need, self._seconds(config, work), work))
@@ -72,17 +73,6 @@ class Search:
     def smallest(self) -> int:
         """The smallest sufficient budget of all trials."""
         return min(trial.need.total for trial in self.trials)
-
-    def _calibration(self, config: Config) -> Calibration:
-        """The largest calibration among the strategies that bound the config; adds its rates to `times`."""
-        task = definition_of(config)
-        found = [
-            calibration_of(task.with_strategy(name), name, self.device, progress=Progress())
-            for name in task.memory_strategies()
-        ]
-        for times in (each.times for each in found if each.times is not None):
-            self.times = times if self.times is None else self.times.with_kinds_of(times)
-        return max(found, key=lambda each: each.workspace_ratio)
 
     def _seconds(self, config: Config, work: WorkCounter) -> float:
         total = whole_batch(config, work)

@@ -74,7 +74,7 @@ class TimeModel:
 
 def measure_times(run: Callable[[], object], *, device: torch.device) -> TimeModel:
     """The rates of this machine, from a few steps `run()`, all of which must call the same operators."""
-    clock = _clock(device)
+    clock = step_clock(device)
     plain, timed = [], []
     for _ in range(TIMED_STEPS):
         plain.append(_step_seconds(run, clock, device))
@@ -122,7 +122,7 @@ def _fastest(runs: list[list[tuple[str, Work, float]]]) -> list[tuple[str, Work,
     return [(kind, work, min(run[n][2] for run in alike)) for n, (kind, work, _) in enumerate(first)]
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
+def step_clock(device: torch.device) -> Callable[[], float]:
     """Time of this machine; with one thread that of the process, which other programs do not lengthen."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 

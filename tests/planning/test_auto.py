@@ -113,6 +113,10 @@ def test_if_nothing_fits_the_error_names_the_smallest_budget(tmp_path):
         OverBudget, match=r"no strategy to keep activations fits into 1\.00 MiB: the smallest one needs a budget"
     ):
         choose_memory(config_of("budget=1MiB"), tmp_path, CPU, progress=Progress())
+
+
+@pytest.mark.slow
+def test_the_smallest_budget_is_enough():
     config = config_of("budget=1MiB")
     tight = Search(config, CPU, 2**20)
     rounds = definition_of(config).memory_choices(CPU)

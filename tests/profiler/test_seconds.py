@@ -53,7 +53,7 @@ def test_a_measured_model_predicts_its_own_step(monkeypatch):
             now[0] += 1e-9 * 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1] if is_product else 1e-6
             return result
 
-    monkeypatch.setattr("memsave.profiler.seconds._clock", lambda device: lambda: now[0])
+    monkeypatch.setattr("memsave.profiler.seconds.step_clock", lambda device: lambda: now[0])
     linear = nn.Linear(16, 32, bias=False)
 
     def run():
