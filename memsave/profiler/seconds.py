@@ -25,6 +25,7 @@ from memsave.profiler.work import FRESH_BYTES, Totals, Work, work_of
 Rate = tuple[float, float, float]
 """Seconds per call, per FLOP and per byte."""
 TIMED_STEPS = 2
+CLEARLY = 0.8  # the error with a further rate, as a part of the error without
 OTHER = "any other"
 """The kind whose rates are those of all operators together, for kinds that the small step does not have."""
 
@@ -93,25 +94,26 @@ def measure_times(run: Callable[[], object], *, device: torch.device) -> TimeMod
 
 
 def fit(samples: Sequence[tuple[Work, float]]) -> Rate:
-    """Rates >= 0 that give the seconds of the calls, with relative errors of the larger ones the smallest.
+    """Rates >= 0 that give the seconds of the calls: the same sum, and least squares over the three rates.
 
-    Least squares over all subsets of the three rates, of which the best one without a negative rate is taken.
+    Another rate is used only if it makes the error clearly smaller, because few samples fit any rate; a rate per call,
+    which does not grow with the size of a step, comes last.
     """
     seconds = torch.tensor([each for _, each in samples], dtype=torch.float64)
-    columns = torch.tensor([[1.0, work.flops, work.bytes] for work, _ in samples], dtype=torch.float64)
-    weights = 1 / (seconds + seconds.mean()).clamp(min=1e-12).sqrt()
+    columns = torch.tensor([[work.flops, work.bytes, 1.0] for work, _ in samples], dtype=torch.float64)
     scale = columns.abs().amax(0)
     best, least = torch.zeros(3, dtype=torch.float64), float("inf")
-    for count in (1, 2, 3):
-        for chosen in combinations([each for each in range(3) if scale[each] > 0], count):
-            picked = list(chosen)
-            matrix = columns[:, picked] / scale[picked] * weights[:, None]
-            found = torch.linalg.lstsq(matrix, (seconds * weights)[:, None], driver="gelsd").solution[:, 0]
-            error = float((matrix @ found - seconds * weights).square().sum())
-            if bool((found >= 0).all()) and error < least * (1 - 1e-9):
-                best, least = torch.zeros(3, dtype=torch.float64), error
-                best[picked] = found / scale[picked]
-    per_call, per_flop, per_byte = best.tolist()
+    for picked in (list(chosen) for count in (1, 2, 3) for chosen in combinations(range(3), count)):
+        if not bool((scale[picked] > 0).all()):
+            continue
+        matrix = columns[:, picked] / scale[picked]
+        found = torch.linalg.lstsq(matrix, seconds[:, None], driver="gelsd").solution[:, 0]
+        error = float((matrix @ found - seconds).square().sum())
+        if bool((found >= 0).all()) and error < CLEARLY * least:
+            best, least = torch.zeros(3, dtype=torch.float64), error
+            best[picked] = found / scale[picked]
+    total = float((columns @ best).sum())
+    per_flop, per_byte, per_call = (best * (float(seconds.sum()) / total if total else 0.0)).tolist()
     return per_call, per_flop, per_byte
 
 
