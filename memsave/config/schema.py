@@ -132,7 +132,7 @@ class MemoryConfig(Section):
     """What is stored between forward and backward. It changes neither the function nor its random numbers."""
 
     mode: str = option(choices=(*MODES, "auto"))
-    """How activations are kept; auto chooses the fastest mode that fits into the budget, per level of a U-Net."""
+    """How activations are kept; auto chooses the fastest plan that fits into the budget, per level of a U-Net."""
     levels: list[str] | None = option(None, choices=MODES)
     """memory=auto: a mode for each level of a U-Net, finest first; null lets auto find them."""
     anchor_every: int | None = option(None, least=1)

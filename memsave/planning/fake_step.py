@@ -17,6 +17,7 @@ from memsave.planning.pretend import pretended_mesh
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
 from memsave.processes import process_count
 from memsave.profiler import TrainingStep, parse_bytes
+from memsave.profiler.work import Totals, WorkCounter, added
 from memsave.tasks.definition import definition_of
 from memsave.training.loop import accumulate, make_state, update
 from memsave.training.sharding import shard_model, wants_sharding
@@ -33,9 +34,12 @@ class DummyTask:
 
     losses: Callable[[nn.Module, Batch], Tensor]
     batch: Batch
+    started: Callable[[], None] = lambda: None
+    """Called before each micro-batch."""
 
     def per_example_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses."""
+        self.started()
         return self.losses(model, batch)
 
 
@@ -45,6 +49,7 @@ def fake_step(
     device: torch.device,
     per_sample_gradients: bool = False,
     architecture: Mapping[str, Any] | None = None,
+    work: WorkCounter | None = None,
 ) -> TrainingStep:
     """The training step of a config, with random weights. Call it under FakeTensorMode, or with sizes that fit.
 
@@ -53,12 +58,13 @@ def fake_step(
         device: the device of training.
         per_sample_gradients: store one gradient per example, like the hooks of Opacus, instead of clipping.
         architecture: overrides sizes of the model, see `memsave.tasks.definition.Variation`.
+        work: counts the work of the step, each micro-batch in a section of its own.
     """
     with device:  # fake parameters cannot be moved to it later
         model = config.adapter.apply(definition_of(config).make_fake_model(architecture=architecture))
     if wants_sharding(config.trainer):
         shard_model(model, device, mesh=pretended_mesh())
-    task = dummy_task(config, device=device)
+    task = dummy_task(config, device=device, started=(lambda: None) if work is None else work.next_section)
     private: Any = PerSampleGradBaseline(model) if per_sample_gradients else _private(config, model)
     state = make_state(model, config.trainer, memory=config.memory)
     state.scaler = None  # it reads the values of gradients, and holds only one number
@@ -67,15 +73,31 @@ def fake_step(
         accumulate(model, task, task.batch, config.trainer, private=private, offload=state.offload)
         update(state)
 
-    return TrainingStep(model, run, state.optimizer)
+    return TrainingStep(model, run, state.optimizer, work)
 
 
-def dummy_task(config: Config, *, device: torch.device) -> DummyTask:
+def dummy_task(config: Config, *, device: torch.device, started: Callable[[], None] = lambda: None) -> DummyTask:
     """The losses of the task, and a process's share of a batch, as far as it is needed to reach the peak of memory."""
-    trainer, task = config.trainer, definition_of(config)
+    task = definition_of(config)
+    batch = task.training_batch(count=_planned_examples(config)[0], device=device)
+    return DummyTask(task.training_losses, batch, started)
+
+
+def _planned_examples(config: Config) -> tuple[int, int]:
+    """(examples of the fake step, examples of a micro-batch), for this process."""
     own = math.ceil(largest_batch(config) / process_count())
-    count = min(own, MICRO_BATCHES * (trainer.micro_batch_size or own))
-    return DummyTask(task.training_losses, task.training_batch(count=count, device=device))
+    micro = min(own, config.trainer.micro_batch_size or own)
+    return min(own, MICRO_BATCHES * micro), micro
+
+
+def whole_batch(config: Config, work: WorkCounter) -> Totals:
+    """The work of a logical batch of the expected size, from that of the fake step, which has fewer micro-batches.
+
+    Every further micro-batch does the work of the first one.
+    """
+    count, micro = _planned_examples(config)
+    further = (config.trainer.batch_size / process_count() - count) / micro
+    return added(work.total, work.sections[1], times=further)
 
 
 def largest_batch(config: Config) -> int:

@@ -5,7 +5,8 @@
 
 The training step of the run is taken on fake tensors (see `memsave.profiler.planner`), once with each strategy that the
 task compares: the memory modes of a U-Net; for a language model, plain training, one gradient per example, and ghost
-clipping. A small real step, once per machine and model family, calibrates what the allocator takes in addition.
+clipping. A small real step, once per machine and model family, calibrates what the allocator takes in addition, and
+the rates from which the time of a step is predicted.
 """
 
 import datetime
@@ -13,17 +14,18 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
 from memsave.config import Config
 from memsave.data.cache import cache_root
-from memsave.planning.fake_step import fake_step
+from memsave.planning.fake_step import fake_step, whole_batch
 from memsave.processes import alone, process_count
 from memsave.profiler import Calibration, MemoryEstimate, SearchResult, calibrate, largest, parse_bytes, peak_on_fake
-from memsave.profiler.calibration import TrainingStep, read_calibrations, write_calibration
+from memsave.profiler.calibration import TrainingStep, calibration_from, read_calibrations, write_calibration
+from memsave.profiler.work import WorkCounter
 from memsave.progress import Progress
 from memsave.tasks.definition import PER_SAMPLE, Variation, definition_of
 from memsave.training.result import hardware, versions
@@ -48,6 +50,8 @@ class Row:
     """The next larger size, in words."""
     limit: str | None = None
     """The reason why no larger size was tried; None if one was."""
+    step_seconds: float | None = None
+    """Predicted time of a logical batch; None without a calibration of times."""
 
     @property
     def described(self) -> str | None:
@@ -65,6 +69,7 @@ class Row:
             "reserve_bytes": self.need.reserve,
             "host_bytes": self.need.host,
             "peak_by_category": self.need.report.peak_by_category,
+            "predicted_seconds": self.step_seconds,
             "seconds_per_fake_step": round(self.seconds, 3),
         }
         if self.answer is None:
@@ -153,16 +158,26 @@ def fixed_sizes(config: Config) -> str:
 def _row(config: Config, strategy: str, *, budget: int | None, device: torch.device, progress: Progress) -> Row:
     config = definition_of(config).with_strategy(strategy)
     reserve = parse_bytes(config.reserve)
-    calibration = calibration_of(config, strategy, device, progress=progress)
+    mixed = config.memory.mode == "auto"
+    calibrating = widest_calibration if mixed else partial(calibration_of, strategy=strategy)
+    calibration = calibrating(config, device=device, progress=progress)
     started = time.perf_counter()
     if config.vary is None or budget is None:
-        report = peak_on_fake(partial(_step, config, strategy, device))
+        work = WorkCounter()
+        report = peak_on_fake(partial(_step, config, strategy, device, work=work))
         need = MemoryEstimate(report, calibration.allocator_bytes(report), reserve)
         fits = None if budget is None else need.total <= budget
-        return Row(strategy, need, fits, seconds=time.perf_counter() - started)
+        taken = time.perf_counter() - started
+        return Row(strategy, need, fits, taken, step_seconds=seconds_of(config, work, calibration))
     varied = variation(config)
+    works: dict[int, WorkCounter] = {}
+
+    def step_at(size: int) -> TrainingStep:
+        works[size] = WorkCounter()
+        return _step(varied.at(size), strategy, device, architecture=varied.architecture(size), work=works[size])
+
     answer = largest(
-        lambda size: _step(varied.at(size), strategy, device, architecture=varied.architecture(size)),
+        step_at,
         budget=budget,
         reserve=reserve,
         calibration=calibration,
@@ -179,13 +194,37 @@ def _row(config: Config, strategy: str, *, budget: int | None, device: torch.dev
     limit = None if answer.size is None or answer.above is not None else varied.limit
     if answer.timed_out:
         limit = f"search ended after profiler.plan_seconds={config.profiler.plan_seconds:g}"
-    return Row(strategy, answer.need, answer.size is not None, seconds, answer, size, above, limit)
+    planned = varied.low if answer.size is None else answer.size
+    step_seconds = seconds_of(varied.at(planned), works[planned], calibration)
+    return Row(strategy, answer.need, answer.size is not None, seconds, answer, size, above, limit, step_seconds)
+
+
+def seconds_of(config: Config, work: WorkCounter, calibration: Calibration) -> float | None:
+    """The predicted time of a logical batch, from the work of its fake step; None without a calibration of times."""
+    return None if calibration.times is None else calibration.times.seconds(whole_batch(config, work))
 
 
 def _step(
-    config: Config, strategy: str, device: torch.device, *, architecture: Mapping[str, Any] | None = None
+    config: Config,
+    strategy: str,
+    device: torch.device,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    work: WorkCounter | None = None,
 ) -> TrainingStep:
-    return fake_step(config, device=device, per_sample_gradients=strategy == PER_SAMPLE, architecture=architecture)
+    per_sample = strategy == PER_SAMPLE
+    return fake_step(config, device=device, per_sample_gradients=per_sample, architecture=architecture, work=work)
+
+
+def widest_calibration(config: Config, device: torch.device, *, progress: Progress) -> Calibration:
+    """The largest workspace among the strategies that bound a config of memory=auto, and the rates of all of them."""
+    task = definition_of(config)
+    found = [
+        calibration_of(task.with_strategy(name), name, device, progress=progress) for name in task.memory_strategies()
+    ]
+    times = [each.times for each in found if each.times is not None]
+    merged = reduce(lambda one, other: one.with_kinds_of(other), times) if times else None
+    return Calibration(max(each.workspace_ratio for each in found), merged)
 
 
 def calibration_of(config: Config, strategy: str, device: torch.device, *, progress: Progress) -> Calibration:
@@ -198,8 +237,9 @@ def calibration_of(config: Config, strategy: str, device: torch.device, *, progr
     parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, *modes])
     name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
-    if found is not None and found.get("torch") == torch.__version__:
-        return Calibration(workspace_ratio=found["workspace_ratio"])
+    cached = None if found is None or found.get("torch") != torch.__version__ else calibration_from(found)
+    if cached is not None:
+        return cached
     progress.say(f"  calibrating {strategy} by a small real step; the result is cached in {path}")
     small, architecture = task.calibration_config()
     with alone():  # the workspace of operators does not depend on the other processes

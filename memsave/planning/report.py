@@ -22,7 +22,7 @@ def lines(plan: Plan) -> Iterator[str]:
     host = "; host: offloaded bytes, beside these" if _uses_host(plan) else ""
     yield (
         "exact: live tensors, predicted on fake tensors; calibrated: exact plus the workspace of operators; "
-        f"calibrated plus reserve must fit{host}"
+        f"calibrated plus reserve must fit{host}; time: of one batch on this machine, from the work of its operators"
     )
 
 
@@ -56,7 +56,16 @@ def _heads(plan: Plan) -> list[str]:
     )
     last = [] if plan.vary is None else ["one step above"]
     host = ["host"] if _uses_host(plan) else []
-    return [*first, "exact", "calibrated", "reserve", *host, *last, "one fake step"]
+    return [
+        *first,
+        "exact",
+        "calibrated",
+        "reserve",
+        *host,
+        *last,
+        "time of a step, predicted",
+        "one fake step",
+    ]
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -72,7 +81,8 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         cells.append(f"not tried: {row.limit}" if row.limit else "")
         if above is not None:
             cells[-1] = f"{row.next_size}: {format_bytes(above.total)}"
-    return [*cells, f"{row.seconds:.1f} s"]
+    step = "not calibrated" if row.step_seconds is None else f"{row.step_seconds:.3g} s"
+    return [*cells, step, f"{row.seconds:.1f} s"]
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "is_fake_mode_active",
     "is_wrapper",
     "next_node_number",
+    "reads_device",
     "register_first_accumulate_grad_hook",
     "unrecorded_waits",
     "watch_resizes",
@@ -58,6 +59,11 @@ def next_node_number() -> int:
 def is_fake_mode_active() -> bool:
     """Whether a FakeTensorMode is entered; there is no public test for it."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def reads_device(func: Any) -> bool:
+    """Whether this operator is `tensor.device` of a fake tensor, half of all calls that a mode sees on fake tensors."""
+    return func is torch.ops.prim.device.default
 
 
 def fake_modes(tensors: Iterable[torch.Tensor]) -> set[FakeTensorMode]:

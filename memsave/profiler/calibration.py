@@ -6,7 +6,8 @@ the volume and the memory mode (`experiments/planning` measures how closely). Th
 
     allocator bytes = exact bytes + workspace_ratio * bytes of the largest activation or temporary
 
-The ratio depends on machine, device, dtype and family of models, and is measured for each of them.
+The ratio depends on machine, device, dtype and family of models, and is measured for each of them. The same small step
+gives the rates of `memsave.profiler.seconds`, which predict the time of a step.
 """
 
 import json
@@ -22,6 +23,8 @@ from memsave.files import write_json
 from memsave.profiler.allocator import allocator_peak
 from memsave.profiler.recorder import MemoryRecorder
 from memsave.profiler.report import MemoryReport
+from memsave.profiler.seconds import TimeModel, measure_times
+from memsave.profiler.work import WorkCounter
 
 
 class TrainingStep(NamedTuple):
@@ -31,14 +34,18 @@ class TrainingStep(NamedTuple):
     run: Callable[[], object]
     """Runs one step and releases the gradients."""
     optimizer: torch.optim.Optimizer | None = None
+    work: WorkCounter | None = None
+    """Counts the work of a step on fake tensors, if given."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Computes allocator bytes from exact bytes."""
+    """Computes allocator bytes from exact bytes, and seconds from work."""
 
     workspace_ratio: float = 0.0
     """Bytes that operators allocate internally at the peak, per byte of the largest activation or temporary."""
+    times: TimeModel | None = None
+    """None if no time was measured."""
 
     def allocator_bytes(self, report: MemoryReport) -> int:
         """The predicted peak of the allocator for the step of this report."""
@@ -48,8 +55,8 @@ class Calibration:
 def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = "cpu") -> Calibration | None:
     """Run a small real step and compare the peak of the allocator with that of the recorder.
 
-    The step runs once with `MemoryRecorder` and once with `allocator_peak`, after the optimizer has created its state.
-    Returns None if `allocator_peak` does.
+    The step runs once with `MemoryRecorder` and once with `allocator_peak`, after the optimizer has created its state,
+    and then a few times for `measure_times`. Returns None if `allocator_peak` does.
     """
     small = step()
     if not create_state(small.optimizer):
@@ -61,7 +68,8 @@ def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = 
     if peak is None:
         return None
     excess = report.start_bytes + peak - report.peak_bytes
-    return Calibration(workspace_ratio=max(0.0, excess / max(1, report.largest_block_bytes)))
+    times = measure_times(small.run, device=torch.device(device))
+    return Calibration(max(0.0, excess / max(1, report.largest_block_bytes)), times)
 
 
 def create_state(optimizer: torch.optim.Optimizer | None) -> bool:
@@ -79,6 +87,13 @@ def create_state(optimizer: torch.optim.Optimizer | None) -> bool:
     return True
 
 
+def calibration_from(content: Mapping[str, Any]) -> Calibration | None:
+    """The calibration in an entry of the file; None for an entry of an earlier version, without times."""
+    if content.get("times") is None:
+        return None
+    return Calibration(content["workspace_ratio"], TimeModel.from_dict(content["times"]))
+
+
 def read_calibrations(path: Path) -> dict[str, Any]:
     """The contents of the file that `write_calibration` writes, by key; empty if it does not exist."""
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -87,5 +102,6 @@ def read_calibrations(path: Path) -> dict[str, Any]:
 def write_calibration(path: Path, key: str, calibration: Calibration, *, notes: Mapping[str, Any]) -> None:
     """Add or replace the calibration of `key` in the file, with notes for readers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**read_calibrations(path), key: {**asdict(calibration), **notes}}
+    own = {name: value for name, value in asdict(calibration).items() if value is not None}
+    content = {**read_calibrations(path), key: {**own, **notes}}
     write_json(path, content, sort_keys=True)

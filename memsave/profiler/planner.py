@@ -65,7 +65,9 @@ def peak_on_fake(step: Callable[[], TrainingStep]) -> MemoryReport:
         fake = step()
         reports = []
         for _ in range(1 if create_state(fake.optimizer) else 2):
-            with MemoryRecorder(fake.model, optimizer=fake.optimizer) as recorder:
+            if fake.work is not None:
+                fake.work.reset()
+            with MemoryRecorder(fake.model, optimizer=fake.optimizer, observe=fake.work) as recorder:
                 fake.run()
             reports.append(recorder.report())
     return max(reversed(reports), key=lambda report: report.peak_bytes)

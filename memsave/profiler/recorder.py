@@ -53,6 +53,7 @@ from memsave.profiler._torch_internals import (
     gathered_copies,
     graph_task,
     is_wrapper,
+    reads_device,
     register_first_accumulate_grad_hook,
     unrecorded_waits,
     watch_resizes,
@@ -73,6 +74,8 @@ class MemoryRecorder(TorchDispatchMode):
         model: its modules, parameters, buffers and gradients are identified by name.
         optimizer: its state and steps are identified; without it, optimizer steps count as forward or backward.
         device: records only the storages of this device ("cuda": of every index); None records all.
+        observe: called after each operator with (operator, args, kwargs, result, a function that returns the name of
+            the running module), for example a `memsave.profiler.work.WorkCounter`.
     """
 
     def __init__(
@@ -81,10 +84,12 @@ class MemoryRecorder(TorchDispatchMode):
         *,
         optimizer: torch.optim.Optimizer | None = None,
         device: torch.device | str | None = None,
+        observe: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
         self._model = model
         self._optimizer = optimizer
+        self._observe = observe
         self._tracker = PhaseTracker()
         self._ledger = Ledger(
             context=self._context,
@@ -138,6 +143,8 @@ class MemoryRecorder(TorchDispatchMode):
         """Run one operator and record its arguments and results in the ledger."""
         if any(map(is_wrapper, types)):
             return NotImplemented  # the wrapper calls operators on its inner tensors, which are dispatched here
+        if reads_device(func):
+            return func(*args)
         # The argument of lift_fresh was created just before, without an operator; its result counts as the birth.
         if func is not torch.ops.aten.lift_fresh.default:
             for tensor in tensors_in(args):
@@ -148,6 +155,8 @@ class MemoryRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self._ledger.produced(tensor)
+        if self._observe is not None:
+            self._observe(func, args, kwargs or {}, result, self._module)
         return result
 
     def report(self, *, allocator_peak_bytes: int | None = None) -> MemoryReport:
@@ -181,6 +190,9 @@ class MemoryRecorder(TorchDispatchMode):
 
     def _context(self) -> tuple[str, str | None]:
         return self._tracker.mark(len(self._ledger.events)), self._tracker.module
+
+    def _module(self) -> str | None:
+        return self._tracker.module
 
     def _before_death(self) -> None:
         # A backward may release saved tensors before its first operator; these deaths belong to the backward, too.

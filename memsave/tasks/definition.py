@@ -14,7 +14,7 @@ returns the `memsave.training.task.Task` for the training loop. Code outside of 
 never checks the kind of a task, a data set or a model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -232,25 +232,48 @@ class TaskDefinition:
     # memory=auto
 
     plans_micro_batch: ClassVar[bool] = False
-    """Whether `memory=auto` also searches for the largest micro-batch that fits."""
+    """Whether `memory=auto` searches for the largest micro-batch of each choice, and mixes no choices."""
 
-    def memory_choices(self, device: torch.device) -> list[Config]:
-        """The configs from which `memory=auto` chooses, fastest first. Raises ConfigError if there are none."""
+    def memory_choices(self, device: torch.device) -> list[list[Config]]:
+        """The configs from which `memory=auto` chooses, in rounds; raises ConfigError if there are none.
+
+        Choices with more work come later; the first one recomputes nothing. A later round is tried only if no choice of
+        the earlier ones fits, alone or mixed (`memory_mixtures`). To add a choice, append a config to a round.
+        """
         raise ConfigError(f"memory=auto is not available for task={self.config.task.kind}; give memory=stored")
 
-    def all_memory_choices(self, device: torch.device) -> list[Config]:
-        """`memory_choices`, then the one that recomputes most with activations in host memory, then all of it there."""
-        choices = self.memory_choices(device)
+    def offloaded_choices(self, choice: Config) -> list[Config]:
+        """A config of `memory_choices` with activations in host memory, then with the optimizer's state there, too."""
+        found: list[Config] = []
         if self.config.trainer.parallel == "fsdp":
-            return choices
-        for kept in (["activations"], ["activations", "optimizer"]):
-            if not set(kept) <= set(choices[-1].memory.offload):
-                offload = [each for each in OFFLOADED if each in {*kept, *choices[-1].memory.offload}]
-                choices.append(choices[-1].changed({"memory.offload": offload}))
-        return choices
+            return found
+        for name in OFFLOADED:
+            if name not in choice.memory.offload:
+                offload = [each for each in OFFLOADED if each == name or each in choice.memory.offload]
+                choice = choice.changed({"memory.offload": offload})
+                found.append(choice)
+        return found
+
+    def memory_part(self, module: str | None) -> str:
+        """The part of the model, with a memory mode of its own, to which a module belongs; "" for no such part."""
+        return ""
+
+    def memory_mixtures(
+        self, choices: Sequence[Config], parts: Sequence[str]
+    ) -> Iterator[tuple[Config, Mapping[str, int]]]:
+        """Yield (config, index of a choice by part): the configs whose parts have the modes of different choices.
+
+        parts: the names by `memory_part`, and "".
+        """
+        for index, choice in enumerate(choices):
+            yield choice, {part: index for part in parts if part}
+
+    def memory_spent(self, config: Config, left: int) -> list[Config]:
+        """Configs that may take `left` more bytes than this one, and compute less for it."""
+        return []
 
     def memory_strategies(self) -> list[str]:
-        """The strategies whose calibrations are upper bounds for the configs of `memory_choices`."""
+        """The strategies whose calibrations are upper bounds for this config, one of `memory_choices`."""
         return [self.current_strategy()]
 
     def describe_memory(self) -> str:

@@ -142,8 +142,9 @@ def test_the_largest_size_fits_and_the_next_one_does_not(vary, budget, base):
         assert row.need.total <= plan.budget
         assert row.answer.above.total > plan.budget
     assert [row.strategy for row in plan.rows] == (["stored"] if base is TINY_UNET else ["plain", PER_SAMPLE, "ghost"])
+    assert all(row.step_seconds > 0 for row in plan.rows)
     text = markdown(plan)
-    assert all(row.size in text for row in plan.rows)
+    assert all(row.size in text and f"{row.step_seconds:.3g} s" in text for row in plan.rows)
     assert any(plan.rows[0].size in line for line in lines(plan))
 
 

@@ -15,11 +15,11 @@ from memsave.config.compose import compose, load, to_objects
 from memsave.ghost import GhostClipper
 from memsave.host_bytes import host_bytes
 from memsave.offload import ActivationOffload, offload_optimizer
-from memsave.planning import auto
 from memsave.planning.auto import choose_memory
 from memsave.planning.fake_step import dummy_task, fake_step
 from memsave.planning.plan import make_plan
 from memsave.planning.report import lines, markdown
+from memsave.planning.search import Search
 from memsave.profiler import Calibration, MemoryRecorder, peak_on_fake
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
@@ -139,7 +139,6 @@ def test_plans_predict_both_sides(overrides, base, error):
 @pytest.fixture
 def without_calibration(monkeypatch):
     monkeypatch.setattr("memsave.planning.plan.calibration_of", lambda *_, **__: Calibration())
-    monkeypatch.setattr(auto, "calibration_of", lambda *_, **__: Calibration())
 
 
 def test_a_plan_shows_both_sides(without_calibration):
@@ -152,31 +151,33 @@ def test_a_plan_shows_both_sides(without_calibration):
     assert "host" not in "\n".join(lines(plain))
 
 
-def test_auto_offers_offloading_last():
-    config = config_of("memory=auto", "budget=1GiB")
-    *modes, moved, both = definition_of(config).all_memory_choices(CPU)
-    assert modes and not any(choice.memory.offload for choice in modes)
+def test_the_last_resort_keeps_more_and_more_in_host_memory():
+    task = definition_of(config_of("memory=auto", "budget=1GiB"))
+    rounds = task.memory_choices(CPU)
+    assert not any(choice.memory.offload for choices in rounds for choice in choices)
+    moved, both = task.offloaded_choices(rounds[-1][-1])
     assert moved.memory.levels == both.memory.levels == ["reversible"] * 2
     assert (moved.memory.offload, both.memory.offload) == (["activations"], ["activations", "optimizer"])
     assert BOTH in definition_of(both).describe_memory()
 
 
-def test_auto_offloads_what_does_not_fit_otherwise(without_calibration, tmp_path, monkeypatch):
-    base = [*GPT2, "privacy=none", "task.generate=1", "memory=auto"]
-    config = config_of("budget=1GiB", base=base)
-    monkeypatch.setattr(auto, "_fit", lambda choice, *_, budget: (choice if choice.memory.offload else None, NEED))
+@pytest.mark.parametrize("base", [UNET, [*GPT2, "privacy=none", "task.generate=1"]], ids=["unet", "gpt2"])
+def test_auto_offloads_what_does_not_fit_otherwise(without_calibration, tmp_path, monkeypatch, base):
+    config = config_of("memory=auto", "budget=1GiB", base=base)
+    monkeypatch.setattr(Search, "fits", lambda search, trial: bool(trial.config.memory.offload))
     chosen = choose_memory(config, tmp_path, CPU, progress=Progress())
-    assert chosen.memory.offload == ["activations"] and chosen.memory.mode == "checkpoint"
+    assert chosen.memory.offload == ["activations"]
     assert load(tmp_path / "config.yaml").memory.offload == ["activations"]
 
 
 def test_auto_keeps_what_is_offloaded_already():
-    config = config_of("memory=auto", "budget=1GiB", "memory.offload=[optimizer]")
-    choices = definition_of(config).all_memory_choices(CPU)
-    assert all("optimizer" in choice.memory.offload for choice in choices)
-    assert choices[-1].memory.offload == ["activations", "optimizer"] != choices[-2].memory.offload
+    task = definition_of(config_of("memory=auto", "budget=1GiB", "memory.offload=[optimizer]"))
+    rounds = task.memory_choices(CPU)
+    assert all("optimizer" in choice.memory.offload for choices in rounds for choice in choices)
+    (both,) = task.offloaded_choices(rounds[-1][-1])
+    assert both.memory.offload == ["activations", "optimizer"]
     sharded = config_of("memory=auto", "budget=1GiB", "trainer.parallel=fsdp", base=[*UNET, "memory.engine=auto"])
-    assert not any(choice.memory.offload for choice in definition_of(sharded).all_memory_choices(CPU))
+    assert not definition_of(sharded).offloaded_choices(sharded)
 
 
 def test_a_checkpoint_continues_with_and_without_offloading(device, tmp_path):

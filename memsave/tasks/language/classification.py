@@ -187,12 +187,12 @@ class ClassificationDefinition(LanguageDefinition):
 
     # memory=auto
 
-    def memory_choices(self, device: torch.device) -> list[Config]:
+    def memory_choices(self, device: torch.device) -> list[list[Config]]:
         """The memory modes of the model, fastest first."""
         modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
-        return [self.config.changed({"memory.mode": mode}) for mode in modes]
+        return [[self.config.changed({"memory.mode": mode}) for mode in modes]]
 
     def describe_memory(self) -> str:
         """Memory mode and micro-batch."""
-        mode, size = self.config.memory.mode, self.config.trainer.micro_batch_size
-        return f"memory={mode}{self.described_offload} trainer.micro_batch_size={size}"
+        memory, size = self.config.memory.mode, self.config.trainer.micro_batch_size
+        return f"memory={memory}{self.described_offload} trainer.micro_batch_size={size}{self._described_budget()}"

@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memsave.config import Config, ConfigError, option
-from memsave.config.schema import DataConfig, TaskConfig
+from memsave.config.schema import DataConfig, GhostPrivacy, TaskConfig
 from memsave.data.text.config import TextData
 from memsave.models.encoder_decoder import is_encoder_decoder
+from memsave.profiler import parse_bytes
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
 from memsave.tasks.language.adapters import PeftAdapter
@@ -177,7 +178,7 @@ class LanguageDefinition(TaskDefinition):
 
     # memory=auto: a memory mode and a head, and the largest micro-batch that fits
 
-    def memory_choices(self, device: torch.device) -> list[Config]:
+    def memory_choices(self, device: torch.device) -> list[list[Config]]:
         """All pairs of memory mode and head, sorted by the FLOPs that they add to memory=stored with head=logits."""
         with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
             model: Any = type(self)(self._with_choice("stored", "logits")).make_fake_model()
@@ -189,7 +190,15 @@ class LanguageDefinition(TaskDefinition):
         added = {"stored": 0, "checkpoint": layers, "reversible": layers, "logits": 0, "chunked": head}
         modes = [mode for mode in self.config.adapter_modes if mode != "reversible" or self.model.reversible]
         choices = sorted(product(modes, ("logits", "chunked")), key=lambda pair: sum(added[each] for each in pair))
-        return [self._with_choice(mode, head) for mode, head in choices]
+        return [[self._with_choice(mode, head) for mode, head in choices]]
+
+    def memory_spent(self, config: Config, left: int) -> list[Config]:
+        """Ghost clipping may keep logits and gradients in the rest of the budget."""
+        privacy = config.privacy
+        if not isinstance(privacy, GhostPrivacy) or privacy.option != "ghost":
+            return []
+        more = parse_bytes(privacy.memory_budget) + left
+        return [config.changed({"privacy.memory_budget": f"{more}B"})]
 
     def _with_choice(self, mode: str, head: str) -> Config:
         return self.config.changed({"memory.mode": mode, "model.head": head})
@@ -199,8 +208,12 @@ class LanguageDefinition(TaskDefinition):
         trainer = self.config.trainer
         return (
             f"memory={self.config.memory.mode}{self.described_offload} model.head={self.model.head} "
-            f"trainer.micro_batch_size={trainer.micro_batch_size}"
+            f"trainer.micro_batch_size={trainer.micro_batch_size}{self._described_budget()}"
         )
+
+    def _described_budget(self) -> str:
+        extra = getattr(self.config.privacy, "memory_budget", "0B")
+        return f" privacy.memory_budget={extra}" if parse_bytes(extra) else ""
 
     def less_memory(self) -> list[str]:
         """Checkpoints, then the remedies of every task."""

@@ -1,14 +1,13 @@
 """The definition of `task=segmentation`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from memsave.config import Config, ConfigError, register
 from memsave.config.schema import TaskConfig
@@ -198,54 +197,64 @@ class SegmentationDefinition(TaskDefinition):
         """The config with another memory mode."""
         if name == self.config.memory.mode:
             return self.config
-        return self.config.changed({"memory.mode": name, "memory.levels": None})
+        engine = self.config.memory.engine if name == "reversible" else "auto"
+        return self.config.changed({"memory.mode": name, "memory.levels": None, "memory.engine": engine})
 
-    # memory=auto: each level is stored or reversible
+    # memory=auto: each level has a mode
 
-    def memory_choices(self, device: torch.device) -> list[Config]:
-        """Every combination of modes of the levels, sorted by the FLOPs of recomputation."""
-        extra = level_flops(self._with_levels(["stored"] * len(self.unet.channels)), device)
+    def memory_choices(self, device: torch.device) -> list[list[Config]]:
+        """All levels stored; checkpointed, or reversible by hooks; then fused, with less memory and more work."""
+        modes, engine = self.config.adapter_modes, self.config.memory.engine
+        rounds = [[self._with_levels("stored")]]
+        if "checkpoint" in modes:
+            rounds.append([self._with_levels("checkpoint")])
+        if "reversible" in modes and engine != "fused":
+            rounds[1:] = [[*(rounds[1] if len(rounds) > 1 else []), self._with_levels("reversible", engine="hooks")]]
+        if "reversible" in modes and engine != "hooks" and not self.unet.squeeze_excitation:
+            chunks = self.config.memory.chunks
+            rounds += [[self._with_levels("reversible", engine="fused", chunks=each)] for each in (chunks, 4 * chunks)]
+        return rounds
 
-        def added(choice: Sequence[str]) -> int:
-            return sum(more for mode, more in zip(choice, extra, strict=True) if mode == "reversible")
+    def memory_part(self, module: str | None) -> str:
+        """One side of a level, such as encoder.0."""
+        found = re.match(r"(encoder|decoder)\.\d+", module or "")
+        return found[0] if found else ""
 
-        return [
-            self._with_levels(choice)
-            for choice in sorted(product(("stored", "reversible"), repeat=len(extra)), key=added)
-        ]
+    def memory_mixtures(
+        self, choices: Sequence[Config], parts: Sequence[str]
+    ) -> Iterator[tuple[Config, Mapping[str, int]]]:
+        """Every combination of modes of the levels; all reversible levels have one engine and number of chunks."""
+        named = [str((each.memory.levels or ("",))[0]) for each in choices]
+        rebuilt = [index for index, name in enumerate(named) if name == "reversible"]
+        others = [index for index, name in enumerate(named) if name != "reversible"]
+        for engine in rebuilt or [0]:
+            allowed = dict.fromkeys([*others, engine])
+            for picked in product(allowed, repeat=len(self.unet.channels)):
+                if engine in picked or engine == (rebuilt or [0])[0]:
+                    levels = {"memory.levels": [named[index] for index in picked]}
+                    base = choices[engine if engine in picked else 0]
+                    by_part = {part: picked[int(part.rpartition(".")[2])] for part in parts if part}
+                    yield choices[picked[0]] if len(set(picked)) == 1 else base.changed(levels), by_part
 
-    def _with_levels(self, levels: Sequence[str]) -> Config:
-        return self.config.changed({"memory.levels": list(levels)})
+    def _with_levels(self, mode: str, **others: Any) -> Config:
+        changes = {f"memory.{key}": value for key, value in others.items()}
+        return self.config.changed({"memory.levels": [mode] * len(self.unet.channels), **changes})
 
     def memory_strategies(self) -> list[str]:
-        """Both modes of a level."""
-        return ["stored", "reversible"]
+        """The modes of the levels."""
+        return list(dict.fromkeys(self.config.memory.levels or ()))
 
     def describe_memory(self) -> str:
-        """The modes of the levels."""
-        return f"memory.levels=[{','.join(self.config.memory.levels or ())}]{self.described_offload}"
+        """The modes of the levels, and how reversible ones are recomputed."""
+        memory = self.config.memory
+        levels = f"memory.levels=[{','.join(memory.levels or ())}]"
+        if "reversible" not in (memory.levels or ()):
+            return f"{levels}{self.described_offload}"
+        chunks = f" memory.chunks={memory.chunks}" if memory.engine == "fused" else ""
+        return f"{levels} memory.engine={memory.engine}{chunks}{self.described_offload}"
 
     def less_memory(self) -> list[str]:
         """Reversible blocks, then the remedies of every task."""
         has = "reversible" in self.model.modes() and self.config.memory.mode not in ("auto", "reversible")
         first = ["memory=reversible"] if has else []
         return [*first, *super().less_memory()]
-
-
-def level_flops(config: Config, device: torch.device) -> list[int]:
-    """FLOPs in the forward of each level's blocks, encoder and decoder: the cost of recomputing them."""
-    task = SegmentationDefinition(config)
-    totals = [0] * len(task.unet.channels)
-    with FakeTensorMode(), device, torch.no_grad(), FlopCounterMode(display=False) as flops:
-        model: Any = task.make_fake_model()
-        images = task.dummy_batch(count=1, device=device)["image"]
-        for side in (model.encoder, model.decoder):
-            for level, blocks in enumerate(side):
-                blocks.register_forward_pre_hook(lambda *_, level=level: _add(totals, level, -flops.get_total_flops()))
-                blocks.register_forward_hook(lambda *_, level=level: _add(totals, level, flops.get_total_flops()))
-        model(images.flatten(0, 1) if images.dim() == 6 else images)
-    return totals
-
-
-def _add(totals: list[int], level: int, amount: int) -> None:
-    totals[level] += amount

@@ -1,0 +1,193 @@
+"""Predict the time of a step from its work, with rates that a small real step measures on this machine.
+
+    seconds = sum over kinds of operators of (calls x a + FLOPs x b + bytes x c)  +  calls x host  +  fresh bytes x f
+
+a, b, c >= 0 are fitted for each kind of operator (see `memsave.profiler.work`) to the times of its calls in the small
+step, host is the time of a step between its operators (Python, autograd), per call, and f is the time in which the
+system maps a byte of new memory: blocks too large for malloc to keep. On a GPU the operators run beside the host, and
+the longer of the two times counts.
+
+`experiments/planning` states the error of such predictions.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from memsave.profiler._torch_internals import TorchDispatchMode, is_wrapper
+from memsave.profiler.work import FRESH_BYTES, Totals, Work, work_of
+
+Rate = tuple[float, float, float]
+"""Seconds per call, per FLOP and per byte."""
+TIMED_STEPS = 2
+CLEARLY = 0.8  # the error with a further rate, as a part of the error without
+OTHER = "any other"
+"""The kind whose rates are those of all operators together, for kinds that the small step does not have."""
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Rates of this machine, see the module's docstring."""
+
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """By kind of operator."""
+    host: float = 0.0
+    """Seconds per call outside of operators."""
+    fresh: float = 0.0
+    """Seconds per byte of new memory."""
+    concurrent: bool = False
+    """Whether operators run beside the host, as on a GPU."""
+
+    def seconds(self, work: Totals) -> float:
+        """The predicted time of this work."""
+        return self.together([self.inside_and_outside(work)])
+
+    def inside_and_outside(self, work: Totals) -> tuple[float, float]:
+        """(seconds in operators, seconds of the host between them)."""
+        inside = sum(self._inside(kind, each) for kind, each in work.items())
+        return inside, self.host * sum(each.calls for each in work.values())
+
+    def together(self, parts: Iterable[tuple[float, float]]) -> float:
+        """The predicted time of several works, each given by `inside_and_outside`."""
+        pairs = list(parts)
+        inside, outside = (sum(pair[index] for pair in pairs) for index in (0, 1))
+        return max(inside, outside) if self.concurrent else inside + outside
+
+    def _inside(self, kind: str, work: Work) -> float:
+        per_call, per_flop, per_byte = self.rates.get(kind) or self.rates.get(OTHER, (0.0, 0.0, 0.0))
+        return per_call * work.calls + per_flop * work.flops + per_byte * work.bytes + self.fresh * work.fresh_bytes
+
+    def with_kinds_of(self, other: "TimeModel") -> "TimeModel":
+        """This model, with the other's rates for kinds that it does not know."""
+        return TimeModel({**other.rates, **self.rates}, self.host, self.fresh, self.concurrent)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "TimeModel":
+        """The inverse of `dataclasses.asdict`, also after JSON has turned tuples into lists."""
+        rates = {kind: (float(a), float(b), float(c)) for kind, (a, b, c) in content["rates"].items()}
+        return cls(**{**content, "rates": rates})
+
+
+def measure_times(run: Callable[[], object], *, device: torch.device) -> TimeModel:
+    """The rates of this machine, from a few steps `run()`, all of which must call the same operators."""
+    clock = step_clock(device)
+    plain, timed = [], []
+    for _ in range(TIMED_STEPS):
+        plain.append(_step_seconds(run, clock, device))
+        with _OperatorTimer(device, clock) as timer:
+            run()
+        timed.append(timer.samples())
+    samples = _fastest(timed)
+    by_kind: dict[str, list[tuple[Work, float]]] = defaultdict(list)
+    for kind, work, seconds in samples:
+        by_kind[kind].append((work, seconds))
+    rates = {kind: fit(found) for kind, found in by_kind.items()}
+    rates[OTHER] = fit([(work, seconds) for kind, work, seconds in samples if work.bytes])
+    concurrent = device.type == "cuda"
+    outside = min(plain) - (0.0 if concurrent else sum(seconds for *_, seconds in samples))
+    return TimeModel(rates, max(0.0, outside / max(1, len(samples))), _fresh_seconds(device, clock), concurrent)
+
+
+def fit(samples: Sequence[tuple[Work, float]]) -> Rate:
+    """Rates >= 0 that give the seconds of the calls: the same sum, and least squares over the three rates.
+
+    Another rate is used only if it makes the error clearly smaller, because few samples fit any rate; a rate per call,
+    which does not grow with the size of a step, comes last.
+    """
+    seconds = torch.tensor([each for _, each in samples], dtype=torch.float64)
+    columns = torch.tensor([[work.flops, work.bytes, 1.0] for work, _ in samples], dtype=torch.float64)
+    scale = columns.abs().amax(0)
+    best, least = torch.zeros(3, dtype=torch.float64), float("inf")
+    for picked in (list(chosen) for count in (1, 2, 3) for chosen in combinations(range(3), count)):
+        if not bool((scale[picked] > 0).all()):
+            continue
+        matrix = columns[:, picked] / scale[picked]
+        found = torch.linalg.lstsq(matrix, seconds[:, None], driver="gelsd").solution[:, 0]
+        error = float((matrix @ found - seconds).square().sum())
+        if bool((found >= 0).all()) and error < CLEARLY * least:
+            best, least = torch.zeros(3, dtype=torch.float64), error
+            best[picked] = found / scale[picked]
+    total = float((columns @ best).sum())
+    per_flop, per_byte, per_call = (best * (float(seconds.sum()) / total if total else 0.0)).tolist()
+    return per_call, per_flop, per_byte
+
+
+def _fastest(runs: list[list[tuple[str, Work, float]]]) -> list[tuple[str, Work, float]]:
+    """The samples of a step, each with the shortest time that a run took for it."""
+    first = runs[0]
+    alike = [run for run in runs if [each[:2] for each in run] == [each[:2] for each in first]]
+    return [(kind, work, min(run[n][2] for run in alike)) for n, (kind, work, _) in enumerate(first)]
+
+
+def step_clock(device: torch.device) -> Callable[[], float]:
+    """Time of this machine; with one thread that of the process, which other programs do not lengthen."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _step_seconds(run: Callable[[], object], clock: Callable[[], float], device: torch.device) -> float:
+    """Seconds of a step; on a GPU, those in which the host starts its kernels."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = clock()
+    run()
+    return clock() - started
+
+
+def _fresh_seconds(device: torch.device, clock: Callable[[], float]) -> float:
+    """Seconds per byte by which writing new memory takes longer than writing memory again."""
+    if device.type != "cpu":
+        return 0.0
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(TIMED_STEPS + 1):
+        block = torch.empty(2 * FRESH_BYTES, dtype=torch.uint8)
+        for is_new in (True, False):
+            started = clock()
+            block.zero_()
+            taken[is_new].append(clock() - started)
+        del block
+    return max(0.0, min(taken[True]) - min(taken[False])) / (2 * FRESH_BYTES)
+
+
+class _OperatorTimer(TorchDispatchMode):
+    """Times each operator of a step on its own."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float]):
+        super().__init__()
+        self._device, self._clock = device, clock
+        self._taken: list[tuple[str, Work, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if any(map(is_wrapper, types)):
+            return NotImplemented
+        result, taken = self._timed(lambda: func(*args, **(kwargs or {})))
+        self._taken.append((*work_of(func, args, kwargs or {}, result), taken))
+        return result
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[Any, Any]:
+        """(result, seconds, or the pair of events around it)."""
+        if self._device.type != "cuda":
+            started = self._clock()
+            return call(), self._clock() - started
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        result = call()
+        events[1].record()
+        return result, events
+
+    def samples(self) -> list[tuple[str, Work, float]]:
+        """(kind, work, seconds) of each call, on a GPU without the time of a call that starts no kernel."""
+        if self._device.type != "cuda":
+            return self._taken
+        torch.cuda.synchronize(self._device)
+        found = [(kind, work, one.elapsed_time(two) / 1e3) for kind, work, (one, two) in self._taken]
+        least = min(_seconds_of(found), default=0.0)
+        return [(kind, work, seconds - least) for kind, work, seconds in found]
+
+
+def _seconds_of(samples: Iterable[tuple[str, Work, float]]) -> Iterable[float]:
+    return (seconds for *_, seconds in samples)

@@ -1,0 +1,67 @@
+"""The time model: rates fitted to measured calls, and predictions from them."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+from memsave.profiler.seconds import OTHER, TimeModel, fit, measure_times
+from memsave.profiler.work import Work
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("rate", [(1e-5, 0, 0), (0, 2e-10, 0), (1e-6, 0, 3e-10), (1e-6, 1e-11, 1e-10)])
+def test_the_fit_finds_the_rates(rate):
+    works = [Work(1, flops, size) for flops in (1e6, 1e8, 1e9) for size in (1e5, 1e7)]
+    found = fit([(work, rate[0] + rate[1] * work.flops + rate[2] * work.bytes) for work in works])
+    assert found == pytest.approx(rate, rel=1e-6, abs=1e-18)
+
+
+def test_no_rate_is_negative():
+    samples = [(Work(1, 0, 1e6), 3e-3), (Work(1, 0, 2e6), 2e-3), (Work(1, 0, 4e6), 1e-3)]
+    assert min(fit(samples)) == 0
+    assert max(fit(samples)) > 0
+
+
+def test_seconds_add_up_on_a_cpu_and_overlap_on_a_gpu():
+    work = {"mm float32": Work(10, 100, 0), "unknown float32": Work(10, 0, 50, 25)}
+    model = TimeModel({"mm float32": (1.0, 0.5, 0), OTHER: (0, 0, 2.0)}, host=3.0, fresh=4.0)
+    inside, outside = 10 + 50 + 100 + 100, 60
+    assert model.seconds(work) == inside + outside
+    on_gpu = TimeModel(model.rates, host=3.0, fresh=4.0, concurrent=True)
+    assert on_gpu.seconds(work) == inside
+    assert TimeModel(model.rates, host=30.0, concurrent=True).seconds(work) == 600
+
+
+def test_the_model_is_written_and_read():
+    model = TimeModel({"mm float32": (1.0, 0.5, 0.0)}, 3.0, 4.0, True)
+    content = asdict(model)
+    content["rates"] = {kind: list(rate) for kind, rate in content["rates"].items()}
+    assert TimeModel.from_dict(content) == model
+
+
+def test_a_measured_model_predicts_its_own_step(monkeypatch):
+    """With a clock of our own: products take a nanosecond per FLOP, everything else a microsecond."""
+    now = [0.0]
+
+    class Slow(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            is_product = func is torch.ops.aten.mm.default
+            now[0] += 1e-9 * 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1] if is_product else 1e-6
+            return result
+
+    monkeypatch.setattr("memsave.profiler.seconds.step_clock", lambda device: lambda: now[0])
+    linear = nn.Linear(16, 32, bias=False)
+
+    def run():
+        for count in (1, 10, 100):
+            linear(torch.ones(count, 16)).sum().backward()
+
+    with Slow():
+        model = measure_times(run, device=CPU)
+    assert model.rates["mm float32"][1] == pytest.approx(1e-9, rel=1e-3)
+    assert model.host == pytest.approx(0, abs=1e-12)
+    assert model.seconds({"mm float32": Work(1, 1e6, 0)}) == pytest.approx(1e-3, rel=1e-2)
