@@ -113,7 +113,7 @@ class LanguageDefinition(TaskDefinition):
         """The layers, as transformers marks them for checkpoints."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        found: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         return found or super().compiled_blocks(model)
 
     def variations(self) -> dict[str, Callable[[], Variation]]:
