@@ -7,6 +7,7 @@ from memsave.config import ConfigError, compose
 from memsave.config.compose import to_objects
 from memsave.models import ReversibleUNet3d
 from memsave.models.mbconv import MBConv3d
+from memsave.profiler import MemoryRecorder
 from memsave.tasks.definition import definition_of
 from memsave.training.compiled import compile_blocks
 from tests.support.tiny_configs import TINY_GPT2_DP, TINY_UNET
@@ -55,6 +56,22 @@ def test_code_of_the_inductor_computes_the_same(memory, precision):
     )
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() <= (1e-5 if precision == "float32" else 3e-2) * other.norm()
+
+
+def test_recorded_steps_are_not_compiled_and_later_ones_are():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    block, x = MBConv3d(4, expansion=2), torch.randn(1, 4, 3, 3, 3)
+    compile_blocks([block], backend=backend)
+    with MemoryRecorder(block):
+        recorded = block(x)
+    assert not graphs
+    assert torch.allclose(block(x), recorded, atol=1e-6)
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow
