@@ -4,8 +4,8 @@ A compiled block must save the same tensors when a reversible sequence evaluates
 block anew for another memory format of its input, or where autocast caches weights, and may then save other tensors.
 Both are therefore the same in every call. Random numbers are those of PyTorch's generators, so dropout is replayed.
 
-Steps whose memory is recorded run the blocks themselves: PyTorch compiles nothing under a dispatch mode, and would never
-compile what it met there first.
+Steps whose memory is recorded run the blocks themselves: PyTorch compiles nothing under a dispatch mode, and would
+never compile what it met there first.
 """
 
 from collections.abc import Iterable
