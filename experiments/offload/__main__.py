@@ -1,6 +1,6 @@
 """Live bytes, host bytes and time of a training step, with activations and optimizer state in a memory-mapped file.
 
-    python -m experiments.offload            # about three minutes on two cores
+    python -m experiments.offload            # about five minutes on two cores
 
 Real steps on the CPU: the U-Net of `experiment=brats_rev` at 48^3, and a reversible GPT-2 with ghost clipping. Every
 strategy takes the same steps from the same weights, and the updated parameters must be equal bit for bit where only the
@@ -99,7 +99,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     results = {name: rows_of(overrides) for name, overrides in MODELS.items()}
     keep(HERE / "results.json", command="python -m experiments.offload", results=results)
-    insert(HERE / "README.md", name="table", text=table(results))
+    for document in (HERE / "README.md", HERE.parents[1] / "docs" / "offload.md"):
+        insert(document, name="table", text=table(results))
 
 
 if __name__ == "__main__":
