@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memsave.ghost import GhostClipper, linear_cross_entropy, register_rule
     from memsave.ghost import verify as verify_clipping
     from memsave.models import causal_lm_losses
+    from memsave.offload import ActivationOffload, offload_optimizer
     from memsave.planning.any_model import memory_report
     from memsave.privacy import Mechanism, PrivateGradients
     from memsave.profiler import MemoryRecorder, largest, memory_page
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from memsave.reversible import verify as verify_inversion
 
 __all__ = [
+    "ActivationOffload",
     "AdditiveCoupling",
     "GhostClipper",
     "Mechanism",
@@ -38,12 +40,14 @@ __all__ = [
     "make_reversible",
     "memory_page",
     "memory_report",
+    "offload_optimizer",
     "register_rule",
     "verify_clipping",
     "verify_inversion",
 ]
 
 _SOURCES = {  # name: (module, name in that module)
+    "ActivationOffload": ("memsave.offload", "ActivationOffload"),
     "AdditiveCoupling": ("memsave.reversible", "AdditiveCoupling"),
     "GhostClipper": ("memsave.ghost", "GhostClipper"),
     "Mechanism": ("memsave.privacy", "Mechanism"),
@@ -57,6 +61,7 @@ _SOURCES = {  # name: (module, name in that module)
     "make_reversible": ("memsave.reversible", "make_reversible"),
     "memory_page": ("memsave.profiler", "memory_page"),
     "memory_report": ("memsave.planning.any_model", "memory_report"),
+    "offload_optimizer": ("memsave.offload", "offload_optimizer"),
     "register_rule": ("memsave.ghost", "register_rule"),
     "verify_clipping": ("memsave.ghost", "verify"),
     "verify_inversion": ("memsave.reversible", "verify"),

@@ -12,7 +12,7 @@ import pytest
 import memsave
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("reversible", "ghost", "profiler", "privacy", "models", "config", "data")
+PACKAGES = ("reversible", "ghost", "offload", "profiler", "privacy", "models", "config", "data")
 
 
 def type_checking_names():

@@ -95,6 +95,20 @@ def test_a_loss_hook_and_the_first_node_see_the_same_backward_number():
     assert numbers[0] == numbers[1] != -1
 
 
+def test_saved_tensors_are_moved_by_hooks_that_say_so():
+    class Moving:
+        only_moves = True
+
+        def __call__(self, tensor):
+            return tensor
+
+    assert not internals.saved_tensors_are_moved()
+    with torch.autograd.graph.saved_tensors_hooks(Moving(), Moving()):
+        assert internals.saved_tensors_are_moved() and internals.saved_tensors_are_redirected()
+        with torch.autograd.graph.save_on_cpu():
+            assert not internals.saved_tensors_are_moved()
+
+
 def test_saved_tensors_are_redirected_only_inside_checkpoints():
     seen = []
 

@@ -1,0 +1,1 @@
+"""Live bytes, host bytes and time of a step with offloading."""
