@@ -61,6 +61,7 @@ class NormHook(torch.autograd.Function):
         ctx.hook_spec, ctx.context, ctx.saved_count = spec, context, saved_count
         ctx.save_for_backward(*tensors[:saved_count])
         ctx.parameters = tensors[saved_count:]
+        ctx.rounds = torch.is_autocast_enabled(output.device.type)
         return output.detach()  # autograd must not see a view, or later in-place operations would fail
 
     @staticmethod
@@ -124,14 +125,17 @@ def _compare_passes(ctx: Any, tensors: tuple[Tensor, ...], split: RowSplit) -> N
         ctx.measured = [(s, torch.linalg.vector_norm(each, dim=1)) for s, each in zip(sums, rows)]
         return
     for now, (before, norm), tensor in zip(sums, ctx.measured, tensors, strict=True):
-        close = (now - before).abs() <= _repeat_tolerance(tensor) * norm
+        close = (now - before).abs() <= _repeat_tolerance(tensor, ctx.rounds) * norm
         same = (close | (now == before) | now.isnan() & before.isnan()).all()
         ctx.context.record_repeat(ctx.hook_spec.name, same)
 
 
-def _repeat_tolerance(tensor: Tensor) -> float:
-    """How much two evaluations may differ: on CUDA their order of summation may, which TF32 makes larger."""
-    if tensor.dtype == torch.float32 and allows_tf32(tensor.device):
+def _repeat_tolerance(tensor: Tensor, rounds: bool) -> float:
+    """How much two evaluations may differ: on CUDA their order of summation may, which TF32 and autocast make larger.
+
+    `rounds`: whether autocast was on, so that float32 tensors depend on narrower ones.
+    """
+    if tensor.dtype == torch.float32 and tensor.device.type == "cuda" and (rounds or allows_tf32(tensor.device)):
         return LOW_PRECISION
     return REPEAT_TOLERANCE.get(tensor.dtype, LOW_PRECISION)
 
