@@ -25,6 +25,7 @@ __all__ = [
     "is_fake_mode_active",
     "is_wrapper",
     "next_node_number",
+    "read_device",
     "reads_device",
     "register_first_accumulate_grad_hook",
     "unrecorded_waits",
@@ -64,6 +65,12 @@ def is_fake_mode_active() -> bool:
 def reads_device(func: Any) -> bool:
     """Whether this operator is `tensor.device` of a fake tensor, half of all calls that a mode sees on fake tensors."""
     return func is torch.ops.prim.device.default
+
+
+def read_device(func: Any, args: tuple) -> Any:
+    """The result of `reads_device(func)`: that of FakeTensorMode without its dispatch, which takes a long time."""
+    mode = getattr(args[0], "fake_mode", None)
+    return func(*args) if mode is None or mode.in_kernel_invocation else args[0].fake_device
 
 
 def fake_modes(tensors: Iterable[torch.Tensor]) -> set[FakeTensorMode]:

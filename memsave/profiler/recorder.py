@@ -53,6 +53,7 @@ from memsave.profiler._torch_internals import (
     gathered_copies,
     graph_task,
     is_wrapper,
+    read_device,
     reads_device,
     register_first_accumulate_grad_hook,
     unrecorded_waits,
@@ -144,7 +145,7 @@ class MemoryRecorder(TorchDispatchMode):
         if any(map(is_wrapper, types)):
             return NotImplemented  # the wrapper calls operators on its inner tensors, which are dispatched here
         if reads_device(func):
-            return func(*args)
+            return read_device(func, args)
         # The argument of lift_fresh was created just before, without an operator; its result counts as the birth.
         if func is not torch.ops.aten.lift_fresh.default:
             for tensor in tensors_in(args):

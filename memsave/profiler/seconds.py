@@ -59,8 +59,16 @@ class TimeModel:
         return max(inside, outside) if self.concurrent else inside + outside
 
     def _inside(self, kind: str, work: Work) -> float:
-        per_call, per_flop, per_byte = self.rates.get(kind) or self.rates.get(OTHER, (0.0, 0.0, 0.0))
+        per_call, per_flop, per_byte = self._rate(kind)
         return per_call * work.calls + per_flop * work.flops + per_byte * work.bytes + self.fresh * work.fresh_bytes
+
+    def _rate(self, kind: str) -> Rate:
+        """The rates of a kind; else those of the same operator with another dtype, which fake tensors may have."""
+        if kind in self.rates:
+            return self.rates[kind]
+        operator = kind.rpartition(" ")[0]
+        alike = (rate for known, rate in self.rates.items() if known.rpartition(" ")[0] == operator)
+        return next(alike, self.rates.get(OTHER, (0.0, 0.0, 0.0)))
 
     def with_kinds_of(self, other: "TimeModel") -> "TimeModel":
         """This model, with the other's rates for kinds that it does not know."""

@@ -15,10 +15,13 @@ from memsave.config.compose import compose, load, to_objects
 from memsave.experiment import run_experiment
 from memsave.planning import plan as planning
 from memsave.planning.budget import OverBudget, free_bytes
-from memsave.planning.fake_step import dummy_task, fake_step
+from memsave.planning.fake_step import dummy_task, fake_step, whole_batch
 from memsave.planning.plan import PER_SAMPLE, Plan, Row, fixed_sizes, make_plan, variation
 from memsave.planning.report import draw, lines, markdown
 from memsave.profiler import MemoryRecorder, format_bytes, peak_on_fake
+from memsave.profiler.calibration import create_state
+from memsave.profiler.seconds import OTHER, TimeModel
+from memsave.profiler.work import WorkCounter
 from memsave.progress import Progress
 from memsave.tasks.segmentation import definition as segmentation
 from tests.support.tiny_configs import TINY_GPT2, TINY_UNET
@@ -103,6 +106,31 @@ def test_the_peak_of_a_language_model_step_is_predicted(overrides):
         made.run()
     # on fake tensors, transformers creates two masks that it omits if every token is attended to
     assert predicted.peak_bytes == pytest.approx(recorder.report().peak_bytes, rel=0.015)
+
+
+def test_the_work_of_a_fake_step_is_that_of_a_real_one_under_autocast():
+    config = config_of("memory=stored", "trainer.precision=bfloat16", "profiler.compare=[]")
+    fake, real = WorkCounter(), WorkCounter()
+    peak_on_fake(lambda: fake_step(config, device=CPU, work=fake))
+    made = fake_step(config, device=CPU)
+    create_state(made.optimizer)
+    with MemoryRecorder(made.model, optimizer=made.optimizer, observe=real):
+        made.run()
+    flops = {kind: work.flops for kind, work in real.total.items() if work.flops}
+    assert {kind: work.flops for kind, work in fake.total.items() if work.flops} == flops
+    assert any(kind.startswith("convolution") and kind.endswith("bfloat16") for kind in flops)
+    sizes = [sum(work.bytes for work in each.total.values()) for each in (fake, real)]
+    assert sizes[1] <= sizes[0] <= 1.2 * sizes[1]  # the backward of a fake GroupNorm returns float32
+
+
+def test_the_time_of_a_batch_grows_with_its_micro_batches():
+    config, work = config_of("trainer.micro_batch_size=2", "privacy=none", base=TEXT), WorkCounter()
+    peak_on_fake(lambda: fake_step(config, device=CPU, work=work))
+    times = TimeModel({OTHER: (1.0, 0.0, 0.0)})
+    seconds = [times.seconds(whole_batch(config.changed({"trainer.batch_size": size}), work)) for size in (4, 8, 16)]
+    assert seconds[0] == pytest.approx(times.seconds(work.total))
+    assert seconds[2] - seconds[1] == pytest.approx(2 * (seconds[1] - seconds[0]))
+    assert seconds[1] - seconds[0] > 0.25 * seconds[0]
 
 
 def test_more_than_two_micro_batches_do_not_raise_the_peak():

@@ -35,6 +35,12 @@ def test_seconds_add_up_on_a_cpu_and_overlap_on_a_gpu():
     assert TimeModel(model.rates, host=30.0, concurrent=True).seconds(work) == 600
 
 
+def test_an_operator_has_the_rates_of_its_other_dtype_if_it_has_none():
+    model = TimeModel({"norm bfloat16": (1.0, 0, 0), OTHER: (3.0, 0, 0)})
+    assert model.seconds({"norm float32": Work(1)}) == 1
+    assert model.seconds({"mean float32": Work(1)}) == 3
+
+
 def test_the_model_is_written_and_read():
     model = TimeModel({"mm float32": (1.0, 0.5, 0.0)}, 3.0, 4.0, True)
     content = asdict(model)

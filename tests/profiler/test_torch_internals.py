@@ -41,6 +41,23 @@ def test_a_fake_mode_is_active_inside_its_context_only():
     assert internals.fake_modes([x, torch.zeros(2)]) == {mode}
 
 
+def test_the_device_of_a_fake_tensor_is_read_by_an_operator():
+    seen = []
+
+    class Watch(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if internals.reads_device(func):
+                seen.append((internals.read_device(func, args), func(*args)))
+                return seen[-1][0]
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        x = torch.zeros(2)
+        with Watch():
+            (x.requires_grad_() * 2).sum().backward()
+    assert seen and all(found == expected for found, expected in seen)
+
+
 @pytest.mark.parametrize("operation", [torch.Tensor.item, torch.Tensor.nonzero, bool])
 def test_operators_that_need_values_raise_under_a_fake_mode(operation):
     with FakeTensorMode(), pytest.raises(internals.NEEDS_VALUES):
