@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.operator_trace import OperatorTrace
+from memsave.ghost.row_changes import after_any_other
 from memsave.ghost.rows import Lost, Rows
 
 SMALL = 600  # elements of a tensor to which an operator that enlarges it is applied
@@ -303,3 +304,14 @@ def test_the_first_operator_that_lost_the_rows_is_named_by_all_that_follow():
     with trace:
         lost = x.sum(0)
         assert trace.provenance(lost.exp().neg()) == trace.provenance(lost) == Lost("sum")
+
+
+def test_rows_are_not_known_after_an_operator_that_may_have_summed_over_them():
+    assert after_any_other("unknown", torch.empty(3), [(torch.empty(4, 3), Rows(1))]) == Rows(0)
+    assert after_any_other("unknown", torch.empty(3), [(torch.empty(3, 3), Rows(1))]) is None
+
+
+def test_an_operand_that_fits_two_dimensions_leaves_the_rows_to_the_others():
+    unclear, clear = (torch.empty(3, 4), Rows(0)), (torch.empty(3, 3, 4), Rows(0))
+    assert after_any_other("unknown", torch.empty(3, 3, 4), [unclear]) is None
+    assert after_any_other("unknown", torch.empty(3, 3, 4), [unclear, clear]) == Rows(0)
