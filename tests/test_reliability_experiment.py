@@ -86,3 +86,16 @@ def test_a_few_attacks_find_nothing(part):
     command = [sys.executable, "-m", "experiments.reliability", "--quick", "--parts", part]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_earlier_results_of_unchanged_files_stay_and_what_is_explained_is_not_wrong(tmp_path):
+    name = "memsave/ghost/rules/norm.py"
+    survivor = {"number": 1, "line": 20, "change": "COMPARED = 8 -> COMPARED = 9"}
+    counts = {"digest": mutants._digest(name), "mutants": 2, "killed": 1, "survived": [survivor]}
+    old = {"digest": "of an earlier text", "mutants": 4, "killed": 4, "survived": []}
+    before = {"seed": 0, "files": {name: counts, "memsave/ghost/rule.py": old}}
+    found = mutants.part(tmp_path, seed=0, trials=0, until=0.0, before=before)
+    assert found == {"files": {name: counts}, "left_out": [], "wrong": []}
+    assert "| **all 1 files** | **2** | **1** |" in mutants.table(found)
+    assert f"- `{name}:20: COMPARED = 8 -> COMPARED = 9`: equivalent" in mutants.table(found)
+    assert mutants.part(tmp_path, seed=1, trials=0, until=0.0, before=before)["files"] == {}

@@ -17,6 +17,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "ghost/gradient_products.py": ("ghost/test_gradient_forms.py", "ghost/test_head.py"),
     "ghost/gradients.py": ("ghost/test_gradient_forms.py",),
     "ghost/independence.py": ("ghost/test_independence_schedule.py",),
+    "ghost/ledger.py": ("ghost/test_gradient_forms.py",),
     "ghost/logits.py": ("ghost/test_head.py",),
     "ghost/operators/recurrent.py": ("ghost/test_recurrent.py",),
     "ghost/verify.py": ("ghost/test_verify_padding.py",),

@@ -73,7 +73,7 @@ def part(folder: Path, *, seed: int, trials: int, until: float, before: dict[str
     survived = [(name, each) for name, counts in files.items() for each in counts["survived"]]
     jobs = [(name, each["number"]) for name, each in survived if f"{name}: {each['change']}" not in EXPLAINED]
     jobs += [(name, each) for name, each in draw(seed=seed, count=trials) if each >= _count(files, name)]
-    with _server() as run:
+    with _server(jobs) as run:
         traces = Traces(folder, run)
         for name, number in jobs:
             if time.monotonic() > until:
@@ -177,8 +177,11 @@ def _job(mutant: Mutant, tests: list[str], *, seconds: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _server() -> Iterator[Callable[[dict[str, Any]], int]]:
-    """A function from a job to the exit code of pytest."""
+def _server(jobs: list[Any]) -> Iterator[Callable[[dict[str, Any]], int]]:
+    """A function from a job to the exit code of pytest; nothing is started if there are no jobs."""
+    if not jobs:
+        yield lambda job: NO_TESTS
+        return
     command = [sys.executable, "-m", "experiments.reliability.mutant_server"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:

@@ -56,7 +56,8 @@ def make(path: str, text: str, place: tuple[int, int]) -> Mutant:
     change(node, parents)
     ast.fix_missing_locations(tree)
     after = _short(statement)
-    return Mutant(path, line, before, after if after != before else "deleted", ast.unparse(tree), lines)
+    gone = "deleted" if not isinstance(node, (ast.Break, ast.Continue)) else _short(SWAPPED[type(node)]())
+    return Mutant(path, line, before, after if after != before else gone, ast.unparse(tree), lines)
 
 
 def _lines_to_test(tree: ast.AST, statement: Any, parents: tuple[ast.AST, ...]) -> frozenset[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memsave.ghost import _torch_internals as internals
+from memsave.ghost.gradients import has_values
 from memsave.ghost.rows import Lost, Provenance, Rows, uniform_rows
 
 Given = Sequence[tuple[Tensor, Provenance]]
@@ -54,18 +55,28 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, *name
 
 
 def agreed(found: Sequence[Rows | None]) -> Rows | None:
-    """The Rows in which all operands are joined; None if they differ, because the operator then mixes examples.
-
-    Examples that depend on values are not compared: that would wait for the device.
-    """
+    """The Rows in which all operands are joined; None if they differ, because the operator then mixes examples."""
     first = found[0] if found else None
     for each in found:
         if first is None or each is None or each.dim != first.dim:
             return None
-        known = not isinstance(each.examples, Tensor) and not isinstance(first.examples, Tensor)
-        if known and each.examples != first.examples:
+        if not _same_examples(each.examples, first.examples):
             return None
     return first
+
+
+def _same_examples(one: tuple[int, ...] | Tensor | None, other: tuple[int, ...] | Tensor | None) -> bool:
+    """Whether the slices belong to the same examples. Examples without values (fake tensors) count as the same."""
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return one == other
+    if one is other:
+        return True
+    with internals.unobserved(), torch.no_grad():
+        count = next(len(each) for each in (one, other) if isinstance(each, Tensor))
+        first, second = (torch.arange(count) if each is None else torch.as_tensor(each) for each in (one, other))
+        if not has_values(first) or not has_values(second):
+            return True
+        return torch.equal(first.cpu(), second.cpu())
 
 
 def after_join(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given) -> Rows | None:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.operator_trace import OperatorTrace
+from memsave.ghost.row_changes import after_any_other
 from memsave.ghost.rows import Lost, Rows
 
 SMALL = 600  # elements of a tensor to which an operator that enlarges it is applied
@@ -303,3 +304,26 @@ def test_the_first_operator_that_lost_the_rows_is_named_by_all_that_follow():
     with trace:
         lost = x.sum(0)
         assert trace.provenance(lost.exp().neg()) == trace.provenance(lost) == Lost("sum")
+
+
+def test_rows_are_not_known_after_an_operator_that_may_have_summed_over_them():
+    assert after_any_other("unknown", torch.empty(3), [(torch.empty(4, 3), Rows(1))]) == Rows(0)
+    assert after_any_other("unknown", torch.empty(3), [(torch.empty(3, 3), Rows(1))]) is None
+
+
+def test_an_operand_that_fits_two_dimensions_leaves_the_rows_to_the_others():
+    unclear, clear = (torch.empty(3, 4), Rows(0)), (torch.empty(3, 3, 4), Rows(0))
+    assert after_any_other("unknown", torch.empty(3, 3, 4), [unclear]) is None
+    assert after_any_other("unknown", torch.empty(3, 3, 4), [unclear, clear]) == Rows(0)
+
+
+@pytest.mark.parametrize("join", [torch.add, lambda *two: torch.stack(two), lambda *two: torch.cat(two, 1)])
+def test_rows_that_depend_on_values_are_lost_where_other_examples_join_them(join):
+    x, mask = torch.randn(3, 2, 4, requires_grad=True), torch.ones(3, 2, dtype=torch.bool)
+    trace = OperatorTrace(BackwardContext(torch.zeros(3)), {}, {})
+    trace.mark_examples(iter([x]))
+    with trace:
+        y = x[mask]
+        same, mixed = join(y, x[mask].sin()), [join(y, y.flip(0)), join(y.flip(0), y)]
+        assert isinstance(trace.provenance(same), Rows)
+        assert all(isinstance(trace.provenance(each), Lost) for each in mixed)

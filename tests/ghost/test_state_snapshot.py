@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memsave.ghost import GhostClipper
+from memsave.ghost import GhostClipper, snapshot
 from tests.ghost.test_layers import draw, losses_of
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -170,3 +170,17 @@ def test_a_parameter_whose_type_the_forward_changes_is_refused():
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"1\.layer\.weight, 1\.layer\.bias: each is a parameter that the forward"):
         clipper.backward(losses_of(model, draw(3, 4)))
+
+
+def test_nan_equals_nan_and_nothing_else():
+    nan = float("nan")
+    one, other = torch.tensor([1.0, nan, nan, 1.0, 2.0]), torch.tensor([1.0, nan, 1.0, nan, 3.0])
+    assert snapshot._equal(one, other).tolist() == [True, True, False, False, False]
+
+
+def test_a_change_in_place_is_found_beside_the_elements_that_are_compared():
+    layer = nn.Linear(500, 500)
+    found = snapshot.StateSnapshot(layer.named_modules())
+    with torch.no_grad():
+        layer.weight[0, 1] += 1
+    assert [each.name for each in found.changes()] == ["weight"]

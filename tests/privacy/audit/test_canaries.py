@@ -210,9 +210,9 @@ def test_a_bound_that_equals_the_promise_does_not_refute_it():
     assert AuditReport(0.99, 1e-5, 0.95, 1, [group]).breach
 
 
-def test_the_epsilon_of_refuted_noise_is_that_of_the_least_refuted_noise_on_a_grid():
+@pytest.mark.parametrize("least", [0.3, 0.83, 2.3, 3.1])
+def test_the_epsilon_of_refuted_noise_is_that_of_the_least_refuted_noise_on_a_grid(least):
     mechanism = Mechanism(10, 10, 1.0, 0.5, delta=1e-5, accountant="rdp")
-    least = 0.83
     limit = gaussian_trade_off(1 / least)(0.3)
     found = epsilon_of_refuted_noise(lambda f: f(0.3) > limit, mechanism, steps=1)
     bounds = [replace(mechanism, noise_multiplier=each).epsilon(1) for each in (least * 2 ** (1 / 24), least)]
