@@ -24,6 +24,7 @@ from memsave.profiler import Calibration, MemoryRecorder, peak_on_fake
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint, loop
+from tests.support.same_bits import assert_same
 from tests.support.tiny_configs import TINY_GPT2_DP, TINY_UNET
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_updates_of_a_language_model_are_the_same_bit_for_bit(overrides, device)
     before = host_bytes()
     plain = updated(config_of(*overrides, base=GPT2), device)
     moved = updated(config_of(*overrides, BOTH, base=GPT2), device)
-    assert all(map(torch.equal, plain, moved))
+    assert_same(plain, moved)
     gc.collect()
     assert host_bytes() == before
 
@@ -95,7 +96,7 @@ def test_updates_of_a_language_model_are_the_same_bit_for_bit(overrides, device)
 )
 def test_updates_of_a_unet_are_the_same_bit_for_bit(overrides, device):
     plain, moved = (updated(config_of(*overrides, *extra), device) for extra in ([], [BOTH]))
-    assert all(map(torch.equal, plain, moved))
+    assert_same(plain, moved)
 
 
 def test_two_passes_are_chosen_for_offloaded_activations_and_the_backward_is_not_followed():
@@ -197,7 +198,7 @@ def test_a_checkpoint_continues_with_and_without_offloading(device, tmp_path):
         return [p.detach().clone() for p in state.model.parameters()]
 
     plain, moved = (state_of(config_of("memory=stored", *extra)) for extra in ([], [BOTH]))
-    assert all(map(torch.equal, continued(plain), continued(moved)))
+    assert_same(continued(plain), continued(moved))
     for name, state in (("plain", plain), ("moved", moved)):
         checkpoint.save(state, tmp_path / name)
     content = [(tmp_path / name / "optimizer.safetensors").read_bytes() for name in ("plain", "moved")]
@@ -207,7 +208,7 @@ def test_a_checkpoint_continues_with_and_without_offloading(device, tmp_path):
         again = state_of(config_of("memory=stored", BOTH))
         checkpoint.load(again, tmp_path / name)
         assert host_bytes() > before  # the loaded state is in host memory
-        assert all(map(torch.equal, continued(again), expected))
+        assert_same(continued(again), expected)
 
 
 @pytest.mark.slow
