@@ -36,8 +36,8 @@ class Moment:
     _seen: int = 0
     _before: dict[int, tuple[int, int]] = field(default_factory=dict)
     """(time of change, size) by inode, of files that were there at the start."""
-    _flushed: dict[int, int] = field(default_factory=dict)
-    """Time of change by inode, when the file was flushed."""
+    _flushed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """(time of change, size) by inode, when the file was flushed."""
 
     def start(self) -> None:
         """Watch this process from now on."""
@@ -52,7 +52,7 @@ class Moment:
                 self._next()
             original(descriptor)
             found = os.fstat(descriptor)
-            self._flushed[found.st_ino] = found.st_mtime_ns
+            self._flushed[found.st_ino] = (found.st_mtime_ns, found.st_size)
 
         os.fsync = fsync
         from memsave.training import checkpoint
@@ -105,10 +105,12 @@ class Moment:
         rng = random.Random(self.seed)
         for path in self._files():
             found = path.stat()
-            before, kept = self._before.get(found.st_ino, (None, 0))
-            if found.st_mtime_ns in (before, self._flushed.get(found.st_ino)):
+            written = [each[found.st_ino] for each in (self._before, self._flushed) if found.st_ino in each]
+            if found.st_mtime_ns in [time for time, _ in written]:
                 continue
-            kept = min(kept, found.st_size) if "metrics" in path.name else 0  # a line is appended to the old ones
+            kept = (
+                min(max([size for _, size in written], default=0), found.st_size) if "metrics" in path.name else 0
+            )  # a line is appended to the old ones
             content, how = path.read_bytes(), rng.randrange(4)
             if how == 0:
                 path.write_bytes(content[: rng.randint(kept, len(content))])
