@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from memsave.arguments import ArgumentError, parse_arguments
 from memsave.ghost import verify
+from memsave.ghost.clipper import CLIPPINGS
 from memsave.privacy import Mechanism, PrivacyError, noise_multiplier_for
 from memsave.privacy.audit.trials import Problem, Trials, counted_runs, run_trials
 
-CLIPPINGS = ("flat", "automatic", "per_layer")
 RECORDS, LENGTH, WORDS, WIDTH = 8, 6, 12, 8
 MAX_GRAD_NORM = 0.5
 LEAST_RUNS = 100

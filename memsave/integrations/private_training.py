@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from memsave.privacy import Mechanism, PrivacyError, PrivateGradients, default_delta
+from memsave.privacy import Mechanism, PrivacyError, PrivateGradients
 
 MicroBatch = tuple[int, Any, list[int] | None]
 """(number of examples, what the collator made of their rows, the example of each row, or None for one row each)."""
@@ -67,18 +67,7 @@ class PrivacyArguments:
 
         Raises PrivacyError for numbers without a guarantee, and ValueError for a model that cannot be clipped.
         """
-        mechanism = Mechanism(
-            size,
-            batch_size,
-            1.0 if self.noise_multiplier is None else self.noise_multiplier,
-            self.max_grad_norm,
-            delta=default_delta(size) if self.target_delta is None else self.target_delta,
-            accountant=self.accountant,
-            sampler=self.sampler,
-            largest_batch=self.largest_batch,
-            noise=self.noise,
-            bands=1 if self.noise == "independent" else self.bands,
-        )
+        mechanism = Mechanism.of_options(self, size=size, batch_size=batch_size)
         if self.target_epsilon is not None:
             mechanism = mechanism.calibrated(self.target_epsilon, steps=steps)
         return PrivateGradients(

@@ -14,9 +14,10 @@ Other combinations are refused: nobody has proven their epsilon, or memsave does
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memsave.privacy.accountants import check_accountant
-from memsave.privacy.accounting import calibrated, check_delta, epsilon_curve, epsilon_of_events
+from memsave.privacy.accounting import calibrated, check_delta, default_delta, epsilon_curve, epsilon_of_events
 from memsave.privacy.correlated import error_of_sums, sensitivity, series
 from memsave.privacy.errors import PrivacyError
 from memsave.privacy.events import Event, check_noise
@@ -64,6 +65,25 @@ class Mechanism:
             )
         check_delta(self.delta, size=self.size)
         self._check_combination()
+
+    @classmethod
+    def of_options(cls, options: Any, *, size: int, batch_size: int) -> "Mechanism":
+        """The mechanism of options by the names of `privacy=ghost`, with a noise multiplier of 1 if they give none.
+
+        `target_delta=None` stands for `default_delta(size)`.
+        """
+        return cls(
+            size,
+            batch_size,
+            1.0 if options.noise_multiplier is None else options.noise_multiplier,
+            options.max_grad_norm,
+            delta=default_delta(size) if options.target_delta is None else options.target_delta,
+            accountant=options.accountant,
+            sampler=options.sampler,
+            largest_batch=options.largest_batch,
+            noise=options.noise,
+            bands=1 if options.noise == "independent" else options.bands,
+        )
 
     def _check_combination(self) -> None:
         if self.noise not in SAMPLERS_OF:

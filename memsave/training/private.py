@@ -14,7 +14,7 @@ from memsave.config.schema import Config, GhostPrivacy
 from memsave.data.loader import Index
 from memsave.data.units import unit_key
 from memsave.ghost import verify
-from memsave.privacy import Mechanism, PrivateGradients, default_delta
+from memsave.privacy import Mechanism, PrivateGradients
 from memsave.privacy.accountants import PRV_LIMIT
 from memsave.privacy.audit import CanaryAudit
 from memsave.processes import is_sharded
@@ -57,7 +57,7 @@ def make_mechanism(
     if not isinstance(privacy, GhostPrivacy):
         return None
     size = task.size if audit is None else audit.size
-    mechanism = mechanism_of(privacy, size=size, batch_size=trainer.batch_size)  # checks the numbers
+    mechanism = Mechanism.of_options(privacy, size=size, batch_size=trainer.batch_size)  # checks the numbers
     noise, delta = privacy.noise_multiplier, mechanism.delta
     if noise is None and trainer.resume:
         noise = read_noise_multiplier(Path(trainer.resume).expanduser())
@@ -91,22 +91,6 @@ def make_mechanism(
     if privacy.verify and privacy.passes != "direct":
         _verify(model, task, privacy, progress=progress)
     return mechanism
-
-
-def mechanism_of(privacy: GhostPrivacy, *, size: int, batch_size: int) -> Mechanism:
-    """The mechanism of a config, with the given noise multiplier, or with 1 before it is calibrated."""
-    return Mechanism(
-        size,
-        batch_size,
-        1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier,
-        privacy.max_grad_norm,
-        delta=default_delta(size) if privacy.target_delta is None else privacy.target_delta,
-        accountant=privacy.accountant,
-        sampler=privacy.sampler,
-        largest_batch=privacy.largest_batch,
-        noise=privacy.noise,
-        bands=1 if privacy.noise == "independent" else privacy.bands,
-    )
 
 
 def compared_noise(mechanism: Mechanism, *, steps: int) -> str:
