@@ -240,7 +240,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Context manager: operators run in the dtypes of their inputs; where autocast is off, nothing is entered."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -61,7 +61,7 @@ class NormHook(torch.autograd.Function):
         ctx.hook_spec, ctx.context, ctx.saved_count = spec, context, saved_count
         ctx.save_for_backward(*tensors[:saved_count])
         ctx.parameters = tensors[saved_count:]
-        ctx.rounds = torch.is_autocast_enabled(output.device.type)
+        ctx.rounds = output.device.type == "cuda" and torch.is_autocast_enabled("cuda")
         return output.detach()  # autograd must not see a view, or later in-place operations would fail
 
     @staticmethod

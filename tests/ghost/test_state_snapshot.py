@@ -183,4 +183,4 @@ def test_a_change_in_place_is_found_beside_the_elements_that_are_compared():
     found = snapshot.StateSnapshot(layer.named_modules())
     with torch.no_grad():
         layer.weight[0, 1] += 1
-    assert [each.name for each in found.changes()] == ["weight"]
+    assert [each.name for each in found.changes(LateChecks())] == ["weight"]

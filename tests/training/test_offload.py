@@ -162,6 +162,7 @@ def test_the_last_resort_keeps_more_and_more_in_host_memory():
     assert BOTH in definition_of(both).describe_memory()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [UNET, [*GPT2, "privacy=none", "task.generate=1"]], ids=["unet", "gpt2"])
 def test_auto_offloads_what_does_not_fit_otherwise(without_calibration, tmp_path, monkeypatch, base):
     config = config_of("memory=auto", "budget=1GiB", base=base)

@@ -1,6 +1,7 @@
 """Encoder-decoders in task=generation: prompts into the encoder, completions as targets of the decoder."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -127,5 +128,5 @@ def test_a_step_is_planned(folder, privacy):
     config = config_of(folder, f"privacy={privacy}", "trainer.batch_size=4", "data.max_length=8")
     with FakeTensorMode():
         fake_step(config, device=CPU).run()
-    first, *others = config.task.definition(config).memory_choices(CPU)
+    first, *others = chain.from_iterable(config.task.definition(config).memory_choices(CPU))
     assert (first.memory.mode, first.model.head, len(others)) == ("stored", "logits", 3)
