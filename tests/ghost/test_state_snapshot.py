@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from memsave.ghost import GhostClipper, snapshot
+from memsave.ghost.late_checks import LateChecks
 from tests.ghost.test_layers import draw, losses_of
 
 pytestmark = pytest.mark.usefixtures("device")
