@@ -1,6 +1,6 @@
 """Live bytes, host bytes and time of a training step, with activations and optimizer state in a memory-mapped file.
 
-    python -m experiments.offload            # about five minutes on two cores
+    python -m experiments.offload
 
 Real steps on the CPU: the U-Net of `experiment=brats_rev` at 48^3, and a reversible GPT-2 with ghost clipping. Every
 strategy takes the same steps from the same weights, and the updated parameters must be equal bit for bit where only the
