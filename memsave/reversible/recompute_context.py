@@ -17,6 +17,10 @@ they are saved tensors, other saved-tensor hooks (a checkpoint around the sequen
 them, too. The node of the output is part of the graph and runs before all steps: the context then takes the output
 over, and autograd frees its own reference unless the graph is retained.
 
+Autograd runs the nodes of each device in a thread of its own. A branch that computes partly on another device may
+therefore open a handle after autograd has gone on to earlier steps. The context then holds what was kept for it until
+the graph is freed, so that it can start again.
+
 Steps of the fused engine (`fused.py`) save nothing. Each has its own node, which calls `differentiate`.
 
 The state belongs to the call and never to a module, so several forwards before one backward are independent.
@@ -115,12 +119,15 @@ class RecomputeContext:
         self.rebuilt: Saved = []  # of step `rebuilt_step`
         self.rebuilt_step = -1
         self.reopened = False  # whether a handle of that step was opened twice: no tensor is freed early then
+        self.device: torch.device | None = None  # of the stream
+        self.several_devices = False  # whether a step saved tensors of another device
+        self.held: dict[int, tuple[Tensor, ...]] = {}  # by stage, what was kept, if there are several devices
         self.lock = RLock()  # autograd runs nodes of different devices in different threads
 
     def run(self, step: Step, stream: Stream) -> Stream:
         """Run one step of the forward; every tensor that it would save is replaced by a handle."""
         replay = Replay(step.modules(), name=step.name, device=stream.source.device)
-        number = len(self.records)
+        number, self.device = len(self.records), stream.source.device
         requires_grad = (stream.target.requires_grad, stream.source.requires_grad)
         self.records.append(StepRecord(step, replay, requires_grad, []))
         self.strides[number] = [half.stride() for half in stream.halves()]
@@ -136,6 +143,7 @@ class RecomputeContext:
             if isinstance(tensor, nn.Parameter):  # it stays alive in any case
                 return tensor, version_of(tensor)
             saved.append((tensor.shape, tensor.dtype))
+            self.several_devices |= tensor.device != self.device
             return Handle(self, number, len(saved) - 1)
 
         return saved_tensors_hooks(pack, _unpack)
@@ -249,7 +257,7 @@ class RecomputeContext:
     def _load(self, stage: int) -> None:
         """Set the stream to the one that is kept for this stage."""
         try:
-            tensors = kept_tensors(self.kept[stage])
+            tensors = self.held[stage] if stage in self.held else kept_tensors(self.kept[stage])
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -258,6 +266,8 @@ class RecomputeContext:
                 f"and backward rebuilds the activations from it; use an operation that is not in place there, or pass "
                 f"it a clone of the output"
             ) from error
+        if self.several_devices:
+            self.held[stage] = tensors
         assert self.template is not None
         halves = tensors if len(tensors) == 2 else Stream.split(tensors[0]).halves()
         self.stream = self._with_first_strides(self.template.pair(*halves), stage)

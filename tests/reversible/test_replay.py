@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from memsave.reversible.recompute_context import RecomputeContext
 from tests.reversible.test_sequence import image
 from tests.support.reversible_blocks import assert_same, assert_same_as_stored, conv_branch, sequence, twin_of
 
@@ -323,6 +324,28 @@ class OnTheCpu(nn.Module):
 
 def test_a_branch_on_two_devices_is_exact():
     assert_same_as_stored(sequence(branch=OnTheCpu), image())
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_late_handle_of_another_device_is_opened_after_autograd_has_freed_the_output(several, monkeypatch):
+    contexts = []
+    original = RecomputeContext.run
+
+    def run(context, step, stream):
+        after = original(context, step, stream)
+        context.several_devices = several
+        contexts.append(context)
+        return after
+
+    monkeypatch.setattr(RecomputeContext, "run", run)
+    net, x = sequence(branch=Scaled), image().requires_grad_()
+    net(x).sum().backward()
+    last = len(contexts[0].records) - 1
+    if several:
+        assert isinstance(contexts[0].open(last, 0), torch.Tensor)
+    else:
+        with pytest.raises(RuntimeError, match="freed"):
+            contexts[0].open(last, 0)
 
 
 def test_parameters_frozen_between_forward_and_backward_are_exact():
