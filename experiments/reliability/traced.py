@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,39 @@ class Trace:
     @pytest.hookimpl(wrapper=True)
     def pytest_collection(self) -> Iterator[None]:
         """Trace what the imports of a test file execute."""
-        sys.settrace(self._enter)
-        try:
+        with self._tracing(self.tests[SHARED]["lines"]):
             return (yield)
-        finally:
-            sys.settrace(None)
-            self._move(self.tests[SHARED]["lines"])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self) -> Iterator[None]:
         """Trace the fixtures."""
         self.started = time.monotonic()
-        sys.settrace(self._enter)
-        try:
+        with self._tracing(self.tests[SHARED]["lines"]):
             return (yield)
-        finally:
-            sys.settrace(None)
-            self._move(self.tests[SHARED]["lines"])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         """Trace the test itself."""
-        sys.settrace(self._enter)
+        found: dict[str, list[int]] = {}
         try:
-            return (yield)
+            with self._tracing(found):
+                return (yield)
         finally:
-            sys.settrace(None)
-            found: dict[str, list[int]] = {}
-            self._move(found)
             self.tests[item.nodeid] = {"seconds": time.monotonic() - self.started, "lines": found}
 
     def pytest_sessionfinish(self) -> None:
         """Write the report."""
         Path(self.report).write_text(json.dumps(self.tests))
+
+    @contextmanager
+    def _tracing(self, found: dict[str, list[int]]) -> Iterator[None]:
+        """Inside, executed lines are recorded; they are added to `found` at the end."""
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            self._move(found)
 
     def _move(self, found: dict[str, list[int]]) -> None:
         for source, lines in self.lines.items():

@@ -143,12 +143,12 @@ def test_a_change_is_refused_before_anything_is_added_to_grad():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
-@pytest.mark.parametrize("passes", ["auto", "direct", 2])
+@pytest.mark.parametrize(
+    ("passes", "clipping"),
+    [("auto", "flat"), (2, "flat"), ("direct", "flat"), ("auto", "per_layer"), ("direct", "per_layer")],
+)
 def test_a_change_of_values_on_a_gpu_is_refused_before_anything_is_added_to_grad(passes, clipping, monkeypatch):
     monkeypatch.setattr("memsave.ghost.late_checks.is_slow_to_read", lambda tensor: True)
-    if (passes, clipping) == (2, "per_layer"):
-        return
     model = nn.Sequential(nn.Linear(8, 8), Keeps("parameter", through_data)).double()
     clipper = GhostClipper(model, max_grad_norm=1.0, passes=passes, clipping=clipping)
     losses = model(draw(1, 8)).square().sum(1)
