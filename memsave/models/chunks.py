@@ -2,7 +2,7 @@
 
     a = GN(W x)    s = SiLU(a)    d = depthwise(s)    u = GN(d)    t = SiLU(u)    p = sum over chunks V t    F = GN(p)
 
-Only one chunk of a, s, d, u, t exists at a time. A GroupNorm is an affine map u = scale d + shift per channel, whose
+Only one chunk of s and d exists at a time. A GroupNorm is an affine map u = scale d + shift per channel, whose
 coefficients are functions of the first two moments of its input. A chunk consists of whole groups, so its coefficients
 can be computed from the chunk alone. Those of a can be computed from the moments of x, because W is linear:
 
@@ -13,22 +13,23 @@ contractions and affine maps, and autograd differentiates the coefficients, whic
 needs the whole p. Therefore all chunks are evaluated first, and each once more for its gradients, except the last one,
 whose tensors still exist.
 
+Of a chunk, only s, d and their gradients are whole tensors, because the convolution reads neighbours. All else is
+computed in blocks of voxels (`blockwise.py`), and again in the backward.
+
 Tensors are matrices of voxels by channels, (B, V, C): the memory layout of a channels_last_3d tensor.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from memsave.models import blockwise
+from memsave.models.blockwise import accumulation_dtype
 from memsave.models.depthwise import depthwise_gradients, same_depthwise_conv
-from memsave.tf32 import allows_tf32, without_tf32
 
 LAST = torch.channels_last_3d
-MAX_BLOCKS = {"cpu": 16, "cuda": 256}  # of voxels in a contraction, which the blocks share; summed in float64
 
 
 class Affine(NamedTuple):
@@ -89,81 +90,72 @@ class ChunkedBranch:
         self.expanded_channels = block.depthwise.out_channels
         self.width = self.expanded_channels // block.chunks
         self.first = FoldedNorm(block.expand, block.expand_norm, self.x)
-        self.weight = self.first.weight.to(dtype)  # (B, e C, C)
-        self.shift = self.first.shift.to(dtype)  # (B, e C)
         self.norms: dict[int, Norm] = {}  # the second norm, by chunk
         self.buffers: dict[str, Tensor] = {}
-        self.kept = -1  # the chunk whose tensors are in the buffers; -1 for none
-        self.filtered = self.x  # d of that chunk
+        self.kept: tuple[int, Tensor] | None = None  # a chunk, and its d; its s is in the buffers
 
     def part(self, chunk: int) -> slice:
         """The slice of the expanded channels that belongs to a chunk."""
         return slice(chunk * self.width, (chunk + 1) * self.width)
 
     def projected(self, *, keep_last: bool = False) -> Tensor:
-        """p (B, V, C), summed in float32 or wider; `keep_last` keeps the tensors of the last chunk."""
-        total = self.x.new_zeros(self.x.shape, dtype=_accumulation_dtype(self.dtype))
+        """p (B, V, C), summed in float32 or wider; `keep_last` keeps s and d of the last chunk."""
+        total = self.x.new_zeros(self.x.shape, dtype=accumulation_dtype(self.dtype))
         for chunk in range(self.block.chunks):
-            last = keep_last and chunk == self.block.chunks - 1
-            weight = self._projection(chunk).t()
-            _add_product(total.flatten(0, 1), self._activated(chunk, keep=last).flatten(0, 1), weight)
+            filtered = self._filtered(chunk)
+            blockwise.project(filtered, *self.norms[chunk].affine, self._projection(chunk), total)
+            if keep_last and chunk == self.block.chunks - 1:
+                self.kept = chunk, filtered
+            del filtered  # before the next chunk allocates
         if not keep_last:
             self.buffers.clear()
         return total
 
     def gradients(self, by_projected: Tensor) -> tuple[Tensor, list[Tensor]]:
         """From dL/dp: the gradients of x (B, V, C) and of the parameters up to the projection."""
-        chunks = self.block.chunks
         upstream = by_projected.to(self.dtype)
         by_x = torch.zeros_like(by_projected)
-        first, second = (
-            self.first.zeros(),
-            torch.zeros(2, self.expanded_channels, dtype=torch.float64, device=by_x.device),
-        )
+        first, second = self.first.zeros(), by_x.new_zeros(2, self.expanded_channels, dtype=torch.float64)
         filters, projection = [], []
-        for chunk in reversed(range(chunks)):
+        for chunk in reversed(range(self.block.chunks)):
             part = self.part(chunk)
-            if self.kept != chunk:
-                self._activated(chunk, keep=True)
-            activated = self.buffers["activated"]
-            projection.append(_inner(upstream, activated).sum(0))  # (C, width)
-            torch.mm(upstream.flatten(0, 1), self._projection(chunk), out=activated.flatten(0, 1))
-            by_expanded, by_filter, second[:, part] = self._filter_gradients(chunk, activated)
+            by_projection, by_squashed, by_filter, second[:, part] = self._filter_gradients(chunk, upstream)
+            projection.append(by_projection)
             filters.append(by_filter)
-            first.weight[:, part], first.shift[:, part] = _inner(by_expanded, self.x), _sum(by_expanded)
-            _add_products(by_x, by_expanded, self.weight[:, part])
-            del by_expanded  # before the next chunk allocates
+            by_first = blockwise.expand_backward(
+                by_squashed, self.x, self.first.weight[:, part], self.first.shift[:, part], by_x
+            )
+            first.weight[:, part], first.shift[:, part] = by_first[..., :-1], by_first[..., -1]
+            del by_squashed  # before the next chunk allocates
         self.buffers.clear()
         by_weight, by_scale, by_shift, by_mean, by_covariance = self.first.gradients(first)
         self.first.add_moments(by_x, self.x, by_mean, by_covariance)
         rest = [torch.cat(filters[::-1]), *second, torch.cat(projection[::-1], dim=1)]
         return by_x, [by_weight, by_scale, by_shift, *rest]
 
-    def _filter_gradients(self, chunk: int, by_activated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From dL/dt, which is overwritten: dL/da, and the gradients of the depthwise kernel and the norm."""
-        expanded, squashed, normed = (self.buffers[name] for name in ("expanded", "squashed", "normed"))
-        by_normed = _silu_backward(by_activated, normed)
-        by_filtered, by_norm = self.norms[chunk].gradients(by_normed, self.filtered, over=by_normed)
-        self.kept, self.filtered = -1, self.x
+    def _filter_gradients(self, chunk: int, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From dL/dp: the gradients of the projection, of s (B, V, width), of the depthwise kernel and of the norm."""
+        kept, filtered = self.kept or (-1, self.x)
+        self.kept = None
+        if kept != chunk:
+            filtered = self._filtered(chunk)
+        norm, by_normed = self.norms[chunk], self._buffer("gradient")
+        by_projection = blockwise.project_backward(upstream, filtered, *norm.affine, self._projection(chunk), by_normed)
+        by_filtered, by_norm = norm.gradients(by_normed, filtered, over=by_normed)
+        del filtered  # before the convolution allocates
         by_squashed, by_filter = depthwise_gradients(
-            _volume(squashed, self.shape), self._filter(chunk), _volume(by_filtered, self.shape)
+            _volume(self._buffer("squashed"), self.shape), self._filter(chunk), _volume(by_filtered, self.shape)
         )
-        return _silu_backward(_rows(by_squashed, self.dtype), expanded), by_filter, torch.stack(by_norm)
+        return by_projection, _rows(by_squashed, self.dtype), by_filter, torch.stack(by_norm)
 
-    def _activated(self, chunk: int, *, keep: bool) -> Tensor:
-        """t of a chunk; with `keep`, the tensors for its gradient stay in the buffers."""
-        part = self.part(chunk)
-        expanded = self._buffer("expanded")
-        for sample, rows in enumerate(self.x):
-            torch.addmm(self.shift[sample, part], rows, self.weight[sample, part].t(), out=expanded[sample])
-        squashed = _silu(expanded, self._buffer("squashed") if keep else expanded)
+    def _filtered(self, chunk: int) -> Tensor:
+        """d of a chunk; its s is in the buffer."""
+        part, squashed = self.part(chunk), self._buffer("squashed")
+        blockwise.expand(self.x, self.first.weight[:, part], self.first.shift[:, part], squashed)
         filtered = _rows(same_depthwise_conv(_volume(squashed, self.shape), self._filter(chunk)), self.dtype)
         if chunk not in self.norms:
             self.norms[chunk] = Norm(self.block.depthwise_norm, filtered, part)
-        normed = self.norms[chunk].apply(filtered, out=self._buffer("normed") if keep else filtered)
-        if keep:
-            self.kept, self.filtered = chunk, filtered
-        return _silu(normed, self._buffer("activated") if keep else normed)
+        return filtered
 
     def _buffer(self, name: str) -> Tensor:
         if name not in self.buffers:
@@ -182,8 +174,8 @@ class Norm:
 
     def __init__(self, norm: nn.GroupNorm, x: Tensor, part: slice = slice(None)):
         self.voxels = x.shape[1]
-        square = _products(x, x) / self.voxels  # (B, C)
-        self.leaves = [each.detach().double() for each in (_sum(x) / self.voxels, square, *_of(norm, part))]
+        mean, square = blockwise.moments(x, x) / self.voxels  # (B, C)
+        self.leaves = [each.detach().double() for each in (mean, square, *_of(norm, part))]
         self.groups = norm.num_groups * x.shape[2] // norm.num_channels
         self.eps = norm.eps
         self.affine = self._affine()
@@ -198,17 +190,15 @@ class Norm:
 
     def gradients(self, grad: Tensor, x: Tensor, *, over: Tensor) -> tuple[Tensor, list[Tensor]]:
         """dL/dx, written to `over` (`grad` or x), and the gradients of weight and bias."""
-        by_scale, by_shift = _products(grad, x), _sum(grad)
+        by_shift, by_scale = blockwise.moments(grad, x)
         with torch.enable_grad():
             for leaf in self.leaves:
                 leaf.requires_grad_()
             by_mean, by_square, *parameters = torch.autograd.grad(self._affine(), self.leaves, (by_scale, by_shift))
-        of_grad, of_x, shift = (
-            each[:, None].to(over.dtype)
-            for each in (self.affine.scale, 2 * by_square / self.voxels, by_mean / self.voxels)
-        )
-        (factor, other, others) = (of_grad, x, of_x) if over is grad else (of_x, grad, of_grad)
-        return torch.addcmul(shift, over, factor, out=over).addcmul_(other.to(over.dtype), others), parameters
+        of_grad, of_x, shift = self.affine.scale, 2 * by_square / self.voxels, by_mean / self.voxels
+        (factor, other, by) = (of_grad, x, of_x) if over is grad else (of_x, grad, of_grad)
+        blockwise.add_scaled(over, factor, other, by, shift)
+        return over, parameters
 
 
 class FoldedNorm:
@@ -216,8 +206,8 @@ class FoldedNorm:
 
     def __init__(self, conv: nn.Conv3d, norm: nn.GroupNorm, x: Tensor):
         self.voxels, self.groups, self.eps = x.shape[1], norm.num_groups, norm.eps
-        self.mean = _sum(x) / self.voxels  # (B, C)
-        covariance = _covariance(x, self.mean)
+        self.mean = blockwise.moments(x, x)[0] / self.voxels  # (B, C)
+        covariance = blockwise.covariance(x, self.mean)
         weight = conv.weight.flatten(1)
         self.leaves = [each.detach().double() for each in (weight, *_of(norm), self.mean, covariance)]
         self.weight, self.shift = self._fold()
@@ -245,8 +235,7 @@ class FoldedNorm:
         """Add to dL/dx the gradients through the mean and the covariance."""
         slope = 2 * by_covariance / self.voxels  # (B, C, C), symmetric like the covariance
         shift = by_mean / self.voxels - (self.mean[:, None] @ slope).squeeze(1)  # (B, C)
-        _add_products(by_x, x, slope.to(x.dtype))
-        by_x += shift[:, None].to(by_x.dtype)
+        blockwise.add_linear(by_x, x, slope, shift)
 
 
 class FoldedGradients(NamedTuple):
@@ -284,10 +273,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _rows(volume: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, C, D, H, W) as (B, V, C): a view if it is channels_last_3d and of this dtype."""
     return volume.to(dtype).contiguous(memory_format=LAST).permute(0, 2, 3, 4, 1).flatten(1, 3)
@@ -302,77 +287,6 @@ def _volume(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def _of(norm: nn.GroupNorm, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
     return norm.weight[part], norm.bias[part]
-
-
-def _silu(x: Tensor, out: Tensor) -> Tensor:
-    return F.silu(x, inplace=True) if out is x else torch.ops.aten.silu.out(x, out=out)
-
-
-def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of SiLU at x, written to `grad`."""
-    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
-
-
-def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """total (V, C) += rows (V, K) weight (K, C); total may have a wider dtype."""
-    if total.dtype == rows.dtype:
-        total.addmm_(rows, weight)
-    else:
-        total += rows @ weight
-
-
-def _add_products(total: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """The same for each sample: (B, V, C) += (B, V, K) (B, K, C)."""
-    for each in zip(total, rows, weight, strict=True):
-        _add_product(*each)
-
-
-def _products(one: Tensor, other: Tensor) -> Tensor:
-    """The inner products of the channels of (B, V, P) and (B, V, P) over voxels: (B, P) in float64."""
-    if one.device.type == "cpu":  # where the products of all pairs of channels take less time than a sum of products
-        return _inner(one, other).diagonal(dim1=1, dim2=2)
-    count = _blocks(one, at_most=4)  # so that the products take little memory
-    pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
-    dtype = _accumulation_dtype(one.dtype)
-    return torch.stack([(a.to(dtype) * b).sum(1).double() for a, b in pairs]).sum(0)
-
-
-def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """The contraction of (B, V, P) and (B, V, Q) over voxels, in blocks: (B, P, Q) in float64."""
-    count = _blocks(one)
-    narrow = _accumulation_dtype(one.dtype) != one.dtype
-    if narrow and one.device.type == "cpu":  # by block, without a float32 copy of the whole tensor
-        pairs = zip(one.chunk(count, dim=1), other.chunk(count, dim=1), strict=True)
-        return torch.stack([(a.float().transpose(1, 2) @ b.float()).double() for a, b in pairs]).sum(0)
-    a, b = (each.unflatten(1, (count, -1)).flatten(0, 1) for each in (one, other))
-    if narrow:  # sums are not rounded
-        products = torch.bmm(a.transpose(1, 2), b, out_dtype=torch.float32)
-    else:
-        products = torch.bmm(a.transpose(1, 2), b)
-    return products.double().unflatten(0, (-1, count)).sum(1)
-
-
-def _blocks(rows: Tensor, *, at_most: int | None = None) -> int:
-    """The number of equal blocks of the voxels of (B, V, C) in a sum."""
-    most = MAX_BLOCKS.get(rows.device.type, 16) if at_most is None else at_most
-    return next(count for count in range(most, 0, -1) if rows.shape[1] % count == 0)
-
-
-def _sum(rows: Tensor) -> Tensor:
-    """(B, V, C) summed over voxels: (B, C) in float64."""
-    if _accumulation_dtype(rows.dtype) == rows.dtype:
-        return rows.sum(1).double()
-    if rows.device.type != "cpu":
-        return rows.sum(1, dtype=torch.float32).double()
-    blocks = rows.chunk(_blocks(rows), dim=1)
-    return torch.stack([block.sum(1, dtype=torch.float32).double() for block in blocks]).sum(0)
-
-
-def _covariance(x: Tensor, mean: Tensor) -> Tensor:
-    """The covariance (B, C, C) in float64 of x (B, V, C) with this mean."""
-    centred = x - mean[:, None].to(_accumulation_dtype(x.dtype))
-    with without_tf32() if allows_tf32(x.device) else nullcontext():  # moments are not rounded
-        return _inner(centred, centred) / x.shape[1]
 
 
 def _like(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:

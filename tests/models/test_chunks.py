@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from memsave.models import MBConv3d
+from memsave.models import MBConv3d, blockwise
 from memsave.models.mbconv import DepthwiseConv3d
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -67,9 +69,27 @@ def test_value_and_gradients_equal_those_of_the_forward(batch, size, kernel, sha
     assert_equal_to_plain(block, volume(block, *size, batch=batch, last=last), rtol=1e-8, atol=1e-9)
 
 
-def test_contractions_over_several_blocks_are_exact():
-    block = branch(8, expansion=4, chunks=4)
-    assert_equal_to_plain(block, volume(block, 7, 6, 5), rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("size", [(7, 6, 5), (4, 4, 4), (8, 4, 4)])  # the last block is a part, the only one, whole
+def test_several_blocks_of_voxels_are_exact(size, dropout, monkeypatch):
+    for device in blockwise.BLOCK:
+        monkeypatch.setitem(blockwise.BLOCK, device, 1)
+    block = branch(8, expansion=4, chunks=4, dropout=dropout)
+    assert_equal_to_plain(block, volume(block, *size, batch=3), rtol=1e-10, atol=1e-10)
+
+
+def test_a_fake_step_counts_the_products_of_all_blocks():
+    block = branch(8, expansion=4, chunks=2)
+    x = volume(block, 4, 4, 4)
+    with FlopCounterMode(display=False) as real:
+        block.differentiate(x, x, found=lambda value: None)
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as fake:
+        block.differentiate(x, x, found=lambda value: None)
+    products = sum(flops for op, flops in real.get_flop_counts()["Global"].items() if "memsave" in str(op))
+    places, channels, expanded = 2 * 4 * 4 * 4, 8, 32
+    times = 1 + 1 + 1 / 2 + 2 + 3  # all expanded and projected, one chunk of two expanded again, and the gradients
+    assert products == 2 * places * channels * (times * expanded + 2 * channels)  # the covariance and its gradient
+    assert fake.get_total_flops() == real.get_total_flops()
 
 
 def test_a_large_mean_costs_no_precision():

@@ -1,0 +1,295 @@
+"""The steps of `chunks.py` that need no neighbouring voxels, computed in blocks of voxels.
+
+    expand     s = SiLU(W x + c)                     project     p += V SiLU(scale d + shift)
+
+A block is small enough for the cache of a CPU, so what a step computes on its way is never a whole tensor: a, u and t
+of `chunks.py` exist for one block at a time, also in the backward, which computes them again. On a GPU a block is
+larger, but still a part of a whole volume.
+
+Rows are voxels: tensors are (B, V, C). A few channels are fewer than the lanes of a CPU, so elementwise operators and
+sums take a block as a matrix of 64 voxels times C channels per row. Tensors of bfloat16 are computed in float32 on the
+CPU; sums over voxels are in float32 or wider within a block and in float64 over blocks.
+
+Each function is an operator of PyTorch (`torch.ops.memsave`), so that a fake step of a plan and a recorder of memory
+see one call and not its blocks.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from memsave.tf32 import allows_tf32, without_tf32
+
+BLOCK = {"cpu": 2**19, "cuda": 2**25}
+"""Elements of a block: 2 MiB in float32 on the CPU; smaller ones cost more time to start than they save."""
+TILE = 64  # voxels
+PARTS = {"cpu": 16, "cuda": 256}
+"""Parts of a block in a contraction over its voxels, which run at the same time."""
+
+
+@torch.library.custom_op("memsave::moments", mutates_args=())
+def moments(one: Tensor, other: Tensor) -> Tensor:
+    """The sums over voxels of `one`, and of `one` times `other`, both (B, V, P): (2, B, P) in float64."""
+    found = one.new_zeros(2, one.shape[0], one.shape[2], dtype=torch.float64)
+    space = _space(one, dtype=accumulation_dtype(one.dtype))
+    for sample, block in _blocks(one):
+        a, b = (_computed(each[sample, block]) for each in (one, other))
+        found[0, sample] += _sum(a)
+        found[1, sample] += _sum(torch.mul(a, b, out=space[: len(a)]))
+    return found
+
+
+@torch.library.custom_op("memsave::covariance", mutates_args=())
+def covariance(x: Tensor, mean: Tensor) -> Tensor:
+    """The covariance (B, C, C) in float64 of x (B, V, C) with this mean (B, C)."""
+    found = x.new_zeros(*mean.shape, x.shape[2], dtype=torch.float64)
+    space = _space(x, dtype=accumulation_dtype(x.dtype))
+    means = _tiled(mean, space)
+    with without_tf32() if allows_tf32(x.device) else nullcontext():  # moments are not rounded
+        for sample, block in _blocks(x):
+            rows = x[sample, block]
+            centred = space[: len(rows)]
+            torch.sub(_wide(rows), means[sample, : _width(rows)], out=_wide(centred))
+            found[sample] += _inner(centred, centred)
+    return found / x.shape[1]
+
+
+@torch.library.custom_op("memsave::expand", mutates_args=("out",))
+def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> None:
+    """out (B, V, E) = SiLU(x weight' + shift) for x (B, V, C), weight (B, E, C), shift (B, E)."""
+    space = _space(out)
+    across, shifts = _across(weight, space), _tiled(shift, space)
+    for sample, block in _blocks(out):
+        expanded = _linear(x[sample, block], across[sample], shifts[sample], out=_over(out[sample, block], space))
+        _keep(F.silu(expanded, inplace=True), out[sample, block])
+
+
+@torch.library.custom_op("memsave::expand_backward", mutates_args=("by_x",))
+def expand_backward(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor) -> Tensor:
+    """From dL/ds (B, V, E): adds dL/dx to `by_x` (B, V, C); returns dL/dweight and dL/dshift, (B, E, C + 1) float64."""
+    found = grad.new_zeros(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
+    space, product = _space(grad), _space(x)
+    across, back, shifts = _across(weight, space), weight.to(space.dtype), _tiled(shift, space)
+    for sample, block in _blocks(grad):
+        rows = x[sample, block]
+        expanded = _linear(rows, across[sample], shifts[sample], out=space[: len(rows)])
+        by_expanded = _silu_backward(_computed(grad[sample, block]), expanded, over=expanded)
+        found[sample, :, :-1] += _inner(by_expanded, _computed(rows))
+        found[sample, :, -1] += _sum(by_expanded)
+        _add_product(by_x[sample, block], by_expanded, back[sample], space=product)
+    return found
+
+
+@torch.library.custom_op("memsave::project", mutates_args=("total",))
+def project(filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, total: Tensor) -> None:
+    """total (B, V, C) += SiLU(scale filtered + shift) weight' for filtered (B, V, E), scale and shift (B, E)."""
+    space, product = _space(filtered), _space(total, dtype=_computed_dtype(filtered))
+    across, scales, shifts = _across(weight, space), _tiled(scale, space), _tiled(shift, space)
+    for sample, block in _blocks(filtered):
+        normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=space)
+        _add_product(total[sample, block], F.silu(normed, inplace=True), across, space=product)
+
+
+@torch.library.custom_op("memsave::project_backward", mutates_args=("out",))
+def project_backward(
+    grad: Tensor, filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor
+) -> Tensor:
+    """From dL/dp (B, V, C): out (B, V, E) = dL/du of u = scale filtered + shift; returns dL/dweight in float64."""
+    found = torch.zeros_like(weight, dtype=torch.float64)
+    space, other = _space(filtered), _space(filtered)
+    back, scales, shifts = weight.to(space.dtype), _tiled(scale, space), _tiled(shift, space)
+    for sample, block in _blocks(filtered):
+        normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=space)
+        upstream = _computed(grad[sample, block])
+        found += _inner(upstream, torch.ops.aten.silu.out(normed, out=other[: len(normed)]))
+        by_activated = _over(out[sample, block], other)
+        torch.mm(upstream, back, out=by_activated)
+        _keep(_silu_backward(by_activated, normed, over=by_activated), out[sample, block])
+    return found
+
+
+@torch.library.custom_op("memsave::add_scaled", mutates_args=("out",))
+def add_scaled(out: Tensor, factor: Tensor, other: Tensor, by: Tensor, shift: Tensor) -> None:
+    """out = factor out + by other + shift; tensors (B, V, P) and vectors (B, P)."""
+    tiled = [_tiled(each, out) for each in (factor, by, shift)]
+    for sample, block in _blocks(out):
+        rows = out[sample, block]
+        a, b, c = (each[sample, : _width(rows)] for each in tiled)
+        wide = torch.addcmul(c, _wide(rows), a, out=_wide(rows))
+        wide.addcmul_(_wide(other[sample, block]).to(wide.dtype), b)
+
+
+@torch.library.custom_op("memsave::add_linear", mutates_args=("total",))
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, shift: Tensor) -> None:
+    """total (B, V, P) += x weight' + shift for x (B, V, C), weight (B, P, C), shift (B, P)."""
+    space = _space(total, dtype=_computed_dtype(x))
+    across, shifts = _across(weight, space), _tiled(shift, space)
+    for sample, block in _blocks(total):
+        rows = _linear(x[sample, block], across[sample], shifts[sample], out=space)
+        _wide(total[sample, block]).add_(_wide(rows))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32 for narrower ones."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:
+    """(sample, slice of its voxels) of each block of (B, V, P)."""
+    batch, voxels, _ = rows.shape
+    size = _block_size(rows)
+    for sample in range(batch):
+        for start in range(0, voxels, size):
+            yield sample, slice(start, min(start + size, voxels))
+
+
+def _block_size(rows: Tensor) -> int:
+    """The most voxels of a block of (B, V, P)."""
+    size = max(1, BLOCK.get(rows.device.type, BLOCK["cpu"]) // (rows.shape[2] * TILE)) * TILE
+    return min(size, rows.shape[1])
+
+
+def _space(rows: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialized rows of a block of (B, V, P), which all blocks share."""
+    return rows.new_empty(_block_size(rows), rows.shape[2], dtype=dtype or _computed_dtype(rows))
+
+
+def _over(rows: Tensor, space: Tensor) -> Tensor:
+    """Where to compute what `_keep` writes to the rows: the rows themselves, or `space` in another dtype."""
+    return rows if rows.dtype == space.dtype else space[: len(rows)]
+
+
+def _keep(found: Tensor, rows: Tensor) -> None:
+    if found.dtype != rows.dtype:
+        rows.copy_(found)
+
+
+def _computed_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype of the computation: on the CPU at least float32."""
+    return accumulation_dtype(rows.dtype) if rows.device.type == "cpu" else rows.dtype
+
+
+def _computed(rows: Tensor) -> Tensor:
+    return rows.to(_computed_dtype(rows))
+
+
+def _width(rows: Tensor) -> int:
+    """The columns of `_wide(rows)`."""
+    return gcd(len(rows), TILE) * rows.shape[1]
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """(V, P) as (V / k, k P), a view, where k is 64 or, at the end of a volume, a divisor of it."""
+    return rows.view(-1, _width(rows))
+
+
+def _tiled(vectors: Tensor, like: Tensor) -> Tensor:
+    """Vectors (B, P) as (B, 64 P), whose first elements are a row of `_wide`."""
+    return vectors.to(like.dtype).repeat(1, TILE)
+
+
+def _across(weight: Tensor, like: Tensor) -> Tensor:
+    """Weights (..., P, Q) as (..., Q, P)."""
+    return weight.to(like.dtype).transpose(-1, -2).contiguous()
+
+
+def _linear(rows: Tensor, across: Tensor, shifts: Tensor, *, out: Tensor) -> Tensor:
+    """rows across + shift: (V, C) to (V, P), the first rows of `out`."""
+    out = torch.mm(_computed(rows), across, out=out[: len(rows)])
+    _wide(out).add_(shifts[: _width(out)])
+    return out
+
+
+def _affine(rows: Tensor, scales: Tensor, shifts: Tensor, *, out: Tensor) -> Tensor:
+    """scale rows + shift, per channel, the first rows of `out`."""
+    width, out = _width(rows), out[: len(rows)]
+    torch.addcmul(shifts[:width], _wide(_computed(rows)), scales[:width], out=_wide(out))
+    return out
+
+
+def _add_product(total: Tensor, rows: Tensor, weight: Tensor, *, space: Tensor) -> None:
+    """total (V, C) += rows (V, K) weight (K, C); MKL is slow where a product of few columns adds to its result."""
+    product = torch.mm(rows, weight, out=space[: len(rows)])
+    _wide(total).add_(_wide(product))
+
+
+def _silu_backward(grad: Tensor, x: Tensor, *, over: Tensor) -> Tensor:
+    """The gradient of SiLU at x, written to `over` (`grad` or x)."""
+    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=over)
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """(V, P) summed over voxels: (P,) in float64."""
+    dtype = accumulation_dtype(rows.dtype)
+    return _wide(rows).sum(0, dtype=dtype).double().view(-1, rows.shape[1]).sum(0)
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """The contraction of (V, P) and (V, Q) over voxels: (P, Q) in float64."""
+    count = gcd(len(one), PARTS.get(one.device.type, PARTS["cpu"]))
+    a, b = (each.unflatten(0, (count, -1)) for each in (one, other))
+    exact: dict[str, Any] = {}
+    if accumulation_dtype(one.dtype) != one.dtype:  # sums are not rounded
+        exact["out_dtype"] = torch.float32
+    return torch.bmm(a.transpose(1, 2), b, **exact).double().sum(0)
+
+
+@moments.register_fake
+def _(one: Tensor, other: Tensor) -> Tensor:
+    return one.new_empty(2, one.shape[0], one.shape[2], dtype=torch.float64)
+
+
+@covariance.register_fake
+def _(x: Tensor, mean: Tensor) -> Tensor:
+    return x.new_empty(*mean.shape, x.shape[2], dtype=torch.float64)
+
+
+@expand_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor) -> Tensor:
+    return grad.new_empty(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
+
+
+@project_backward.register_fake
+def _(grad: Tensor, filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.float64)
+
+
+def _product(places: Any, columns: int, *, times: int = 1) -> int:
+    """FLOPs of `times` products at each of the elements of a shape (B, V, P) with as many columns."""
+    return 2 * times * places[0] * places[1] * places[2] * columns
+
+
+@register_flop_formula(torch.ops.memsave.covariance)
+def _(x: Any, mean: Any, *args: Any, **kwargs: Any) -> int:
+    return _product(x, x[2])
+
+
+@register_flop_formula(torch.ops.memsave.expand)
+def _(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return _product(x, weight[1])
+
+
+@register_flop_formula(torch.ops.memsave.expand_backward)
+def _(grad: Any, x: Any, *args: Any, **kwargs: Any) -> int:
+    return _product(grad, x[2], times=3)
+
+
+@register_flop_formula(torch.ops.memsave.project)
+def _(filtered: Any, scale: Any, shift: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return _product(filtered, weight[0])
+
+
+@register_flop_formula(torch.ops.memsave.project_backward)
+def _(grad: Any, filtered: Any, *args: Any, **kwargs: Any) -> int:
+    return _product(filtered, grad[2], times=2)
+
+
+@register_flop_formula(torch.ops.memsave.add_linear)
+def _(total: Any, x: Any, *args: Any, **kwargs: Any) -> int:
+    return _product(total, x[2])
