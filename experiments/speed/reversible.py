@@ -27,6 +27,7 @@ from experiments.record import earlier, have_freed_memory_kept, insert, keep, ma
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.models.mbconv import DepthwiseConv3d
 from memsave.profiler import MemoryRecorder, format_bytes
+from memsave.profiler.work import WorkCounter
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 
 HERE = Path(__file__).parent
@@ -168,13 +169,15 @@ def gradients(net: nn.Module, x: Tensor) -> Tensor:
     return flat
 
 
-def live_peak(net: nn.Module, x: Tensor) -> int:
-    """The most bytes of all but parameters and their gradients."""
-    with MemoryRecorder(net) as recorder:
+def live_peak(net: nn.Module, x: Tensor) -> tuple[int, float]:
+    """(the most bytes of all but parameters and their gradients, FLOPs of products and convolutions) of a step."""
+    work = WorkCounter()
+    with MemoryRecorder(net, observe=work) as recorder:
         step(net, x)
     net.zero_grad()
     held = recorder.report().timeline.by_category()
-    return max(map(sum, zip(*(sizes for name, sizes in held.items() if name not in ("parameter", "gradient")))))
+    peak = max(map(sum, zip(*(sizes for name, sizes in held.items() if name not in ("parameter", "gradient")))))
+    return peak, sum(each.flops for each in work.total.values())
 
 
 def measure(subject: str, size: int, *, repeats: int) -> dict[str, dict[str, Any]]:
@@ -186,7 +189,8 @@ def measure(subject: str, size: int, *, repeats: int) -> dict[str, dict[str, Any
     for way, net in list(nets.items()):
         try:
             off = (gradients(net, x) - stored).norm() / stored.norm()
-            rows[way] = {"gradient_off": float(off), "peak_bytes": live_peak(net, x)}
+            peak, flops = live_peak(net, x)
+            rows[way] = {"gradient_off": float(off), "peak_bytes": peak, "flops": flops}
         except FAULTS as error:
             rows[way] = {"error": type(error).__name__}
             del nets[way]
@@ -200,6 +204,7 @@ def measure(subject: str, size: int, *, repeats: int) -> dict[str, dict[str, Any
             net.zero_grad()
     for way, taken in seconds.items():
         rows[way]["seconds"] = median(taken)
+        rows[way]["flops_over_stored"] = rows[way]["flops"] / rows[STORED]["flops"]
         rows[way]["time_over_stored"] = median([a / b for a, b in zip(taken, seconds[STORED], strict=True)])
     return rows
 
@@ -209,17 +214,19 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     for subject, rows in results.items():
         lines += [
             "",
-            f"| {subject} | time | over stored | over stored, freed memory kept | live peak | gradient off by |",
-            "|---|---|---|---|---|---|",
+            f"| {subject} | time | over stored | over stored, freed memory kept | FLOPs over stored | live peak "
+            "| gradient off by |",
+            "|---|---|---|---|---|---|---|",
         ]
         for way, row in rows.items():
             if "error" in row:
-                lines.append(f"| {way} | {row['error']} | | | | |")
+                lines.append(f"| {way} | {row['error']} | | | | | |")
                 continue
             kept = row.get("kept")
             lines.append(
                 f"| {way} | {row['seconds']:.2f} s | {row['time_over_stored']:.2f}x | "
                 f"{'' if kept is None else format(kept['time_over_stored'], '.2f') + 'x'} | "
+                f"{row['flops_over_stored']:.2f}x | "
                 f"{format_bytes(row['peak_bytes'])} | {row['gradient_off']:.0e} |"
             )
     return "\n".join(lines)
