@@ -60,7 +60,7 @@ def moments(one: Tensor, other: Tensor) -> Tensor:
     found = one.new_zeros(2, one.shape[0], one.shape[2], dtype=torch.float64)
     space = _space(one, dtype=accumulation_dtype(one.dtype))
     for sample, block in _blocks(one):
-        a, b = (_computed(each[sample, block]) for each in (one, other))
+        a, b = (each[sample, block].to(space.dtype) for each in (one, other))  # products are not rounded
         found[0, sample] += _sum(a)
         found[1, sample] += _sum(torch.mul(a, b, out=space[: len(a)]))
     return found
