@@ -47,13 +47,18 @@ class Shape:
     batch: int
     places: int
     checkpoints: bool = False
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
 
     def __str__(self) -> str:
+        width = f" of width {self.width}" if self.width != Shape.width else ""
         kept = ", checkpoints" if self.checkpoints else ""
-        return f"{self.layers} layers, B={self.batch}, T={self.places}{kept}"
+        return f"{self.layers} layers{width}, B={self.batch}, T={self.places}{kept}"
 
 
 SHAPES = {
+    "small": Shape(3, 16, 64, width=128, heads=4, vocabulary=2048),  # experiment=gpt2_dp
     "short": Shape(4, 8, 100),
     "long": Shape(4, 2, 512),
     "deep": Shape(12, 1, 1024),
@@ -68,7 +73,8 @@ def network(shape: Shape, way: str) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_layer": shape.layers, "tie_word_embeddings": not way.startswith("Opacus"), "loss_type": "ForCausalLM"}
+    sizes = {"n_layer": shape.layers, "n_embd": shape.width, "n_head": shape.heads, "vocab_size": shape.vocabulary}
+    sizes |= {"tie_word_embeddings": not way.startswith("Opacus"), "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
     if shape.checkpoints and way != "plain":
         set_checkpointing(model, on=True)
@@ -158,7 +164,7 @@ def ways_for(shape: Shape, wanted: list[str] | None) -> list[str]:
 
 def prepared(shape: Shape, ways: list[str]) -> tuple[dict[str, nn.Module], dict[str, Step], Tensor]:
     """(models, their steps, token ids (B, T))."""
-    ids = torch.randint(50257, (shape.batch, shape.places), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(shape.vocabulary, (shape.batch, shape.places), generator=torch.Generator().manual_seed(1))
     models = {way: network(shape, way) for way in ways}
     return models, {way: WAYS[way](models[way]) for way in ways}, ids
 
