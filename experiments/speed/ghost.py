@@ -10,6 +10,9 @@ private ones the clipped sum. "plain" is Hugging Face's own step, with its own l
 and PyTorch's tanh GELU in the place of Hugging Face's, like the private steps that are not marked otherwise. Opacus,
 which refuses tied weights, has an untied model with position ids given for each example.
 
+The column of FLOPs counts matrix products and attention of one step: no step can be faster than that, relative to
+plain, where these take all the time.
+
 glibc's malloc returns large blocks to the system, which hands them out again page by page: large tensors cost time for
 being large. `--keep-freed` takes that out of the comparison, which flatters those who make fewer of them.
 """
@@ -27,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from experiments.record import earlier, have_freed_memory_kept, insert, keep, machine, median
 from memsave.ghost import GhostClipper
@@ -175,6 +180,45 @@ def drop_gradients(model: nn.Module) -> None:
     gc.collect()
 
 
+aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k.shape[-2],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, *_, **__: 10 * q.numel() * k.shape[-2],
+}
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts as `FlopCounterMode` does, which follows modules, too, and so reads outputs that must not be read.
+
+    Operators in place and attention on the CPU are counted as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = FLOPS.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def flops_of(model: nn.Module, step: Step, ids: Tensor) -> int:
+    """The FLOPs of a step; the least of several, because some steps also check that examples are independent."""
+    found = []
+    for _ in range(3):
+        with FlopCount() as count:
+            step(ids)
+        drop_gradients(model)
+        found.append(count.total)
+    return min(found)
+
+
 def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
     models, steps, ids = prepared(shape, ways)
     rows: dict[str, dict] = {}
@@ -186,7 +230,8 @@ def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
         drop_gradients(models[way])
         peaks = recorder.report().peak_by_category
         above = sum(peaks.values()) - peaks["parameter"]
-        rows[way] = {"peak_above_parameters": above, "peak_by_category": peaks}
+        flops = flops_of(models[way], step, ids)
+        rows[way] = {"peak_above_parameters": above, "peak_by_category": peaks, "flops": flops}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, step in steps.items():
@@ -197,6 +242,7 @@ def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
     first = rows["plain"]["peak_above_parameters"]
     for way, row in rows.items():
         row["memory_over_plain"] = row["peak_above_parameters"] / first
+        row["flops_over_plain"] = row["flops"] / rows["plain"]["flops"]
         row["rounds"] = seconds[way]
         if repeats:
             row["seconds"] = median(seconds[way])
@@ -217,20 +263,29 @@ def profile(shape: Shape, ways: list[str]) -> None:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
+def _ratio(value: float | None) -> str:
+    """1.08x; empty where it was not measured."""
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
 def table(results: dict[str, dict], *, shown: tuple[str, ...] | None = None) -> str:
     rows = [f"{machine()}:\n"]
     for each in results.values():
         rows += [
-            f"| {each['shape']} | time | over plain | over plain, freed memory kept | peak above parameters "
-            "| over plain |",
-            "|---|---|---|---|---|---|",
+            f"| {each['shape']} | time | over plain | over plain, freed memory kept | FLOPs over plain "
+            "| peak above parameters | over plain |",
+            "|---|---|---|---|---|---|---|",
         ]
         for way, row in each["ways"].items():
             if shown is None or way in shown:
-                kept = each.get("kept", {}).get(way)
+                kept = each.get("kept", {}).get(way, {})
                 rows.append(
-                    f"| {way} | {row['seconds']:.2f} s | {row['time_over_plain']:.2f}x | "
-                    f"{'' if kept is None else format(kept['time_over_plain'], '.2f') + 'x'} | "
+                    f"| {way} | {_seconds(row['seconds'])} | {row['time_over_plain']:.2f}x | "
+                    f"{_ratio(kept.get('time_over_plain'))} | {_ratio(row.get('flops_over_plain'))} | "
                     f"{format_bytes(row['peak_above_parameters'])} | {row['memory_over_plain']:.2f}x |"
                 )
         rows.append("")
