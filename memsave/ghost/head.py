@@ -90,7 +90,7 @@ def _with_norm_hook(
 ) -> Tensor:
     """The losses (N,) as (B, T), with a norm hook."""
     stored = [each for each in (logit_grads.stored, logit_grads.stored_max) if each is not None]
-    if stored and stored[0].numel() > KEPT:
+    if logit_grads.positions.count * len(logit_grads.weight) > KEPT:
         context.ledger.bytes_left -= sum(each.numel() * each.element_size() for each in stored)
     saved, unpack = _pack(logit_grads)
     names, positions = tuple(trainable), logit_grads.positions
