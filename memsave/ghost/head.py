@@ -137,8 +137,8 @@ class _Head(torch.autograd.Function):
         saved, ctx.unpack = _pack(grads) if needs_second_pass else ((), None)
         ctx.save_for_backward(result.hidden_grads, *saved)
         ctx.dtype = hidden.dtype
-        outputs = (grads.max_logits, grads.inverse_sums, grads.minus_target_grads, grads.gram)
-        outputs += (grads.stored, grads.stored_max)
+        numbers = (grads.max_logits, grads.inverse_sums, grads.minus_target_grads)
+        outputs = (*numbers, grads.gram, grads.stored, grads.stored_max)
         ctx.set_materialize_grads(False)  # else autograd would allocate zeros of the size of the stored logits
         ctx.mark_non_differentiable(*(each for each in outputs if each is not None))
         return result.losses, *outputs

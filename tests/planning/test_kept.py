@@ -79,7 +79,7 @@ def test_the_rest_of_a_budget_is_spent_and_not_more(tmp_path):
     assert config.privacy.kept_bytes == 200_000  # the tiny calibration adds nothing on the CPU
     assert least < peak_of(config) <= budget
     assert len(said) == 1 and said[0].startswith("privacy.memory_budget=auto: 195.31 KiB of ")
-    assert load(tmp_path).privacy.memory_budget == "200000B"
+    assert load(tmp_path / "config.yaml").privacy.memory_budget == "200000B"
 
 
 @pytest.mark.slow
