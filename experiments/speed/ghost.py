@@ -4,6 +4,7 @@
     python -m experiments.speed.ghost --shape short --repeats 7
     python -m experiments.speed.ghost --shape short --profile    # where the time goes; nothing is written
     python -m experiments.speed.ghost --keep-freed               # times again where malloc keeps what is freed
+    python -m experiments.speed.ghost --flops                    # FLOPs alone, for rows that are there
 
 GPT-2 with its full vocabulary, random weights, float32, no noise and no optimizer: forward, backward, and for the
 private ones the clipped sum. "plain" is Hugging Face's own step, with its own loss; "plain, lean" has our chunked head
@@ -20,6 +21,7 @@ being large. `--keep-freed` takes that out of the comparison, which flatters tho
 import argparse
 import datetime
 import gc
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +35,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from experiments.record import earlier, have_freed_memory_kept, insert, keep, machine, median
+from experiments.record import have_freed_memory_kept, insert, keep, median
 from memsave.ghost import GhostClipper
 from memsave.models.language import causal_lm_losses, fuse_gelu, set_checkpointing
 from memsave.profiler import MemoryRecorder, format_bytes
+from memsave.training.result import hardware
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "ghost.json"
@@ -263,6 +266,23 @@ def profile(shape: Shape, ways: list[str]) -> None:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
+def so_far() -> dict[str, Any]:
+    """The results by shape, each with the hardware on which it was measured."""
+    content = json.loads(RESULTS.read_text())
+    return {name: {"hardware": content["hardware"], **each} for name, each in content["results"].items()}
+
+
+def count_flops(shape: Shape, rows: dict[str, dict]) -> None:
+    """Add the FLOPs to rows that were measured before; they depend on the shape alone."""
+    models, steps, ids = prepared(shape, ways_for(shape, list(rows)))
+    for way, step in steps.items():
+        step(ids)
+        drop_gradients(models[way])
+        rows[way]["flops"] = flops_of(models[way], step, ids)
+    for row in rows.values():
+        row["flops_over_plain"] = row["flops"] / rows["plain"]["flops"]
+
+
 def _ratio(value: float | None) -> str:
     """1.08x; empty where it was not measured."""
     return "" if value is None else f"{value:.2f}x"
@@ -273,9 +293,12 @@ def _seconds(value: float) -> str:
 
 
 def table(results: dict[str, dict], *, shown: tuple[str, ...] | None = None) -> str:
-    rows = [f"{machine()}:\n"]
+    rows = []
     for each in results.values():
+        where = each["hardware"]
         rows += [
+            f"measured on {where['gpu'] or where['cpu']}, {where['threads']} threads, {each['date']}:",
+            "",
             f"| {each['shape']} | time | over plain | over plain, freed memory kept | FLOPs over plain "
             "| peak above parameters | over plain |",
             "|---|---|---|---|---|---|---|",
@@ -299,15 +322,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="0 measures memory alone, and nothing is written")
     parser.add_argument("--profile", action="store_true", help="print where the time goes; nothing is written")
     parser.add_argument("--keep-freed", action="store_true", help="time, without Opacus, where malloc keeps memory")
+    parser.add_argument("--flops", action="store_true", help="count the FLOPs of rows that are there, without times")
     options = parser.parse_args()
-    results, names = earlier(RESULTS), options.shape or list(SHAPES)
+    results, names = so_far(), options.shape or list(SHAPES)
     chosen = options.ways
     if options.keep_freed:
-        have_freed_memory_kept(parser, missing=set(names) - results.keys())
+        here = {name for name, each in results.items() if each["hardware"] == hardware()}
+        have_freed_memory_kept(parser, missing=set(names) - here)
         chosen = chosen or [way for way in WAYS if not way.startswith("Opacus")]
     for name in names:
         shape = SHAPES[name]
         ways = ways_for(shape, chosen)
+        if options.flops:
+            count_flops(shape, results[name]["ways"])
+            continue
         if options.profile:
             profile(shape, ways)
             continue
@@ -315,13 +343,14 @@ def main() -> None:
         if options.keep_freed:
             results[name]["kept"] = rows
         else:
-            results[name] = {"shape": str(shape), "date": datetime.date.today().isoformat(), "ways": rows}
+            today = datetime.date.today().isoformat()
+            results[name] = {"shape": str(shape), "date": today, "hardware": hardware(), "ways": rows}
         for way, row in rows.items():
             timed = f"{row['seconds']:.2f} s, {row['time_over_plain']:.2f}x; " if options.repeats else ""
             print(
                 f"{shape}: {way}: {timed}{format_bytes(row['peak_above_parameters'])}, {row['memory_over_plain']:.2f}x"
             )
-    if options.profile or not options.repeats or options.ways:
+    if options.profile or options.ways or not (options.repeats or options.flops):
         return
     results = {name: results[name] for name in SHAPES if name in results}
     insert(HERE / "README.md", name="ghost", text=table(results))
