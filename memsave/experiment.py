@@ -21,6 +21,7 @@ from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
+from memsave.planning.kept import choose_kept
 from memsave.privacy.monitor import EpsilonMonitor
 from memsave.process_group import own_device
 from memsave.processes import (
@@ -84,9 +85,13 @@ def _planned_and_trained(
     if config.budget == "auto":
         config = config.changed({"budget": str(-maximum(-free_bytes(device)))})
     config = on_main(choose_memory, config, folder, device, progress=progress)
+    needs_free = getattr(config.privacy, "memory_budget", None) == "auto"
+    free = -maximum(-free_bytes(device)) if needs_free else 0
     if config.mode == "plan":
+        config = on_main(choose_kept, config, folder, device, free=free, progress=progress)
         return on_main(plan_experiment, config, folder, device, strategies=strategies, progress=progress)
     config, planned = on_main(fit_to_budget, config, folder, device, progress=progress)
+    config = on_main(choose_kept, config, folder, device, free=free, progress=progress)
     config, state, task = _prepared(config, folder, device, progress=progress)
     ledger = RunLedger(state, folder, steps=config.trainer.steps, say=progress.say)
     if line := describe_others(ledger.other_runs(steps=config.trainer.steps)):

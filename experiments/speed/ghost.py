@@ -4,11 +4,15 @@
     python -m experiments.speed.ghost --shape short --repeats 7
     python -m experiments.speed.ghost --shape short --profile    # where the time goes; nothing is written
     python -m experiments.speed.ghost --keep-freed               # times again where malloc keeps what is freed
+    python -m experiments.speed.ghost --flops                    # FLOPs alone, for rows that are there
 
 GPT-2 with its full vocabulary, random weights, float32, no noise and no optimizer: forward, backward, and for the
 private ones the clipped sum. "plain" is Hugging Face's own step, with its own loss; "plain, lean" has our chunked head
 and PyTorch's tanh GELU in the place of Hugging Face's, like the private steps that are not marked otherwise. Opacus,
 which refuses tied weights, has an untied model with position ids given for each example.
+
+The column of FLOPs counts matrix products and attention of one step: no step can be faster than that, relative to
+plain, where these take all the time.
 
 glibc's malloc returns large blocks to the system, which hands them out again page by page: large tensors cost time for
 being large. `--keep-freed` takes that out of the comparison, which flatters those who make fewer of them.
@@ -17,6 +21,7 @@ being large. `--keep-freed` takes that out of the comparison, which flatters tho
 import argparse
 import datetime
 import gc
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from experiments.record import earlier, have_freed_memory_kept, insert, keep, machine, median
+from experiments.record import have_freed_memory_kept, insert, keep, median
 from memsave.ghost import GhostClipper
 from memsave.models.language import causal_lm_losses, fuse_gelu, set_checkpointing
 from memsave.profiler import MemoryRecorder, format_bytes
+from memsave.training.result import hardware
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "ghost.json"
@@ -47,13 +55,18 @@ class Shape:
     batch: int
     places: int
     checkpoints: bool = False
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
 
     def __str__(self) -> str:
+        width = f" of width {self.width}" if self.width != Shape.width else ""
         kept = ", checkpoints" if self.checkpoints else ""
-        return f"{self.layers} layers, B={self.batch}, T={self.places}{kept}"
+        return f"{self.layers} layers{width}, B={self.batch}, T={self.places}{kept}"
 
 
 SHAPES = {
+    "small": Shape(3, 16, 64, width=128, heads=4, vocabulary=2048),  # experiment=gpt2_dp
     "short": Shape(4, 8, 100),
     "long": Shape(4, 2, 512),
     "deep": Shape(12, 1, 1024),
@@ -68,7 +81,8 @@ def network(shape: Shape, way: str) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_layer": shape.layers, "tie_word_embeddings": not way.startswith("Opacus"), "loss_type": "ForCausalLM"}
+    sizes = {"n_layer": shape.layers, "n_embd": shape.width, "n_head": shape.heads, "vocab_size": shape.vocabulary}
+    sizes |= {"tie_word_embeddings": not way.startswith("Opacus"), "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
     if shape.checkpoints and way != "plain":
         set_checkpointing(model, on=True)
@@ -158,7 +172,7 @@ def ways_for(shape: Shape, wanted: list[str] | None) -> list[str]:
 
 def prepared(shape: Shape, ways: list[str]) -> tuple[dict[str, nn.Module], dict[str, Step], Tensor]:
     """(models, their steps, token ids (B, T))."""
-    ids = torch.randint(50257, (shape.batch, shape.places), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(shape.vocabulary, (shape.batch, shape.places), generator=torch.Generator().manual_seed(1))
     models = {way: network(shape, way) for way in ways}
     return models, {way: WAYS[way](models[way]) for way in ways}, ids
 
@@ -167,6 +181,45 @@ def drop_gradients(model: nn.Module) -> None:
     for p in model.parameters():
         p.grad = None
     gc.collect()
+
+
+aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k.shape[-2],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, *_, **__: 10 * q.numel() * k.shape[-2],
+}
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts as `FlopCounterMode` does, which follows modules, too, and so reads outputs that must not be read.
+
+    Operators in place and attention on the CPU are counted as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = FLOPS.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def flops_of(model: nn.Module, step: Step, ids: Tensor) -> int:
+    """The FLOPs of a step; the least of several, because some steps also check that examples are independent."""
+    found = []
+    for _ in range(3):
+        with FlopCount() as count:
+            step(ids)
+        drop_gradients(model)
+        found.append(count.total)
+    return min(found)
 
 
 def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
@@ -180,7 +233,8 @@ def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
         drop_gradients(models[way])
         peaks = recorder.report().peak_by_category
         above = sum(peaks.values()) - peaks["parameter"]
-        rows[way] = {"peak_above_parameters": above, "peak_by_category": peaks}
+        flops = flops_of(models[way], step, ids)
+        rows[way] = {"peak_above_parameters": above, "peak_by_category": peaks, "flops": flops}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, step in steps.items():
@@ -191,6 +245,7 @@ def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
     first = rows["plain"]["peak_above_parameters"]
     for way, row in rows.items():
         row["memory_over_plain"] = row["peak_above_parameters"] / first
+        row["flops_over_plain"] = row["flops"] / rows["plain"]["flops"]
         row["rounds"] = seconds[way]
         if repeats:
             row["seconds"] = median(seconds[way])
@@ -211,20 +266,49 @@ def profile(shape: Shape, ways: list[str]) -> None:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
+def so_far() -> dict[str, Any]:
+    """The results by shape, each with the hardware on which it was measured."""
+    content = json.loads(RESULTS.read_text())
+    return {name: {"hardware": content["hardware"], **each} for name, each in content["results"].items()}
+
+
+def count_flops(shape: Shape, rows: dict[str, dict]) -> None:
+    """Add the FLOPs to rows that were measured before; they depend on the shape alone."""
+    models, steps, ids = prepared(shape, ways_for(shape, list(rows)))
+    for way, step in steps.items():
+        step(ids)
+        drop_gradients(models[way])
+        rows[way]["flops"] = flops_of(models[way], step, ids)
+    for row in rows.values():
+        row["flops_over_plain"] = row["flops"] / rows["plain"]["flops"]
+
+
+def _ratio(value: float | None) -> str:
+    """1.08x; empty where it was not measured."""
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
 def table(results: dict[str, dict], *, shown: tuple[str, ...] | None = None) -> str:
-    rows = [f"{machine()}:\n"]
+    rows = []
     for each in results.values():
+        where = each["hardware"]
         rows += [
-            f"| {each['shape']} | time | over plain | over plain, freed memory kept | peak above parameters "
-            "| over plain |",
-            "|---|---|---|---|---|---|",
+            f"measured on {where['gpu'] or where['cpu']}, {where['threads']} threads, {each['date']}:",
+            "",
+            f"| {each['shape']} | time | over plain | over plain, freed memory kept | FLOPs over plain "
+            "| peak above parameters | over plain |",
+            "|---|---|---|---|---|---|---|",
         ]
         for way, row in each["ways"].items():
             if shown is None or way in shown:
-                kept = each.get("kept", {}).get(way)
+                kept = each.get("kept", {}).get(way, {})
                 rows.append(
-                    f"| {way} | {row['seconds']:.2f} s | {row['time_over_plain']:.2f}x | "
-                    f"{'' if kept is None else format(kept['time_over_plain'], '.2f') + 'x'} | "
+                    f"| {way} | {_seconds(row['seconds'])} | {row['time_over_plain']:.2f}x | "
+                    f"{_ratio(kept.get('time_over_plain'))} | {_ratio(row.get('flops_over_plain'))} | "
                     f"{format_bytes(row['peak_above_parameters'])} | {row['memory_over_plain']:.2f}x |"
                 )
         rows.append("")
@@ -238,15 +322,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="0 measures memory alone, and nothing is written")
     parser.add_argument("--profile", action="store_true", help="print where the time goes; nothing is written")
     parser.add_argument("--keep-freed", action="store_true", help="time, without Opacus, where malloc keeps memory")
+    parser.add_argument("--flops", action="store_true", help="count the FLOPs of rows that are there, without times")
     options = parser.parse_args()
-    results, names = earlier(RESULTS), options.shape or list(SHAPES)
+    results, names = so_far(), options.shape or list(SHAPES)
     chosen = options.ways
     if options.keep_freed:
-        have_freed_memory_kept(parser, missing=set(names) - results.keys())
+        here = {name for name, each in results.items() if each["hardware"] == hardware()}
+        have_freed_memory_kept(parser, missing=set(names) - here)
         chosen = chosen or [way for way in WAYS if not way.startswith("Opacus")]
     for name in names:
         shape = SHAPES[name]
         ways = ways_for(shape, chosen)
+        if options.flops:
+            count_flops(shape, results[name]["ways"])
+            continue
         if options.profile:
             profile(shape, ways)
             continue
@@ -254,13 +343,14 @@ def main() -> None:
         if options.keep_freed:
             results[name]["kept"] = rows
         else:
-            results[name] = {"shape": str(shape), "date": datetime.date.today().isoformat(), "ways": rows}
+            today = datetime.date.today().isoformat()
+            results[name] = {"shape": str(shape), "date": today, "hardware": hardware(), "ways": rows}
         for way, row in rows.items():
             timed = f"{row['seconds']:.2f} s, {row['time_over_plain']:.2f}x; " if options.repeats else ""
             print(
                 f"{shape}: {way}: {timed}{format_bytes(row['peak_above_parameters'])}, {row['memory_over_plain']:.2f}x"
             )
-    if options.profile or not options.repeats or options.ways:
+    if options.profile or options.ways or not (options.repeats or options.flops):
         return
     results = {name: results[name] for name in SHAPES if name in results}
     insert(HERE / "README.md", name="ghost", text=table(results))

@@ -21,6 +21,7 @@ from torch import nn
 from memsave.config.errors import ConfigError
 from memsave.config.fields import check_fields, option, sections
 from memsave.config.registry import register
+from memsave.profiler import parse_bytes
 
 MODES = ("stored", "checkpoint", "reversible")
 """The memory modes that `memory=auto` chooses from."""
@@ -195,8 +196,11 @@ class GhostPrivacy(PrivacyConfig):
     """flat: min(1, C / norm); automatic: C / (norm + 0.01); per_layer: C / sqrt(K) per layer, in one backward."""
     passes: int | str = option("auto", choices=("auto", 1, 2, "direct"))
     """Backward passes per micro-batch; direct clips one example at a time and works for any layer."""
-    memory_budget: str = option("0B", size=True)
-    """Extra memory that saves time, such as 256MiB: for logits of a chunked head, or gradients for Gram matrices."""
+    memory_budget: str = option("0B", choices=("auto",), size=True)
+    """Extra memory that saves time, such as 256MiB: for logits of a chunked head, or gradients for Gram matrices.
+
+    auto plans a step and takes what it leaves of the budget, or of four fifths of the free memory.
+    """
     accountant: str = option("pld", choices=("pld", "prv", "rdp"))
     """pld is tight and rounds upwards (dp-accounting); prv is nearly exact (Gopi et al., 2021), rdp looser."""
     sampler: str = option(
@@ -216,8 +220,17 @@ class GhostPrivacy(PrivacyConfig):
     seed: int | None = option(None, least=0)
     """Only for tests: a run with a known seed is not private; null takes a seed from the operating system."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """`memory_budget` in bytes; 0 for auto, before a plan has chosen it (`memsave.planning.kept`)."""
+        return 0 if self.memory_budget == "auto" else parse_bytes(self.memory_budget)
+
     def validate(self) -> None:
-        """Raise ConfigError for per-layer clipping in two passes."""
+        """Raise ConfigError for per-layer clipping in two passes, and for a memory budget that nothing uses."""
+        if self.passes == "direct" and self.memory_budget == "auto":
+            raise ConfigError(
+                "privacy.memory_budget=auto is for ghost norms, and privacy.passes=direct keeps nothing; leave it out"
+            )
         if self.clipping == "per_layer" and self.passes == 2:
             raise ConfigError("privacy.clipping=per_layer forms its sums in one pass; give privacy.passes=auto")
 

@@ -97,12 +97,19 @@ class GhostClipper:
             )
         if clipping not in CLIPPINGS or passes not in PASSES:
             raise ValueError(f"clipping={clipping!r}, passes={passes!r}; choose from {CLIPPINGS} and {PASSES}")
+        if not isinstance(memory_budget, int) or memory_budget < 0:
+            raise ValueError(
+                f"memory_budget is {memory_budget!r}; give a number of bytes, such as 2**28 (auto is for runs of "
+                f"memsave, which plan a step first: privacy.memory_budget=auto)"
+            )
         if clipping == "per_layer" and passes == 2:
             raise ValueError('clipping="per_layer" forms its sums in one pass; give passes="auto"')
         self.model, self.max_grad_norm, self.clipping, self.passes = model, max_grad_norm, clipping, passes
         self.batch_size, self.memory_budget = batch_size, memory_budget
         self.plan: dict[str, tuple[str, int]] = {}
         """By use of a parameter in the last backward: how its norm was found, and the bytes kept for its sum."""
+        self.kept_bytes = 0
+        """The bytes of `memory_budget` that the last backward spent."""
         self.clipped: Tensor | None = None
         """(B,) of the last backward: whether any part of the example's gradient was clipped."""
         self.chosen_passes: str | int | None = None if passes == "auto" else passes
@@ -229,6 +236,7 @@ class GhostClipper:
             context.finish()
             self._following.finish()
             self._context, self._snapshot, self.plan = None, None, context.ledger.plan
+            self.kept_bytes = self.memory_budget - context.ledger.bytes_left
         return norms
 
     def _squared_norms(self, context: BackwardContext, losses: Tensor, parameters: list[nn.Parameter]) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memsave.ghost.backward_context import BackwardContext
 from memsave.ghost.gradients import FactoredGrad, Gradient, PerSampleGrad, has_values, upcast
 from memsave.ghost.late_checks import is_slow_to_read
-from memsave.ghost.logits import LogitGradients, TargetPositions, scan
+from memsave.ghost.logits import KEPT, LogitGradients, TargetPositions, scan, vocabulary_blocks
 from memsave.ghost.norm_hook import HookSpec, apply_norm_hook
 from memsave.ghost.owners import clipper_of
 from memsave.ghost.rows import RowSplit
@@ -78,8 +78,7 @@ def linear_cross_entropy(
         return positions.scatter(losses)
     context.record_use(NAME, [p for p in trainable.values() if isinstance(p, nn.Parameter)], by=NAME)
     with_gram = "weight" in trainable and not (context.batch_size == 1 and clipper.passes_for(context) == 1)
-    bytes_per_column = max(1, positions.count * upcast(tokens.detach()[:0]).element_size())
-    store = min(len(weight), context.ledger.bytes_left // bytes_per_column)
+    store = _columns_stored(positions.count, weight, context.ledger.bytes_left, upcast(tokens.detach()[:0]))
     fixed = (weight.detach(), None if bias is None else bias.detach(), labels, positions, soft_cap)
     losses, *numbers = _Head.apply(tokens, *fixed, with_gram, store)
     logit_grads = _logit_gradients(tokens.detach(), *fixed, numbers)
@@ -90,8 +89,9 @@ def _with_norm_hook(
     losses: Tensor, logit_grads: LogitGradients, context: BackwardContext, trainable: dict[str, Tensor]
 ) -> Tensor:
     """The losses (N,) as (B, T), with a norm hook."""
-    stored = logit_grads.first_logits
-    context.ledger.bytes_left -= 0 if stored is None else stored.numel() * stored.element_size()
+    stored = [each for each in (logit_grads.stored, logit_grads.stored_max) if each is not None]
+    if logit_grads.positions.count * len(logit_grads.weight) > KEPT:
+        context.ledger.bytes_left -= sum(each.numel() * each.element_size() for each in stored)
     saved, unpack = _pack(logit_grads)
     names, positions = tuple(trainable), logit_grads.positions
 
@@ -100,6 +100,19 @@ def _with_norm_hook(
 
     spec = HookSpec(NAME, names, per_example_grads, context.rows)
     return apply_norm_hook(positions.scatter(losses), spec, context, saved, list(trainable.values()))
+
+
+def _columns_stored(count: int, weight: Tensor, bytes_left: int, like: Tensor) -> int:
+    """How many of the V columns of logits are stored for `count` tokens: all of few, else what fits into the budget."""
+    if count * len(weight) <= KEPT:
+        return len(weight)
+    stored, used = 0, 0
+    for columns in vocabulary_blocks(count, weight):
+        used += count * (columns.stop - columns.start + 1) * like.element_size()  # a number per token beside the block
+        if used > bytes_left:
+            break
+        stored = columns.stop
+    return stored
 
 
 class _Head(torch.autograd.Function):
@@ -124,7 +137,8 @@ class _Head(torch.autograd.Function):
         saved, ctx.unpack = _pack(grads) if needs_second_pass else ((), None)
         ctx.save_for_backward(result.hidden_grads, *saved)
         ctx.dtype = hidden.dtype
-        outputs = (grads.max_logits, grads.inverse_sums, grads.minus_target_grads, grads.gram, grads.first_logits)
+        numbers = (grads.max_logits, grads.inverse_sums, grads.minus_target_grads)
+        outputs = (*numbers, grads.gram, grads.stored, grads.stored_max)
         ctx.set_materialize_grads(False)  # else autograd would allocate zeros of the size of the stored logits
         ctx.mark_non_differentiable(*(each for each in outputs if each is not None))
         return result.losses, *outputs
@@ -174,8 +188,8 @@ def _logit_gradients(
     soft_cap: float | None,
     numbers: Sequence[Any],
 ) -> LogitGradients:
-    """`numbers`: max_logits, inverse_sums, minus_target_grads and, if they exist, gram and first_logits."""
-    max_logits, inverse_sums, minus_target_grads, gram, first_logits = (*numbers, None, None)[:5]
+    """`numbers`: max_logits, inverse_sums, minus_target_grads and, if they exist, gram, stored and stored_max."""
+    max_logits, inverse_sums, minus_target_grads, gram, stored, stored_max = (*numbers, None, None, None)[:6]
     return LogitGradients(
         hidden,
         weight,
@@ -186,7 +200,8 @@ def _logit_gradients(
         minus_target_grads,
         positions,
         gram,
-        first_logits,
+        stored,
+        stored_max,
         soft_cap,
     )
 

@@ -9,6 +9,9 @@ With a soft cap c, the loss is that of l'_t = c tanh(l_t / c), and each entry of
 `scan` goes over the vocabulary once with a running normaliser (Milakov and Gimelshein 2018): the accumulated sums are
 rescaled whenever the largest logit changes. The target is left out of all sums and is added at the end, as
 q_ty = -sum_{j != y} softmax(l_t)_j, because 1 - softmax(l_t)_y suffers catastrophic cancellation for a confident model.
+
+What `scan` has exponentiated may be stored block by block, with the largest logit so far as its unit. The gradients of
+such a block are these exponentials times one number per token, so that neither the product with W nor exp is repeated.
 """
 
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ from memsave.ghost.gradient_products import TRIANGLE
 from memsave.ghost.gradients import LazyOutputGrads, upcast
 
 BLOCK = {"cpu": 2**22, "cuda": 2**25}  # logits at a time: 16 MiB in float32, or 128 MiB, for few starts of kernels
+KEPT = 2**23  # logits that are stored without a memory budget, all or none: at most 32 MiB in float32
 MIN_COLUMNS = 512  # of a block, which exceeds BLOCK for very many tokens, but is smaller than their hidden states
 
 
@@ -91,8 +95,11 @@ class LogitGradients:
     positions: TargetPositions
     gram: Tensor | None = None
     """(B, width, width): <q_t, q_s>."""
-    first_logits: Tensor | None = None
-    """(N, K): the first K logits of each token before the soft cap, if the memory budget allows."""
+    stored: Tensor | None = None
+    """(N K,): exp(l_tj - m_t) times the slope of l_tj, zero for targets, of the first K columns; (N, columns) for each
+    block in its turn. m_t is the largest logit up to this block."""
+    stored_max: Tensor | None = None
+    """(blocks, N): m_t of each stored block."""
     soft_cap: float | None = None
     """c."""
 
@@ -103,23 +110,33 @@ class LogitGradients:
 
     def blocks(self, *, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(columns, q (N, columns)) over the vocabulary; `rows`: the number of tokens that sets the size of a block."""
-        for columns in vocabulary_blocks(len(self.labels) if rows is None else rows, self.weight):
-            logits, slopes = self._shifted_logits(columns)
-            q = logits.exp_().mul_(self.inverse_sums[:, None])
-            if slopes is not None:
-                q.mul_(slopes)
+        for columns, exponentials, factor, fresh in self._exponentials(len(self.labels) if rows is None else rows):
+            q = exponentials.mul_(factor[:, None]) if fresh else exponentials * factor[:, None]
             _replace_at_labels(q, self.labels, columns, -self.minus_target_grads)
             yield columns, q
 
-    def _shifted_logits(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """(logits minus the largest, their slopes under a soft cap), (N, columns) each, which may be overwritten."""
-        stored = self.first_logits
-        stored = stored[:, columns] if stored is not None and columns.stop <= stored.shape[1] else None
-        if self.soft_cap is None and stored is not None:
-            return stored - self.max_logits[:, None], None
-        logits = logits_of(self.hidden, self.weight, self.bias, columns) if stored is None else stored.clone()
-        slopes = None if self.soft_cap is None else cap_(logits, self.soft_cap)
-        return logits.sub_(self.max_logits[:, None]), slopes
+    def _exponentials(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
+        """(columns, e (N, columns), f (N,), whether e may be overwritten), with q_tj = f_t e_tj except at targets.
+
+        Where e is stored, it is zero at targets.
+        """
+        known = {} if rows != len(self.labels) else self._stored_blocks()
+        for columns in vocabulary_blocks(rows, self.weight):
+            if columns.start in known:
+                exponentials, unit = known[columns.start]
+                yield columns, exponentials, (unit - self.max_logits).exp_().mul_(self.inverse_sums), False
+                continue
+            logits = logits_of(self.hidden, self.weight, self.bias, columns)
+            slopes = None if self.soft_cap is None else cap_(logits, self.soft_cap)
+            exponentials = logits.sub_(self.max_logits[:, None]).exp_()
+            yield columns, exponentials if slopes is None else exponentials.mul_(slopes), self.inverse_sums, True
+
+    def _stored_blocks(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(exponentials (N, columns), m (N,)) by the first column of the stored blocks."""
+        if self.stored is None or self.stored_max is None:
+            return {}
+        blocks = zip(vocabulary_blocks(len(self.labels), self.weight), self.stored_max)
+        return {columns.start: (block_of(self.stored, columns, len(self.labels)), unit) for columns, unit in blocks}
 
     def gather(self, index: Tensor) -> Tensor:
         """The entries of q_bt at index (B, S): (B, width, S), zero for a negative index."""
@@ -169,9 +186,16 @@ class LogitGradients:
 
     def add_sum(self, total: Tensor, activations: Tensor) -> None:
         """Add sum_bt q_bt (x) a_bt to `total` (V, d), for activations (B, width, d)."""
-        activations = self.positions.unpad(activations)
-        for columns, q in self.blocks():
-            total[columns].addmm_(q.T, activations)
+        self.add_token_sum(total, self.positions.unpad(activations))
+
+    def add_token_sum(self, total: Tensor, values: Tensor) -> None:
+        """Add sum_t q_t (x) v_t to `total` (V, d), for values (N, d): these are scaled, because q is larger."""
+        of_targets = values * -self.minus_target_grads[:, None]
+        for columns, exponentials, factor, fresh in self._exponentials(len(self.labels)):
+            if fresh:
+                _replace_at_labels(exponentials, self.labels, columns, torch.zeros_like(factor))
+            total[columns].addmm_(exponentials.T, values * factor[:, None])
+        total.index_add_(0, self.labels.clamp(min=0), of_targets)  # without a target, minus_target_grads is zero
 
     def masked(self, mask: Tensor) -> "LogitGradients":
         """A copy that is zero for the examples where `mask` (B,) is False."""
@@ -183,7 +207,8 @@ class LogitGradients:
             inverse_sums=torch.where(tokens, self.inverse_sums, 0),
             minus_target_grads=torch.where(tokens, self.minus_target_grads, 0),
             gram=None,
-            first_logits=None,
+            stored=None,
+            stored_max=None,
         )
 
 
@@ -211,12 +236,13 @@ def scan(logit_grads: LogitGradients, *, with_hidden_grads: bool, with_gram: boo
     target_slope = None if soft_cap is None else torch.zeros(count, **options)
     hidden_grads = torch.zeros(hidden.shape, **options) if with_hidden_grads else None
     gram = torch.zeros(positions.batch, positions.width, positions.width, **options) if with_gram else None
-    store = max((each.stop for each in vocabulary_blocks(count, weight) if each.stop <= store), default=0)
-    first_logits = torch.empty(count, store, **options) if store else None
+    stored_blocks = [each for each in vocabulary_blocks(count, weight) if each.stop <= store]
+    stored, units = None, []
+    if stored_blocks:
+        stored = torch.empty(count * stored_blocks[-1].stop, **options)
     for columns in vocabulary_blocks(count, weight):
-        logits = logits_of(hidden, weight, logit_grads.bias, columns)
-        if first_logits is not None and columns.stop <= store:
-            first_logits[:, columns] = logits
+        out = None if stored is None or columns.stop > store else block_of(stored, columns, count)
+        logits = logits_of(hidden, weight, logit_grads.bias, columns, out=out)
         slopes = None if soft_cap is None else cap_(logits, soft_cap)
         if target_slope is not None and slopes is not None:
             target_slope = _replace_at_labels(slopes, labels, columns, target_slope, otherwise=target_slope)
@@ -227,6 +253,8 @@ def scan(logit_grads: LogitGradients, *, with_hidden_grads: bool, with_gram: boo
         total = total.mul_(decay).add_(exponentials.sum(1))
         if slopes is not None:
             exponentials.mul_(slopes)
+        if out is not None:
+            units.append(max_logits)
         if hidden_grads is not None:
             hidden_grads.mul_(decay[:, None])
             _add_product(hidden_grads, exponentials.to(hidden.dtype), weight[columns].to(hidden.dtype))
@@ -234,7 +262,7 @@ def scan(logit_grads: LogitGradients, *, with_hidden_grads: bool, with_gram: boo
             padded = positions.pad(decay)
             gram.mul_(padded[:, :, None]).mul_(padded[:, None])
             _add_gram(gram, positions.pad(exponentials))
-    logit_grads = replace(logit_grads, first_logits=first_logits)
+    logit_grads = replace(logit_grads, stored=stored, stored_max=torch.stack(units) if units else None)
     return _with_targets(logit_grads, (max_logits, total, target, target_slope), hidden_grads, gram)
 
 
@@ -293,9 +321,20 @@ def vocabulary_blocks(rows: int, weight: Tensor) -> Iterator[slice]:
     return (slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size))
 
 
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """(N, columns), float32 or wider; the matrix product is in the dtype of `hidden`."""
-    logits = upcast(hidden @ weight[columns].to(hidden.dtype).T)
+def block_of(stored: Tensor, columns: slice, rows: int) -> Tensor:
+    """The block (rows, columns) of what is stored block by block."""
+    return stored[rows * columns.start : rows * columns.stop].view(rows, columns.stop - columns.start)
+
+
+def logits_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, *, out: Tensor | None = None
+) -> Tensor:
+    """(N, columns), float32 or wider, in `out` if given; the matrix product is in the dtype of `hidden`."""
+    weight = weight[columns].to(hidden.dtype)
+    if out is None:
+        logits = upcast(hidden @ weight.T)
+    else:
+        logits = torch.mm(hidden, weight.T, out=out) if out.dtype == hidden.dtype else out.copy_(hidden @ weight.T)
     return logits if bias is None else logits.add_(upcast(bias[columns]))
 
 

@@ -59,6 +59,11 @@ class PrivacyArguments:
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise PrivacyError("give either target_epsilon or noise_multiplier to PrivacyArguments")
+        if not isinstance(self.memory_budget, int) or self.memory_budget < 0:
+            raise PrivacyError(
+                f"memory_budget is {self.memory_budget!r}; give a number of bytes, such as 2**28 (auto is for runs of "
+                f"memsave, which plan a step first: privacy.memory_budget=auto)"
+            )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise PrivacyError(f"micro_batch_size is {self.micro_batch_size}; give 1 or more")
 

@@ -16,7 +16,7 @@ from memsave.config.schema import Config, GhostPrivacy
 from memsave.planning.pretend import pretended_mesh
 from memsave.privacy import Mechanism, PrivateGradients, default_delta
 from memsave.processes import process_count
-from memsave.profiler import TrainingStep, parse_bytes
+from memsave.profiler import TrainingStep
 from memsave.profiler.work import Totals, WorkCounter, added
 from memsave.tasks.definition import definition_of
 from memsave.training.loop import accumulate, make_state, update
@@ -129,7 +129,7 @@ def _private(config: Config, model: nn.Module) -> PrivateGradients | None:
         passes=privacy.passes,
         secure_noise=privacy.secure_noise,
         clipping=privacy.clipping,
-        memory_budget=parse_bytes(privacy.memory_budget),
+        memory_budget=privacy.kept_bytes,
     )
     private.guard.enabled = False  # every step uses one batch that was not sampled
     return private

@@ -18,7 +18,6 @@ from memsave.privacy import Mechanism, PrivateGradients
 from memsave.privacy.accountants import PRV_LIMIT
 from memsave.privacy.audit import CanaryAudit
 from memsave.processes import is_sharded
-from memsave.profiler import parse_bytes
 from memsave.progress import Progress
 from memsave.training.checkpoint import read_noise_multiplier
 from memsave.training.loop import State, TrainingError
@@ -119,7 +118,7 @@ def make_private(
         mechanism,
         clipping=privacy.clipping,
         passes=privacy.passes,
-        memory_budget=parse_bytes(privacy.memory_budget),
+        memory_budget=privacy.kept_bytes,
         secure_noise=privacy.secure_noise,
         seed=privacy.seed,
         audit=audit,

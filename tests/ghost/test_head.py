@@ -24,7 +24,8 @@ ROUNDING = 1e-13  # of gradients: that of a loss of nearly zero is a difference 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Small blocks, of which few sizes divide the vocabulary."""
+    """Small blocks, of which few sizes divide the vocabulary; no logits are stored without a budget."""
+    monkeypatch.setattr(head, "KEPT", 0)
     monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, 50))
     monkeypatch.setattr(logits, "MIN_COLUMNS", 1)
     monkeypatch.setattr(logits, "TRIANGLE", 3)
@@ -328,6 +329,30 @@ def test_fake_tensors_have_the_memory_peak_of_real_ones(passes):
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_few_logits_are_stored_without_a_budget(cap, monkeypatch):
+    """The results are exact, and the products with the weight are not repeated."""
+    monkeypatch.setattr(head, "KEPT", logits.KEPT)
+    calls = []
+    real = logits.logits_of
+    monkeypatch.setattr(logits, "logits_of", lambda *args, **kwargs: calls.append(args[3]) or real(*args, **kwargs))
+    assert_as_with_logits(Speaker(bias=True, cap=cap).double(), draw())
+    assert len(calls) > 1
+    model, batch = Speaker(bias=True, cap=cap).double(), draw()
+    clipper, count = GhostClipper(model, max_grad_norm=1.0), len(calls)
+    losses = chunked(model, batch)
+    blocks = len(calls) - count
+    clipper._independence.next_check = lambda *, unchecked: ""
+    clipper.backward(losses)
+    assert len(calls) - count == blocks
+
+
+def test_a_confident_block_before_a_larger_logit_is_scaled_down(monkeypatch):
+    """The stored exponentials of each block have the largest logit up to this block as their unit."""
+    monkeypatch.setattr(head, "KEPT", logits.KEPT)
+    assert_as_with_logits(Speaker(loud=200.0).double(), draw())
+
+
 def test_logits_are_stored_only_within_the_memory_budget(monkeypatch):
     """Without a budget, no logits are stored; ignored positions take no memory."""
     monkeypatch.setattr(logits, "BLOCK", dict.fromkeys(logits.BLOCK, 10_000))
@@ -337,7 +362,8 @@ def test_logits_are_stored_only_within_the_memory_budget(monkeypatch):
     whole["targets"] = whole["ids"]
     first = {**whole, "targets": whole["targets"].clone()}
     first["targets"][:, 5:] = -100
-    one, clipper = 4 * 50 * 3000 * 4, GhostClipper(model, max_grad_norm=1.0)
+    one = 4 * 50 * (3000 + 60) * 4  # and a number for each token and block
+    clipper = GhostClipper(model, max_grad_norm=1.0)
     peaks = {}
     for budget in (0, one):
         clipper.memory_budget = budget

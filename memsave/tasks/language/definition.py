@@ -14,7 +14,6 @@ from memsave.config import Config, ConfigError, option
 from memsave.config.schema import DataConfig, GhostPrivacy, TaskConfig
 from memsave.data.text.config import TextData
 from memsave.models.encoder_decoder import is_encoder_decoder
-from memsave.profiler import parse_bytes
 from memsave.progress import Progress
 from memsave.tasks.definition import TaskDefinition, Variation, option_of
 from memsave.tasks.language.adapters import PeftAdapter
@@ -197,7 +196,7 @@ class LanguageDefinition(TaskDefinition):
         privacy = config.privacy
         if not isinstance(privacy, GhostPrivacy) or privacy.option != "ghost":
             return []
-        more = parse_bytes(privacy.memory_budget) + left
+        more = privacy.kept_bytes + left
         return [config.changed({"privacy.memory_budget": f"{more}B"})]
 
     def _with_choice(self, mode: str, head: str) -> Config:
@@ -212,8 +211,8 @@ class LanguageDefinition(TaskDefinition):
         )
 
     def _described_budget(self) -> str:
-        extra = getattr(self.config.privacy, "memory_budget", "0B")
-        return f" privacy.memory_budget={extra}" if parse_bytes(extra) else ""
+        extra = getattr(self.config.privacy, "kept_bytes", 0)
+        return f" privacy.memory_budget={extra}B" if extra else ""
 
     def less_memory(self) -> list[str]:
         """Checkpoints, then the remedies of every task."""
