@@ -4,23 +4,30 @@ Two kinds of search, see `TaskDefinition.memory_choices`. Both confirm their ans
 
 - Choices by part (a U-Net): one fake step per choice, in which every part has the same mode; then all mixtures are
   estimated (`parts.py`) and confirmed in the order of their predicted time.
-- Choices with a micro-batch (a language model): for each choice, the largest micro-batch that fits. The peak is a
-  maximum of linear functions of the micro-batch, so the line between two sizes lies above it and gives a safe size.
+- Choices with a micro-batch (a language model): for each choice, the largest micro-batch that fits. The peak grows
+  about linearly with the micro-batch, so the first guess is often the answer.
+
+Then the same choices with activations, the optimizer's state or both in host memory are compared with the best plan: a
+choice gets a fake step if it may fit and be faster, judged by the bytes that it moves and the rates of their copies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from memsave.config import Config
+from memsave.host_bytes import TO_DEVICE, TO_HOST
+from memsave.planning.budget import free_host_bytes
+from memsave.planning.copies import copy_rates
 from memsave.planning.fake_step import fake_step, whole_batch
 from memsave.planning.parts import Trace, mixed_peak, mixed_seconds, trace_of
-from memsave.planning.plan import widest_calibration
+from memsave.planning.plan import host_folder, host_note, widest_calibration
 from memsave.profiler import MemoryEstimate, parse_bytes, peak_on_fake
-from memsave.profiler.planner import search
 from memsave.profiler.seconds import TimeModel
-from memsave.profiler.work import WorkCounter
+from memsave.profiler.work import Work, WorkCounter
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 
@@ -30,9 +37,15 @@ ABOVE = 1.03
 """Mixtures are confirmed although their estimate exceeds the budget by up to 3%, its usual error."""
 CLOSE = 3
 """If nothing fits, this number of mixtures with the smallest estimates is measured for the smallest budget."""
+SAFE = 0.98
+"""The part of the micro-batch that a first estimate gives, and that is tried."""
+GUESSES = 8
+"""The most micro-batches that are tried for a choice, usually two."""
+MOVED = {"activations": "activation", "optimizer": "optimizer"}
+"""The category of the bytes that `memory.offload` moves."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trial:
     """A config, and what its fake step predicts."""
 
@@ -43,6 +56,18 @@ class Trial:
     work: WorkCounter
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A trial in which all parts have one mode, and its trace."""
+
+    trial: Trial
+    trace: Trace
+
+    def total(self, exact: int) -> int:
+        """The bytes that the budget must have for exact bytes, with the workspace of this trial's step."""
+        return exact + self.trial.need.total - self.trial.need.exact
+
+
 @dataclass
 class Search:
     """The search for one config: its budget, the fake steps so far, and the rates of this machine."""
@@ -50,16 +75,31 @@ class Search:
     config: Config
     device: torch.device
     budget: int
+    folder: Path | None = None
+    """Of the run."""
     trials: list[Trial] = field(default_factory=list)
     """All fake steps, in order."""
     times: TimeModel | None = None
     """The rates of all calibrations together, so that all trials are compared by the same ones."""
+    traced: list[Traced] = field(default_factory=list)
+    """The choices by part that keep everything on the device."""
+
+    def fastest(self) -> Trial | None:
+        """The fastest plan that fits; None if there is none."""
+        task = definition_of(self.config)
+        rounds = task.memory_choices(self.device)
+        if task.plans_micro_batch:
+            return self.by_micro_batch([choice for choices in rounds for choice in choices])
+        return self.by_parts(rounds)
 
     def trial(self, config: Config) -> Trial:
-        """Take a fake step of a config."""
-        calibration = widest_calibration(config, self.device, progress=Progress())
+        """Take a fake step of a config, unless there was one."""
+        known = next((trial for trial in self.trials if trial.config == config), None)
+        if known is not None:
+            return known
+        calibration = widest_calibration(config, self.device, folder=self.folder, progress=Progress())
         if calibration.times is not None:
-            self.times = calibration.times if self.times is None else self.times.with_kinds_of(calibration.times)
+            self._learn(calibration.times)
         work = WorkCounter(definition_of(config).memory_part)
         report = peak_on_fake(lambda: fake_step(config, device=self.device, work=work))
         need = MemoryEstimate(report, calibration.allocator_bytes(report), parse_bytes(config.reserve))
@@ -67,113 +107,158 @@ class Search:
         return self.trials[-1]
 
     def fits(self, trial: Trial) -> bool:
-        """Whether it fits into the budget."""
-        return trial.need.total <= self.budget
+        """Whether it fits into the budget, and what it offloads into host memory."""
+        return self._share(trial) <= 1
+
+    def _share(self, trial: Trial) -> float:
+        """The part of the budget that it needs, or of the free host memory if that part is larger."""
+        return max(trial.need.total / self.budget, trial.need.host / max(1, self._free_host_bytes))
 
     def smallest(self) -> int:
         """The smallest sufficient budget of all trials."""
         return min(trial.need.total for trial in self.trials)
 
+    def notes(self) -> list[str]:
+        """The sentence about a plan that fits into the budget and not into host memory, if there is one."""
+        found = [trial.need.host for trial in self.trials if trial.need.total <= self.budget and not self.fits(trial)]
+        where = host_folder(self.config, self.folder)
+        return [host_note(min(found), self._free_host_bytes, self.device, folder=where)] if found else []
+
+    @cached_property
+    def _free_host_bytes(self) -> int:
+        return free_host_bytes(self.device, folder=host_folder(self.config, self.folder))
+
+    def _learn(self, times: TimeModel) -> None:
+        """Predict all trials by the rates of this calibration, too."""
+        self.times = times if self.times is None else self.times.with_kinds_of(times)
+        for trial in self.trials:
+            trial.seconds = self._seconds(trial.config, trial.work)
+
     def _seconds(self, config: Config, work: WorkCounter) -> float:
-        total = whole_batch(config, work)
-        return (self.times or TimeModel(host=1.0)).seconds(total)  # without a calibration, the number of operators
+        return self._rates.seconds(whole_batch(config, work))
+
+    @property
+    def _rates(self) -> TimeModel:
+        return self.times or TimeModel(host=1.0)  # without a calibration, the number of operators
 
     # Choices by part
 
     def by_parts(self, rounds: Sequence[Sequence[Config]]) -> Trial | None:
         """The fastest mixture that fits; a round of choices is traced only if the earlier ones give no answer."""
-        traced: list[Config] = []
-        traces: list[Trace] = []
-        totals: list[Callable[[int], int]] = []
+        best = None
         for choices in rounds:
             for choice in choices:
-                trial = self.trial(choice)
-                if not traced and self.fits(trial):
-                    return trial  # nothing is recomputed
-                traced.append(choice)
-                traces.append(trace_of(trial.need.report, trial.work, definition_of(choice).memory_part))
-                totals.append(_scaled(trial))
-            found = self._confirmed(self._mixtures(traced, traces, totals))
-            if found is not None:
-                return found
-        return None
+                self.traced.append(self._trace(choice))
+                if len(self.traced) == 1 and self.fits(self.traced[0].trial):
+                    return self.traced[0].trial  # nothing is recomputed
+            best = self._confirmed(self._mixtures(self.traced))
+            if best is not None:
+                break
+        for number in range(len(definition_of(self.config).offloaded_choices(self.config))):
+            moved = [choice for choice, *_ in self._hopeful([each.trial for each in self.traced], number, best)]
+            if moved:
+                best = self._confirmed(self._mixtures([self._trace(choice) for choice in moved]), best)
+        return best
 
-    def _mixtures(
-        self, traced: Sequence[Config], traces: Sequence[Trace], totals: Sequence[Callable[[int], int]]
-    ) -> list[tuple[float, int, Config]]:
+    def _trace(self, choice: Config) -> Traced:
+        trial = self.trial(choice)
+        return Traced(trial, trace_of(trial.need.report, trial.work, definition_of(choice).memory_part))
+
+    def _mixtures(self, traced: Sequence[Traced]) -> list[tuple[float, int, Config]]:
         """(predicted seconds, estimated bytes with workspace and reserve, config) of all mixtures, fastest first."""
-        times = self.times or TimeModel(host=1.0)
+        traces, choices = [each.trace for each in traced], [each.trial.config for each in traced]
         found = []
-        for config, modes in definition_of(self.config).memory_mixtures(traced, list(traces[0].stages)):
-            most = max(totals[mode](mixed_peak(traces, modes)) for mode in {0, *modes.values()})
-            found.append((mixed_seconds(traces, modes, times), most, config))
+        for config, modes in definition_of(self.config).memory_mixtures(choices, list(traces[0].stages)):
+            used = set(modes.values())
+            if len(used) == 1:  # a choice itself, which has had its fake step
+                trial = traced[used.pop()].trial
+                found.append((trial.seconds, trial.need.total, config))
+                continue
+            most = max(traced[mode].total(mixed_peak(traces, modes)) for mode in {0, *used})
+            found.append((mixed_seconds(traces, modes, self._rates), most, config))
         return sorted(found, key=lambda each: each[:2])
 
-    def _confirmed(self, mixtures: list[tuple[float, int, Config]]) -> Trial | None:
-        """The first mixture that fits by its fake step; those whose estimates cannot fit are left out.
+    def _confirmed(self, mixtures: list[tuple[float, int, Config]], best: Trial | None = None) -> Trial | None:
+        """The first mixture that fits by its fake step, or `best` if none is faster.
 
-        Each fake step corrects the estimates that follow: they are raised by its error.
+        Mixtures whose estimates cannot fit are left out. Each fake step corrects the estimates that follow: they are
+        raised by its error.
         """
-        seen = {id(trial.config): trial for trial in self.trials}
         error = 1 / ABOVE
-        for _, estimated, config in mixtures:
+        for seconds, estimated, config in mixtures:
+            if best is not None and seconds >= best.seconds:
+                break
             if estimated * error <= self.budget:
-                trial = seen.get(id(config)) or self.trial(config)
-                if self.fits(trial):
+                trial = self.trial(config)
+                if self.fits(trial) and (best is None or trial.seconds < best.seconds):
                     return trial
                 error = max(error, trial.need.total / estimated)
-        return None
+        return best
 
-    def measure_smallest(self, rounds: Sequence[Sequence[Config]]) -> None:
+    def measure_smallest(self) -> None:
         """Take fake steps of the mixtures that may need the least, so that `smallest` names a budget that is enough."""
-        traced = [choice for choices in rounds for choice in choices]
-        first = {id(trial.config): trial for trial in self.trials}
-        traces = [
-            trace_of(first[id(each)].need.report, first[id(each)].work, definition_of(each).memory_part)
-            for each in traced
-        ]
-        mixtures = self._mixtures(traced, traces, [_scaled(first[id(each)]) for each in traced])
-        for _, estimated, config in sorted(mixtures, key=lambda each: each[1])[:CLOSE]:
-            if estimated < self.smallest() and id(config) not in first:
+        for _, estimated, config in sorted(self._mixtures(self.traced), key=lambda each: each[1])[:CLOSE]:
+            if estimated < self.smallest():
                 self.trial(config)
+        least = min((each.trial for each in self.traced), key=lambda trial: trial.need.total)
+        for choice in definition_of(self.config).offloaded_choices(least.config)[-1:]:
+            self.trial(choice)
 
     # Choices with a micro-batch
 
     def by_micro_batch(self, choices: Sequence[Config]) -> Trial | None:
         """The fastest choice with its largest micro-batch that fits; choices do more and more work."""
-        most = 1 if self.config.privacy.option == "direct" else self.config.trainer.batch_size
         best: Trial | None = None
-        least = 0.0
+        wholes = []  # without micro-batches
         for choice in choices:
-            whole = self.trial(_at(choice, most))
-            least = least or whole.seconds
-            if best is not None and whole.seconds >= best.seconds:
-                continue  # smaller micro-batches take longer
-            found = whole if self.fits(whole) else self._largest(choice, whole, most)
-            if found is not None and (best is None or found.seconds < best.seconds):
-                best = found
-            if best is not None and best.seconds <= NEAR * least:
+            wholes.append(self.trial(_at(choice, self._most)))
+            best = self._faster(wholes[-1].config, wholes[-1], 0.0, best)
+            if best is not None and best.seconds <= NEAR * wholes[0].seconds:
                 break
+        for number in range(len(definition_of(self.config).offloaded_choices(self.config))):
+            for choice, whole, copies in self._hopeful(wholes, number, best):
+                best = self._faster(choice, whole, copies, best)
         return None if best is None else self._with_more(best)
 
-    def _largest(self, choice: Config, whole: Trial, most: int) -> Trial | None:
-        """The trial with the largest micro-batch below `most` that fits; None if not even one example fits."""
-        if most == 1:
-            return None
-        one = self.trial(_at(choice, 1))
-        if not self.fits(one):
-            return None
-        tried = {1: one, most: whole}
+    @property
+    def _most(self) -> int:
+        return 1 if self.config.privacy.option == "direct" else self.config.trainer.batch_size
 
-        def total(size: int) -> int:
-            if size not in tried:
-                tried[size] = self.trial(_at(choice, size))
-            return tried[size].need.total
+    def _faster(self, choice: Config, whole: Trial, more: float, best: Trial | None) -> Trial | None:
+        """The largest micro-batch of a choice that fits, or `best` if that is as fast.
 
-        share = (self.budget - one.need.total) / (whole.need.total - one.need.total)
-        start = max(1, int(1 + share * (most - 1)))
-        size = search(range(1, most), total, limit=self.budget, start=start)
-        return None if size is None else tried[size]
+        whole: the trial without micro-batches of this choice, or of one that takes `more` seconds less.
+        """
+        least = whole.seconds + more
+        if best is not None and least >= best.seconds:
+            return best  # smaller micro-batches take longer
+        found = self._largest(choice, whole, least)
+        return found if found is not None and (best is None or found.seconds < best.seconds) else best
+
+    def _largest(self, choice: Config, whole: Trial, least: float) -> Trial | None:
+        """The trial with the largest micro-batch that fits, or one that takes about the `least` seconds.
+
+        Each size is where the line through the last two shares of the budget reaches all of it; the search ends when
+        this line excludes the next larger size. Returns None if not even one example fits.
+        """
+        found, low, high = None, 0, self._most + 1
+        points = [(0, _constant_bytes(whole) / self.budget), (self._most, self._share(whole))]
+        for number in range(GUESSES):
+            (size, share), (other, its) = points[-2:]
+            slope = max((its - share) / (other - size), 1e-12)
+            guess = int((other + (1 - its) / slope) * (1.0 if number or its <= 1 else SAFE))
+            if low + 1 == high or (found is not None and guess <= low):
+                break
+            guess = min(max(guess, low + 1), high - 1)
+            trial = self.trial(_at(choice, guess))
+            points.append((guess, self._share(trial)))
+            if not self.fits(trial):
+                high = guess
+                continue
+            found, low = trial, guess
+            if trial.seconds <= NEAR * least:
+                break
+        return found
 
     def _with_more(self, best: Trial) -> Trial:
         """The trial, or one that spends the rest of the budget on less work, if that is faster and fits."""
@@ -183,26 +268,50 @@ class Search:
                 best = trial
         return best
 
-    # Choices of the last resort
+    # Choices with host memory
 
-    def first_that_fits(self, choices: Sequence[Config]) -> Trial | None:
-        """The first choice that fits, with its largest micro-batch. Their copies to the host have no predicted time."""
-        for choice in choices:
-            if definition_of(choice).plans_micro_batch:
-                found = self.by_micro_batch([choice])
-            else:
-                trial = self.trial(choice)
-                found = trial if self.fits(trial) else None
-            if found is not None:
-                return found
-        return None
+    def _hopeful(
+        self, trials: Sequence[Trial], number: int, best: Trial | None
+    ) -> Iterator[tuple[Config, Trial, float]]:
+        """Yield (config, trial with less in host memory, seconds of the further copies) of what may be the best plan.
+
+        That is the configs of these trials with more in host memory, which may fit, and be faster than `best`.
+        number: which of `TaskDefinition.offloaded_choices`.
+        """
+        for plain in trials:
+            choices = definition_of(plain.config).offloaded_choices(plain.config)
+            choice, less = choices[number], [plain.config, *choices[:number]]
+            known = [trial for trial in self.trials if trial.config in less and _moves_less(trial.config, choice)]
+            if any(map(self.fits, known)):
+                continue  # it is faster than this choice
+            trial = known[-1]
+            names = [MOVED[name] for name in choice.memory.offload if name not in trial.config.memory.offload]
+            moved = sum(trial.need.report.peak_by_category[name] for name in names)
+            enough = _constant_bytes(trial, without=names) if self._plans_micro_batch else trial.need.total - moved
+            copies = self._copy_seconds(moved)
+            if enough <= self.budget and (best is None or trial.seconds + copies < best.seconds):
+                yield choice, trial, copies
+
+    @property
+    def _plans_micro_batch(self) -> bool:
+        return definition_of(self.config).plans_micro_batch
+
+    def _copy_seconds(self, moved: int) -> float:
+        """The time to copy bytes to the host and back, as a few large copies."""
+        rates = copy_rates(self.device, folder=host_folder(self.config, self.folder))
+        return TimeModel(rates).seconds({direction: Work(bytes=moved) for direction in (TO_HOST, TO_DEVICE)})
 
 
 def _at(config: Config, size: int) -> Config:
     return config.changed({"trainer.micro_batch_size": size})
 
 
-def _scaled(trial: Trial) -> Callable[[int], int]:
-    """A function from exact bytes to those that the budget must have, with the workspace of this trial's step."""
-    more = trial.need.total - trial.need.exact
-    return lambda exact: exact + more
+def _moves_less(config: Config, other: Config) -> bool:
+    return set(config.memory.offload) < set(other.memory.offload)
+
+
+def _constant_bytes(trial: Trial, *, without: Sequence[str] = ()) -> int:
+    """The bytes of a trial that do not depend on its micro-batch, without these categories."""
+    names = {"parameter", "buffer", "gradient", "gathered", "optimizer"}.difference(without)
+    peak = trial.need.report.peak_by_category
+    return trial.need.reserve + sum(peak.get(name, 0) for name in names)
