@@ -46,13 +46,12 @@ def _fastest_that_fits(config: Config, device: torch.device, *, folder: Path) ->
     if best is None:
         if found.traced:
             found.measure_smallest()
-        raise OverBudget(
-            "; ".join([
-                f"no strategy to keep activations fits into {format_bytes(found.budget)}: the smallest one needs a "
-                f"budget of {format_bytes(found.smallest())}, predicted",
-                *found.notes(),
-            ])
+        need = format_bytes(found.smallest())
+        message = (
+            f"no strategy to keep activations fits into {format_bytes(found.budget)}: the smallest one needs a budget "
+            f"of {need}, predicted"
         )
+        raise OverBudget("; ".join([message, *found.notes()]))
     what, need = definition_of(best.config).describe_memory(), format_bytes(best.need.total)
     seconds = "" if found.times is None else f" and {best.seconds:.3g} s a step"
     line = (

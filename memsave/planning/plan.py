@@ -182,7 +182,7 @@ def host_note(needed: int, free: int, device: torch.device, *, folder: Path) -> 
 def host_folder(config: Config, folder: Path | None) -> Path:
     """The existing folder on whose disk a run in `folder` (None: here) keeps what it offloads, on the CPU."""
     given = config.memory.offload_folder
-    wanted = (folder or Path(".") if given is None else Path(given).expanduser()).absolute()
+    wanted = (folder or Path() if given is None else Path(given).expanduser()).absolute()
     return next(each for each in (wanted, *wanted.parents) if each.is_dir())
 
 

@@ -43,6 +43,8 @@ GUESSES = 8
 """The most micro-batches that are tried for a choice, usually two."""
 MOVED = {"activations": "activation", "optimizer": "optimizer"}
 """The category of the bytes that `memory.offload` moves."""
+CONSTANT = {"parameter", "buffer", "gradient", "gathered", "optimizer"}
+"""The categories whose bytes do not depend on the micro-batch."""
 
 
 @dataclass(eq=False)
@@ -54,6 +56,20 @@ class Trial:
     seconds: float
     """Of a logical batch."""
     work: WorkCounter
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is expected of a choice without micro-batches, from its trial or that of one with less in host memory."""
+
+    choice: Config
+    seconds: float
+    total: int
+    """The bytes that the budget must have."""
+    constant: int
+    """Those of them that do not depend on the micro-batch."""
+    host: int
+    """The bytes in host memory."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,9 @@ class Search:
     times: TimeModel | None = None
     """The rates of all calibrations together, so that all trials are compared by the same ones."""
     traced: list[Traced] = field(default_factory=list)
-    """The choices by part that keep everything on the device."""
+    """The choices by part that keep everything on the device, or what was given."""
+    refused_host_bytes: list[int] = field(default_factory=list)
+    """Of plans by part that would fit, if the host had more free memory."""
 
     def fastest(self) -> Trial | None:
         """The fastest plan that fits; None if there is none."""
@@ -108,11 +126,11 @@ class Search:
 
     def fits(self, trial: Trial) -> bool:
         """Whether it fits into the budget, and what it offloads into host memory."""
-        return self._share(trial) <= 1
+        return self._share(trial.need.total, trial.need.host) <= 1
 
-    def _share(self, trial: Trial) -> float:
-        """The part of the budget that it needs, or of the free host memory if that part is larger."""
-        return max(trial.need.total / self.budget, trial.need.host / max(1, self._free_host_bytes))
+    def _share(self, total: int, host: int) -> float:
+        """The part of the budget that a plan needs, or that of the free host memory if it is larger."""
+        return max(total / self.budget, host / max(1, self._free_host_bytes))
 
     def smallest(self) -> int:
         """The smallest sufficient budget of all trials."""
@@ -121,6 +139,7 @@ class Search:
     def notes(self) -> list[str]:
         """The sentence about a plan that fits into the budget and not into host memory, if there is one."""
         found = [trial.need.host for trial in self.trials if trial.need.total <= self.budget and not self.fits(trial)]
+        found += self.refused_host_bytes
         where = host_folder(self.config, self.folder)
         return [host_note(min(found), self._free_host_bytes, self.device, folder=where)] if found else []
 
@@ -155,7 +174,7 @@ class Search:
             if best is not None:
                 break
         for number in range(len(definition_of(self.config).offloaded_choices(self.config))):
-            moved = [choice for choice, *_ in self._hopeful([each.trial for each in self.traced], number, best)]
+            moved = [each.choice for each in self._hopeful([each.trial for each in self.traced], number, best)]
             if moved:
                 best = self._confirmed(self._mixtures([self._trace(choice) for choice in moved]), best)
         return best
@@ -212,51 +231,48 @@ class Search:
         wholes = []  # without micro-batches
         for choice in choices:
             wholes.append(self.trial(_at(choice, self._most)))
-            best = self._faster(wholes[-1].config, wholes[-1], 0.0, best)
+            best = self._faster(self._outlook(wholes[-1].config, wholes[-1]), best)
             if best is not None and best.seconds <= NEAR * wholes[0].seconds:
                 break
         for number in range(len(definition_of(self.config).offloaded_choices(self.config))):
-            for choice, whole, copies in self._hopeful(wholes, number, best):
-                best = self._faster(choice, whole, copies, best)
+            for outlook in self._hopeful(wholes, number, best):
+                best = self._faster(outlook, best)
         return None if best is None else self._with_more(best)
 
     @property
     def _most(self) -> int:
         return 1 if self.config.privacy.option == "direct" else self.config.trainer.batch_size
 
-    def _faster(self, choice: Config, whole: Trial, more: float, best: Trial | None) -> Trial | None:
-        """The largest micro-batch of a choice that fits, or `best` if that is as fast.
-
-        whole: the trial without micro-batches of this choice, or of one that takes `more` seconds less.
-        """
-        least = whole.seconds + more
-        if best is not None and least >= best.seconds:
+    def _faster(self, outlook: Outlook, best: Trial | None) -> Trial | None:
+        """The largest micro-batch of a choice that fits, or `best` if that is as fast."""
+        if best is not None and outlook.seconds >= best.seconds:
             return best  # smaller micro-batches take longer
-        found = self._largest(choice, whole, least)
+        found = self._largest(outlook)
         return found if found is not None and (best is None or found.seconds < best.seconds) else best
 
-    def _largest(self, choice: Config, whole: Trial, least: float) -> Trial | None:
-        """The trial with the largest micro-batch that fits, or one that takes about the `least` seconds.
+    def _largest(self, outlook: Outlook) -> Trial | None:
+        """The trial with the largest micro-batch that fits, or one that takes about as long as is expected at least.
 
         Each size is where the line through the last two shares of the budget reaches all of it; the search ends when
         this line excludes the next larger size. Returns None if not even one example fits.
         """
         found, low, high = None, 0, self._most + 1
-        points = [(0, _constant_bytes(whole) / self.budget), (self._most, self._share(whole))]
+        points = [(0, outlook.constant / self.budget), (self._most, self._share(outlook.total, outlook.host))]
         for number in range(GUESSES):
-            (size, share), (other, its) = points[-2:]
-            slope = max((its - share) / (other - size), 1e-12)
-            guess = int((other + (1 - its) / slope) * (1.0 if number or its <= 1 else SAFE))
+            (size, share), (last, its) = points[-2:]
+            slope = max((its - share) / (last - size), 1e-12)
+            guess = int((last + (1 - its) / slope) * (1.0 if number or its <= 1 else SAFE))
             if low + 1 == high or (found is not None and guess <= low):
                 break
             guess = min(max(guess, low + 1), high - 1)
-            trial = self.trial(_at(choice, guess))
-            points.append((guess, self._share(trial)))
+            trial = self.trial(_at(outlook.choice, guess))
+            share = self._share(trial.need.total, trial.need.host)
+            points = [*(point for point in points if point[0] != guess), (guess, share)]
             if not self.fits(trial):
                 high = guess
                 continue
             found, low = trial, guess
-            if trial.seconds <= NEAR * least:
+            if trial.seconds <= NEAR * outlook.seconds:
                 break
         return found
 
@@ -270,12 +286,9 @@ class Search:
 
     # Choices with host memory
 
-    def _hopeful(
-        self, trials: Sequence[Trial], number: int, best: Trial | None
-    ) -> Iterator[tuple[Config, Trial, float]]:
-        """Yield (config, trial with less in host memory, seconds of the further copies) of what may be the best plan.
+    def _hopeful(self, trials: Sequence[Trial], number: int, best: Trial | None) -> Iterator[Outlook]:
+        """Yield the choices of these trials with more in host memory that may fit, and be faster than `best`.
 
-        That is the configs of these trials with more in host memory, which may fit, and be faster than `best`.
         number: which of `TaskDefinition.offloaded_choices`.
         """
         for plain in trials:
@@ -284,17 +297,25 @@ class Search:
             known = [trial for trial in self.trials if trial.config in less and _moves_less(trial.config, choice)]
             if any(map(self.fits, known)):
                 continue  # it is faster than this choice
-            trial = known[-1]
-            names = [MOVED[name] for name in choice.memory.offload if name not in trial.config.memory.offload]
-            moved = sum(trial.need.report.peak_by_category[name] for name in names)
-            enough = _constant_bytes(trial, without=names) if self._plans_micro_batch else trial.need.total - moved
-            copies = self._copy_seconds(moved)
-            if enough <= self.budget and (best is None or trial.seconds + copies < best.seconds):
-                yield choice, trial, copies
+            outlook = self._outlook(choice, known[-1])
+            if best is not None and outlook.seconds >= best.seconds:
+                continue
+            by_micro_batch = definition_of(choice).plans_micro_batch
+            if (outlook.constant if by_micro_batch else outlook.total) > self.budget:
+                continue
+            if by_micro_batch or outlook.host <= self._free_host_bytes:
+                yield outlook
+            else:
+                self.refused_host_bytes.append(outlook.host)
 
-    @property
-    def _plans_micro_batch(self) -> bool:
-        return definition_of(self.config).plans_micro_batch
+    def _outlook(self, choice: Config, trial: Trial) -> Outlook:
+        """What is expected of a choice, from its trial or that of one with less in host memory."""
+        names = {MOVED[name] for name in choice.memory.offload if name not in trial.config.memory.offload}
+        peak = trial.need.report.peak_by_category
+        moved = sum(peak[name] for name in names)
+        constant = trial.need.reserve + sum(peak.get(name, 0) for name in CONSTANT - names)
+        seconds = trial.seconds + (self._copy_seconds(moved) if moved else 0.0)
+        return Outlook(choice, seconds, trial.need.total - moved, constant, trial.need.host + moved)
 
     def _copy_seconds(self, moved: int) -> float:
         """The time to copy bytes to the host and back, as a few large copies."""
@@ -308,10 +329,3 @@ def _at(config: Config, size: int) -> Config:
 
 def _moves_less(config: Config, other: Config) -> bool:
     return set(config.memory.offload) < set(other.memory.offload)
-
-
-def _constant_bytes(trial: Trial, *, without: Sequence[str] = ()) -> int:
-    """The bytes of a trial that do not depend on its micro-batch, without these categories."""
-    names = {"parameter", "buffer", "gradient", "gathered", "optimizer"}.difference(without)
-    peak = trial.need.report.peak_by_category
-    return trial.need.reserve + sum(peak.get(name, 0) for name in names)
