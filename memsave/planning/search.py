@@ -64,6 +64,8 @@ class Outlook:
 
     choice: Config
     seconds: float
+    expected: float
+    """The seconds with the micro-batch that is expected to fit."""
     total: int
     """The bytes that the budget must have."""
     constant: int
@@ -234,8 +236,10 @@ class Search:
             best = self._faster(self._outlook(wholes[-1].config, wholes[-1]), best)
             if best is not None and best.seconds <= NEAR * wholes[0].seconds:
                 break
-        for number in range(len(definition_of(self.config).offloaded_choices(self.config))):
-            for outlook in self._hopeful(wholes, number, best):
+        numbers = range(len(definition_of(self.config).offloaded_choices(self.config)))
+        moved = [outlook for number in numbers for outlook in self._hopeful(wholes, number, best)]
+        for outlook in sorted(moved, key=lambda each: each.expected):
+            if best is None or outlook.expected < best.seconds:
                 best = self._faster(outlook, best)
         return None if best is None else self._with_more(best)
 
@@ -298,7 +302,7 @@ class Search:
             if any(map(self.fits, known)):
                 continue  # it is faster than this choice
             outlook = self._outlook(choice, known[-1])
-            if best is not None and outlook.seconds >= best.seconds:
+            if best is not None and outlook.expected >= best.seconds:
                 continue
             by_micro_batch = definition_of(choice).plans_micro_batch
             if (outlook.constant if by_micro_batch else outlook.total) > self.budget:
@@ -311,11 +315,27 @@ class Search:
     def _outlook(self, choice: Config, trial: Trial) -> Outlook:
         """What is expected of a choice, from its trial or that of one with less in host memory."""
         names = {MOVED[name] for name in choice.memory.offload if name not in trial.config.memory.offload}
-        peak = trial.need.report.peak_by_category
-        moved = sum(peak[name] for name in names)
+        moved, peak = _bytes_of(trial, names), trial.need.report.peak_by_category
         constant = trial.need.reserve + sum(peak.get(name, 0) for name in CONSTANT - names)
         seconds = trial.seconds + (self._copy_seconds(moved) if moved else 0.0)
-        return Outlook(choice, seconds, trial.need.total - moved, constant, trial.need.host + moved)
+        expected = seconds + self._seconds_of_splitting(trial, names)
+        return Outlook(choice, seconds, expected, trial.need.total - moved, constant, trial.need.host + moved)
+
+    def _seconds_of_splitting(self, whole: Trial, names: set[str]) -> float:
+        """The time that the micro-batch takes in addition which fits without these categories, as far as is known.
+
+        By the line of bytes through the whole batch and another micro-batch m, and the time c / m.
+        """
+        sizes = (trial for trial in self.trials if trial.config.trainer.micro_batch_size != self._most)
+        others = [each for each in sizes if _at(each.config, self._most) == whole.config]
+        if not others or not definition_of(whole.config).plans_micro_batch:
+            return 0.0
+        size = others[-1].config.trainer.micro_batch_size or self._most
+        total, its = (each.need.total - _bytes_of(each, names) for each in (whole, others[-1]))
+        per_example = max(1.0, (total - its) / (self._most - size))
+        fitting = min(max(1.0, size + (self.budget - its) / per_example), self._most)
+        per_pass = (others[-1].seconds - whole.seconds) / (1 / size - 1 / self._most)
+        return per_pass * (1 / fitting - 1 / self._most)
 
     def _copy_seconds(self, moved: int) -> float:
         """The time to copy bytes to the host and back, as a few large copies."""
@@ -325,6 +345,10 @@ class Search:
 
 def _at(config: Config, size: int) -> Config:
     return config.changed({"trainer.micro_batch_size": size})
+
+
+def _bytes_of(trial: Trial, categories: set[str]) -> int:
+    return sum(trial.need.report.peak_by_category.get(name, 0) for name in categories)
 
 
 def _moves_less(config: Config, other: Config) -> bool:
