@@ -239,7 +239,7 @@ class Search:
         numbers = range(len(definition_of(self.config).offloaded_choices(self.config)))
         moved = [outlook for number in numbers for outlook in self._hopeful(wholes, number, best)]
         for outlook in sorted(moved, key=lambda each: each.expected):
-            if best is None or outlook.expected < best.seconds:
+            if best is None or NEAR * outlook.expected < best.seconds:
                 best = self._faster(outlook, best)
         return None if best is None else self._with_more(best)
 
@@ -291,7 +291,7 @@ class Search:
     # Choices with host memory
 
     def _hopeful(self, trials: Sequence[Trial], number: int, best: Trial | None) -> Iterator[Outlook]:
-        """Yield the choices of these trials with more in host memory that may fit, and be faster than `best`.
+        """Yield the choices of these trials with more in host memory that may fit, and be clearly faster than `best`.
 
         number: which of `TaskDefinition.offloaded_choices`.
         """
@@ -302,7 +302,7 @@ class Search:
             if any(map(self.fits, known)):
                 continue  # it is faster than this choice
             outlook = self._outlook(choice, known[-1])
-            if best is not None and outlook.expected >= best.seconds:
+            if best is not None and NEAR * outlook.expected >= best.seconds:
                 continue
             by_micro_batch = definition_of(choice).plans_micro_batch
             if (outlook.constant if by_micro_batch else outlook.total) > self.budget:

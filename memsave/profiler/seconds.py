@@ -131,10 +131,12 @@ def measure_times(run: Callable[[], object], *, device: torch.device) -> TimeMod
 
 
 def kind_rate(samples: Sequence[tuple[Work, float]], *, per_byte: float = 0.0) -> Rate:
-    """The rates of one kind. Calls below `SMALL_BYTES` give the seconds per call, and the others the other two rates.
+    """The rates of one kind. Of a kind without FLOPs, calls below `SMALL_BYTES` give the seconds per call alone.
 
-    per_byte: the rate for a kind without larger calls.
+    per_byte: the rate for such a kind if it has no larger calls.
     """
+    if any(work.flops for work, _ in samples):
+        return fit(samples)
     small = [seconds for work, seconds in samples if work.bytes < SMALL_BYTES]
     large = [(work, seconds) for work, seconds in samples if work.bytes >= SMALL_BYTES]
     if not small:
@@ -194,18 +196,20 @@ def _step_seconds(run: Callable[[], object], clock: Callable[[], float], device:
 
 
 def _fresh_seconds(device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds per byte by which writing new memory takes longer than writing memory again."""
+    """Seconds per byte by which mapping, writing and returning new memory takes longer than writing memory again."""
     if device.type != "cpu":
         return 0.0
-    taken: dict[bool, list[float]] = {True: [], False: []}
+    new, again = [], []
     for _ in range(TIMED_STEPS + 1):
-        block = torch.empty(2 * FRESH_BYTES, dtype=torch.uint8)
-        for is_new in (True, False):
-            started = clock()
-            block.zero_()
-            taken[is_new].append(clock() - started)
+        started = clock()
+        block = torch.empty(2 * FRESH_BYTES, dtype=torch.uint8).zero_()
+        written = clock()
+        block.zero_()
+        rewritten = clock()
         del block
-    return max(0.0, min(taken[True]) - min(taken[False])) / (2 * FRESH_BYTES)
+        new.append(written - started + clock() - rewritten)
+        again.append(rewritten - written)
+    return max(0.0, min(new) - min(again)) / (2 * FRESH_BYTES)
 
 
 class _OperatorTimer(TorchDispatchMode):
