@@ -46,11 +46,9 @@ def _fastest_that_fits(config: Config, device: torch.device, *, folder: Path) ->
     if best is None:
         if found.traced:
             found.measure_smallest()
-        need = format_bytes(found.smallest())
-        message = (
-            f"no strategy to keep activations fits into {format_bytes(found.budget)}: the smallest one needs a budget "
-            f"of {need}, predicted"
-        )
+        message = f"no strategy to keep activations fits into {format_bytes(found.budget)}"
+        if found.smallest() > found.budget:
+            message += f": the smallest one needs a budget of {format_bytes(found.smallest())}, predicted"
         raise OverBudget("; ".join([message, *found.notes()]))
     what, need = definition_of(best.config).describe_memory(), format_bytes(best.need.total)
     seconds = "" if found.times is None else f" and {best.seconds:.3g} s a step"

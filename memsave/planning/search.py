@@ -31,8 +31,10 @@ from memsave.profiler.work import Work, WorkCounter
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 
-NEAR = 1.02
-"""A plan whose predicted time is within 2% of the best possible one ends the search."""
+NEAR = 1.05
+"""A plan whose predicted time is within 5% of the best possible one ends the search: predictions err by more."""
+REST = 0.02
+"""A smaller part of the budget that is left is not spent."""
 ABOVE = 1.03
 """Mixtures are confirmed although their estimate exceeds the budget by up to 3%, its usual error."""
 CLOSE = 3
@@ -135,8 +137,9 @@ class Search:
         return max(total / self.budget, host / max(1, self._free_host_bytes))
 
     def smallest(self) -> int:
-        """The smallest sufficient budget of all trials."""
-        return min(trial.need.total for trial in self.trials)
+        """The smallest sufficient budget of all trials, of those with room in host memory if there are any."""
+        fitting = [trial for trial in self.trials if trial.need.host <= self._free_host_bytes]
+        return min(trial.need.total for trial in fitting or self.trials)
 
     def notes(self) -> list[str]:
         """The sentence about a plan that fits into the budget and not into host memory, if there is one."""
@@ -282,7 +285,10 @@ class Search:
 
     def _with_more(self, best: Trial) -> Trial:
         """The trial, or one that spends the rest of the budget on less work, if that is faster and fits."""
-        for config in definition_of(best.config).memory_spent(best.config, self.budget - best.need.total):
+        left = self.budget - best.need.total
+        if left < REST * self.budget:
+            return best
+        for config in definition_of(best.config).memory_spent(best.config, left):
             trial = self.trial(config)
             if self.fits(trial) and trial.seconds < best.seconds:
                 best = trial

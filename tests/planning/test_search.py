@@ -134,17 +134,17 @@ def test_the_search_finds_the_fastest_of_all_plans_of_a_language_model(budget, c
     search = Simulated(config, CPU, budget)
     best = search.fastest()
     assert best.need.total <= budget
-    assert best.seconds <= 1.03 * fastest
+    assert best.seconds <= 1.06 * fastest
     assert len(search.trials) <= 30
 
 
 def test_a_plan_must_fit_into_host_memory_too(monkeypatch):
-    config = to_objects(compose([*TEXT, f"trainer.batch_size={BATCH}", "budget=20000"]))
+    config = to_objects(compose([*TEXT, f"trainer.batch_size={BATCH}", "budget=9000"]))
     monkeypatch.setattr(Simulated, "copy_rate", 1e-6)
-    plenty = Simulated(config, CPU, 20_000).fastest()
+    plenty = Simulated(config, CPU, 9_000).fastest()
     assert "activations" in plenty.config.memory.offload and plenty.need.host > 3_000
     monkeypatch.setattr(searching, "free_host_bytes", lambda device, *, folder: 3_000)
-    scarce = Simulated(config, CPU, 20_000)
+    scarce = Simulated(config, CPU, 9_000)
     best = scarce.fastest()
     assert best.need.host <= 3_000 and best.seconds > plenty.seconds
     (note,) = scarce.notes()

@@ -42,9 +42,10 @@ def test_of_two_calibrations_the_one_with_larger_calls_has_the_rates():
         assert (merged.host, merged.largest) == (2.0, {"mm": 20, "add": 20, "div": 1})
 
 
+@pytest.mark.parametrize("host", [2.0, 50.0])
 @pytest.mark.parametrize("concurrent", [False, True])
-def test_copies_are_predicted_without_overlap(concurrent):
-    model = TimeModel({OTHER: (3.0, 0, 0)}, host=2.0, concurrent=concurrent)
+def test_copies_are_predicted_without_overlap(concurrent, host):
+    model = TimeModel({OTHER: (3.0, 0, 0)}, host=host, concurrent=concurrent)
     work = {"mm float32": Work(1)}
     copies = {TO_HOST: Work(1, bytes=10), TO_DEVICE: Work(1, bytes=20)}
     with_rates = model.with_rates({TO_HOST: (0.0, 0.0, 0.5), TO_DEVICE: (1.0, 0.0, 0.25)})
