@@ -131,19 +131,20 @@ def measure_times(run: Callable[[], object], *, device: torch.device) -> TimeMod
 
 
 def kind_rate(samples: Sequence[tuple[Work, float]], *, per_byte: float = 0.0) -> Rate:
-    """The rates of one kind. Of a kind without FLOPs, calls below `SMALL_BYTES` give the seconds per call alone.
+    """The rates of one kind. Calls below `SMALL_BYTES` give the seconds per call, and the others the other two rates.
 
-    per_byte: the rate for such a kind if it has no larger calls.
+    Of a kind with FLOPs, the fastest small call gives the seconds per call, and all calls the other two rates.
+    per_byte: the rate for a kind without FLOPs that has no larger calls.
     """
-    if any(work.flops for work, _ in samples):
-        return fit(samples)
     small = [seconds for work, seconds in samples if work.bytes < SMALL_BYTES]
-    large = [(work, seconds) for work, seconds in samples if work.bytes >= SMALL_BYTES]
     if not small:
-        return fit(large)
-    per_call = sum(small) / len(small)
-    if not large:
-        return per_call, 0.0, per_byte
+        return fit(samples)
+    if any(work.flops for work, _ in samples):
+        per_call, large = min(small), samples
+    else:
+        per_call, large = sum(small) / len(small), [each for each in samples if each[0].bytes >= SMALL_BYTES]
+        if not large:
+            return per_call, 0.0, per_byte
     rest = [(work._replace(calls=0), max(0.0, seconds - per_call)) for work, seconds in large]
     return per_call, *fit(rest)[1:]
 

@@ -33,6 +33,11 @@ def test_small_calls_say_nothing_about_the_rate_per_byte():
     assert kind_rate(small + large, per_byte=1.0) == pytest.approx((1e-5, 0.0, 2e-10), rel=1e-6)
 
 
+def test_small_products_still_give_the_rate_per_flop():
+    products = [(Work(1, flops, 100), 1e-5 + 1e-9 * flops) for flops in (0, 1e4, 1e6)]
+    assert kind_rate(products, per_byte=1.0) == pytest.approx((1e-5, 1e-9, 0.0), rel=1e-6)
+
+
 def test_of_two_calibrations_the_one_with_larger_calls_has_the_rates():
     one = TimeModel({"mm": (1.0, 0, 0), "add": (1.0, 0, 0)}, host=1.0, largest={"mm": 10, "add": 20}, calls=5)
     other = TimeModel({"mm": (2.0, 0, 0), "add": (2.0, 0, 0), "div": (2.0, 0, 0)}, 2.0,
