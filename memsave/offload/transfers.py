@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memsave.host_bytes import TO_DEVICE, TO_HOST, count_copy
 from memsave.offload._torch_internals import fake_mode_of, unobserved
 from memsave.offload.host_store import HostStore
 
@@ -81,6 +82,7 @@ class Transfers:
     def to_host(self, source: Tensor, block: Tensor) -> int:
         """Copy `source`, uint8 on the device, into a block; returns the number of the copy, for `release`."""
         self._number += 1
+        count_copy(TO_HOST, size=source.numel())
         with unobserved():
             if not self.is_asynchronous:
                 block.copy_(source)
@@ -101,6 +103,7 @@ class Transfers:
     def to_device(self, block: Tensor, *, like: Tensor) -> Incoming:
         """Copy a block to the device. `like` is a tensor there; the memory that this allocates is seen by all modes."""
         target = like.new_empty(block.numel(), dtype=torch.uint8)
+        count_copy(TO_DEVICE, size=block.numel())
         with unobserved():
             if not self.is_asynchronous:
                 target.copy_(block)

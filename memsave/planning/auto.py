@@ -2,9 +2,9 @@
 
 The task lists its choices (`TaskDefinition.memory_choices`): for a U-Net, each level is stored, checkpointed or
 reversible, by one of two engines; for a language model, layers are stored or checkpointed, the head forms all logits or
-none, and the micro-batch is the largest that fits. `search.py` finds the one with the least predicted time. If none
-fits, activations, and then the optimizer's state, are kept in host memory. A choice changes neither the function nor
-the batch, and its config keys can be set in another run.
+none, and the micro-batch is the largest that fits; each with activations, the optimizer's state or both in host memory.
+`search.py` finds the one with the least predicted time. A choice changes neither the function nor the batch, and its
+config keys can be set in another run.
 """
 
 import time
@@ -14,6 +14,7 @@ import torch
 
 from memsave.config import Config
 from memsave.planning.budget import OverBudget
+from memsave.planning.plan import compile_notes
 from memsave.planning.pretend import plan_alone
 from memsave.planning.search import Search
 from memsave.profiler import format_bytes, parse_bytes
@@ -29,33 +30,30 @@ def choose_memory(config: Config, folder: Path, device: torch.device, *, progres
     """
     if config.memory.mode != "auto" or config.memory.levels is not None:
         return config
-    chosen, line = plan_alone(_fastest_that_fits, config, device)
-    progress.say(line)
+    chosen, lines = plan_alone(_fastest_that_fits, config, device, folder=folder)
+    for line in lines:
+        progress.say(line)
     write_config(chosen, folder)
     return chosen
 
 
-def _fastest_that_fits(config: Config, device: torch.device) -> tuple[Config, str]:
-    """(the config with the choice, a line about it)."""
+def _fastest_that_fits(config: Config, device: torch.device, *, folder: Path) -> tuple[Config, list[str]]:
+    """(the config with the choice, lines about it)."""
     assert config.budget is not None
     started = time.perf_counter()
-    task, found = definition_of(config), Search(config, device, parse_bytes(config.budget))
-    rounds = task.memory_choices(device)
-    if task.plans_micro_batch:
-        best = found.by_micro_batch([choice for choices in rounds for choice in choices])
-    else:
-        best = found.by_parts(rounds)
-        if best is None:
-            found.measure_smallest(rounds)
-    best = best or found.first_that_fits(task.offloaded_choices(rounds[-1][-1]))
+    found = Search(config, device, parse_bytes(config.budget), folder)
+    best = found.fastest()
     if best is None:
-        raise OverBudget(
-            f"no strategy to keep activations fits into {format_bytes(found.budget)}: the smallest one needs a budget "
-            f"of {format_bytes(found.smallest())}, predicted"
-        )
+        if found.traced:
+            found.measure_smallest()
+        message = f"no strategy to keep activations fits into {format_bytes(found.budget)}"
+        if found.smallest() > found.budget:
+            message += f": the smallest one needs a budget of {format_bytes(found.smallest())}, predicted"
+        raise OverBudget("; ".join([message, *found.notes()]))
     what, need = definition_of(best.config).describe_memory(), format_bytes(best.need.total)
     seconds = "" if found.times is None else f" and {best.seconds:.3g} s a step"
-    return best.config, (
+    line = (
         f"memory=auto: {what}; {need} of {config.budget}{seconds}, predicted; {len(found.trials)} fake steps in "
         f"{time.perf_counter() - started:.1f} s"
     )
+    return best.config, [line, *compile_notes(config), *found.notes()]

@@ -1,6 +1,7 @@
 """Budgets: the free memory of this machine, and the error for a run that exceeds `budget=16GiB`."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,13 @@ def free_bytes(device: torch.device) -> int:
     if most.is_file() and most.read_text().strip().isdigit():
         limits.append(int(most.read_text()) - int(used.read_text()))
     return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def free_host_bytes(device: torch.device, *, folder: Path) -> int:
+    """The bytes that this process can keep in host memory (`memory.offload`), as its share, of several.
+
+    For CUDA that is free memory of the host; on the CPU free space on the disk of an existing folder.
+    """
+    if device.type == "cuda":
+        return free_bytes(torch.device("cpu"))
+    return shutil.disk_usage(folder).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

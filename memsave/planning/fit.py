@@ -23,7 +23,7 @@ def plan_experiment(
 
     Raises OverBudget if the config's own strategy does not fit at any size.
     """
-    plan = plan_alone(make_plan, config, device, strategies=strategies)
+    plan = plan_alone(make_plan, config, device, strategies=strategies, folder=folder)
     (folder / "plan.md").write_text(markdown(plan))
     draw(plan, folder / "plan.png")
     steps = {f"{row.strategy} {row.size or ''}".strip(): row.need.report for row in plan.rows}
@@ -45,7 +45,8 @@ def fit_to_budget(
     """
     if config.budget is None or not (config.vary or definition_of(config).has_static_batches):
         return config, {}
-    plan = plan_alone(make_plan, config, device, strategies=[definition_of(config).current_strategy()])
+    own = [definition_of(config).current_strategy()]
+    plan = plan_alone(make_plan, config, device, strategies=own, folder=folder)
     entry = {"plan": plan.as_dict()}
     if plan.vary is None:
         assert plan.budget is not None

@@ -29,14 +29,22 @@ class Stage:
     """Bytes at this peak by the part whose modules created them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trace:
     """A step in which all parts have one mode, by part."""
 
     stages: dict[str, Stage]
     work: dict[str, Totals]
-    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """The times of the work, once they were needed."""
+    _costs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _times: TimeModel | None = None
+
+    def cost(self, part: str, times: TimeModel) -> tuple[float, float]:
+        """The time of the work of a part, see `TimeModel.together`; computed once for each time model."""
+        if self._times is not times:
+            self._times, self._costs = times, {}
+        if part not in self._costs:
+            self._costs[part] = times.inside_and_outside(self.work.get(part, {}))
+        return self._costs[part]
 
 
 def trace_of(report: MemoryReport, work: WorkCounter, part_of: Callable[[str | None], str]) -> Trace:
@@ -76,10 +84,4 @@ def mixed_peak(traces: Sequence[Trace], modes: Mapping[str, int]) -> int:
 def mixed_seconds(traces: Sequence[Trace], modes: Mapping[str, int], times: TimeModel) -> float:
     """The time of a step if each part has the mode of the trace with this index; the rest has that of trace 0."""
     own = ((part, mode) for part, mode in modes.items() if part in traces[mode].work)
-    return times.together(_cost(traces[mode], part, times) for part, mode in [(REST, 0), *own])
-
-
-def _cost(trace: Trace, part: str, times: TimeModel) -> tuple[float, float]:
-    if part not in trace.costs:
-        trace.costs[part] = times.inside_and_outside(trace.work.get(part, {}))
-    return trace.costs[part]
+    return times.together(traces[mode].cost(part, times) for part, mode in [(REST, 0), *own])

@@ -13,17 +13,29 @@ import datetime
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from memsave.config import Config
 from memsave.data.cache import cache_root
+from memsave.planning.budget import free_host_bytes
+from memsave.planning.copies import copy_rates
 from memsave.planning.fake_step import fake_step, whole_batch
 from memsave.processes import alone, process_count
-from memsave.profiler import Calibration, MemoryEstimate, SearchResult, calibrate, largest, parse_bytes, peak_on_fake
+from memsave.profiler import (
+    Calibration,
+    MemoryEstimate,
+    SearchResult,
+    calibrate,
+    format_bytes,
+    largest,
+    parse_bytes,
+    peak_on_fake,
+)
 from memsave.profiler.calibration import TrainingStep, calibration_from, read_calibrations, write_calibration
 from memsave.profiler.work import WorkCounter
 from memsave.progress import Progress
@@ -101,6 +113,8 @@ class Plan:
     """The sizes that the plan does not vary, such as 2 at once."""
     processes: str = ""
     """Whose bytes these are, such as each of 8 processes (fsdp); empty for a single process."""
+    notes: list[str] = field(default_factory=list)
+    """What the numbers do not include, in sentences."""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry `plan` of `result.json`."""
@@ -111,14 +125,23 @@ class Plan:
             "fixed": self.fixed,
             "budget_bytes": self.budget,
             "strategy": self.own.strategy,
+            "notes": self.notes,
             "rows": [row.as_dict() for row in self.rows],
         }
 
 
 def make_plan(
-    config: Config, device: torch.device, *, strategies: list[str] | None = None, progress: Progress | None = None
+    config: Config,
+    device: torch.device,
+    *,
+    strategies: list[str] | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
-    """The plan with one row for each of `strategies`, or for each strategy that the task compares."""
+    """The plan with one row for each of `strategies`, or for each strategy that the task compares.
+
+    folder: of the run, for the files of `memory.offload`.
+    """
     progress = progress or Progress()
     budget = None if config.budget is None else parse_bytes(config.budget)
     task = definition_of(config)
@@ -128,9 +151,39 @@ def make_plan(
             progress.say(f"{name} is left out: it needs whole gradients, and trainer.parallel=fsdp shards them")
             continue
         progress.say(f"planning {name}, on fake tensors")
-        rows.append(_row(config, name, budget=budget, device=device, progress=progress))
+        rows.append(_row(config, name, budget=budget, device=device, folder=folder, progress=progress))
     own = next(row for row in rows if row.strategy == task.current_strategy())
-    return Plan(config.vary, budget, rows, own, fixed_sizes(config), _described_processes(config))
+    notes = [*compile_notes(config), *_host_notes(config, own, device, folder=folder)]
+    return Plan(config.vary, budget, rows, own, fixed_sizes(config), _described_processes(config), notes)
+
+
+def compile_notes(config: Config) -> list[str]:
+    """What a plan says of a run that compiles its blocks; `experiments/planning` measures it."""
+    if not config.trainer.compile:
+        return []
+    return [
+        "trainer.compile=true is not planned: bytes and time are those of the step without compilation; compiled steps "
+        "of the U-Net took less memory on a CPU"
+    ]
+
+
+def _host_notes(config: Config, own: Row, device: torch.device, *, folder: Path | None) -> list[str]:
+    where = host_folder(config, folder)
+    free = free_host_bytes(device, folder=where) if own.need.host else 0
+    return [host_note(own.need.host, free, device, folder=where)] if own.need.host > free else []
+
+
+def host_note(needed: int, free: int, device: torch.device, *, folder: Path) -> str:
+    """The sentence about a plan that keeps more bytes in host memory than are free there."""
+    where = "of the host's memory" if device.type == "cuda" else f"on the disk of {folder}"
+    return f"memory.offload needs {format_bytes(needed)} in host memory, and {format_bytes(free)} {where} are free"
+
+
+def host_folder(config: Config, folder: Path | None) -> Path:
+    """The existing folder on whose disk a run in `folder` (None: here) keeps what it offloads, on the CPU."""
+    given = config.memory.offload_folder
+    wanted = (folder or Path() if given is None else Path(given).expanduser()).absolute()
+    return next(each for each in (wanted, *wanted.parents) if each.is_dir())
 
 
 def _described_processes(config: Config) -> str:
@@ -155,12 +208,20 @@ def fixed_sizes(config: Config) -> str:
     return ", ".join([*batch, *definition.fixed_sizes(), *definition.unit_sizes(), *offloaded])
 
 
-def _row(config: Config, strategy: str, *, budget: int | None, device: torch.device, progress: Progress) -> Row:
+def _row(
+    config: Config,
+    strategy: str,
+    *,
+    budget: int | None,
+    device: torch.device,
+    folder: Path | None,
+    progress: Progress,
+) -> Row:
     config = definition_of(config).with_strategy(strategy)
     reserve = parse_bytes(config.reserve)
     mixed = config.memory.mode == "auto"
     calibrating = widest_calibration if mixed else partial(calibration_of, strategy=strategy)
-    calibration = calibrating(config, device=device, progress=progress)
+    calibration = calibrating(config, device=device, folder=folder, progress=progress)
     started = time.perf_counter()
     if config.vary is None or budget is None:
         work = WorkCounter()
@@ -216,19 +277,37 @@ def _step(
     return fake_step(config, device=device, per_sample_gradients=per_sample, architecture=architecture, work=work)
 
 
-def widest_calibration(config: Config, device: torch.device, *, progress: Progress) -> Calibration:
+def widest_calibration(
+    config: Config, device: torch.device, *, folder: Path | None = None, progress: Progress
+) -> Calibration:
     """The largest workspace among the strategies that bound a config of memory=auto, and the rates of all of them."""
     task = definition_of(config)
     found = [
-        calibration_of(task.with_strategy(name), name, device, progress=progress) for name in task.memory_strategies()
+        calibration_of(task.with_strategy(name), name, device, folder=folder, progress=progress)
+        for name in task.memory_strategies()
     ]
     times = [each.times for each in found if each.times is not None]
     merged = reduce(lambda one, other: one.with_kinds_of(other), times) if times else None
     return Calibration(max(each.workspace_ratio for each in found), merged)
 
 
-def calibration_of(config: Config, strategy: str, device: torch.device, *, progress: Progress) -> Calibration:
-    """The calibration of this machine, from the cache or from a small real step."""
+def calibration_of(
+    config: Config, strategy: str, device: torch.device, *, folder: Path | None = None, progress: Progress
+) -> Calibration:
+    """The calibration of this machine, from the cache or from a small real step.
+
+    The times of a config that offloads are those of the step without, and the rates of copies. `folder`: of the run.
+    """
+    if not config.memory.offload:
+        return _cached(config, strategy, device, timed=True, progress=progress)
+    moved = _cached(config, strategy, device, timed=False, progress=progress)
+    times = _cached(config.changed({"memory.offload": []}), strategy, device, timed=True, progress=progress).times
+    if times is not None:
+        times = times.with_rates(copy_rates(device, folder=host_folder(config, folder)))
+    return replace(moved, times=times)
+
+
+def _cached(config: Config, strategy: str, device: torch.device, *, timed: bool, progress: Progress) -> Calibration:
     path = cache_root() / "calibration.json"
     info = hardware()
     machine = info["gpu"] if device.type == "cuda" else f"{info['cpu']} ({info['threads']} threads)"
@@ -237,13 +316,14 @@ def calibration_of(config: Config, strategy: str, device: torch.device, *, progr
     parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, *modes])
     name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
-    cached = None if found is None or found.get("torch") != torch.__version__ else calibration_from(found)
-    if cached is not None:
-        return cached
+    known = None if found is None or found.get("torch") != torch.__version__ else calibration_from(found)
+    if known is not None and (known.times is not None or not timed):
+        return known
     progress.say(f"  calibrating {strategy} by a small real step; the result is cached in {path}")
     small, architecture = task.calibration_config()
     with alone():  # the workspace of operators does not depend on the other processes
-        calibration = calibrate(lambda: _step(small, strategy, device, architecture=architecture), device=device)
+        step = partial(_step, small, strategy, device, architecture=architecture)
+        calibration = calibrate(step, device=device, timed=timed)
     if calibration is None:
         return Calibration()
     notes = {"date": datetime.date.today().isoformat(), "torch": versions()["torch"]}

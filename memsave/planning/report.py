@@ -24,6 +24,7 @@ def lines(plan: Plan) -> Iterator[str]:
         "exact: live tensors, predicted on fake tensors; calibrated: exact plus the workspace of operators; "
         f"calibrated plus reserve must fit{host}; time: of one batch on this machine, from the work of its operators"
     )
+    yield from plan.notes
 
 
 def markdown(plan: Plan) -> str:
@@ -35,8 +36,9 @@ def markdown(plan: Plan) -> str:
         peak = row.need.report.peak_by_category
         rows.append("| " + " | ".join([*_cells(plan, row), *(format_bytes(peak[name]) for name in names)]) + " |")
     budget = "" if plan.budget is None else f" in {format_bytes(plan.budget)}"
+    notes = "".join(f"\n{note}.\n" for note in plan.notes)
     return f"# What fits{budget}\n\nPredicted on fake tensors; nothing was trained. Each step: {_fixed(plan)}.\n\n" + (
-        "\n".join(rows) + "\n"
+        "\n".join(rows) + "\n" + notes
     )
 
 

@@ -52,11 +52,13 @@ class Calibration:
         return report.peak_bytes + round(self.workspace_ratio * report.largest_block_bytes)
 
 
-def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = "cpu") -> Calibration | None:
+def calibrate(
+    step: Callable[[], TrainingStep], *, device: torch.device | str = "cpu", timed: bool = True
+) -> Calibration | None:
     """Run a small real step and compare the peak of the allocator with that of the recorder.
 
     The step runs once with `MemoryRecorder` and once with `allocator_peak`, after the optimizer has created its state,
-    and then a few times for `measure_times`. Returns None if `allocator_peak` does.
+    and then, if `timed`, a few times for `measure_times`. Returns None if `allocator_peak` does.
     """
     small = step()
     if not create_state(small.optimizer):
@@ -68,7 +70,7 @@ def calibrate(step: Callable[[], TrainingStep], *, device: torch.device | str = 
     if peak is None:
         return None
     excess = report.start_bytes + peak - report.peak_bytes
-    times = measure_times(small.run, device=torch.device(device))
+    times = measure_times(small.run, device=torch.device(device)) if timed else None
     return Calibration(max(0.0, excess / max(1, report.largest_block_bytes)), times)
 
 
@@ -87,11 +89,10 @@ def create_state(optimizer: torch.optim.Optimizer | None) -> bool:
     return True
 
 
-def calibration_from(content: Mapping[str, Any]) -> Calibration | None:
-    """The calibration in an entry of the file; None for an entry of an earlier version, without times."""
-    if content.get("times") is None:
-        return None
-    return Calibration(content["workspace_ratio"], TimeModel.from_dict(content["times"]))
+def calibration_from(content: Mapping[str, Any]) -> Calibration:
+    """The calibration in an entry of the file, without the times of an earlier version, which have other rates."""
+    times = content.get("times") or {}
+    return Calibration(content["workspace_ratio"], TimeModel.from_dict(times) if "largest" in times else None)
 
 
 def read_calibrations(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memsave.host_bytes import is_in_host_memory, listen
+from memsave.host_bytes import is_in_host_memory, listen, listen_to_copies
 from memsave.profiler._torch_internals import (
     TorchDispatchMode,
     fake_modes,
@@ -76,7 +76,8 @@ class MemoryRecorder(TorchDispatchMode):
         optimizer: its state and steps are identified; without it, optimizer steps count as forward or backward.
         device: records only the storages of this device ("cuda": of every index); None records all.
         observe: called after each operator with (operator, args, kwargs, result, a function that returns the name of
-            the running module), for example a `memsave.profiler.work.WorkCounter`.
+            the running module), for example a `memsave.profiler.work.WorkCounter`. Its method `count_copy`, if it has
+            one, is called with (direction, bytes, name of the running module) of each copy of `memsave.offload`.
     """
 
     def __init__(
@@ -127,6 +128,9 @@ class MemoryRecorder(TorchDispatchMode):
                     if is_in_host_memory(storage):
                         self._record_offloaded(storage)
             undo.callback(listen(self._record_offloaded))
+            count_copy = getattr(self._observe, "count_copy", None)
+            if count_copy is not None:
+                undo.callback(listen_to_copies(lambda *copy: count_copy(*copy, self._module())))
             for mode in fake_modes(self._model.parameters()):
                 # For a fake model the tensors that the step creates from nothing must be fake, too.
                 undo.enter_context(mode)

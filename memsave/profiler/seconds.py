@@ -5,27 +5,30 @@
 a, b, c >= 0 are fitted for each kind of operator (see `memsave.profiler.work`) to the times of its calls in the small
 step, host is the time of a step between its operators (Python, autograd), per call, and f is the time in which the
 system maps a byte of new memory: blocks too large for malloc to keep. On a GPU the operators run beside the host, and
-the longer of the two times counts.
+the longer of the two times counts. Copies to host memory and back (`memsave.offload`) are kinds of their own, whose
+rates the caller measures; on a GPU they are predicted without overlap with the operators.
 
 `experiments/planning` states the error of such predictions.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 import torch
 
 from memsave.profiler._torch_internals import TorchDispatchMode, is_wrapper
-from memsave.profiler.work import FRESH_BYTES, Totals, Work, work_of
+from memsave.profiler.work import COPIES, FRESH_BYTES, Totals, Work, work_of
 
 Rate = tuple[float, float, float]
 """Seconds per call, per FLOP and per byte."""
 TIMED_STEPS = 2
 CLEARLY = 0.8  # the error with a further rate, as a part of the error without
+SMALL_BYTES = 64 << 10
+"""A call that moves fewer bytes takes the time of the call itself, which says nothing about the rate per byte."""
 OTHER = "any other"
 """The kind whose rates are those of all operators together, for kinds that the small step does not have."""
 
@@ -42,6 +45,10 @@ class TimeModel:
     """Seconds per byte of new memory."""
     concurrent: bool = False
     """Whether operators run beside the host, as on a GPU."""
+    largest: dict[str, float] = field(default_factory=dict)
+    """By kind, the bytes of the largest call in the small step: the larger, the better are the rates."""
+    calls: int = 0
+    """Operators of the small step, from which `host` is known."""
 
     def seconds(self, work: Totals) -> float:
         """The predicted time of this work."""
@@ -50,7 +57,10 @@ class TimeModel:
     def inside_and_outside(self, work: Totals) -> tuple[float, float]:
         """(seconds in operators, seconds of the host between them)."""
         inside = sum(self._inside(kind, each) for kind, each in work.items())
-        return inside, self.host * sum(each.calls for each in work.values())
+        outside = self.host * sum(each.calls for kind, each in work.items() if kind not in COPIES)
+        if self.concurrent:  # no overlap is predicted for copies, whichever of the two sums is the longer
+            outside += sum(self._inside(kind, each) for kind, each in work.items() if kind in COPIES)
+        return inside, outside
 
     def together(self, parts: Iterable[tuple[float, float]]) -> float:
         """The predicted time of several works, each given by `inside_and_outside`."""
@@ -71,8 +81,20 @@ class TimeModel:
         return next(alike, self.rates.get(OTHER, (0.0, 0.0, 0.0)))
 
     def with_kinds_of(self, other: "TimeModel") -> "TimeModel":
-        """This model, with the other's rates for kinds that it does not know."""
-        return TimeModel({**other.rates, **self.rates}, self.host, self.fresh, self.concurrent)
+        """The rates of both; of a kind that both know, those of the model whose small step had the larger calls."""
+        better = {kind for kind in other.rates if other._known(kind) > self._known(kind)}
+        return replace(
+            self if self.calls >= other.calls else other,
+            rates={**self.rates, **{kind: other.rates[kind] for kind in better}},
+            largest={**self.largest, **{kind: other._known(kind) for kind in better}},
+        )
+
+    def with_rates(self, rates: Mapping[str, Rate]) -> "TimeModel":
+        """This model with the rates of further kinds."""
+        return replace(self, rates={**self.rates, **rates})
+
+    def _known(self, kind: str) -> float:
+        return self.largest.get(kind, 0.0) if kind in self.rates else -1.0
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "TimeModel":
@@ -94,11 +116,37 @@ def measure_times(run: Callable[[], object], *, device: torch.device) -> TimeMod
     by_kind: dict[str, list[tuple[Work, float]]] = defaultdict(list)
     for kind, work, seconds in samples:
         by_kind[kind].append((work, seconds))
-    rates = {kind: fit(found) for kind, found in by_kind.items()}
-    rates[OTHER] = fit([(work, seconds) for kind, work, seconds in samples if work.bytes])
+    by_kind[OTHER] = [(work, seconds) for kind, work, seconds in samples if work.bytes]
+    per_byte = kind_rate(by_kind[OTHER])[2]
     concurrent = device.type == "cuda"
     outside = min(plain) - (0.0 if concurrent else sum(seconds for *_, seconds in samples))
-    return TimeModel(rates, max(0.0, outside / max(1, len(samples))), _fresh_seconds(device, clock), concurrent)
+    return TimeModel(
+        rates={kind: kind_rate(found, per_byte=per_byte) for kind, found in by_kind.items()},
+        host=max(0.0, outside / max(1, len(samples))),
+        fresh=_fresh_seconds(device, clock),
+        concurrent=concurrent,
+        largest={kind: max((work.bytes for work, _ in found), default=0.0) for kind, found in by_kind.items()},
+        calls=len(samples),
+    )
+
+
+def kind_rate(samples: Sequence[tuple[Work, float]], *, per_byte: float = 0.0) -> Rate:
+    """The rates of one kind. Calls below `SMALL_BYTES` give the seconds per call, and the others the other two rates.
+
+    Of a kind with FLOPs, the fastest small call gives the seconds per call, and all calls the other two rates.
+    per_byte: the rate for a kind without FLOPs that has no larger calls.
+    """
+    small = [seconds for work, seconds in samples if work.bytes < SMALL_BYTES]
+    if not small:
+        return fit(samples)
+    if any(work.flops for work, _ in samples):
+        per_call, large = min(small), samples
+    else:
+        per_call, large = sum(small) / len(small), [each for each in samples if each[0].bytes >= SMALL_BYTES]
+        if not large:
+            return per_call, 0.0, per_byte
+    rest = [(work._replace(calls=0), max(0.0, seconds - per_call)) for work, seconds in large]
+    return per_call, *fit(rest)[1:]
 
 
 def fit(samples: Sequence[tuple[Work, float]]) -> Rate:
@@ -107,8 +155,10 @@ def fit(samples: Sequence[tuple[Work, float]]) -> Rate:
     Another rate is used only if it makes the error clearly smaller, because few samples fit any rate; a rate per call,
     which does not grow with the size of a step, comes last.
     """
+    if not samples:
+        return 0.0, 0.0, 0.0
     seconds = torch.tensor([each for _, each in samples], dtype=torch.float64)
-    columns = torch.tensor([[work.flops, work.bytes, 1.0] for work, _ in samples], dtype=torch.float64)
+    columns = torch.tensor([[work.flops, work.bytes, work.calls] for work, _ in samples], dtype=torch.float64)
     scale = columns.abs().amax(0)
     best, least = torch.zeros(3, dtype=torch.float64), float("inf")
     for picked in (list(chosen) for count in (1, 2, 3) for chosen in combinations(range(3), count)):
@@ -147,18 +197,20 @@ def _step_seconds(run: Callable[[], object], clock: Callable[[], float], device:
 
 
 def _fresh_seconds(device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds per byte by which writing new memory takes longer than writing memory again."""
+    """Seconds per byte by which mapping, writing and returning new memory takes longer than writing memory again."""
     if device.type != "cpu":
         return 0.0
-    taken: dict[bool, list[float]] = {True: [], False: []}
+    new, again = [], []
     for _ in range(TIMED_STEPS + 1):
-        block = torch.empty(2 * FRESH_BYTES, dtype=torch.uint8)
-        for is_new in (True, False):
-            started = clock()
-            block.zero_()
-            taken[is_new].append(clock() - started)
+        started = clock()
+        block = torch.empty(2 * FRESH_BYTES, dtype=torch.uint8).zero_()
+        written = clock()
+        block.zero_()
+        rewritten = clock()
         del block
-    return max(0.0, min(taken[True]) - min(taken[False])) / (2 * FRESH_BYTES)
+        new.append(written - started + clock() - rewritten)
+        again.append(rewritten - written)
+    return max(0.0, min(new) - min(again)) / (2 * FRESH_BYTES)
 
 
 class _OperatorTimer(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 The bytes of a call are those of all its tensors, arguments and results; a view moves none. FLOPs are those of products
 (`torch.utils.flop_counter`), convolutions and attention (the formulas below, which know groups and every backend).
+Copies to host memory and back, which no dispatch mode sees, count as two further kinds.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from memsave.host_bytes import TO_DEVICE, TO_HOST
 from memsave.profiler._torch_internals import reads_device
 from memsave.profiler.ledger import tensors_in
 
+COPIES = (TO_HOST, TO_DEVICE)
+"""The kinds of copies of `memsave.offload`."""
 FRESH_BYTES = 32 * 2**20
 """Results from this size on take new pages from the system (the largest threshold of glibc's malloc)."""
 
@@ -67,8 +71,14 @@ class WorkCounter:
         """Count one call of an operator."""
         if reads_device(func):
             return
-        kind, work = work_of(func, args, kwargs, result)
-        for totals in (self.sections[-1], self.totals.setdefault(self._label(module()), {})):
+        self._count(*work_of(func, args, kwargs, result), module())
+
+    def count_copy(self, direction: str, size: int, module: str | None) -> None:
+        """Count a copy of `size` bytes; direction: one of `COPIES`."""
+        self._count(direction, Work(calls=1, bytes=size), module)
+
+    def _count(self, kind: str, work: Work, module: str | None) -> None:
+        for totals in (self.sections[-1], self.totals.setdefault(self._label(module), {})):
             totals[kind] = totals.get(kind, Work()).plus(work)
 
     def next_section(self) -> None:

@@ -243,16 +243,12 @@ class TaskDefinition:
         raise ConfigError(f"memory=auto is not available for task={self.config.task.kind}; give memory=stored")
 
     def offloaded_choices(self, choice: Config) -> list[Config]:
-        """A config of `memory_choices` with activations in host memory, then with the optimizer's state there, too."""
-        found: list[Config] = []
-        if self.config.trainer.parallel == "fsdp":
-            return found
-        for name in OFFLOADED:
-            if name not in choice.memory.offload:
-                offload = [each for each in OFFLOADED if each == name or each in choice.memory.offload]
-                choice = choice.changed({"memory.offload": offload})
-                found.append(choice)
-        return found
+        """A config of `memory_choices` with more in host memory: activations, the optimizer's state, or both."""
+        given, sharded = choice.memory.offload, self.config.trainer.parallel == "fsdp"
+        sets = [[], *([name] for name in OFFLOADED), list(OFFLOADED)]
+        kept = [[name for name in OFFLOADED if name in (*given, *each)] for each in sets]
+        more = [each for number, each in enumerate(kept) if each not in kept[:number]][1:]
+        return [] if sharded else [choice.changed({"memory.offload": each}) for each in more]
 
     def memory_part(self, module: str | None) -> str:
         """The part of the model, with a memory mode of its own, to which a module belongs; "" for no such part."""

@@ -121,7 +121,7 @@ def test_the_smallest_budget_is_enough():
     tight = Search(config, CPU, 2**20)
     rounds = definition_of(config).memory_choices(CPU)
     assert tight.by_parts(rounds) is None
-    tight.measure_smallest(rounds)
+    tight.measure_smallest()
     assert Search(config, CPU, tight.smallest()).by_parts(rounds) is not None
 
 

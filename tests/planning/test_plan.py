@@ -291,7 +291,7 @@ def test_the_calibration_step_has_one_size_for_every_crop_size(monkeypatch, tmp_
     monkeypatch.setenv("MEMSAVE_CACHE", str(tmp_path))
     sizes = []
 
-    def calibrate(step, *, device):
+    def calibrate(step, *, device, timed):
         made, shapes = step(), []
         hook = made.model.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))
         made.run()
@@ -304,6 +304,13 @@ def test_the_calibration_step_has_one_size_for_every_crop_size(monkeypatch, tmp_
         crop = [f"data.crop_size=[{size},{size},{size}]", "data.crops_per_case=2"]
         plan_of("mode=plan", "memory=stored", "profiler.compare=[]", *crop)
     assert sizes == [(1, 4, 16, 16, 16)] * 2  # SMALL_CROP, here 16
+
+
+def test_a_plan_says_that_compilation_is_not_planned():
+    plan = plan_of("mode=plan", "memory=stored", "profiler.compare=[]", "trainer.compile=true")
+    words = "trainer.compile=true is not planned"
+    assert all(words in text for text in (markdown(plan), "\n".join(lines(plan)), plan.as_dict()["notes"][0]))
+    assert not plan_of("mode=plan", "memory=stored", "profiler.compare=[]").notes
 
 
 def test_a_plan_writes_its_files_and_json(tmp_path):

@@ -1,12 +1,14 @@
 """The ratio of allocator bytes to live bytes, and its file."""
 
 import json
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from memsave.profiler import Calibration, TrainingStep, allocator_peak, calibrate, calibration, peak_on_fake
-from memsave.profiler.calibration import read_calibrations, write_calibration
+from memsave.profiler.calibration import calibration_from, read_calibrations, write_calibration
+from memsave.profiler.seconds import TimeModel
 from tests.profiler.test_planner import line_step
 
 
@@ -44,3 +46,14 @@ def test_calibrations_are_added_to_the_file_by_key(tmp_path):
         "one": {"workspace_ratio": 0.5, "date": "2026-01-31"},
         "other": {"workspace_ratio": 1.5},
     }
+
+
+def test_the_times_of_an_earlier_version_are_not_read():
+    old = {"workspace_ratio": 0.5, "times": {"rates": {}, "host": 1.0, "fresh": 0.0, "concurrent": False}}
+    assert calibration_from(old) == calibration_from({"workspace_ratio": 0.5}) == Calibration(0.5)
+    times = TimeModel({"mm float32": (1.0, 0.5, 0.0)}, largest={"mm float32": 8.0}, calls=3)
+    assert calibration_from({"workspace_ratio": 0.5, "times": asdict(times)}) == Calibration(0.5, times)
+
+
+def test_a_calibration_without_times_runs_fewer_steps():
+    assert calibrate(lambda: line_step(500), timed=False).times is None

@@ -1,11 +1,15 @@
 """The work of operators: FLOPs and bytes, on real and on fake tensors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from memsave.host_bytes import TO_DEVICE, TO_HOST
+from memsave.offload import ActivationOffload
 from memsave.profiler import MemoryRecorder
 from memsave.profiler.work import FRESH_BYTES, Work, WorkCounter, added
 
@@ -83,3 +87,25 @@ def test_work_counts_by_label_and_section():
     first, second = counter.sections[1:]
     assert first["mm float32"] == second["mm float32"]
     assert counter.total["mm float32"] == added(first, second)["mm float32"]
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_copies_of_offloaded_activations_count_in_the_module_that_saves_them(fake):
+    counter = WorkCounter(lambda module: str(module))
+    with FakeTensorMode() if fake else nullcontext():
+        model = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Sigmoid())
+        offload = ActivationOffload(model, min_bytes=1)
+        x = torch.ones(16, 8)
+        with MemoryRecorder(model, observe=counter):
+            with offload(keep=[x]):
+                loss = model(x).sum()
+            loss.backward()
+    size = 16 * 8 * 4
+    assert counter.totals["1"][TO_HOST] == counter.totals["3"][TO_HOST] == Work(1, 0, size)
+    assert TO_HOST not in counter.totals["0"]  # the batch stays
+    assert counter.total[TO_DEVICE] == Work(2, 0, 2 * size)
+    loss = model(x).sum()
+    with offload():
+        loss = model(x).sum()
+    assert counter.total[TO_HOST] == Work(2, 0, 2 * size)  # the recording has ended
+    del loss

@@ -2,7 +2,6 @@
 
 import gc
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,24 +10,20 @@ pytest.importorskip("monai")
 pytest.importorskip("transformers")
 
 from memsave.config import ConfigError
-from memsave.config.compose import compose, load, to_objects
+from memsave.config.compose import compose, to_objects
 from memsave.ghost import GhostClipper
 from memsave.host_bytes import host_bytes
 from memsave.offload import ActivationOffload, offload_optimizer
-from memsave.planning.auto import choose_memory
 from memsave.planning.fake_step import dummy_task, fake_step
 from memsave.planning.plan import make_plan
 from memsave.planning.report import lines, markdown
-from memsave.planning.search import Search
-from memsave.profiler import Calibration, MemoryRecorder, peak_on_fake
-from memsave.progress import Progress
+from memsave.profiler import Calibration, MemoryRecorder, format_bytes, peak_on_fake
 from memsave.tasks.definition import definition_of
 from memsave.training import checkpoint, loop
 from tests.support.same_bits import assert_same
 from tests.support.tiny_configs import TINY_GPT2_DP, TINY_UNET
 
 CPU = torch.device("cpu")
-NEED = SimpleNamespace(total=1)
 BOTH = "memory.offload=[activations,optimizer]"
 UNET = [*TINY_UNET, "data.crop_size=[8,8,8]", "model.channels=[4,8]", "profiler.compare=[]"]
 GPT2 = [
@@ -142,7 +137,7 @@ def without_calibration(monkeypatch):
     monkeypatch.setattr("memsave.planning.plan.calibration_of", lambda *_, **__: Calibration())
 
 
-def test_a_plan_shows_both_sides(without_calibration):
+def test_a_plan_shows_both_sides(without_calibration, monkeypatch):
     plan = make_plan(config_of("mode=plan", "memory=offload"), CPU, strategies=["stored"])
     (row,) = plan.rows
     assert row.as_dict()["host_bytes"] == row.need.host > 0
@@ -150,26 +145,20 @@ def test_a_plan_shows_both_sides(without_calibration):
     assert "host" in text and "activations in host memory" in text and "| host |" in markdown(plan)
     plain = make_plan(config_of("mode=plan", "memory=stored"), CPU, strategies=["stored"])
     assert "host" not in "\n".join(lines(plain))
+    assert not plan.notes
+    monkeypatch.setattr("memsave.planning.plan.free_host_bytes", lambda *_, **__: row.need.host - 1)
+    (note,) = make_plan(config_of("mode=plan", "memory=offload"), CPU, strategies=["stored"]).notes
+    assert note.startswith(f"memory.offload needs {format_bytes(row.need.host)} in host memory, and ")
 
 
-def test_the_last_resort_keeps_more_and_more_in_host_memory():
+def test_the_choices_with_more_in_host_memory():
     task = definition_of(config_of("memory=auto", "budget=1GiB"))
     rounds = task.memory_choices(CPU)
     assert not any(choice.memory.offload for choices in rounds for choice in choices)
-    moved, both = task.offloaded_choices(rounds[-1][-1])
-    assert moved.memory.levels == both.memory.levels == ["reversible"] * 2
-    assert (moved.memory.offload, both.memory.offload) == (["activations"], ["activations", "optimizer"])
-    assert BOTH in definition_of(both).describe_memory()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("base", [UNET, [*GPT2, "privacy=none", "task.generate=1"]], ids=["unet", "gpt2"])
-def test_auto_offloads_what_does_not_fit_otherwise(without_calibration, tmp_path, monkeypatch, base):
-    config = config_of("memory=auto", "budget=1GiB", base=base)
-    monkeypatch.setattr(Search, "fits", lambda search, trial: bool(trial.config.memory.offload))
-    chosen = choose_memory(config, tmp_path, CPU, progress=Progress())
-    assert chosen.memory.offload == ["activations"]
-    assert load(tmp_path / "config.yaml").memory.offload == ["activations"]
+    moved = task.offloaded_choices(rounds[-1][-1])
+    assert all(each.memory.levels == ["reversible"] * 2 for each in moved)
+    assert [each.memory.offload for each in moved] == [["activations"], ["optimizer"], ["activations", "optimizer"]]
+    assert BOTH in definition_of(moved[-1]).describe_memory()
 
 
 def test_auto_keeps_what_is_offloaded_already():

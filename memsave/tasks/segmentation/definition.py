@@ -234,7 +234,7 @@ class SegmentationDefinition(TaskDefinition):
                     levels = {"memory.levels": [named[index] for index in picked]}
                     base = choices[engine if engine in picked else 0]
                     by_part = {part: picked[int(part.rpartition(".")[2])] for part in parts if part}
-                    yield choices[picked[0]] if len(set(picked)) == 1 else base.changed(levels), by_part
+                    yield base.changed(levels), by_part
 
     def _with_levels(self, mode: str, **others: Any) -> Config:
         changes = {f"memory.{key}": value for key, value in others.items()}
