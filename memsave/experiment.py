@@ -298,6 +298,7 @@ def _train(
     loss: float | None = None
     epsilon_monitor = None if state.private is None else EpsilonMonitor(state.private, steps=trainer.steps)
     if config.profiler.process:
+        return_freed_memory()  # also what planning has freed
         reset_process_peak()
         monitor.process_start = process_bytes()
     if _evaluates_after(trainer, state.step):  # the run that is continued may have ended before this evaluation

@@ -35,7 +35,8 @@ def main() -> None:
 def run() -> dict[str, Any]:
     """The kept entries of the run's result."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, *COMMAND, f"hydra.run.dir={folder}"], check=True)
+        for more in ([f"hydra.run.dir={folder}/plan", "mode=plan"], [f"hydra.run.dir={folder}"]):  # first calibrate
+            subprocess.run([sys.executable, *COMMAND, *more], check=True)
         result = json.loads((Path(folder) / "result.json").read_text())
         report = json.loads((Path(folder) / "memory.json").read_text())["step"]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

@@ -14,8 +14,14 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def return_freed_memory() -> bool:
-    """Make malloc return freed blocks of 64 KiB and more to the system at once; False if malloc is not glibc's."""
-    return _mallopt({M_MMAP_THRESHOLD: THRESHOLD, M_TRIM_THRESHOLD: THRESHOLD})
+    """Make malloc return freed blocks of 64 KiB and more to the system at once, and those freed earlier now.
+
+    False if malloc is not glibc's.
+    """
+    if not _mallopt({M_MMAP_THRESHOLD: THRESHOLD, M_TRIM_THRESHOLD: THRESHOLD}):
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True
 
 
 def keep_freed_memory() -> bool:
