@@ -95,7 +95,7 @@ def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> None:
 def expand_backward(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor) -> Tensor:
     """From dL/ds (B, V, E): adds dL/dx to `by_x` (B, V, C); returns dL/dweight and dL/dshift, (B, E, C + 1) float64."""
     found = grad.new_zeros(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
-    space, product = _space(grad), _space(x)
+    space, product = _space(grad), _space(grad, columns=x.shape[2])
     across, back, shifts = _across(weight, space), weight.to(space.dtype), _tiled(shift, space)
     for sample, block in _blocks(grad):
         rows = x[sample, block]
@@ -110,7 +110,7 @@ def expand_backward(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x
 @_operator(writes="total")
 def project(filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, total: Tensor) -> None:
     """total (B, V, C) += SiLU(scale filtered + shift) weight' for filtered (B, V, E), scale and shift (B, E)."""
-    space, product = _space(filtered), _space(total, dtype=_computed_dtype(filtered))
+    space, product = _space(filtered), _space(filtered, columns=total.shape[2])
     across, scales, shifts = _across(weight, space), _tiled(scale, space), _tiled(shift, space)
     for sample, block in _blocks(filtered):
         normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=space)
@@ -176,9 +176,9 @@ def _block_size(rows: Tensor) -> int:
     return min(size, rows.shape[1])
 
 
-def _space(rows: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized rows of a block of (B, V, P), which all blocks share."""
-    return rows.new_empty(_block_size(rows), rows.shape[2], dtype=dtype or _computed_dtype(rows))
+def _space(rows: Tensor, *, columns: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialized rows of a block of (B, V, P), which all blocks share; `columns`: another number than P."""
+    return rows.new_empty(_block_size(rows), columns or rows.shape[2], dtype=dtype or _computed_dtype(rows))
 
 
 def _over(rows: Tensor, space: Tensor) -> Tensor:

@@ -70,11 +70,13 @@ def test_value_and_gradients_equal_those_of_the_forward(batch, size, kernel, sha
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("elements, chunks", [(1, 4), (512, 8), (512, 1)])  # chunks of fewer and more channels than x
 @pytest.mark.parametrize("size", [(7, 6, 5), (4, 4, 4), (8, 4, 4)])  # the last block is a part, the only one, whole
-def test_several_blocks_of_voxels_are_exact(size, dropout, monkeypatch):
+def test_several_blocks_of_voxels_are_exact(size, elements, chunks, dropout, monkeypatch):
     for device in blockwise.BLOCK:
-        monkeypatch.setitem(blockwise.BLOCK, device, 1)
-    block = branch(8, expansion=4, chunks=4, dropout=dropout)
+        monkeypatch.setitem(blockwise.BLOCK, device, elements)
+    block = branch(8, expansion=4, chunks=chunks, dropout=dropout)
     assert_equal_to_plain(block, volume(block, *size, batch=3), rtol=1e-10, atol=1e-10)
 
 
