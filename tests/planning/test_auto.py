@@ -18,24 +18,12 @@ from memsave.planning.search import Search
 from memsave.profiler import parse_bytes, peak_on_fake
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
-from memsave.tasks.segmentation import definition as segmentation
 from tests.support.tiny_configs import TINY_GPT2, TINY_UNET
 
+pytestmark = pytest.mark.usefixtures("cache")
 CPU = torch.device("cpu")
 BRATS = [*TINY_UNET, "memory=auto", "memory.engine=hooks", "data.crop_size=[32,32,32]", "profiler.compare=[]"]
 TEXT = ["experiment=gpt2_dp", *TINY_GPT2, "memory=auto"]
-
-
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def cache(shared_cache, monkeypatch):
-    """One cache for all tests, and small calibration steps."""
-    monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
-    monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 
 def config_of(*overrides, base=BRATS):

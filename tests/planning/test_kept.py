@@ -22,15 +22,9 @@ from tests.support.tiny_configs import TINY_GPT2_DP
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
-def cache(shared_cache, monkeypatch):
-    """One cache for all tests; without a budget, no logits are kept."""
-    monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
+def few_logits(cache, monkeypatch):
+    """Without a budget, no logits are kept."""
     monkeypatch.setattr(head, "KEPT", 0)
     monkeypatch.setattr(logits, "BLOCK", {"cpu": 20_000})  # 79 kB
     monkeypatch.setattr(logits, "MIN_COLUMNS", 1)

@@ -23,23 +23,11 @@ from memsave.profiler.calibration import create_state
 from memsave.profiler.seconds import OTHER, TimeModel
 from memsave.profiler.work import WorkCounter
 from memsave.progress import Progress
-from memsave.tasks.segmentation import definition as segmentation
 from tests.support.tiny_configs import TINY_GPT2, TINY_UNET
 
+pytestmark = pytest.mark.usefixtures("cache")
 CPU = torch.device("cpu")
 TEXT = ["experiment=gpt2_dp", *TINY_GPT2]
-
-
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def cache(shared_cache, monkeypatch):
-    """One cache for all tests, and small calibration steps."""
-    monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
-    monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
 
 
 def config_of(*overrides, base=TINY_UNET):

@@ -1,0 +1,17 @@
+"""The cache of calibrations, shared by the tests of a module."""
+
+import pytest
+
+from memsave.tasks.segmentation import definition as segmentation
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cache(shared_cache, monkeypatch):
+    """One cache for all tests of a module, and small calibration steps."""
+    monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
+    monkeypatch.setattr(segmentation, "SMALL_CROP", 16)
