@@ -11,11 +11,14 @@ sums take a block as a matrix of 64 voxels times C channels per row. Tensors of 
 CPU; sums over voxels are in float32 or wider within a block and in float64 over blocks.
 
 Each function is an operator of PyTorch (`torch.ops.memsave`), so that a fake step of a plan and a recorder of memory
-see one call and not its blocks.
+see one call and not its blocks. They also see the scratch (tensors of one block, which all blocks share), because it is
+an argument, whose name starts with "scratch".
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import wraps
+from inspect import signature
 from math import gcd
 from typing import Any, TypeVar, cast
 
@@ -33,109 +36,132 @@ PARTS = {"cpu": 16, "cuda": 256}
 """Parts of a block in a contraction over its voxels, which run at the same time."""
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Returned = TypeVar("Returned")
 LIBRARY = torch.library.Library("memsave", "FRAGMENT")
 
 
-def _operator(*, writes: str | None = None) -> Callable[[Function], Function]:
-    """Make a function the operator `torch.ops.memsave.NAME`, which changes its argument `writes`.
+def _operator(
+    *, writes: str | None = None, scratch: Callable[..., tuple[Tensor, ...]]
+) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
+    """Make a function the operator `torch.ops.memsave.NAME`, which changes its argument `writes` and its scratch.
+
+    A caller gives the arguments without the scratch; `scratch` makes it from them.
 
     `torch.library.custom_op` does the same with a Python kernel for autograd, which takes 0.1 ms of each call; none of
     these needs it, because they run without a graph.
     """
 
-    def register(function: Function) -> Function:
-        name = function.__name__
-        schema = torch.library.infer_schema(function, mutates_args=() if writes is None else (writes,))
+    def register(function: Callable[..., Returned]) -> Callable[..., Returned]:
+        name, own = function.__name__, [each for each in signature(function).parameters if each.startswith("scratch")]
+        schema = torch.library.infer_schema(function, mutates_args=[*([] if writes is None else [writes]), *own])
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return cast(Function, getattr(torch.ops.memsave, name).default)
+        operator = getattr(torch.ops.memsave, name).default
+
+        @wraps(function)
+        def call(*arguments: Tensor) -> Returned:
+            return cast(Returned, operator(*arguments, *scratch(*arguments)))
+
+        return call
 
     return register
 
 
-@_operator()
-def moments(one: Tensor, other: Tensor) -> Tensor:
+@_operator(scratch=lambda one, _: (_space(one, dtype=accumulation_dtype(one.dtype)),))
+def moments(one: Tensor, other: Tensor, scratch: Tensor) -> Tensor:
     """The sums over voxels of `one`, and of `one` times `other`, both (B, V, P): (2, B, P) in float64."""
     found = one.new_zeros(2, one.shape[0], one.shape[2], dtype=torch.float64)
-    space = _space(one, dtype=accumulation_dtype(one.dtype))
     for sample, block in _blocks(one):
-        a, b = (each[sample, block].to(space.dtype) for each in (one, other))  # products are not rounded
+        a, b = (each[sample, block].to(scratch.dtype) for each in (one, other))  # products are not rounded
         found[0, sample] += _sum(a)
-        found[1, sample] += _sum(torch.mul(a, b, out=space[: len(a)]))
+        found[1, sample] += _sum(torch.mul(a, b, out=scratch[: len(a)]))
     return found
 
 
-@_operator()
-def covariance(x: Tensor, mean: Tensor) -> Tensor:
+@_operator(scratch=lambda x, _: (_space(x, dtype=accumulation_dtype(x.dtype)),))
+def covariance(x: Tensor, mean: Tensor, scratch: Tensor) -> Tensor:
     """The covariance (B, C, C) in float64 of x (B, V, C) with this mean (B, C)."""
     found = x.new_zeros(*mean.shape, x.shape[2], dtype=torch.float64)
-    space = _space(x, dtype=accumulation_dtype(x.dtype))
-    means = _tiled(mean, space)
+    means = _tiled(mean, scratch)
     with without_tf32() if allows_tf32(x.device) else nullcontext():  # moments are not rounded
         for sample, block in _blocks(x):
             rows = x[sample, block]
-            centred = space[: len(rows)]
+            centred = scratch[: len(rows)]
             torch.sub(_wide(rows), means[sample, : _width(rows)], out=_wide(centred))
             found[sample] += _inner(centred, centred)
     return found / x.shape[1]
 
 
-@_operator(writes="out")
-def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> None:
+@_operator(writes="out", scratch=lambda *arguments: (_space(arguments[-1]),))
+def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scratch: Tensor) -> None:
     """out (B, V, E) = SiLU(x weight' + shift) for x (B, V, C), weight (B, E, C), shift (B, E)."""
-    space = _space(out)
-    across, shifts = _across(weight, space), _tiled(shift, space)
+    across, shifts = _across(weight, scratch), _tiled(shift, scratch)
     for sample, block in _blocks(out):
-        expanded = _linear(x[sample, block], across[sample], shifts[sample], out=_over(out[sample, block], space))
+        expanded = _linear(x[sample, block], across[sample], shifts[sample], out=_over(out[sample, block], scratch))
         _keep(F.silu(expanded, inplace=True), out[sample, block])
 
 
-@_operator(writes="by_x")
-def expand_backward(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor) -> Tensor:
+@_operator(writes="by_x", scratch=lambda grad, x, *_: (_space(grad), _space(grad, columns=x.shape[2])))
+def expand_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor, scratch: Tensor, scratch_product: Tensor
+) -> Tensor:
     """From dL/ds (B, V, E): adds dL/dx to `by_x` (B, V, C); returns dL/dweight and dL/dshift, (B, E, C + 1) float64."""
     found = grad.new_zeros(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
-    space, product = _space(grad), _space(grad, columns=x.shape[2])
-    across, back, shifts = _across(weight, space), weight.to(space.dtype), _tiled(shift, space)
+    across, back, shifts = _across(weight, scratch), weight.to(scratch.dtype), _tiled(shift, scratch)
     for sample, block in _blocks(grad):
         rows = x[sample, block]
-        expanded = _linear(rows, across[sample], shifts[sample], out=space[: len(rows)])
+        expanded = _linear(rows, across[sample], shifts[sample], out=scratch[: len(rows)])
         by_expanded = _silu_backward(_computed(grad[sample, block]), expanded, over=expanded)
         found[sample, :, :-1] += _inner(by_expanded, _computed(rows))
         found[sample, :, -1] += _sum(by_expanded)
-        _add_product(by_x[sample, block], by_expanded, back[sample], space=product)
+        _add_product(by_x[sample, block], by_expanded, back[sample], space=scratch_product)
     return found
 
 
-@_operator(writes="total")
-def project(filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, total: Tensor) -> None:
+@_operator(
+    writes="total", scratch=lambda filtered, *others: (_space(filtered), _space(filtered, columns=others[-1].shape[2]))
+)
+def project(
+    filtered: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    total: Tensor,
+    scratch: Tensor,
+    scratch_product: Tensor,
+) -> None:
     """total (B, V, C) += SiLU(scale filtered + shift) weight' for filtered (B, V, E), scale and shift (B, E)."""
-    space, product = _space(filtered), _space(filtered, columns=total.shape[2])
-    across, scales, shifts = _across(weight, space), _tiled(scale, space), _tiled(shift, space)
+    across, scales, shifts = _across(weight, scratch), _tiled(scale, scratch), _tiled(shift, scratch)
     for sample, block in _blocks(filtered):
-        normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=space)
-        _add_product(total[sample, block], F.silu(normed, inplace=True), across, space=product)
+        normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=scratch)
+        _add_product(total[sample, block], F.silu(normed, inplace=True), across, space=scratch_product)
 
 
-@_operator(writes="out")
+@_operator(writes="out", scratch=lambda _, filtered, *others: (_space(filtered), _space(filtered)))
 def project_backward(
-    grad: Tensor, filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor
+    grad: Tensor,
+    filtered: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    scratch: Tensor,
+    scratch_activated: Tensor,
 ) -> Tensor:
     """From dL/dp (B, V, C): out (B, V, E) = dL/du of u = scale filtered + shift; returns dL/dweight in float64."""
     found = torch.zeros_like(weight, dtype=torch.float64)
-    space, other = _space(filtered), _space(filtered)
-    back, scales, shifts = weight.to(space.dtype), _tiled(scale, space), _tiled(shift, space)
+    back, scales, shifts = weight.to(scratch.dtype), _tiled(scale, scratch), _tiled(shift, scratch)
     for sample, block in _blocks(filtered):
-        normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=space)
+        normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=scratch)
         upstream = _computed(grad[sample, block])
-        found += _inner(upstream, torch.ops.aten.silu.out(normed, out=other[: len(normed)]))
-        by_activated = _over(out[sample, block], other)
+        found += _inner(upstream, torch.ops.aten.silu.out(normed, out=scratch_activated[: len(normed)]))
+        by_activated = _over(out[sample, block], scratch_activated)
         torch.mm(upstream, back, out=by_activated)
         _keep(_silu_backward(by_activated, normed, over=by_activated), out[sample, block])
     return found
 
 
-@_operator(writes="out")
+@_operator(writes="out", scratch=lambda *_: ())
 def add_scaled(out: Tensor, factor: Tensor, other: Tensor, by: Tensor, shift: Tensor) -> None:
     """out = factor out + by other + shift; tensors (B, V, P) and vectors (B, P)."""
     tiled = [_tiled(each, out) for each in (factor, by, shift)]
@@ -146,13 +172,12 @@ def add_scaled(out: Tensor, factor: Tensor, other: Tensor, by: Tensor, shift: Te
         wide.addcmul_(_wide(other[sample, block]).to(wide.dtype), b)
 
 
-@_operator(writes="total")
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, shift: Tensor) -> None:
+@_operator(writes="total", scratch=lambda total, x, *_: (_space(total, dtype=_computed_dtype(x)),))
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, shift: Tensor, scratch: Tensor) -> None:
     """total (B, V, P) += x weight' + shift for x (B, V, C), weight (B, P, C), shift (B, P)."""
-    space = _space(total, dtype=_computed_dtype(x))
-    across, shifts = _across(weight, space), _tiled(shift, space)
+    across, shifts = _across(weight, scratch), _tiled(shift, scratch)
     for sample, block in _blocks(total):
-        rows = _linear(x[sample, block], across[sample], shifts[sample], out=space)
+        rows = _linear(x[sample, block], across[sample], shifts[sample], out=scratch)
         _wide(total[sample, block]).add_(_wide(rows))
 
 
@@ -262,22 +287,24 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("memsave::moments", lib=LIBRARY)
-def _(one: Tensor, other: Tensor) -> Tensor:
+def _(one: Tensor, other: Tensor, *scratch: Tensor) -> Tensor:
     return one.new_empty(2, one.shape[0], one.shape[2], dtype=torch.float64)
 
 
 @torch.library.register_fake("memsave::covariance", lib=LIBRARY)
-def _(x: Tensor, mean: Tensor) -> Tensor:
+def _(x: Tensor, mean: Tensor, *scratch: Tensor) -> Tensor:
     return x.new_empty(*mean.shape, x.shape[2], dtype=torch.float64)
 
 
 @torch.library.register_fake("memsave::expand_backward", lib=LIBRARY)
-def _(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor) -> Tensor:
+def _(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor, *scratch: Tensor) -> Tensor:
     return grad.new_empty(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
 
 
 @torch.library.register_fake("memsave::project_backward", lib=LIBRARY)
-def _(grad: Tensor, filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def _(
+    grad: Tensor, filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, *scratch: Tensor
+) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float64)
 
 

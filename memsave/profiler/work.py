@@ -1,6 +1,7 @@
 """The work of a step: FLOPs and bytes moved of each operator, counted on fake or real tensors.
 
-The bytes of a call are those of all its tensors, arguments and results; a view moves none. FLOPs are those of products
+The bytes of a call are those of all its tensors, arguments and results, except arguments whose name starts with
+"scratch", in which an operator computes (`memsave.models.blockwise`); a view moves none. FLOPs are those of products
 (`torch.utils.flop_counter`), convolutions and attention (the formulas below, which know groups and every backend).
 Copies to host memory and back, which no dispatch mode sees, count as two further kinds.
 """
@@ -101,7 +102,8 @@ def work_of(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> tupl
         return "view", Work(calls=1)
     results = list(tensors_in(result))
     sizes = [each.numel() * each.element_size() for each in results]
-    moved = sum(sizes) + sum(map(_read_bytes, tensors_in(args))) + sum(map(_read_bytes, tensors_in(kwargs)))
+    read = args[: about.arguments]
+    moved = sum(sizes) + sum(map(_read_bytes, tensors_in(read))) + sum(map(_read_bytes, tensors_in(kwargs)))
     fresh = sum(size for size in sizes if size >= FRESH_BYTES) if about.is_new else 0
     variant = ""
     if about.name in CONVOLUTIONS:
@@ -149,12 +151,15 @@ class _About(NamedTuple):
     name: str
     is_view: bool
     is_new: bool
+    arguments: int
+    """Without scratch, which comes last."""
 
 
 @cache
 def _about(func: Any) -> _About:
-    """What the schema of an operator says: its name, whether it returns a view, whether it returns a new tensor."""
+    """What the schema of an operator says, see `_About`."""
     schema = func._schema
     aliases = [each.alias_info for each in schema.returns if each.alias_info is not None]
     is_view = bool(aliases) and not any(alias.is_write for alias in aliases)
-    return _About(schema.name.partition("::")[2], is_view, not aliases)
+    arguments = sum(not each.name.startswith("scratch") for each in schema.arguments)
+    return _About(schema.name.partition("::")[2], is_view, not aliases, arguments)
