@@ -77,8 +77,6 @@ def run_experiment(
 def _planned_and_trained(
     config: Config, folder: Path, *, strategies: list[str] | None, progress: Progress
 ) -> dict[str, Any]:
-    if config.profiler.process and not return_freed_memory():
-        progress.say("malloc is not glibc's and may keep freed memory: the memory of the process will look larger")
     device = own_device(choose_device(config.trainer.device), key="trainer.device")
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
@@ -298,7 +296,8 @@ def _train(
     loss: float | None = None
     epsilon_monitor = None if state.private is None else EpsilonMonitor(state.private, steps=trainer.steps)
     if config.profiler.process:
-        return_freed_memory()  # also what planning has freed
+        if not return_freed_memory():  # also what planning has freed
+            progress.say("malloc is not glibc's and may keep freed memory: the memory of the process will look larger")
         reset_process_peak()
         monitor.process_start = process_bytes()
     if _evaluates_after(trainer, state.step):  # the run that is continued may have ended before this evaluation

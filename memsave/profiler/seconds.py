@@ -25,7 +25,7 @@ from memsave.profiler.work import COPIES, FRESH_BYTES, Totals, Work, work_of
 
 Rate = tuple[float, float, float]
 """Seconds per call, per FLOP and per byte."""
-TIMED_STEPS = 2
+TIMED_STEPS = 3
 CLEARLY = 0.8  # the error with a further rate, as a part of the error without
 SMALL_BYTES = 64 << 10
 """A call that moves fewer bytes takes the time of the call itself, which says nothing about the rate per byte."""
