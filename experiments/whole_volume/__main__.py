@@ -6,6 +6,7 @@ Writes the tables of three documents from one run of `experiment=brats_full`.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,8 @@ def run() -> dict[str, Any]:
     """The kept entries of the run's result."""
     with tempfile.TemporaryDirectory() as folder:
         for more in ([f"hydra.run.dir={folder}/plan", "mode=plan"], [f"hydra.run.dir={folder}"]):  # first calibrate
-            subprocess.run([sys.executable, *COMMAND, *more], check=True)
+            environment = {**os.environ, "MEMSAVE_CACHE": f"{folder}/cache"}
+            subprocess.run([sys.executable, *COMMAND, *more], check=True, env=environment)
         result = json.loads((Path(folder) / "result.json").read_text())
         report = json.loads((Path(folder) / "memory.json").read_text())["step"]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

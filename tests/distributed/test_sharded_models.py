@@ -69,6 +69,7 @@ OF_THREE = [
     "unet, layer by layer",
 ]
 """The cases that also run in three processes, of which some have empty shards or no examples."""
+OF_TWO = [*OF_THREE, "examples in dimension 1", "gpt2, logits", "reversible gpt2, stored", "unet"]
 
 
 def all_errors(names):
@@ -81,10 +82,11 @@ def all_errors(names):
     return found
 
 
+REST = pytest.param(2, [name for name in CASES if name not in OF_TWO], marks=pytest.mark.slow)
 THREE = pytest.param(3, OF_THREE, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, list(CASES)), THREE], ids=["two", "three"])
+@pytest.mark.parametrize(("count", "names"), [(2, OF_TWO), REST, THREE], ids=["two", "two, rest", "three"])
 def test_norms_and_sums_are_those_of_one_process(count, names):
     for found in run_processes(count, all_errors, names):
         assert max(map(max, found.values())) < 1e-10, found

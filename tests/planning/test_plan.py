@@ -257,11 +257,11 @@ def test_a_plan_without_vary_reports_whether_the_config_fits():
 
 def test_a_plan_leaves_the_reserve_free():
     one, other = (
-        plan_of("mode=plan", "vary=batch", "budget=60MiB", f"reserve={size}", "memory=stored", "profiler.compare=[]")
-        for size in ("0B", "40MiB")
+        plan_of("mode=plan", "vary=batch", "budget=20MiB", f"reserve={size}", "memory=stored", "profiler.compare=[]")
+        for size in ("0B", "10MiB")
     )
     assert other.own.answer.size < one.own.answer.size
-    assert other.own.need.calibrated <= 20 * 2**20
+    assert other.own.need.calibrated <= 10 * 2**20
 
 
 def test_calibrations_are_measured_once_and_cached(monkeypatch, tmp_path):
@@ -273,6 +273,10 @@ def test_calibrations_are_measured_once_and_cached(monkeypatch, tmp_path):
     for other in ("memory=stored", "model.channels=[4,8]", "trainer.precision=bfloat16"):
         with pytest.raises(pytest.fail.Exception):
             plan_of("mode=plan", other, "profiler.compare=[]")
+    newer = {**planning.versions(), "memsave": "99"}
+    monkeypatch.setattr(planning, "versions", lambda: newer)
+    with pytest.raises(pytest.fail.Exception):
+        plan_of("mode=plan", "profiler.compare=[]")
 
 
 def test_the_calibration_step_has_one_size_for_every_crop_size(monkeypatch, tmp_path):
