@@ -72,6 +72,31 @@ def _composed_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _small_calibrations():
+    """Small steps to calibrate a plan, and few: most tests need some rates, and not those of this machine."""
+    from memsave.profiler import seconds
+    from memsave.tasks.segmentation import definition
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seconds, "TIMED_STEPS", 1)
+        patch.setattr(definition, "SMALL_CROP", 16)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _coarse_pictures():
+    """Pictures of few pixels: to draw those of a tiny run takes half of its time."""
+    from matplotlib.figure import Figure
+
+    original = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Figure, "savefig", lambda figure, *args, **kwargs: original(figure, *args, **{**kwargs, "dpi": 50})
+        )
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(_session_cache, monkeypatch):
     """Each test has a ledger of its own; the folder is made when something is written to it."""

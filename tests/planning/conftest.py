@@ -2,8 +2,6 @@
 
 import pytest
 
-from memsave.tasks.segmentation import definition as segmentation
-
 
 @pytest.fixture(scope="module")
 def shared_cache(tmp_path_factory):
@@ -12,6 +10,5 @@ def shared_cache(tmp_path_factory):
 
 @pytest.fixture
 def cache(shared_cache, monkeypatch):
-    """One cache for all tests of a module, and small calibration steps."""
+    """One cache for all tests of a module."""
     monkeypatch.setenv("MEMSAVE_CACHE", str(shared_cache))
-    monkeypatch.setattr(segmentation, "SMALL_CROP", 16)

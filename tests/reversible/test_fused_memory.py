@@ -32,11 +32,13 @@ def test_live_bytes_are_flat_in_depth_and_decrease_with_the_number_of_chunks():
     assert live_peak(stack(2, 1), x) < 0.9 * live_peak(stack(2, 1, engine="hooks"), x)
 
 
-def test_real_and_fake_tensors_take_the_same_bytes():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_real_and_fake_tensors_take_the_same_bytes(autocast):
     x = volume(16, 16, 16, batch=1, channels=16, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
-    real = live_peak(stack(2, 2), x)
-    with FakeTensorMode():
-        assert live_peak(stack(2, 2), channels_last(*x.shape)) == real
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        real = live_peak(stack(2, 2), x)
+        with FakeTensorMode():
+            assert live_peak(stack(2, 2), channels_last(*x.shape)) == real
 
 
 def test_a_forward_without_gradients_uses_chunks():

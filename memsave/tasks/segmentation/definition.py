@@ -203,17 +203,22 @@ class SegmentationDefinition(TaskDefinition):
     # memory=auto: each level has a mode
 
     def memory_choices(self, device: torch.device) -> list[list[Config]]:
-        """All levels stored; checkpointed, or reversible by hooks; then fused, with less memory and more work."""
+        """All levels stored; checkpointed or reversible, by hooks or fused; then fused with more chunks."""
         modes, engine = self.config.adapter_modes, self.config.memory.engine
-        rounds = [[self._with_levels("stored")]]
+        rebuilt, more = [], []
         if "checkpoint" in modes:
-            rounds.append([self._with_levels("checkpoint")])
+            rebuilt.append(self._with_levels("checkpoint"))
         if "reversible" in modes and engine != "fused":
-            rounds[1:] = [[*(rounds[1] if len(rounds) > 1 else []), self._with_levels("reversible", engine="hooks")]]
+            rebuilt.append(self._with_levels("reversible", engine="hooks"))
         if "reversible" in modes and engine != "hooks" and not self.unet.squeeze_excitation:
             chunks = self.config.memory.chunks
-            rounds += [[self._with_levels("reversible", engine="fused", chunks=each)] for each in (chunks, 4 * chunks)]
-        return rounds
+            fused, finer = (
+                self._with_levels("reversible", engine="fused", chunks=each) for each in (chunks, 4 * chunks)
+            )
+            rebuilt.append(fused)
+            more.append(finer)
+        rounds = [[self._with_levels("stored")], rebuilt, more]
+        return [each for each in rounds if each]
 
     def memory_part(self, module: str | None) -> str:
         """One side of a level, such as encoder.0."""
