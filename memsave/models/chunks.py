@@ -41,8 +41,9 @@ class Affine(NamedTuple):
 
 def evaluate(block: Any, x: Tensor) -> Tensor:
     """The value of an `MBConv3d` at x; both (B, C, D, H, W)."""
+    dtype = _compute_dtype(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        branch = ChunkedBranch(block, x, dtype=_compute_dtype(x))
+        branch = ChunkedBranch(block, x, dtype=dtype)
         projected = branch.projected()
         value, _, _ = _finish(block, projected, x.shape)
         return _volume(value, x.shape)
@@ -52,8 +53,9 @@ def differentiate(
     block: Any, x: Tensor, grad: Tensor, *, found: Callable[[Tensor], None]
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of sum(grad F(x)) w.r.t. x and each of `tensors(block)`; calls `found` with F(x)."""
+    dtype = _compute_dtype(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        branch = ChunkedBranch(block, x, dtype=_compute_dtype(x))
+        branch = ChunkedBranch(block, x, dtype=dtype)
         projected = branch.projected(keep_last=True)
         value, norm, mask = _finish(block, projected, x.shape, into=torch.empty_like(projected))
         found(_volume(value, x.shape))

@@ -154,6 +154,7 @@ def test_bfloat16_autocast_is_as_accurate_as_in_the_forward(chunks):
     for ours, theirs, true in zip([value, *gradients], [stored[0], *stored[1]], [exact[0], *exact[1]], strict=True):
         error, usual = ((each.float() - true).norm() / true.norm() for each in (ours, theirs))
         assert 0 < error < max(2 * usual, 0.01)  # not worse than the error of autocast in the forward
+    assert (value - exact[0]).norm() > 1e-4 * exact[0].norm()  # its products are those of autocast
 
 
 def test_a_bfloat16_branch_is_as_accurate_as_its_forward():
