@@ -1,36 +1,82 @@
 """A training step on a whole BraTS volume: time, live bytes and memory of the process, against the plan.
 
     python -m experiments.whole_volume            # about five minutes on two cores
+    python -m experiments.whole_volume --work     # only the work of a step, and the rates of this machine
 
-Writes the tables of three documents from one run of `experiment=brats_full`.
+Writes the tables of three documents from one run of `experiment=brats_full`. The work of a step with and without
+recomputation is counted on fake tensors; divided by the rates of a large product and of a copy it gives the time that
+no implementation of this network on this machine can be much below.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from experiments.record import insert, keep, machine
-from memsave.profiler import format_bytes
+import torch
+
+from experiments.record import earlier, insert, keep, machine
+from memsave.config.compose import compose, to_objects
+from memsave.planning.fake_step import fake_step
+from memsave.profiler import format_bytes, peak_on_fake
+from memsave.profiler.work import WorkCounter
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 DOCUMENTS = (HERE / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "brats.md")
 COMMAND = ["-m", "memsave.run", "experiment=brats_full", "budget=8GiB"]
 LARGEST = 8
+RESERVED = ("empty", "new_empty")  # these kinds of operators move no bytes
+SIDE, BLOCK_BYTES, ROUNDS = 2048, 2**28, 5
+STEPS = {"stored": ["memory=stored"], "fused": ["memory=reversible"]}
 
 
 def main() -> None:
-    found = run()
-    text = table(found)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", action="store_true", help="count the work of a step, and keep what was measured")
+    only_work = parser.parse_args().work
+    found = earlier(HERE / "results.json") if only_work else run()
+    found["work"] = {"rates": rates(), "steps": {name: work_of(changes) for name, changes in STEPS.items()}}
+    if "steps" in found:
+        text = table(found)
+        print(text)
+        for document in DOCUMENTS:
+            insert(document, name="whole volume", text=text)
+        insert(HERE / "README.md", name="whole volume peak", text=peak_table(found["largest_blocks"]))
+    text = work_table(found["work"])
     print(text)
-    for document in DOCUMENTS:
-        insert(document, name="whole volume", text=text)
-    insert(HERE / "README.md", name="whole volume peak", text=peak_table(found["largest_blocks"]))
+    insert(HERE / "README.md", name="whole volume work", text=text)
     keep(HERE / "results.json", command="python -m experiments.whole_volume", results=found)
+
+
+def work_of(changes: list[str]) -> dict[str, float]:
+    """FLOPs and bytes moved of a step, counted on fake tensors."""
+    config, work = to_objects(compose(["experiment=brats_full", *changes])), WorkCounter()
+    peak_on_fake(lambda: fake_step(config, device=torch.device("cpu"), work=work))
+    moving = {kind: each for kind, each in work.total.items() if not kind.startswith(RESERVED)}
+    return {"flops": sum(each.flops for each in moving.values()), "bytes": sum(each.bytes for each in moving.values())}
+
+
+def rates() -> dict[str, float]:
+    """FLOPs per second of a large product in float32, and bytes per second that a copy reads and writes."""
+    a, b, c = (torch.ones(SIDE, SIDE) for _ in range(3))
+    block, other = (torch.ones(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2))
+    works = {
+        "flops": (lambda: torch.mm(a, b, out=c), 2 * SIDE**3),
+        "bytes": (lambda: other.copy_(block), 2 * BLOCK_BYTES),
+    }
+    best = dict.fromkeys(works, 0.0)
+    for _ in range(ROUNDS):
+        for name, (call, size) in works.items():
+            started = time.perf_counter()
+            call()
+            best[name] = max(best[name], size / (time.perf_counter() - started))
+    return best
 
 
 def run() -> dict[str, Any]:
@@ -74,6 +120,16 @@ def table(found: dict[str, Any]) -> str:
         off = predicted[key] / measured[key] - 1
         lines.append(f"| {name} | {format_bytes(predicted[key])} | {format_bytes(measured[key])} | {off:+.1%} |")
     lines.append(f"| the process before the first step | | {format_bytes(measured['process_start_bytes'])} | |")
+    return "\n".join(lines)
+
+
+def work_table(work: dict[str, Any]) -> str:
+    flops, moved = work["rates"]["flops"], work["rates"]["bytes"]
+    lines = [f"{machine()}; a product: {flops / 1e9:.0f} GFLOP/s, a copy: {moved / 1e9:.1f} GB/s:\n"]
+    lines += ["| step, counted | FLOPs | at that rate | bytes moved | at that rate |", "|---|---|---|---|---|"]
+    for name, step in work["steps"].items():
+        times = f"{step['flops'] / 1e9:.0f} G | {step['flops'] / flops:.0f} s | {step['bytes'] / 1e9:.0f} GB"
+        lines.append(f"| {name} | {times} | {step['bytes'] / moved:.0f} s |")
     return "\n".join(lines)
 
 
