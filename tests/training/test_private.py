@@ -388,7 +388,7 @@ def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path,
             raise DataError("record 3 cannot be read: mend it.")
         return load(self, indices)
 
-    known = [*QUICK, "privacy.noise_multiplier=1.0", "privacy.verify=false"]
+    known = [*QUICK, "privacy.noise_multiplier=1.0", "privacy.verify=false", "privacy.memory_budget=auto"]
     monkeypatch.setattr(Generation, "load", broken)
     with pytest.raises(DataError, match="record 3") as failed:
         run(known, tmp_path / "run", cache)
