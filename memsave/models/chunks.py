@@ -60,9 +60,10 @@ def differentiate(
         value, norm, mask = _finish(block, projected, x.shape, into=torch.empty_like(projected))
         found(_volume(value, x.shape))
         del value
-        upstream = _rows(grad, projected.dtype)
-        upstream = upstream if mask is None else upstream * mask
+        upstream = _rows(grad, grad.dtype)
+        upstream = upstream if mask is None else upstream * mask.to(grad.dtype)
         by_projected, by_norm = norm.gradients(upstream, projected, over=projected)
+        by_projected = by_projected.to(dtype)  # the wider one is freed
         del projected, upstream
         by_x, inner = branch.gradients(by_projected)
         return _volume(by_x, x.shape).to(x.dtype), _like(tensors(block), [*inner, *by_norm])
@@ -113,10 +114,9 @@ class ChunkedBranch:
             self.buffers.clear()
         return total
 
-    def gradients(self, by_projected: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
         """From dL/dp: the gradients of x (B, V, C) and of the parameters up to the projection."""
-        upstream = by_projected.to(self.dtype)
-        by_x = torch.zeros_like(by_projected)
+        by_x = torch.zeros_like(upstream, dtype=accumulation_dtype(self.dtype))
         first, second = self.first.zeros(), by_x.new_zeros(2, self.expanded_channels, dtype=torch.float64)
         filters, projection = [], []
         for chunk in reversed(range(self.block.chunks)):
