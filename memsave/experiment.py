@@ -22,6 +22,7 @@ from memsave.planning.budget import OverBudget, free_bytes
 from memsave.planning.compare import compare_modes
 from memsave.planning.fit import fit_to_budget, plan_experiment
 from memsave.planning.kept import choose_kept
+from memsave.planning.pretend import planned_processes
 from memsave.privacy.monitor import EpsilonMonitor
 from memsave.process_group import own_device
 from memsave.processes import (
@@ -80,11 +81,15 @@ def _planned_and_trained(
     device = own_device(choose_device(config.trainer.device), key="trainer.device")
     if config.trainer.precision == "float16" and device.type != "cuda":
         raise ConfigError("trainer.precision=float16 is for CUDA; give trainer.precision=bfloat16 on the CPU")
+
+    def least_free() -> int:
+        return -maximum(-free_bytes(device, processes=planned_processes(config)))
+
     if config.budget == "auto":
-        config = config.changed({"budget": str(-maximum(-free_bytes(device)))})
+        config = config.changed({"budget": str(least_free())})
     config = on_main(choose_memory, config, folder, device, progress=progress)
     needs_free = getattr(config.privacy, "memory_budget", None) == "auto"
-    free = -maximum(-free_bytes(device)) if needs_free else 0
+    free = least_free() if needs_free else 0
     if config.mode == "plan":
         config = on_main(choose_kept, config, folder, device, free=free, progress=progress)
         return on_main(plan_experiment, config, folder, device, strategies=strategies, progress=progress)

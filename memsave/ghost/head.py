@@ -51,7 +51,7 @@ def linear_cross_entropy(
     Raises ValueError for shapes that do not match and for targets that are no rows of `weight`. There is no double
     backward. The logits do not exist: to scale them, scale `hidden`; for any other change, compute them yourself.
     """
-    _check(hidden, weight, targets, bias, ignore_index, soft_cap)
+    _check(hidden, weight, targets, bias, soft_cap)
     for parameter in (weight, bias):
         if parameter is not None and is_sharded(parameter):
             raise ValueError(
@@ -281,7 +281,6 @@ def _check(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
     soft_cap: float | None,
 ) -> None:
     if (

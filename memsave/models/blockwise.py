@@ -8,7 +8,8 @@ larger, but still a part of a whole volume.
 
 Rows are voxels: tensors are (B, V, C). A few channels are fewer than the lanes of a CPU, so elementwise operators and
 sums take a block as a matrix of 64 voxels times C channels per row. Tensors of bfloat16 are computed in float32 on the
-CPU; sums over voxels are in float32 or wider within a block and in float64 over blocks.
+CPU, except what `add_scaled` writes over them; sums over voxels are in float32 or wider within a block and in float64
+over blocks.
 
 Each function is an operator of PyTorch (`torch.ops.memsave`), so that a fake step of a plan and a recorder of memory
 see one call and not its blocks. They also see the scratch (tensors of one block, which all blocks share), because it is

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from memsave.processes import process_count
+
 
 class OverBudget(RuntimeError):
     """The run needs more memory than its budget; `outcome` has entries for `result.json`."""
@@ -16,8 +18,11 @@ class OverBudget(RuntimeError):
         self.outcome = outcome
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the GPU, or the memory that this process can still allocate on the CPU: its share, of several."""
+def free_bytes(device: torch.device, *, processes: int | None = None) -> int:
+    """Free memory of the GPU, or the memory that this process can still allocate on the CPU: its share, of several.
+
+    `processes`: those on this machine, by default those of the launcher or of the (pretended) group.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -29,7 +34,7 @@ def free_bytes(device: torch.device) -> int:
     most, used = (group / name for name in ("memory.max", "memory.current"))
     if most.is_file() and most.read_text().strip().isdigit():
         limits.append(int(most.read_text()) - int(used.read_text()))
-    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(limits) // _processes_here(processes)
 
 
 def free_host_bytes(device: torch.device, *, folder: Path) -> int:
@@ -39,4 +44,8 @@ def free_host_bytes(device: torch.device, *, folder: Path) -> int:
     """
     if device.type == "cuda":
         return free_bytes(torch.device("cpu"))
-    return shutil.disk_usage(folder).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return shutil.disk_usage(folder).free // _processes_here()
+
+
+def _processes_here(count: int | None = None) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or count or process_count())

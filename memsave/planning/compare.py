@@ -13,6 +13,7 @@ import torch
 from memsave.config.schema import Config, PrivacyConfig
 from memsave.planning.budget import free_bytes
 from memsave.planning.fake_step import fake_step
+from memsave.planning.pretend import plan_alone
 from memsave.processes import on_main, process_count
 from memsave.profiler import format_bytes, parse_bytes, peak_on_fake
 from memsave.progress import Progress
@@ -53,7 +54,7 @@ def compare_modes(config: Config, state: State, task: Task, *, progress: Progres
 def _too_large(config: Config, mode: str, device: torch.device, *, free: int) -> str | None:
     """The reason why a step in this mode does not fit, by its peak on fake tensors; None if it fits."""
     try:
-        peak = peak_on_fake(partial(fake_step, in_mode(config, mode), device=device)).peak_bytes
+        peak = plan_alone(_peak, in_mode(config, mode), device)
     except (ValueError, RuntimeError) as error:
         return f"its memory cannot be predicted on fake tensors ({str(error).splitlines()[0]})"
     if config.budget is not None and peak > parse_bytes(config.budget):
@@ -65,6 +66,10 @@ def _too_large(config: Config, mode: str, device: torch.device, *, free: int) ->
             f"{ratio:g} times as much, and {format_bytes(free)} are free"
         )
     return None
+
+
+def _peak(config: Config, device: torch.device) -> int:
+    return peak_on_fake(partial(fake_step, config, device=device)).peak_bytes
 
 
 def in_mode(config: Config, mode: str) -> Config:

@@ -71,6 +71,8 @@ def fake_step(
 
     def run() -> None:
         accumulate(model, task, task.batch, config.trainer, private=private, offload=state.offload)
+        if work is not None:
+            work.next_section()
         update(state)
 
     return TrainingStep(model, run, state.optimizer, work)
@@ -90,14 +92,15 @@ def _planned_examples(config: Config) -> tuple[int, int]:
     return min(own, MICRO_BATCHES * micro), micro
 
 
-def whole_batch(config: Config, work: WorkCounter) -> Totals:
-    """The work of a logical batch of the expected size, from that of the fake step, which has fewer micro-batches.
+def whole_batch(config: Config, work: WorkCounter) -> dict[str, Totals]:
+    """The work by label of a logical batch of the expected size, from that of the fake step, with fewer micro-batches.
 
     Every further micro-batch does the work of the first one.
     """
     count, micro = _planned_examples(config)
     further = (config.trainer.batch_size / process_count() - count) / micro
-    return added(work.total, work.sections[1], times=further)
+    first = work.sections[1]
+    return {label: added(totals, first.get(label, {}), times=further) for label, totals in work.totals.items()}
 
 
 def largest_batch(config: Config) -> int:

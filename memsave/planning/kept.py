@@ -33,7 +33,7 @@ def choose_kept(config: Config, folder: Path, device: torch.device, *, free: int
     if config.vary:
         chosen, line = with_kept(config, 0), f"0B, because vary={config.vary} takes the whole budget"
     else:
-        chosen, line = plan_alone(_chosen, config, device, free=free)
+        chosen, line = plan_alone(_chosen, config, device, free=free, folder=folder)
     progress.say(f"privacy.memory_budget=auto: {line}")
     write_config(chosen, folder)
     return chosen
@@ -44,10 +44,10 @@ def with_kept(config: Config, count: int) -> Config:
     return config.changed({"privacy.memory_budget": f"{count}B"})
 
 
-def _chosen(config: Config, device: torch.device, *, free: int) -> tuple[Config, str]:
+def _chosen(config: Config, device: torch.device, *, free: int, folder: Path) -> tuple[Config, str]:
     """(the config with the choice, a line about it)."""
     whole = int(SHARE * free) if config.budget is None else parse_bytes(config.budget)
-    need = Search(config, device, whole).trial(with_kept(config, 0)).need.total
+    need = Search(config, device, whole, folder).trial(with_kept(config, 0)).need.total
     usable = _usable(with_kept(config, ALL), device)
     kept = max(0, min(whole - need, usable))
     limit = f"{SHARE:.0%} of the free memory" if config.budget is None else "the budget"

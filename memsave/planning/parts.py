@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from memsave.profiler import MemoryReport
 from memsave.profiler.seconds import TimeModel
-from memsave.profiler.work import Totals, WorkCounter
+from memsave.profiler.work import Totals
 
 REST = ""
 """The part of everything that belongs to no other part."""
@@ -47,8 +47,8 @@ class Trace:
         return self._costs[part]
 
 
-def trace_of(report: MemoryReport, work: WorkCounter, part_of: Callable[[str | None], str]) -> Trace:
-    """The trace of a recorded step; the counter's labels are the parts."""
+def trace_of(report: MemoryReport, work: dict[str, Totals], part_of: Callable[[str | None], str]) -> Trace:
+    """The trace of a recorded step, with the work of a logical batch by part."""
     timeline = report.timeline
     part = [part_of(block.module) for block in report.history]
     held: dict[str, int] = {}
@@ -63,7 +63,7 @@ def trace_of(report: MemoryReport, work: WorkCounter, part_of: Callable[[str | N
             now = part[block]
             if now not in stages or total > stages[now].peak:
                 stages[now] = Stage(total, dict(held))
-    return Trace(stages, work.totals)
+    return Trace(stages, work)
 
 
 def mixed_peak(traces: Sequence[Trace], modes: Mapping[str, int]) -> int:

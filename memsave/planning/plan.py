@@ -143,6 +143,8 @@ def make_plan(
     folder: of the run, for the files of `memory.offload`.
     """
     progress = progress or Progress()
+    if config.trainer.compile and config.memory.engine == "auto":
+        config = config.changed({"memory.engine": "hooks"})  # the only engine for compiled blocks
     budget = None if config.budget is None else parse_bytes(config.budget)
     task = definition_of(config)
     rows = []
@@ -262,7 +264,7 @@ def _row(
 
 def seconds_of(config: Config, work: WorkCounter, calibration: Calibration) -> float | None:
     """The predicted time of a logical batch, from the work of its fake step; None without a calibration of times."""
-    return None if calibration.times is None else calibration.times.seconds(whole_batch(config, work))
+    return None if calibration.times is None else calibration.times.seconds_of(whole_batch(config, work).values())
 
 
 def _step(
@@ -313,7 +315,9 @@ def _cached(config: Config, strategy: str, device: torch.device, *, timed: bool,
     machine = info["gpu"] if device.type == "cuda" else f"{info['cpu']} ({info['threads']} threads)"
     task, memory = definition_of(config), config.memory
     modes = [memory.described, f"engine {memory.engine}"]
-    parts = dict.fromkeys([config.trainer.precision, task.family(), strategy, *modes])
+    privacy = f"privacy {config.privacy.option}"
+    tf32 = ["tf32"] if config.trainer.tf32 and device.type == "cuda" else []
+    parts = dict.fromkeys([config.trainer.precision, *tf32, task.family(), strategy, privacy, *modes])
     name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
     made_by = {name: versions()[name] for name in ("torch", "memsave")}  # they have other operators

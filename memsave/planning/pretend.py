@@ -17,6 +17,7 @@ from torch import distributed
 
 from memsave.config import Config
 from memsave.processes import LAUNCHERS, group_size
+from memsave.tf32 import tf32
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ def plan_alone(function: Callable[..., T], config: Config, device: torch.device,
 
 
 def _call(function: Callable[..., T], config: Config, device: torch.device, count: int, kwargs: dict[str, Any]) -> T:
-    with pretended_processes(count, device):
+    with tf32(allowed=config.trainer.tf32), pretended_processes(count, device):  # also in a new process
         return function(config, device, **kwargs)
 
 

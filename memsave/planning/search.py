@@ -159,7 +159,7 @@ class Search:
             trial.seconds = self._seconds(trial.config, trial.work)
 
     def _seconds(self, config: Config, work: WorkCounter) -> float:
-        return self._rates.seconds(whole_batch(config, work))
+        return self._rates.seconds_of(whole_batch(config, work).values())
 
     @property
     def _rates(self) -> TimeModel:
@@ -186,7 +186,8 @@ class Search:
 
     def _trace(self, choice: Config) -> Traced:
         trial = self.trial(choice)
-        return Traced(trial, trace_of(trial.need.report, trial.work, definition_of(choice).memory_part))
+        work = whole_batch(trial.config, trial.work)
+        return Traced(trial, trace_of(trial.need.report, work, definition_of(choice).memory_part))
 
     def _mixtures(self, traced: Sequence[Traced]) -> list[tuple[float, int, Config]]:
         """(predicted seconds, estimated bytes with workspace and reserve, config) of all mixtures, fastest first."""

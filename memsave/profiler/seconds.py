@@ -52,7 +52,11 @@ class TimeModel:
 
     def seconds(self, work: Totals) -> float:
         """The predicted time of this work."""
-        return self.together([self.inside_and_outside(work)])
+        return self.seconds_of([work])
+
+    def seconds_of(self, works: Iterable[Totals]) -> float:
+        """The predicted time of several works."""
+        return self.together(map(self.inside_and_outside, works))
 
     def inside_and_outside(self, work: Totals) -> tuple[float, float]:
         """(seconds in operators, seconds of the host between them)."""

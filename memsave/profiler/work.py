@@ -7,7 +7,7 @@ Copies to host memory and back, which no dispatch mode sees, count as two furthe
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +63,8 @@ class WorkCounter:
 
     def reset(self) -> None:
         """Forget all work."""
-        self.totals: dict[str, Totals] = {}
-        """By label."""
-        self.sections: list[Totals] = [{}]
-        """By micro-batch, and before the first one; see `next_section`."""
+        self.sections: list[dict[str, Totals]] = [{}]
+        """By label; for each micro-batch, and before the first one: see `next_section`."""
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any, module: Callable[[], Any]) -> None:
         """Count one call of an operator."""
@@ -79,20 +77,26 @@ class WorkCounter:
         self._count(direction, Work(calls=1, bytes=size), module)
 
     def _count(self, kind: str, work: Work, module: str | None) -> None:
-        for totals in (self.sections[-1], self.totals.setdefault(self._label(module), {})):
-            totals[kind] = totals.get(kind, Work()).plus(work)
+        totals = self.sections[-1].setdefault(self._label(module), {})
+        totals[kind] = totals.get(kind, Work()).plus(work)
 
     def next_section(self) -> None:
-        """Count the following work apart, as that of the next micro-batch."""
+        """Count the following work apart, as that of the next micro-batch, or after the last one."""
         self.sections.append({})
+
+    @property
+    def totals(self) -> dict[str, Totals]:
+        """The work of the whole step by label."""
+        found: dict[str, Totals] = {}
+        for section in self.sections:
+            for label, totals in section.items():
+                found[label] = added(found.get(label, {}), totals)
+        return found
 
     @property
     def total(self) -> Totals:
         """The work of the whole step."""
-        found: Totals = {}
-        for section in self.sections:
-            found = added(found, section)
-        return found
+        return reduce(added, self.totals.values(), {})
 
 
 def work_of(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> tuple[str, Work]:

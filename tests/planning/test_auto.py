@@ -72,6 +72,30 @@ def test_a_given_engine_is_kept(overrides, engines):
     assert {each.memory.engine for each in choices(config) if "reversible" in levels_of(each)} == engines
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["privacy=ghost", "privacy.noise_multiplier=1.0"],
+        ["trainer.compile=true"],
+        ["trainer.parallel=fsdp", "trainer.processes=2", "mode=plan"],
+    ],
+    ids=["ghost clipping", "compiled", "sharded"],
+)
+def test_the_fused_engine_is_no_choice_where_it_refuses(overrides):
+    config = config_of("budget=1GiB", "memory.engine=auto", *overrides, base=["experiment=brats_rev", "memory=auto"])
+    assert {each.memory.engine for each in choices(config) if "reversible" in levels_of(each)} == {"hooks"}
+
+
+def test_mixtures_and_choices_are_compared_by_the_time_of_a_whole_batch():
+    config = config_of("budget=1GiB", "trainer.batch_size=8", "trainer.micro_batch_size=1", "memory.levels=null")
+    search = Search(config, CPU, 2**30)
+    stored, rebuilt = (search._trace(choice) for choice in choices(config)[:2])
+    found = {levels_of(config): seconds for seconds, _, config in search._mixtures([stored, rebuilt])}
+    low, high = sorted([stored.trial.seconds, rebuilt.trial.seconds])
+    mixed = [seconds for levels, seconds in found.items() if len(set(levels)) == 2]
+    assert mixed and all(0.9 * low < seconds < 1.1 * high for seconds in mixed)
+
+
 @pytest.mark.slow
 def test_the_search_finds_what_all_combinations_would_give():
     """Exact fake steps of all 9 combinations; the search takes few, and loses at most 4% of time."""

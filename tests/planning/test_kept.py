@@ -17,7 +17,7 @@ from memsave.planning.kept import SHARE, choose_kept
 from memsave.privacy import PrivacyError
 from memsave.profiler import parse_bytes, peak_on_fake
 from memsave.progress import Progress
-from tests.support.tiny_configs import TINY_GPT2_DP
+from tests.support.tiny_configs import TINY_GPT2_DP, TINY_UNET
 
 CPU = torch.device("cpu")
 
@@ -82,6 +82,14 @@ def test_no_more_is_taken_than_can_be_used(tmp_path):
     everything = peak_of(config_of("privacy.memory_budget=64GiB"))
     assert 0 < config.privacy.kept_bytes < 2**21
     assert peak_of(config) == everything > peak_of(config_of())
+
+
+def test_a_unet_with_a_fixed_mode_keeps_what_is_left(tmp_path):
+    pytest.importorskip("monai")
+    private = ["privacy=ghost", "privacy.noise_multiplier=1.0", "trainer.micro_batch_size=1", "budget=1GiB"]
+    config = to_objects(compose([*TINY_UNET, "memory=stored", "privacy.memory_budget=auto", *private]))
+    found = choose_kept(config, tmp_path, CPU, free=0, progress=Progress(silent=True))
+    assert isinstance(found.privacy.kept_bytes, int)
 
 
 @pytest.mark.slow

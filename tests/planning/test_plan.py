@@ -115,7 +115,8 @@ def test_the_time_of_a_batch_grows_with_its_micro_batches():
     config, work = config_of("trainer.micro_batch_size=2", "privacy=none", base=TEXT), WorkCounter()
     peak_on_fake(lambda: fake_step(config, device=CPU, work=work))
     times = TimeModel({OTHER: (1.0, 0.0, 0.0)})
-    seconds = [times.seconds(whole_batch(config.changed({"trainer.batch_size": size}), work)) for size in (4, 8, 16)]
+    batches = [whole_batch(config.changed({"trainer.batch_size": size}), work) for size in (4, 8, 16)]
+    seconds = [times.seconds_of(batch.values()) for batch in batches]
     assert seconds[0] == pytest.approx(times.seconds(work.total))
     assert seconds[2] - seconds[1] == pytest.approx(2 * (seconds[1] - seconds[0]))
     assert seconds[1] - seconds[0] > 0.25 * seconds[0]
@@ -394,3 +395,4 @@ def test_training_refuses_a_depth_without_pretrained_weights():
 
 def test_free_bytes_are_plausible():
     assert 2**20 < free_bytes(CPU) < 2**50
+    assert free_bytes(CPU, processes=4) == pytest.approx(free_bytes(CPU) / 4, rel=0.2)

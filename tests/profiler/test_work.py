@@ -85,8 +85,8 @@ def test_work_counts_by_label_and_section():
     assert by_label["0"] == 2 * 2 * (2 * 3 * 2 * 2)  # two steps; forward, and the gradient of the weight
     assert by_label["1"] == 2 * 3 * (2 * 3 * 2 * 4)  # and the gradient of the input
     first, second = counter.sections[1:]
-    assert first["mm float32"] == second["mm float32"]
-    assert counter.total["mm float32"] == added(first, second)["mm float32"]
+    assert first["1"]["mm float32"] == second["1"]["mm float32"]
+    assert counter.totals["1"]["mm float32"] == added(first["1"], second["1"])["mm float32"]
 
 
 @pytest.mark.parametrize("fake", [False, True])

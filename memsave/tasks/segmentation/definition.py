@@ -210,7 +210,7 @@ class SegmentationDefinition(TaskDefinition):
             rebuilt.append(self._with_levels("checkpoint"))
         if "reversible" in modes and engine != "fused":
             rebuilt.append(self._with_levels("reversible", engine="hooks"))
-        if "reversible" in modes and engine != "hooks" and not self.unet.squeeze_excitation:
+        if "reversible" in modes and engine != "hooks" and (engine == "fused" or self._can_be_fused):
             chunks = self.config.memory.chunks
             fused, finer = (
                 self._with_levels("reversible", engine="fused", chunks=each) for each in (chunks, 4 * chunks)
@@ -241,13 +241,20 @@ class SegmentationDefinition(TaskDefinition):
                     by_part = {part: picked[int(part.rpartition(".")[2])] for part in parts if part}
                     yield base.changed(levels), by_part
 
+    @property
+    def _can_be_fused(self) -> bool:
+        """Whether nothing in the config replaces, hooks or shards the layers that the fused engine reads itself."""
+        trainer = self.config.trainer
+        hooked = self.config.privacy.option == "ghost" or trainer.compile
+        return not (self.unet.squeeze_excitation or hooked or trainer.parallel == "fsdp")
+
     def _with_levels(self, mode: str, **others: Any) -> Config:
         changes = {f"memory.{key}": value for key, value in others.items()}
         return self.config.changed({"memory.levels": [mode] * len(self.unet.channels), **changes})
 
     def memory_strategies(self) -> list[str]:
         """The modes of the levels."""
-        return list(dict.fromkeys(self.config.memory.levels or ()))
+        return list(dict.fromkeys(self.config.memory.levels or [self.config.memory.mode]))
 
     def describe_memory(self) -> str:
         """The modes of the levels, and how reversible ones are recomputed."""
