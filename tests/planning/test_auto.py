@@ -11,11 +11,13 @@ pytest.importorskip("transformers")
 from memsave.config import ConfigError
 from memsave.config.compose import compose, load, to_objects
 from memsave.experiment import make_model, run_experiment
+from memsave.planning import search as searching
 from memsave.planning.auto import choose_memory
 from memsave.planning.budget import OverBudget
 from memsave.planning.fake_step import fake_step
 from memsave.planning.search import Search
 from memsave.profiler import parse_bytes, peak_on_fake
+from memsave.profiler.calibration import Calibration
 from memsave.progress import Progress
 from memsave.tasks.definition import definition_of
 from tests.support.tiny_configs import TINY_GPT2, TINY_UNET
@@ -86,7 +88,12 @@ def test_the_fused_engine_is_no_choice_where_it_refuses(overrides):
     assert {each.memory.engine for each in choices(config) if "reversible" in levels_of(each)} == {"hooks"}
 
 
-def test_mixtures_and_choices_are_compared_by_the_time_of_a_whole_batch():
+def test_a_fixed_mode_is_calibrated_by_itself():
+    assert definition_of(config_of("memory=checkpoint")).memory_strategies() == ["checkpoint"]
+
+
+def test_mixtures_and_choices_are_compared_by_the_time_of_a_whole_batch(monkeypatch):
+    monkeypatch.setattr(searching, "widest_calibration", lambda *args, **kwargs: Calibration())
     config = config_of("budget=1GiB", "trainer.batch_size=8", "trainer.micro_batch_size=1", "memory.levels=null")
     search = Search(config, CPU, 2**30)
     stored, rebuilt = (search._trace(choice) for choice in choices(config)[:2])

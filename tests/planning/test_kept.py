@@ -84,6 +84,7 @@ def test_no_more_is_taken_than_can_be_used(tmp_path):
     assert peak_of(config) == everything > peak_of(config_of())
 
 
+@pytest.mark.slow
 def test_a_unet_with_a_fixed_mode_keeps_what_is_left(tmp_path):
     pytest.importorskip("monai")
     private = ["privacy=ghost", "privacy.noise_multiplier=1.0", "trainer.micro_batch_size=1", "budget=1GiB"]
