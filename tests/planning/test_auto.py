@@ -89,7 +89,7 @@ def test_the_fused_engine_is_no_choice_where_it_refuses(overrides):
 
 
 def test_a_fixed_mode_is_calibrated_by_itself():
-    assert definition_of(config_of("memory=checkpoint")).memory_strategies() == ["checkpoint"]
+    assert definition_of(config_of("memory=checkpoint", base=TINY_UNET)).memory_strategies() == ["checkpoint"]
 
 
 def test_mixtures_and_choices_are_compared_by_the_time_of_a_whole_batch(monkeypatch):
