@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def _small_calibrations():
 @pytest.fixture(scope="session", autouse=True)
 def _coarse_pictures():
     """Pictures of few pixels: to draw those of a tiny run takes half of its time."""
+    if find_spec("matplotlib") is None:  # it is an optional dependency
+        yield
+        return
     from matplotlib.figure import Figure
 
     original = Figure.savefig

@@ -4,8 +4,8 @@
     python -m experiments.whole_volume --work     # only the work of a step, and the rates of this machine
 
 Writes the tables of three documents from one run of `experiment=brats_full`. The work of a step with and without
-recomputation is counted on fake tensors; divided by the rates of a large product and of a copy it gives the time that
-no implementation of this network on this machine can be much below.
+recomputation is counted on fake tensors; divided by the rates of a large product and of a copy it gives the time of a
+step that only computed its products, or only moved the bytes of its operators.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help="count the work of a step, and keep what was measured")
     only_work = parser.parse_args().work
     found = earlier(HERE / "results.json") if only_work else run()
-    found["work"] = {"rates": rates(), "steps": {name: work_of(changes) for name, changes in STEPS.items()}}
+    found["work"] = {"rates": rates(), "steps": {name: counted(changes) for name, changes in STEPS.items()}}
     if "steps" in found:
         text = table(found)
         print(text)
@@ -54,7 +54,7 @@ def main() -> None:
     keep(HERE / "results.json", command="python -m experiments.whole_volume", results=found)
 
 
-def work_of(changes: list[str]) -> dict[str, float]:
+def counted(changes: list[str]) -> dict[str, float]:
     """FLOPs and bytes moved of a step, counted on fake tensors."""
     config, work = to_objects(compose(["experiment=brats_full", *changes])), WorkCounter()
     peak_on_fake(lambda: fake_step(config, device=torch.device("cpu"), work=work))

@@ -42,7 +42,7 @@ LIBRARY = torch.library.Library("memsave", "FRAGMENT")
 
 
 def _operator(
-    *, writes: str | None = None, scratch: Callable[..., tuple[Tensor, ...]]
+    *, writes: str | None = None, scratch: Callable[..., tuple[Tensor, ...]] = lambda *_: ()
 ) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
     """Make a function the operator `torch.ops.memsave.NAME`, which changes its argument `writes` and its scratch.
 
@@ -162,7 +162,7 @@ def project_backward(
     return found
 
 
-@_operator(writes="out", scratch=lambda *_: ())
+@_operator(writes="out")
 def add_scaled(out: Tensor, factor: Tensor, other: Tensor, by: Tensor, shift: Tensor) -> None:
     """out = factor out + by other + shift; tensors (B, V, P) and vectors (B, P)."""
     tiled = [_tiled(each, out) for each in (factor, by, shift)]

@@ -320,7 +320,7 @@ def _cached(config: Config, strategy: str, device: torch.device, *, timed: bool,
     parts = dict.fromkeys([config.trainer.precision, *tf32, task.family(), strategy, privacy, *modes])
     name = ", ".join([machine, device.type, *parts])
     found = read_calibrations(path).get(name)
-    made_by = {name: versions()[name] for name in ("torch", "memsave")}  # they have other operators
+    made_by = {each: version for each, version in versions().items() if each != "python"}  # others, other operators
     known = calibration_from(found) if found is not None and made_by.items() <= found.items() else None
     if known is not None and (known.times is not None or not timed):
         return known

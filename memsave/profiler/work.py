@@ -64,7 +64,7 @@ class WorkCounter:
     def reset(self) -> None:
         """Forget all work."""
         self.sections: list[dict[str, Totals]] = [{}]
-        """By label; for each micro-batch, and before the first one: see `next_section`."""
+        """The work by label: before the first micro-batch, then of each, then after the last; see `next_section`."""
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any, module: Callable[[], Any]) -> None:
         """Count one call of an operator."""
