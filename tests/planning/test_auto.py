@@ -127,6 +127,14 @@ def test_with_enough_memory_one_fake_step_is_enough(tmp_path, capsys):
     assert load(tmp_path / "config.yaml").memory.levels == ["stored", "stored"]
 
 
+@pytest.mark.slow
+def test_levels_are_chosen_under_ghost_clipping(tmp_path):
+    private = ["privacy=ghost", "privacy.noise_multiplier=1", "trainer.micro_batch_size=1"]
+    most = peak_of(config_of("memory=stored", *private, base=[*TINY_UNET, "data.crop_size=[32,32,32]"]))
+    chosen = choose_memory(config_of(f"budget={round(0.8 * most)}", *private), tmp_path, CPU, progress=Progress())
+    assert set(levels_of(chosen)) != {"stored"} and peak_of(chosen) < 0.8 * most
+
+
 def test_if_nothing_fits_the_error_names_the_smallest_budget(tmp_path):
     with pytest.raises(
         OverBudget, match=r"no strategy to keep activations fits into 1\.00 MiB: the smallest one needs a budget"

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("monai")
 pytest.importorskip("transformers")
 
 from memsave.config.compose import compose, to_objects
 from memsave.planning.fake_step import dummy_task, fake_step, largest_batch
 from memsave.profiler import peak_on_fake
-from tests.support.tiny_configs import TINY_GPT2_DP
+from memsave.tasks.definition import definition_of
+from tests.support.tiny_configs import TINY_GPT2_DP, TINY_UNET
 
 CPU = torch.device("cpu")
 
@@ -33,6 +35,13 @@ def test_truncated_batches_are_planned_with_their_limit():
     truncated = config("privacy.sampler=truncated_poisson", "privacy.largest_batch=60")
     assert largest_batch(truncated) == 60
     assert len(dummy_task(truncated, device=CPU).batch["input_ids"]) == 60
+
+
+@pytest.mark.parametrize("base", [TINY_GPT2_DP, [*TINY_UNET, "privacy=ghost", "privacy.noise_multiplier=1"]])
+def test_a_private_calibration_is_a_step_of_the_expected_size(base):
+    """With the largest batch, the real step of a U-Net would take minutes."""
+    small = definition_of(to_objects(compose(base))).calibration_config()[0]
+    assert largest_batch(small) == small.trainer.batch_size <= 2
 
 
 def test_a_micro_batch_is_planned_as_given():
