@@ -17,7 +17,7 @@ on it.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from torch.nn import functional as F
 
 from memsave.models.mbconv import MBConv3d, group_norm, norm_groups
 from memsave.models.memory import check_memory, run_blocks
+from memsave.models.recast import RecastConv3d
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
+from memsave.reversible.coupling import LOW_PRECISION
 
 SKIPS = ("add", "concat")
 
@@ -111,16 +113,16 @@ class ReversibleUNet3d(nn.Module):
             level(width, depth, scale=scale) for scale, (width, depth) in enumerate(zip(channels, depths, strict=True))
         )
         self.down = nn.ModuleList(_down(*widths, stride) for widths, stride in zip(steps, shrink, strict=True))
-        self.up = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in steps)
+        self.up = nn.ModuleList(RecastConv3d(coarse, fine, 1) for fine, coarse in steps)
         self.join = nn.ModuleList(  # a name in checkpoints
             nn.Conv3d(2 * fine, fine, 1) if skip == "concat" else nn.Identity() for fine, _ in steps
         )
         self.decoder = nn.ModuleList(
             level(fine, depth, scale=scale) for scale, ((fine, _), depth) in enumerate(zip(steps, depths))
         )
-        self.head = nn.Conv3d(channels[0], out_channels, 1)
+        self.head = RecastConv3d(channels[0], out_channels, 1)
         coarse = channels[1:-1] if deep_supervision else ()
-        self.side_heads = nn.ModuleList(nn.Conv3d(width, out_channels, 1) for width in coarse)
+        self.side_heads = nn.ModuleList(RecastConv3d(width, out_channels, 1) for width in coarse)
         self.memory = memory
 
     @property
@@ -139,6 +141,11 @@ class ReversibleUNet3d(nn.Module):
             for each, blocks in zip(levels, side):
                 assert isinstance(blocks, ReversibleSequence)
                 blocks.recompute = each == "reversible"
+        readers = chain(enumerate(self.down), enumerate((self.head, *self.up)), enumerate(self.side_heads, 1))
+        for level, reader in readers:  # of the outputs of each level
+            for layer in reader.modules():
+                if isinstance(layer, RecastConv3d):
+                    layer.input_is_kept = self._levels[level] == "reversible"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -161,13 +168,13 @@ class ReversibleUNet3d(nn.Module):
         skips: list[Tensor] = []
         side: list[Tensor] = []
         for level, blocks in enumerate(self.encoder):
-            x = run_blocks(blocks, x, memory=self._levels[level])
+            x = run_blocks(blocks, _widened(x), memory=self._levels[level])
             if level < len(self.down):
                 skips.append(x)
                 x = self.down[level](x)
         for level in reversed(range(len(self.decoder))):
             x = self._upsample(level, x, skips.pop())
-            x = run_blocks(self.decoder[level], x, memory=self._levels[level])
+            x = run_blocks(self.decoder[level], _widened(x), memory=self._levels[level])
             if coarse and 0 < level <= len(self.side_heads):
                 side.insert(0, self.side_heads[level - 1](x))
         return [self.head(x), *side]
@@ -178,9 +185,14 @@ class ReversibleUNet3d(nn.Module):
         return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
 
 
+def _widened(x: Tensor) -> Tensor:
+    """x in float32, if autocast has computed it in a narrower dtype."""
+    return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype in LOW_PRECISION else x
+
+
 def _down(fine: int, coarse: int, stride: Axes) -> nn.Sequential:
     """Divide the size of the volume by the stride, rounding up, so that any size is allowed."""
-    return nn.Sequential(nn.Conv3d(fine, coarse, 3, stride=stride, padding=1, bias=False), group_norm(coarse))
+    return nn.Sequential(RecastConv3d(fine, coarse, 3, stride=stride, padding=1, bias=False), group_norm(coarse))
 
 
 def _divisor(number: int, *, at_least: float) -> int:

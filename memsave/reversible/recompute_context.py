@@ -212,6 +212,8 @@ class RecomputeContext:
                 before, grad_source, grad_tensors = gradients(held.pop(), grad, undo=undo)
             if undo:
                 self.stream, self.stage, self.is_loaded = self._with_first_strides(before, step), step, False
+            if step == 0:  # no step is left to be rebuilt, and the graph may live on
+                self.stream = None
         return grad_source, grad_tensors
 
     def rebuilt_streams(self) -> Iterator[tuple[int, Stream]]:

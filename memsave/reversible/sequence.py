@@ -99,18 +99,17 @@ class ReversibleSequence(nn.Module):
         """Map x (B, C, ...) through all blocks; ValueError when C is odd."""
         if not self.blocks:
             return x
+        if self.recompute and torch.is_grad_enabled():
+            return self._recomputed(x)
         stream = self.split(x)
-        if not (self.recompute and torch.is_grad_enabled()):
-            for step in chain.from_iterable(self.steps()):
-                stream = step.forward(stream)
-            return stream.merge()
-        return self._recomputed(stream)
+        for step in chain.from_iterable(self.steps()):
+            stream = step.forward(stream)
+        return stream.merge()
 
     @uncompiled  # a compiled branch may save other tensors when it is rebuilt
-    def _recomputed(self, stream: Stream) -> Tensor:
+    def _recomputed(self, x: Tensor) -> Tensor:
         context = RecomputeContext()
-        streams = self.run_steps(stream, context)
-        del stream  # so that each step frees the stream before it
+        streams = self.run_steps(self.split(x), context)  # no other reference, so that each step frees the one before
         (last,) = deque(streams, maxlen=1)
         return context.merge(last)
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from memsave.reversible.coupling import Stream, memory_format
 
 
-def keep_tensors(tensors: list[Tensor], *, on_backward: Callable[[], None]) -> Tensor:
+def keep_tensors(tensors: list[Tensor], *, on_backward: Callable[[], None] | None = None) -> Tensor:
     """Hold tensors as the saved tensors of an autograd node; returns an empty tensor whose grad_fn is that node.
 
     When backward runs the node, it calls the bound method `on_backward`, to which the node has a weak reference only.
     """
-    return _Keep.apply(WeakMethod(on_backward), anchor_like(tensors[0]), *tensors)
+    method = None if on_backward is None else WeakMethod(on_backward)
+    return _Keep.apply(method, anchor_like(tensors[0]), *tensors)
 
 
 def anchor_like(tensor: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        on_backward = ctx.on_backward()
+        on_backward = None if ctx.on_backward is None else ctx.on_backward()
         if on_backward is not None:  # None: the context is gone, so no step is left to be rebuilt
             on_backward()
         return (None,) * len(ctx.needs_input_grad)

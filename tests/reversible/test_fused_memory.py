@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memsave.profiler import MemoryRecorder
+from memsave.reversible import Stream
 from tests.reversible.test_fused import sequence, volume
 from tests.reversible.test_memory import live_peak
 
@@ -64,6 +65,36 @@ def test_the_output_is_freed_when_backward_begins(engine):
     loss.backward(retain_graph=True)
     loss.backward()
     assert alive == [True, False]
+
+
+def test_a_backward_leaves_no_stream_while_the_graph_lives_on():
+    """In a network of several sequences, each would hold the stream before its first step until the backward ends."""
+    net, x = stack(2, 2), volume(16, 16, 16, batch=1, channels=16, dtype=torch.float32)
+    net(x).sum().backward()  # creates the gradients
+    with MemoryRecorder(net) as recorder:
+        loss = net(x).sum()
+        loss.backward()
+    totals = recorder.report().timeline.totals()
+    assert loss.grad_fn is not None and totals[-1] - totals[0] < x.numel()  # less than a quarter of the stream
+
+
+@pytest.mark.parametrize("engine", ["fused", "hooks"])
+def test_the_first_stream_is_freed_before_the_last_one_is_merged(engine, monkeypatch):
+    net, halves, alive = sequence(2, engine=engine), [], []
+    split, merge = net.split, Stream.merge
+
+    def watched_split(x):
+        stream = split(x)
+        halves.extend(weakref.ref(half.untyped_storage()) for half in stream.halves())
+        return stream
+
+    def watched_merge(stream):
+        alive.extend(half() is not None for half in halves)
+        return merge(stream)
+
+    monkeypatch.setattr(net, "split", watched_split)
+    monkeypatch.setattr(Stream, "merge", watched_merge)
+    assert net(volume()).requires_grad and alive == [False, False]
 
 
 def test_a_step_frees_everything_without_the_garbage_collector():
