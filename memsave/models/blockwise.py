@@ -30,8 +30,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memsave.tf32 import allows_tf32, without_tf32
 
-BLOCK = {"cpu": 2**19, "cuda": 2**25}
-"""Elements of a block: 2 MiB in float32 on the CPU; smaller ones cost more time to start than they save."""
+BLOCK = {"cpu": 2**20, "cuda": 2**25}
+"""Elements of a block: 4 MiB in float32 on the CPU; smaller ones cost more time to start than they save."""
 TILE = 64  # voxels
 PARTS = {"cpu": 16, "cuda": 256}
 """Parts of a block in a contraction over its voxels, which run at the same time."""
@@ -73,9 +73,18 @@ def moments(one: Tensor, other: Tensor, scratch: Tensor) -> Tensor:
     """The sums over voxels of `one`, and of `one` times `other`, both (B, V, P): (2, B, P) in float64."""
     found = one.new_zeros(2, one.shape[0], one.shape[2], dtype=torch.float64)
     for sample, block in _blocks(one):
-        a, b = (each[sample, block].to(scratch.dtype) for each in (one, other))  # products are not rounded
-        found[0, sample] += _sum(a)
-        found[1, sample] += _sum(torch.mul(a, b, out=scratch[: len(a)]))
+        rows = one[sample, block]
+        found[0, sample] += _sum(rows)
+        found[1, sample] += _sum_of_products(rows, other[sample, block], space=scratch[: len(rows)])
+    return found
+
+
+@_operator()
+def sums(x: Tensor) -> Tensor:
+    """The sums over voxels of x (B, V, P): (B, P) in float64."""
+    found = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float64)
+    for sample, block in _blocks(x):
+        found[sample] += _sum(x[sample, block])
     return found
 
 
@@ -148,9 +157,13 @@ def project_backward(
     out: Tensor,
     scratch: Tensor,
     scratch_activated: Tensor,
-) -> Tensor:
-    """From dL/dp (B, V, C): out (B, V, E) = dL/du of u = scale filtered + shift; returns dL/dweight in float64."""
+) -> tuple[Tensor, Tensor]:
+    """From dL/dp (B, V, C): out (B, V, E) = dL/du of u = scale filtered + shift.
+
+    Returns dL/dweight and `moments(out, filtered)`, both in float64.
+    """
     found = torch.zeros_like(weight, dtype=torch.float64)
+    totals = scale.new_zeros(2, *scale.shape, dtype=torch.float64)
     back, scales, shifts = weight.to(scratch.dtype), _tiled(scale, scratch), _tiled(shift, scratch)
     for sample, block in _blocks(filtered):
         normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=scratch)
@@ -158,8 +171,11 @@ def project_backward(
         found += _inner(upstream, torch.ops.aten.silu.out(normed, out=scratch_activated[: len(normed)]))
         by_activated = _over(out[sample, block], scratch_activated)
         torch.mm(upstream, back, out=by_activated)
-        _keep(_silu_backward(by_activated, normed, over=by_activated), out[sample, block])
-    return found
+        by_normed = _silu_backward(by_activated, normed, over=by_activated)
+        _keep(by_normed, out[sample, block])
+        totals[0, sample] += _sum(by_normed)
+        totals[1, sample] += _sum_of_products(by_normed, filtered[sample, block], space=normed)
+    return found, totals
 
 
 @_operator(writes="out")
@@ -277,6 +293,12 @@ def _sum(rows: Tensor) -> Tensor:
     return _wide(rows).sum(0, dtype=dtype).double().view(-1, rows.shape[1]).sum(0)
 
 
+def _sum_of_products(one: Tensor, other: Tensor, *, space: Tensor) -> Tensor:
+    """one times other, both (V, P), summed over voxels: (P,) in float64; products are not rounded."""
+    dtype = accumulation_dtype(one.dtype)
+    return _sum(torch.mul(one.to(dtype), other.to(dtype), out=space if space.dtype == dtype else None))
+
+
 def _inner(one: Tensor, other: Tensor) -> Tensor:
     """The contraction of (V, P) and (V, Q) over voxels: (P, Q) in float64."""
     count = gcd(len(one), PARTS.get(one.device.type, PARTS["cpu"]))
@@ -296,6 +318,11 @@ def _(one: Tensor, other: Tensor, *scratch: Tensor) -> Tensor:
     return one.new_empty(2, one.shape[0], one.shape[2], dtype=torch.float64)
 
 
+@torch.library.register_fake("memsave::sums", lib=LIBRARY)
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.float64)
+
+
 @torch.library.register_fake("memsave::covariance", lib=LIBRARY)
 def _(x: Tensor, mean: Tensor, *scratch: Tensor) -> Tensor:
     return x.new_empty(*mean.shape, x.shape[2], dtype=torch.float64)
@@ -309,8 +336,9 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor, *scr
 @torch.library.register_fake("memsave::project_backward", lib=LIBRARY)
 def _(
     grad: Tensor, filtered: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, *scratch: Tensor
-) -> Tensor:
-    return torch.empty_like(weight, dtype=torch.float64)
+) -> tuple[Tensor, Tensor]:
+    found = torch.empty_like(weight, dtype=torch.float64)
+    return found, scale.new_empty(2, *scale.shape, dtype=torch.float64)
 
 
 def _product(places: Any, columns: int, *, times: int = 1) -> int:

@@ -62,7 +62,8 @@ def differentiate(
         del value
         upstream = _rows(grad, grad.dtype)
         upstream = upstream if mask is None else upstream * mask.to(grad.dtype)
-        by_projected, by_norm = norm.gradients(upstream, projected, over=projected)
+        moments = blockwise.moments(upstream, projected)
+        by_projected, by_norm = norm.gradients(upstream, projected, over=projected, moments=moments)
         by_projected = by_projected.to(dtype)  # the wider one is freed
         del projected, upstream
         by_x, inner = branch.gradients(by_projected)
@@ -142,8 +143,10 @@ class ChunkedBranch:
         if kept != chunk:
             filtered = self._filtered(chunk)
         norm, by_normed = self.norms[chunk], self._buffer("gradient")
-        by_projection = blockwise.project_backward(upstream, filtered, *norm.affine, self._projection(chunk), by_normed)
-        by_filtered, by_norm = norm.gradients(by_normed, filtered, over=by_normed)
+        by_projection, moments = blockwise.project_backward(
+            upstream, filtered, *norm.affine, self._projection(chunk), by_normed
+        )
+        by_filtered, by_norm = norm.gradients(by_normed, filtered, over=by_normed, moments=moments)
         del filtered  # before the convolution allocates
         by_squashed, by_filter = depthwise_gradients(
             _volume(self._buffer("squashed"), self.shape), self._filter(chunk), _volume(by_filtered, self.shape)
@@ -190,9 +193,9 @@ class Norm:
         scale, shift = (each[:, None].to(x.dtype) for each in self.affine)
         return torch.addcmul(shift, x, scale, out=out)
 
-    def gradients(self, grad: Tensor, x: Tensor, *, over: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """dL/dx, written to `over` (`grad` or x), and the gradients of weight and bias."""
-        by_shift, by_scale = blockwise.moments(grad, x)
+    def gradients(self, grad: Tensor, x: Tensor, *, over: Tensor, moments: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """dL/dx, written to `over` (`grad` or x), and the gradients of weight and bias; `moments`: of grad and x."""
+        by_shift, by_scale = moments
         with torch.enable_grad():
             for leaf in self.leaves:
                 leaf.requires_grad_()
@@ -208,7 +211,7 @@ class FoldedNorm:
 
     def __init__(self, conv: nn.Conv3d, norm: nn.GroupNorm, x: Tensor):
         self.voxels, self.groups, self.eps = x.shape[1], norm.num_groups, norm.eps
-        self.mean = blockwise.moments(x, x)[0] / self.voxels  # (B, C)
+        self.mean = blockwise.sums(x) / self.voxels  # (B, C)
         covariance = blockwise.covariance(x, self.mean)
         weight = conv.weight.flatten(1)
         self.leaves = [each.detach().double() for each in (weight, *_of(norm), self.mean, covariance)]
