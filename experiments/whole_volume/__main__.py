@@ -2,11 +2,12 @@
 
     python -m experiments.whole_volume            # about five minutes on two cores
     python -m experiments.whole_volume --work     # only the work of a step, and the rates of this machine
+    python -m experiments.whole_volume --bfloat16 # only a step under trainer.precision=bfloat16
 
 Writes the tables of three documents from one run of `experiment=brats_full`. The work of a step with and without
 recomputation is counted on fake tensors; divided by the rates of a large product and of a copy it gives the time of a
-step that only computed its products, or only moved the bytes of its operators. The live bytes of a step under
-`trainer.precision=bfloat16` are predicted only: without units for it, a CPU takes half an hour.
+step that only computed its products, or only moved the bytes of its operators. A CPU without units for bfloat16 takes
+ten minutes for the last table.
 """
 
 import argparse
@@ -39,11 +40,22 @@ STEPS = {"stored": ["memory=stored"], "fused": ["memory=reversible"]}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", action="store_true", help="count the work of a step, and keep what was measured")
-    only_work = parser.parse_args().work
-    found = earlier(HERE / "results.json") if only_work else run()
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--work", action="store_true", help="count the work of a step, and keep what was measured")
+    parts.add_argument("--bfloat16", action="store_true", help="run one step in bfloat16, and keep what was measured")
+    options = parser.parse_args()
+    before = earlier(HERE / "results.json")
+    if options.bfloat16:
+        if not before:
+            parser.error("--bfloat16 adds to what this machine has measured before; first measure without it")
+        before["bfloat16"] = run(["trainer.precision=bfloat16", "trainer.steps=1"])
+        text = table(before["bfloat16"])
+        print(text)
+        insert(HERE / "README.md", name="whole volume bfloat16", text=text)
+        keep(HERE / "results.json", command="python -m experiments.whole_volume", results=before)
+        return
+    found = before if options.work else {**before, **run([])}
     found["work"] = {"rates": rates(), "steps": {name: counted(changes) for name, changes in STEPS.items()}}
-    found["predicted_bfloat16_bytes"] = planned(["trainer.precision=bfloat16"], WorkCounter())
     if "steps" in found:
         text = table(found)
         print(text)
@@ -58,16 +70,10 @@ def main() -> None:
 
 def counted(changes: list[str]) -> dict[str, float]:
     """FLOPs and bytes moved of a step, counted on fake tensors."""
-    work = WorkCounter()
-    planned(changes, work)
+    config, work = to_objects(compose(["experiment=brats_full", *changes])), WorkCounter()
+    peak_on_fake(lambda: fake_step(config, device=torch.device("cpu"), work=work))
     moving = {kind: each for kind, each in work.total.items() if not kind.startswith(RESERVED)}
     return {"flops": sum(each.flops for each in moving.values()), "bytes": sum(each.bytes for each in moving.values())}
-
-
-def planned(changes: list[str], work: WorkCounter) -> int:
-    """The peak of live bytes of a step on fake tensors, whose work is counted."""
-    config = to_objects(compose(["experiment=brats_full", *changes]))
-    return peak_on_fake(lambda: fake_step(config, device=torch.device("cpu"), work=work)).peak_bytes
 
 
 def rates() -> dict[str, float]:
@@ -87,25 +93,26 @@ def rates() -> dict[str, float]:
     return best
 
 
-def run() -> dict[str, Any]:
+def run(changes: list[str]) -> dict[str, Any]:
     """The kept entries of the run's result."""
+    command = [*COMMAND, *changes]
     with tempfile.TemporaryDirectory() as folder:
         for more in ([f"hydra.run.dir={folder}/plan", "mode=plan"], [f"hydra.run.dir={folder}"]):  # first calibrate
             environment = {**os.environ, "MEMSAVE_CACHE": f"{folder}/cache"}
-            subprocess.run([sys.executable, *COMMAND, *more], check=True, env=environment)
+            subprocess.run([sys.executable, *command, *more], check=True, env=environment)
         result = json.loads((Path(folder) / "result.json").read_text())
         report = json.loads((Path(folder) / "memory.json").read_text())["step"]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    plan = next(row for row in result["plan"]["rows"] if row["strategy"] == result["plan"]["strategy"])
+    planned = next(row for row in result["plan"]["rows"] if row["strategy"] == result["plan"]["strategy"])
     memory = result["memory"]
     steps = [{"loss": line["loss"], "seconds": line["seconds"]} for line in lines if "loss" in line]
-    above = plan["calibrated_bytes"] - memory["peak_by_category"]["parameter"]
+    above = planned["calibrated_bytes"] - memory["peak_by_category"]["parameter"]
     return {
-        "run": " ".join(["python", *COMMAND]),
+        "run": " ".join(["python", *command]),
         "steps": steps,
         "predicted": {
-            "live_bytes": plan["exact_bytes"],
-            "calibrated_bytes": plan["calibrated_bytes"],
+            "live_bytes": planned["exact_bytes"],
+            "calibrated_bytes": planned["calibrated_bytes"],
             "process_bytes": memory["process_start_bytes"] + above,
         },
         "measured": {
@@ -128,7 +135,6 @@ def table(found: dict[str, Any]) -> str:
         off = predicted[key] / measured[key] - 1
         lines.append(f"| {name} | {format_bytes(predicted[key])} | {format_bytes(measured[key])} | {off:+.1%} |")
     lines.append(f"| the process before the first step | | {format_bytes(measured['process_start_bytes'])} | |")
-    lines.append(f"| live tensors in bfloat16 | {format_bytes(found['predicted_bfloat16_bytes'])} | | |")
     return "\n".join(lines)
 
 

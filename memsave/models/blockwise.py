@@ -2,7 +2,7 @@
 
     expand     s = SiLU(W x + c)                     project     p += V SiLU(scale d + shift)
 
-A block is small enough for the cache of a CPU, so what a step computes on its way is never a whole tensor: a, u and t
+A few blocks fit into the shared cache of a CPU, and what a step computes on its way is never a whole tensor: a, u and t
 of `chunks.py` exist for one block at a time, also in the backward, which computes them again. On a GPU a block is
 larger, but still a part of a whole volume.
 
@@ -147,7 +147,9 @@ def project(
         _add_product(total[sample, block], F.silu(normed, inplace=True), across, space=scratch_product)
 
 
-@_operator(writes="out", scratch=lambda _, filtered, *others: (_space(filtered), _space(filtered)))
+@_operator(
+    writes="out", scratch=lambda _, filtered, *others: (_space(filtered), _space(filtered), _sum_space(filtered))
+)
 def project_backward(
     grad: Tensor,
     filtered: Tensor,
@@ -157,10 +159,11 @@ def project_backward(
     out: Tensor,
     scratch: Tensor,
     scratch_activated: Tensor,
+    scratch_products: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """From dL/dp (B, V, C): out (B, V, E) = dL/du of u = scale filtered + shift.
 
-    Returns dL/dweight and `moments(out, filtered)`, both in float64.
+    Returns dL/dweight and the moments of dL/du, before it is rounded to the dtype of `out`, and d, both in float64.
     """
     found = torch.zeros_like(weight, dtype=torch.float64)
     totals = scale.new_zeros(2, *scale.shape, dtype=torch.float64)
@@ -174,7 +177,8 @@ def project_backward(
         by_normed = _silu_backward(by_activated, normed, over=by_activated)
         _keep(by_normed, out[sample, block])
         totals[0, sample] += _sum(by_normed)
-        totals[1, sample] += _sum_of_products(by_normed, filtered[sample, block], space=normed)
+        space = scratch_products[: len(normed)] if len(scratch_products) else normed
+        totals[1, sample] += _sum_of_products(by_normed, filtered[sample, block], space=space)
     return found, totals
 
 
@@ -221,6 +225,12 @@ def _block_size(rows: Tensor) -> int:
 def _space(rows: Tensor, *, columns: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialized rows of a block of (B, V, P), which all blocks share; `columns`: another number than P."""
     return rows.new_empty(_block_size(rows), columns or rows.shape[2], dtype=dtype or _computed_dtype(rows))
+
+
+def _sum_space(rows: Tensor) -> Tensor:
+    """Rows of a block in the dtype of sums; none where `_space` has that dtype."""
+    dtype = accumulation_dtype(rows.dtype)
+    return rows.new_empty(0) if _computed_dtype(rows) == dtype else _space(rows, dtype=dtype)
 
 
 def _over(rows: Tensor, space: Tensor) -> Tensor:
@@ -294,9 +304,10 @@ def _sum(rows: Tensor) -> Tensor:
 
 
 def _sum_of_products(one: Tensor, other: Tensor, *, space: Tensor) -> Tensor:
-    """one times other, both (V, P), summed over voxels: (P,) in float64; products are not rounded."""
-    dtype = accumulation_dtype(one.dtype)
-    return _sum(torch.mul(one.to(dtype), other.to(dtype), out=space if space.dtype == dtype else None))
+    """one times other, both (V, P), summed over voxels: (P,) in float64; products have the dtype of the space."""
+    if one.dtype != space.dtype:
+        one = space.copy_(one)
+    return _sum(torch.mul(one, other, out=space))
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from memsave.reversible.stream_nodes import keep_tensors, kept_tensors
 
 
 class RecastConv3d(nn.Conv3d):
-    """`nn.Conv3d`: the same function and gradients.
+    """`nn.Conv3d` with padding by zeros: the same function and gradients.
 
     `input_is_kept` says whether something keeps the input until the backward anyway; only then it is cast again.
     """
@@ -24,7 +24,8 @@ class RecastConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) to (B, out_channels, ...)."""
         kind = x.device.type
-        if self.input_is_kept and torch.is_grad_enabled() and torch.is_autocast_enabled(kind):
+        saves_input = self.weight.requires_grad and torch.is_grad_enabled() and not x.is_inference()
+        if self.input_is_kept and saves_input and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             if x.dtype == torch.float32 != dtype:
                 return self._cast_again(x, dtype)

@@ -182,7 +182,7 @@ class ReversibleUNet3d(nn.Module):
     def _upsample(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample x (B, coarser C, D/2, ...) and merge it with the skip (B, C, D, ...): (B, C, D, ...)."""
         x = F.interpolate(self.up[level](x), size=skip.shape[2:], mode="trilinear", align_corners=False)
-        return self.join[level](torch.cat((x, skip), dim=1)) if self.skip == "concat" else x + skip
+        return self.join[level](torch.cat((x, skip.to(x.dtype)), dim=1)) if self.skip == "concat" else x + skip
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -206,14 +206,10 @@ class TaskDefinition:
         return [] if most is None else [f"{most} records a unit"]
 
     def calibration_config(self) -> tuple[Config, dict[str, Any]]:
-        """`small_config`, with small units, and in a private run with batches of the expected size."""
+        """`small_config`, with small units."""
         config, architecture = self.small_config()
-        changes: dict[str, Any] = {}
-        if self._records_per_unit is not None:
-            changes["data.records_per_unit"] = min(self._records_per_unit, 2)
-        if config.privacy.option == "ghost":
-            changes["privacy.largest_batch"] = config.trainer.batch_size
-        return config.changed(changes), architecture
+        most = self._records_per_unit
+        return config if most is None else config.changed({"data.records_per_unit": min(most, 2)}), architecture
 
     def family(self) -> str:
         """The part of the key of a calibration that depends on the model."""

@@ -118,3 +118,12 @@ def test_the_reversible_unet_is_exact_in_each_memory_mode(memory):
     torch.manual_seed(0)
     net = ReversibleUNet3d(2, 3, channels=(4, 8), expansion=2, squeeze_excitation=0.5, dropout=0.1, memory=memory)
     assert_exact(net.double(), draw(3, 2, 4, 5, 4), losses_of)
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_all_layers_of_the_reversible_unet_have_rules(memory):
+    """What has none is followed operator by operator, in every step."""
+    net = ReversibleUNet3d(2, 3, channels=(4, 8), expansion=2, memory=memory).double()
+    clipper = GhostClipper(net, max_grad_norm=1.0)
+    clipper.backward(losses_of(net, draw(3, 2, 4, 5, 4)))
+    assert clipper._following.needed is False

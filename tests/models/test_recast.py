@@ -1,5 +1,7 @@
 """RecastConv3d: a convolution that keeps no narrow copy of an input which something else keeps."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -42,16 +44,28 @@ def test_gradients_are_those_of_the_plain_layer_bit_for_bit(dtype, order):
     assert all(torch.equal(*pair) and pair[0].abs().sum() > 0 for pair in zip(*found, strict=True))
 
 
-def test_a_frozen_layer_and_an_input_without_gradient():
-    conv = layer().requires_grad_(False)
-    x = volume()
+@pytest.mark.parametrize("frozen", ["weight", "bias", "x", "all"])
+def test_frozen_tensors(frozen):
+    def found(kept):
+        conv = layer(kept=kept)
+        tensors = {"x": volume(), **dict(conv.named_parameters())}
+        for name in ("weight", "bias") if frozen == "all" else (frozen,):
+            tensors[name].requires_grad_(False)
+        with autocast(torch.bfloat16):
+            conv(tensors["x"]).float().square().sum().backward()
+        return [each.grad for each in tensors.values() if each.requires_grad]
+
+    assert all(torch.equal(*pair) for pair in zip(found(True), found(False), strict=True))
+
+
+def test_a_layer_that_saves_no_input_does_not_hold_it():
+    conv, x = layer(), volume() * 1
+    conv.weight.requires_grad_(False)
+    reference = weakref.ref(x.untyped_storage())
     with autocast(torch.bfloat16):
-        conv(x).sum().backward()
-    assert x.grad.abs().sum() > 0
-    conv = layer()
-    with autocast(torch.bfloat16):
-        conv(volume(requires_grad=False)).sum().backward()
-    assert conv.weight.grad.abs().sum() > 0
+        y = conv(x)
+    del x
+    assert y.requires_grad and reference() is None
 
 
 def test_the_graph_can_be_differentiated_again():
@@ -97,9 +111,12 @@ def test_a_weight_that_is_changed_in_place_is_refused():
 def test_the_input_is_offloaded_in_the_place_of_its_copy():
     conv, x = layer(), volume(side=32)
     plain = gradients(conv, x, torch.bfloat16)
-    offload = ActivationOffload(conv, min_bytes=1)
+    offload, wide = ActivationOffload(conv, min_bytes=1), x * 1
+    reference = weakref.ref(wide.untyped_storage())
     with offload(), autocast(torch.bfloat16):
-        value = conv(x * 1).float().square().sum()
+        value = conv(wide).float().square().sum()
+    del wide
+    assert reference() is None
     found = torch.autograd.grad(value, [x, *conv.parameters()])
     assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
 

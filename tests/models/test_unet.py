@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.models.memory import MEMORY_MODES
+from memsave.models.recast import RecastConv3d
 from memsave.profiler import MemoryRecorder
 from memsave.tasks.segmentation.losses import region_losses
 
@@ -89,6 +90,33 @@ def test_memory_modes_compute_the_same_function_under_autocast():
     stored = under_autocast("stored")
     for mode in ("checkpoint", "reversible"):
         assert torch.equal(under_autocast(mode), stored)
+
+
+def test_what_reads_the_output_of_a_reversible_level_keeps_no_copy_of_it():
+    modes = ["reversible", "stored", "reversible", "checkpoint"]
+    net = network(channels=(4, 8, 8, 16), deep_supervision=True, memory=modes)
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, RecastConv3d)}
+    kept = {name for name, layer in layers.items() if layer.input_is_kept}
+    assert len(layers) == 3 + 3 + 1 + 2
+    assert kept == {"down.0.0", "head", "down.2.0", "up.1", "side_heads.1"}
+    net.memory = "stored"
+    assert not any(layer.input_is_kept for layer in layers.values())
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("skip", ["add", "concat"])
+def test_under_autocast_a_reversible_network_keeps_its_levels_once(skip):
+    """In float32: the copies in bfloat16 that the next layers read are computed again in the backward."""
+    net = network(dtype=torch.float32, channels=(8, 16), blocks=1, skip=skip, memory="reversible")
+    x = volume(16, 16, 16, batch=1, dtype=torch.float32)
+    with MemoryRecorder(net) as recorder, torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        y = net(x)
+    assert y.requires_grad
+    totals = recorder.report().timeline.totals()
+    level = 8 * 16**3  # elements; encoder and decoder, and a coarser level with a quarter of them
+    copies = 4 * 16**3 + 16 * 8**3 + y.numel()  # in bfloat16: of x, of the first normalised layer, and the result
+    kept = totals[-1] - totals[0] - 4 * (2 + 1 / 4) * level - 2 * copies
+    assert 0 <= kept - (2 * 16 * 16**3 if skip == "concat" else 0) < 0.5 * level
 
 
 @pytest.mark.usefixtures("device")

@@ -19,6 +19,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
     nn.Conv3d,
     "memsave.models.mbconv.DepthwiseConv3d",
     "memsave.models.pointwise.PointwiseConv3d",
+    "memsave.models.recast.RecastConv3d",
 )
 def conv(layer: nn.Module, inputs: LayerInputs) -> RuleOutput | None:
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`, with padding by zeros."""

@@ -171,7 +171,9 @@ class SegmentationDefinition(TaskDefinition):
 
     def small_config(self) -> tuple[Config, dict[str, Any]]:
         """One small crop and one block per level; the channels stay, because kernels depend on them."""
+        private = {"privacy.largest_batch": 1} if self.config.privacy.option == "ghost" else {}  # else a dozen crops
         changes = {
+            **private,
             "trainer.batch_size": 1,
             "trainer.micro_batch_size": None,
             "data.crops_per_case": 1,
