@@ -271,8 +271,9 @@ class RecomputeContext:
         if self.several_devices:
             self.held[stage] = tensors
         assert self.template is not None
-        halves = tensors if len(tensors) == 2 else Stream.split(tensors[0]).halves()
-        self.stream = self._with_first_strides(self.template.pair(*halves), stage)
+        if len(tensors) == 1:  # copies: a view of one half would hold both
+            tensors = tuple(half.clone() for half in tensors[0].chunk(2, dim=1))
+        self.stream = self._with_first_strides(self.template.pair(*tensors), stage)
         self.stage, self.is_loaded = stage, True
 
     def _with_first_strides(self, stream: Stream, stage: int) -> Stream:

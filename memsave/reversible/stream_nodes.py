@@ -67,7 +67,8 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         halves = grads[0].to(ctx.dtype).chunk(2, dim=1)
-        return None, anchor_like(halves[0]).detach(), *(half.contiguous(memory_format=ctx.layout) for half in halves)
+        copies = (half.clone(memory_format=ctx.layout) for half in halves)  # a view would hold the whole gradient
+        return None, anchor_like(halves[0]).detach(), *copies
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
