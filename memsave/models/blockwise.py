@@ -33,6 +33,7 @@ from memsave.tf32 import allows_tf32, without_tf32
 BLOCK = {"cpu": 2**20, "cuda": 2**25}
 """Elements of a block: 4 MiB in float32 on the CPU; smaller ones cost more time to start than they save."""
 TILE = 64  # voxels
+SUM_COLUMNS = 128  # on the CPU, sums over the rows of a matrix of so many columns are the fastest
 PARTS = {"cpu": 16, "cuda": 256}
 """Parts of a block in a contraction over its voxels, which run at the same time."""
 
@@ -60,7 +61,7 @@ def _operator(
         operator = getattr(torch.ops.memsave, name).default
 
         @wraps(function)
-        def call(*arguments: Tensor) -> Returned:
+        def call(*arguments: Tensor | bool) -> Returned:
             return cast(Returned, operator(*arguments, *scratch(*arguments)))
 
         return call
@@ -113,9 +114,19 @@ def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scratch: Tenso
 
 @_operator(writes="by_x", scratch=lambda grad, x, *_: (_space(grad), _space(grad, columns=x.shape[2])))
 def expand_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor, scratch: Tensor, scratch_product: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    by_x: Tensor,
+    adds: bool,
+    scratch: Tensor,
+    scratch_product: Tensor,
 ) -> Tensor:
-    """From dL/ds (B, V, E): adds dL/dx to `by_x` (B, V, C); returns dL/dweight and dL/dshift, (B, E, C + 1) float64."""
+    """From dL/ds (B, V, E): writes dL/dx to `by_x` (B, V, C), or adds it to that.
+
+    Returns dL/dweight and dL/dshift, (B, E, C + 1) in float64.
+    """
     found = grad.new_zeros(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
     across, back, shifts = _across(weight, scratch), weight.to(scratch.dtype), _tiled(shift, scratch)
     for sample, block in _blocks(grad):
@@ -124,12 +135,12 @@ def expand_backward(
         by_expanded = _silu_backward(_computed(grad[sample, block]), expanded, over=expanded)
         found[sample, :, :-1] += _inner(by_expanded, _computed(rows))
         found[sample, :, -1] += _sum(by_expanded)
-        _add_product(by_x[sample, block], by_expanded, back[sample], space=scratch_product)
+        _product_into(by_x[sample, block], by_expanded, back[sample], adds=adds, space=scratch_product)
     return found
 
 
 @_operator(
-    writes="total", scratch=lambda filtered, *others: (_space(filtered), _space(filtered, columns=others[-1].shape[2]))
+    writes="total", scratch=lambda filtered, *others: (_space(filtered), _space(filtered, columns=others[3].shape[2]))
 )
 def project(
     filtered: Tensor,
@@ -137,14 +148,15 @@ def project(
     shift: Tensor,
     weight: Tensor,
     total: Tensor,
+    adds: bool,
     scratch: Tensor,
     scratch_product: Tensor,
 ) -> None:
-    """total (B, V, C) += SiLU(scale filtered + shift) weight' for filtered (B, V, E), scale and shift (B, E)."""
+    """total (B, V, C) = or += SiLU(scale filtered + shift) weight' for filtered (B, V, E), scale and shift (B, E)."""
     across, scales, shifts = _across(weight, scratch), _tiled(scale, scratch), _tiled(shift, scratch)
     for sample, block in _blocks(filtered):
         normed = _affine(filtered[sample, block], scales[sample], shifts[sample], out=scratch)
-        _add_product(total[sample, block], F.silu(normed, inplace=True), across, space=scratch_product)
+        _product_into(total[sample, block], F.silu(normed, inplace=True), across, adds=adds, space=scratch_product)
 
 
 @_operator(
@@ -286,10 +298,13 @@ def _affine(rows: Tensor, scales: Tensor, shifts: Tensor, *, out: Tensor) -> Ten
     return out
 
 
-def _add_product(total: Tensor, rows: Tensor, weight: Tensor, *, space: Tensor) -> None:
-    """total (V, C) += rows (V, K) weight (K, C); MKL is slow where a product of few columns adds to its result."""
-    product = torch.mm(rows, weight, out=space[: len(rows)])
-    _wide(total).add_(_wide(product))
+def _product_into(total: Tensor, rows: Tensor, weight: Tensor, *, adds: bool, space: Tensor) -> None:
+    """total (V, C) = or += rows (V, K) weight (K, C); MKL is slow where a product of few columns adds to its result."""
+    product = torch.mm(rows, weight, out=space[: len(rows)] if adds else _over(total, space))
+    if adds:
+        _wide(total).add_(_wide(product))
+    else:
+        _keep(product, total)
 
 
 def _silu_backward(grad: Tensor, x: Tensor, *, over: Tensor) -> Tensor:
@@ -299,8 +314,9 @@ def _silu_backward(grad: Tensor, x: Tensor, *, over: Tensor) -> Tensor:
 
 def _sum(rows: Tensor) -> Tensor:
     """(V, P) summed over voxels: (P,) in float64."""
-    dtype = accumulation_dtype(rows.dtype)
-    return _wide(rows).sum(0, dtype=dtype).double().view(-1, rows.shape[1]).sum(0)
+    columns, dtype = rows.shape[1], accumulation_dtype(rows.dtype)
+    width = gcd(len(rows), max(1, SUM_COLUMNS // columns)) * columns if rows.device.type == "cpu" else _width(rows)
+    return rows.view(-1, width).sum(0, dtype=dtype).double().view(-1, columns).sum(0)
 
 
 def _sum_of_products(one: Tensor, other: Tensor, *, space: Tensor) -> Tensor:
@@ -321,7 +337,7 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 for _name in ("expand", "project", "add_scaled", "add_linear"):  # these return nothing
-    torch.library.register_fake(f"memsave::{_name}", lambda *tensors: None, lib=LIBRARY)
+    torch.library.register_fake(f"memsave::{_name}", lambda *arguments: None, lib=LIBRARY)
 
 
 @torch.library.register_fake("memsave::moments", lib=LIBRARY)
@@ -340,7 +356,7 @@ def _(x: Tensor, mean: Tensor, *scratch: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("memsave::expand_backward", lib=LIBRARY)
-def _(grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, by_x: Tensor, *scratch: Tensor) -> Tensor:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *others: Tensor | bool) -> Tensor:
     return grad.new_empty(*weight.shape[:2], weight.shape[2] + 1, dtype=torch.float64)
 
 

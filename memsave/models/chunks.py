@@ -104,10 +104,10 @@ class ChunkedBranch:
 
     def projected(self, *, keep_last: bool = False) -> Tensor:
         """p (B, V, C), summed in float32 or wider; `keep_last` keeps s and d of the last chunk."""
-        total = self.x.new_zeros(self.x.shape, dtype=accumulation_dtype(self.dtype))
+        total = self.x.new_empty(self.x.shape, dtype=accumulation_dtype(self.dtype))
         for chunk in range(self.block.chunks):
             filtered = self._filtered(chunk)
-            blockwise.project(filtered, *self.norms[chunk].affine, self._projection(chunk), total)
+            blockwise.project(filtered, *self.norms[chunk].affine, self._projection(chunk), total, chunk > 0)
             if keep_last and chunk == self.block.chunks - 1:
                 self.kept = chunk, filtered
             del filtered  # before the next chunk allocates
@@ -117,16 +117,16 @@ class ChunkedBranch:
 
     def gradients(self, upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
         """From dL/dp: the gradients of x (B, V, C) and of the parameters up to the projection."""
-        by_x = torch.zeros_like(upstream, dtype=accumulation_dtype(self.dtype))
+        by_x = torch.empty_like(upstream, dtype=accumulation_dtype(self.dtype))
         first, second = self.first.zeros(), by_x.new_zeros(2, self.expanded_channels, dtype=torch.float64)
         filters, projection = [], []
-        for chunk in reversed(range(self.block.chunks)):
+        for done, chunk in enumerate(reversed(range(self.block.chunks))):
             part = self.part(chunk)
             by_projection, by_squashed, by_filter, second[:, part] = self._filter_gradients(chunk, upstream)
             projection.append(by_projection)
             filters.append(by_filter)
             by_first = blockwise.expand_backward(
-                by_squashed, self.x, self.first.weight[:, part], self.first.shift[:, part], by_x
+                by_squashed, self.x, self.first.weight[:, part], self.first.shift[:, part], by_x, done > 0
             )
             first.weight[:, part], first.shift[:, part] = by_first[..., :-1], by_first[..., -1]
             del by_squashed  # before the next chunk allocates
