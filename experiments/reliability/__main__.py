@@ -22,7 +22,7 @@ from experiments.reliability import forks, fuzz, kills, mutants
 
 HERE = Path(__file__).parent
 PARTS: dict[str, Any] = {"kills": kills, "fuzz": fuzz, "mutants": mutants}
-TRIALS = {"kills": 60, "fuzz": 220, "mutants": 306}
+TRIALS = {"kills": 60, "fuzz": 220, "mutants": 320}
 QUICK = {"kills": 6, "fuzz": 24, "mutants": 4}
 
 
