@@ -1,10 +1,8 @@
 """Fixtures of all tests: the device, and tiny runs. Each process has one thread, set before torch is imported."""
 
-import copy
 import gc
 import json
 import os
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -56,48 +54,11 @@ def _session_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _composed_once():
-    """Hydra takes 0.2 s to compose a config, and many tests compose the same ones."""
-    from memsave.config import compose
-
-    original, found = compose.hydra_compose, {}
-
-    def composed(name, overrides=(), **options):
-        key = (name, tuple(overrides), tuple(options.items()))
-        if key not in found:
-            found[key] = original(name, overrides=list(overrides), **options)
-        return copy.deepcopy(found[key])
+def _quick():
+    from tests.support.quick import make_quick
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "hydra_compose", composed)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _small_calibrations():
-    """Small steps to calibrate a plan, and few: most tests need some rates, and not those of this machine."""
-    from memsave.profiler import seconds
-    from memsave.tasks.segmentation import definition
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seconds, "TIMED_STEPS", 1)
-        patch.setattr(definition, "SMALL_CROP", 16)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _coarse_pictures():
-    """Pictures of few pixels: to draw those of a tiny run takes half of its time."""
-    if find_spec("matplotlib") is None:  # it is an optional dependency
-        yield
-        return
-    from matplotlib.figure import Figure
-
-    original = Figure.savefig
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Figure, "savefig", lambda figure, *args, **kwargs: original(figure, *args, **{**kwargs, "dpi": 50})
-        )
+        make_quick(patch)
         yield
 
 

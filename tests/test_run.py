@@ -19,7 +19,8 @@ from tests.support.tiny_configs import TINY_UNET
 
 
 def test_a_run_writes_its_files(tmp_path):
-    done = run_command(tmp_path, *TWO_STEPS, "profiler.process=true", "profiler.compare=[stored,reversible]")
+    more = ["memory.engine=hooks", "profiler.process=true", "profiler.compare=[stored,reversible]"]
+    done = run_command(tmp_path, *TWO_STEPS, *more)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "brats_rev").iterdir()
     names = {path.name for path in folder.iterdir()}

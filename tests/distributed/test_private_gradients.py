@@ -18,6 +18,7 @@ from tests.support.distributed_models import EXAMPLES, MODELS, draw, losses_of, 
 from tests.support.processes import run_processes
 
 STEPS = 2
+FEW = ("mlp", "gpt2", "unet_reversible")
 
 
 CORRELATED = {
@@ -57,27 +58,23 @@ def trained(name, *, sharded, batch_size=4, noise=0.0):
     return weights, (private.steps, private.examples, private.clipped, private.nonfinite), batches
 
 
-def trained_all():
-    """What `trained` returns, by (sharded, name); of whole gradients and in three processes only of a few models."""
+def trained_all(models=FEW):
+    """What `trained` returns, by (sharded, name); `models` are those that are sharded."""
     found = {}
     for sharded in (False, True):
-        few = ["mlp", "gpt2", "unet_reversible"] if sharded or process_count() < 3 else ["mlp"]
-        names = MODELS if sharded and process_count() < 3 else few
-        found |= {(sharded, name): trained(name, sharded=sharded) for name in names}
+        found |= {(sharded, name): trained(name, sharded=sharded) for name in (models if sharded else FEW)}
         one = trained("mlp", sharded=sharded, batch_size=1)  # fewer than processes; some batches are empty
         found[sharded, "one example a batch"] = one
     found[False, "noise"] = trained("mlp", sharded=False, noise=1.0)
     return found
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return trained_all()
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_parameters_are_those_of_one_process(alone, count):
-    ranks = run_processes(count, trained_all)
+@pytest.mark.parametrize(
+    ("count", "models"),
+    [(2, FEW), pytest.param(2, MODELS, marks=pytest.mark.slow), pytest.param(3, FEW, marks=pytest.mark.slow)],
+)
+def test_the_parameters_are_those_of_one_process(count, models):
+    alone, ranks = trained_all(models), run_processes(count, trained_all, models)
     for key in ranks[0]:
         weights, counts, batches = alone[key]
         for rank in ranks:

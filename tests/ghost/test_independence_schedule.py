@@ -192,8 +192,14 @@ def test_a_loss_that_mixes_later_is_found():
             clipper.backward(losses / losses.sum())
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("kind", ["complete", "quick"])
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        ("complete", 1),
+        ("quick", 2),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("complete", 2), ("quick", 1))),
+    ],
+)
 def test_under_checkpoints_a_check_takes_no_more_memory_than_the_norms(kind, passes):
     class Deep(nn.Module):
         def __init__(self):

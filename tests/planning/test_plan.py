@@ -48,7 +48,8 @@ def plan_of(*overrides, base=TINY_UNET):
     [
         ("memory=stored",),
         ("memory=checkpoint", "data.crops_per_case=2"),
-        ("memory=reversible", "trainer.micro_batch_size=1", "trainer.ema=0.9", "memory.engine=fused"),
+        ("memory=reversible", "trainer.micro_batch_size=1", "trainer.ema=0.9"),
+        pytest.param(("memory=reversible", "memory.engine=fused"), marks=pytest.mark.slow),
         pytest.param(
             ("memory=reversible", "trainer.precision=bfloat16", "model.deep_supervision=true",
              "model.channels=[8,8,16]", "model.blocks=[1,1,1]"),

@@ -56,8 +56,10 @@ def report_of(make, *, fake):
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_a_unet_on_fake_tensors_takes_the_same_bytes(memory):
-    real, fake = (report_of(lambda: unet_step(memory), fake=fake) for fake in (False, True))
+def test_a_unet_on_fake_tensors_takes_the_same_bytes(
+    memory,
+):  # with engine=fused: tests/reversible/test_fused_memory.py
+    real, fake = (report_of(lambda: unet_step(memory, engine="hooks"), fake=fake) for fake in (False, True))
     assert fake == real  # every event, category and block
 
 
@@ -75,7 +77,7 @@ def test_a_gpt2_on_fake_tensors_takes_nearly_the_same_bytes(checkpointing):
         *(
             pytest.param(
                 lambda memory=memory: unet_step(memory, blocks=2, engine="hooks"),
-                marks=[] if memory == "reversible" else [pytest.mark.slow],
+                marks=pytest.mark.slow,
             )
             for memory in MODES
         ),

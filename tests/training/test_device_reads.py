@@ -87,7 +87,7 @@ def test_a_step_of_the_unet_reads_nothing(mode, device, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", MODES[1:3], ids=" ".join)
+@pytest.mark.parametrize("mode", [MODES[1], pytest.param(MODES[2], marks=pytest.mark.slow)], ids=" ".join)
 def test_a_private_step_of_the_unet_reads_once_per_backward(mode, device, monkeypatch):
     privacy = ["privacy=ghost", "trainer.micro_batch_size=2"]
     step = warm([*TINY_UNET, *privacy, *mode], device, monkeypatch)

@@ -380,7 +380,10 @@ def test_a_resumed_run_with_other_steps_keeps_noise_and_target(tmp_path, cache):
     assert (more["steps"], first["epsilon"] < more["epsilon"] < 7) == (5, True)
 
 
-def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path, cache, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["privacy.memory_budget=auto"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path, cache, monkeypatch, more):
     load = Generation.load
 
     def broken(self, indices):
@@ -388,7 +391,7 @@ def test_data_that_cannot_be_read_costs_no_private_step_and_no_epsilon(tmp_path,
             raise DataError("record 3 cannot be read: mend it.")
         return load(self, indices)
 
-    known = [*QUICK, "privacy.noise_multiplier=1.0", "privacy.verify=false", "privacy.memory_budget=auto"]
+    known = [*QUICK, "privacy.noise_multiplier=1.0", "privacy.verify=false", *more]
     monkeypatch.setattr(Generation, "load", broken)
     with pytest.raises(DataError, match="record 3") as failed:
         run(known, tmp_path / "run", cache)

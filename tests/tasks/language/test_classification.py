@@ -180,7 +180,9 @@ GPT2 += ["model.records=40", "model.steps=2", "model.batch_size=4"]
     [
         ["memory=checkpoint", *ROUGH],
         ["task.objective=head", "task.label_words=null", "privacy=none"],
-        ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4", *ROUGH],
+        pytest.param(
+            ["privacy=direct", "trainer.micro_batch_size=1", "trainer.batch_size=4", *ROUGH], marks=pytest.mark.slow
+        ),
         pytest.param(["memory=auto", "budget=1GiB", "privacy=none"], marks=pytest.mark.slow),
     ],
     ids=" ".join,

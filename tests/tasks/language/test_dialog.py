@@ -175,7 +175,7 @@ def test_a_plan_needs_the_number_of_rows():
 
 
 @pytest.mark.parametrize("head", ["chunked", pytest.param("logits", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("privacy", ["none", "ghost"])
+@pytest.mark.parametrize("privacy", [pytest.param("none", marks=pytest.mark.slow), "ghost"])
 def test_the_peak_of_a_step_with_several_rows_is_predicted(privacy, head):
     sizes = ("model.layers=2", "model.heads=2", "model.width=32", "model.vocabulary=1000", f"model.head={head}")
     shape = ("data.max_rows=3", "data.max_length=64", "trainer.batch_size=4", "trainer.micro_batch_size=2")
