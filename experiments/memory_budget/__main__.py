@@ -3,6 +3,7 @@
     python -m experiments.memory_budget            # about an hour on two cores with 24 GiB
     python -m experiments.memory_budget predicted  # without the real steps: ten minutes
     python -m experiments.memory_budget measured   # only the real steps, with earlier predictions
+    python -m experiments.memory_budget measured --more    # those that an interrupted command did not reach
 
 Live bytes of the whole training step of the U-Net of `experiment=brats_full` (five levels, 16 to 256 channels, float32,
 AdamW, one volume) are predicted on fake tensors. Real steps then measure the sizes for the budgets of MEASURED. Pendse
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import gc
 import time
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -115,14 +117,17 @@ def measured(row: dict[str, Any]) -> dict[str, Any] | None:
     return {**row, **found, "process_bytes": process_peak(), "date": datetime.date.today().isoformat()}
 
 
-def measured_rows(rows: list[dict]) -> list[dict]:
-    """Measure one real step at each size of MEASURED."""
+def measured_rows(rows: list[dict], before: list[dict]) -> Iterator[dict]:
+    """One real step at each size of MEASURED; steps of `before` with the same prediction are not repeated."""
     chosen = {
         (row["strategy"], row["vary"], row["size"]): row
         for row in rows
         if row["size"] is not None and row["budget_bytes"] in map(parse_bytes, MEASURED[row["vary"]])
     }
-    return [found for found in map(measured, chosen.values()) if found is not None]
+    for row in chosen.values():
+        earlier_ones = [each for each in before if row.items() <= each.items()]
+        if found := earlier_ones[0] if earlier_ones else measured(row):
+            yield found
 
 
 def gain(rows: list[dict], row: dict[str, Any]) -> str:
@@ -201,25 +206,31 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=("predicted", "measured"))
-    part = parser.parse_args().part
+    parser.add_argument("--more", action="store_true", help="do not repeat real steps that results.json has")
+    options = parser.parse_args()
     return_freed_memory()
     kept = earlier(RESULTS)
-    if part == "measured" and "predicted" not in kept:
+    if options.part == "measured" and "predicted" not in kept:
         parser.error("nothing was predicted on this machine yet; run it without an argument")
-    if part != "measured":
+    if options.part != "measured":
         kept["predicted"] = [
             row_of(strategy, vary, budget) for vary in VARIES for strategy in STRATEGIES for budget in BUDGETS
         ]
-    if part != "predicted":
-        kept["measured"] = measured_rows(kept["predicted"])
-    texts = {f"budget {vary}": table(kept["predicted"], vary) for vary in VARIES}
-    if part != "predicted":
-        texts["budget measured"] = measured_table(kept["measured"])
+        texts = {f"budget {vary}": table(kept["predicted"], vary) for vary in VARIES}
+        write(texts, kept)
+        insert(ROOT / "docs" / "results.md", name="budget volume", text=texts["budget volume"])
+        draw(kept["predicted"], HERE / "volumes.png")
+    if options.part != "predicted":
+        before, kept["measured"] = kept.get("measured", []) if options.more else [], []
+        for row in measured_rows(kept["predicted"], before):
+            kept["measured"].append(row)
+            write({"budget measured": measured_table(kept["measured"])}, kept)
+
+
+def write(texts: dict[str, str], kept: dict[str, Any]) -> None:
+    """Write tables and results, after each of the long steps."""
     for name, text in texts.items():
-        print(text)
         insert(HERE / "README.md", name=name, text=text)
-    insert(ROOT / "docs" / "results.md", name="budget volume", text=texts["budget volume"])
-    draw(kept["predicted"], HERE / "volumes.png")
     keep(RESULTS, command="python -m experiments.memory_budget", results=kept)
 
 
