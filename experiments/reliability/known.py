@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "privacy/audit/trials.py": ("privacy/audit/test_repeated.py",),
     "reversible/": tuple(f"reversible/test_{name}.py" for name in REVERSIBLE),
     "reversible/_torch_internals.py": ("reversible/test_torch_internals.py",),
+    "reversible/saved_copies.py": ("models/test_recast.py",),
     "reversible/steps.py": ("reversible/test_residual.py",),
 }
 """Tests below `tests/` by the start of a path below `memsave/`. Only the tests that execute a mutant run on it."""

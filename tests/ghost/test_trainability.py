@@ -162,3 +162,25 @@ def test_adapters_may_be_switched_and_added_while_the_clipper_is_attached():
     twin = peft.get_peft_model(small(), config).double()
     twin.load_state_dict(adapted.state_dict())
     torch.testing.assert_close(norms, by_loop(twin, batch, losses_of, max_grad_norm=BOUND)[0], rtol=1e-9, atol=0)
+
+
+class Switched(nn.Module):
+    """Examples are independent until `mixes` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head, self.mixes = nn.Linear(4, 4), nn.Linear(4, 3), False
+
+    def forward(self, x):
+        x = self.layer(x).tanh()
+        return self.head(x - x.mean(0) if self.mixes else x)
+
+
+def test_a_layer_that_replaces_another_one_is_checked_in_its_first_backward():
+    model, batch = Switched().double(), draw(5, 4)
+    clipper = GhostClipper(model, max_grad_norm=BOUND)
+    clipper.backward(losses_of(model, batch))
+    clipper._independence._steps_left = 10**9  # the next check is far away
+    model.layer, model.mixes = nn.Linear(4, 4).double(), True
+    with pytest.raises(ValueError, match="examples are not independent"):
+        clipper.backward(losses_of(model, batch))

@@ -62,6 +62,10 @@ def test_what_has_no_guarantee_is_refused(changes, words):
         Mechanism(**{**BASE, **changes})
 
 
+def test_a_batch_may_be_as_large_as_its_group():
+    assert Mechanism(**{**BASE, "noise": "banded", "sampler": "cyclic_poisson", "bands": 20}).bins == 20
+
+
 def test_truncation_makes_epsilon_larger_and_vanishes_for_large_limits():
     """A removed example may let another one into a full batch, so two gradients may differ."""
     plain = make().epsilon(100)
