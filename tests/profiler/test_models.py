@@ -55,10 +55,8 @@ def report_of(make, *, fake):
     return recorder.report()
 
 
-@pytest.mark.parametrize("memory", MODES)
-def test_a_unet_on_fake_tensors_takes_the_same_bytes(
-    memory,
-):  # with engine=fused: tests/reversible/test_fused_memory.py
+@pytest.mark.parametrize("memory", MODES)  # engine=fused: tests/reversible/test_fused_memory.py
+def test_a_unet_on_fake_tensors_takes_the_same_bytes(memory):
     real, fake = (report_of(lambda: unet_step(memory, engine="hooks"), fake=fake) for fake in (False, True))
     assert fake == real  # every event, category and block
 
