@@ -1,5 +1,8 @@
 """Every experiment composes, and every mistake raises a one-sentence error."""
 
+import subprocess
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -183,3 +186,14 @@ def test_a_file_that_is_not_a_config_is_refused(tmp_path, text):
 def test_an_unknown_variation_is_named_before_the_budget_that_it_would_need():
     with pytest.raises(ConfigError, match=r"^vary=volum is not valid for task=segmentation; .*did you mean volume\?"):
         compose(["experiment=brats_rev", "vary=volum"])
+
+
+def test_the_configs_of_these_tests_are_those_of_hydra_alone():
+    """The tests compose the options of a config once (tests/support/quick.py)."""
+    choices = ["experiment=gpt2_dp", "model=gpt2", "memory=checkpoint"]
+    asked = [[*choices, "trainer.steps=3"], [*choices, "trainer.steps=4"], ["experiment=brats_rev"]]
+    code = (
+        "import sys; from memsave.config.compose import compose; print([compose(each) for each in eval(sys.argv[1])])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, repr(asked)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([compose(each) for each in asked])
