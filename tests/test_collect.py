@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -40,20 +41,27 @@ def planned(strategy, size, total):
     ]}}  # fmt: skip
 
 
-@pytest.fixture
-def sweep(tmp_path):
+@pytest.fixture(scope="module")
+def jobs_of_a_sweep(tmp_path_factory):
     """Four plans with two budgets and two modes, a failed job, and a job without a result."""
+    folder = tmp_path_factory.mktemp("sweep")
     number = 0
     for budget, scale in (("1GiB", 1), ("2GiB", 2)):
         for strategy, size in (("stored", 32), ("reversible", 64)):
             write_job(
-                tmp_path / str(number), f"memory={strategy}", f"budget={budget}", "mode=plan", "vary=volume",
+                folder / str(number), f"memory={strategy}", f"budget={budget}", "mode=plan", "vary=volume",
                 result=planned(strategy, size * scale, scale * 2**30),
             )  # fmt: skip
             number += 1
-    write_job(tmp_path / "10", "memory=stored", "budget=4GiB", "vary=volume", result={"status": "failed", "seconds": 1})
-    write_job(tmp_path / "11", "memory=checkpoint", "budget=4GiB", "vary=volume", result=None)
-    return tmp_path
+    write_job(folder / "10", "memory=stored", "budget=4GiB", "vary=volume", result={"status": "failed", "seconds": 1})
+    write_job(folder / "11", "memory=checkpoint", "budget=4GiB", "vary=volume", result=None)
+    return folder
+
+
+@pytest.fixture
+def sweep(jobs_of_a_sweep, tmp_path):
+    """A copy of these jobs."""
+    return shutil.copytree(jobs_of_a_sweep, tmp_path / "sweep")
 
 
 def test_collect_writes_a_table_and_a_picture(sweep, capsys):

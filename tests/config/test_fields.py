@@ -1,7 +1,5 @@
 """Constraints of fields: errors for invalid values, and the page of all keys."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 from memsave.config import ConfigError, option
 from memsave.config.fields import check_fields
 from memsave.config.schema import Config, MemoryConfig, Section, TrainerConfig
+from tests.support.commands import run_command
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -81,6 +80,6 @@ def test_every_default_satisfies_its_constraint():
     assert Config.__dataclass_fields__["budget"].default is None
 
 
-def test_the_page_of_all_keys_is_up_to_date():
-    done = subprocess.run([sys.executable, "-m", "memsave.config"], capture_output=True, text=True, check=True)
+def test_the_page_of_all_keys_is_up_to_date(tmp_path):
+    done = run_command(tmp_path, module="memsave.config")
     assert done.stdout == PAGE.read_text(), "run: python -m memsave.config > docs/configuration.md"

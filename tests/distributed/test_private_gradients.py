@@ -1,6 +1,7 @@
 """PrivateGradients in several processes: the parameters after some steps are those of one process."""
 
 import math
+from functools import cache
 from itertools import chain
 
 import pytest
@@ -45,10 +46,11 @@ def take_steps(name, model, private, optimizer, steps=STEPS):
     return batches
 
 
+@cache
 def trained(name, *, sharded, batch_size=4, noise=0.0):
     """(parameters after the steps, counts, batches) of a private run."""
     model = make_model(name)
-    if sharded and process_count() > 1:
+    if sharded:
         shard_model(model, torch.device("cpu"))
     private = private_of(model, batch_size=batch_size, noise=noise)
     batches = take_steps(name, model, private, torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False))
@@ -62,8 +64,9 @@ def trained_all(models=FEW):
     """What `trained` returns, by (sharded, name); `models` are those that are sharded."""
     found = {}
     for sharded in (False, True):
-        found |= {(sharded, name): trained(name, sharded=sharded) for name in (models if sharded else FEW)}
-        one = trained("mlp", sharded=sharded, batch_size=1)  # fewer than processes; some batches are empty
+        shards = sharded and process_count() > 1
+        found |= {(sharded, name): trained(name, sharded=shards) for name in (models if sharded else FEW)}
+        one = trained("mlp", sharded=shards, batch_size=1)  # fewer than processes; some batches are empty
         found[sharded, "one example a batch"] = one
     found[False, "noise"] = trained("mlp", sharded=False, noise=1.0)
     return found

@@ -63,23 +63,33 @@ def result(folder):
     return json.loads((folder / "run" / "result.json").read_text()), [each["loss"] for each in lines if "lr" in each]
 
 
+class Alone:
+    """Results of one process, each measured when it is first asked for; `folder`'s cache has the data and the model."""
+
+    def __init__(self, folder):
+        self.folder, self._found = folder, {}
+
+    def __getitem__(self, name):
+        """(result.json, the losses) of an experiment; its files are in folder / name."""
+        if name not in self._found:
+            ((code, said),) = run(1, self.folder, *(UNET if name == "unet" else TEXT))
+            assert code == 0, said
+            self._found[name] = result(self.folder)
+            (self.folder / "run").rename(self.folder / name)
+        return self._found[name]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The results of one process, by experiment; also a folder whose cache has the data and the small model."""
     folder = tmp_path_factory.mktemp("alone")
-    found = {}
-    for name, arguments in (("unet", UNET), ("text", TEXT)):
-        ((code, said),) = run(1, folder, *arguments)
-        assert code == 0, said
-        found[name] = result(folder)
-        (folder / "run").rename(folder / name)
-    return folder, found
+    (folder / "cache").mkdir()
+    return Alone(folder)
 
 
 @pytest.fixture
 def folder(alone, tmp_path):
     """A folder with the cache of `alone`, without its ledger."""
-    (tmp_path / "cache").symlink_to(alone[0] / "cache")
+    (tmp_path / "cache").symlink_to(alone.folder / "cache")
     return tmp_path
 
 
@@ -99,15 +109,15 @@ def test_losses_and_scores_are_those_of_one_process(alone, folder, name, count, 
     assert [code for code, _ in ranks] == [0] * count, ranks
     assert [said for _, said in ranks[1:]] == [""] * (count - 1)  # only rank 0 speaks
     found, losses = result(folder)
-    expected, own_losses = alone[1][name]
+    expected, own_losses = alone[name]
     assert losses == pytest.approx(own_losses, rel=1e-5)
     assert found["processes"] == count and "processes" not in expected
     for key, score in expected["metrics"].items():
         assert found["metrics"][key] == pytest.approx(score, rel=1e-3), key
     assert len(found["memory"]["peak_bytes_by_process"]) == count
-    assert {path.name for path in (folder / "run").iterdir()} == {path.name for path in (alone[0] / name).iterdir()}
+    assert {path.name for path in (folder / "run").iterdir()} == {path.name for path in (alone.folder / name).iterdir()}
     assert (folder / "run/checkpoint/shards").exists() == (parallel == "fsdp")
-    assert model_of(folder / "run") == pytest.approx(model_of(alone[0] / name), abs=1e-5)
+    assert model_of(folder / "run") == pytest.approx(model_of(alone.folder / name), abs=1e-5)
     if name == "text":
         assert found["privacy"]["epsilon"] == expected["privacy"]["epsilon"]
         assert found["privacy"]["clipped_fraction"] == expected["privacy"]["clipped_fraction"]
@@ -123,7 +133,7 @@ def test_a_run_resumes_with_another_number_of_processes(alone, folder):
         ranks = run(count, folder, *start, f"trainer.steps={step}", f"trainer.parallel={parallel}")
         assert ranks[0][0] == 0, ranks
     found, losses = result(folder)
-    assert losses == pytest.approx(alone[1]["text"][1], rel=1e-5)
+    assert losses == pytest.approx(alone["text"][1], rel=1e-5)
     assert found["privacy"]["processes"] == [2, 3, 1]
     text = (folder / "run" / "privacy.md").read_text()
     assert "No privacy" in text  # it has a seed

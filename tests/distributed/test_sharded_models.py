@@ -69,7 +69,7 @@ OF_THREE = [
     "unet, layer by layer",
 ]
 """The cases that also run in three processes, of which some have empty shards or no examples."""
-OF_TWO = [*OF_THREE, "examples in dimension 1", "gpt2, logits", "reversible gpt2, stored", "unet"]
+OF_TWO = [*OF_THREE, "examples in dimension 1", "unet"]
 
 
 def all_errors(names):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -16,6 +14,7 @@ from memsave.data.text.check import examine, source
 from memsave.data.text.config import VisitsData
 from memsave.data.text.own_records import OwnRecordsData
 from memsave.tasks.language.small_gpt2 import SmallGPT2, small_gpt2, train_tokenizer
+from tests.support.commands import run_command
 
 RECORDS = ["data=records", "prompt={name} is", "completion={text}"]
 
@@ -250,7 +249,6 @@ def test_faults_are_collected_only_inside_of_the_check(tmp_path):
 
 def test_the_command_checks_texts_with_data_and_volumes_without(tmp_path):
     write(tmp_path / "a.jsonl", ("Ada", "here"), ("Bob", "there"))
-    command = [sys.executable, "-m", "memsave.data.check"]
-    done = subprocess.run([*command, *RECORDS, "root=a.jsonl"], capture_output=True, text=True, cwd=tmp_path)
+    done = run_command(tmp_path, *RECORDS, "root=a.jsonl", module="memsave.data.check")
     assert done.returncode == 0 and done.stdout.endswith("0 faults\n"), done.stderr
     assert main(["--help"]) == 0 and main(["root=nowhere"]) == 2

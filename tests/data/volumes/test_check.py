@@ -1,8 +1,6 @@
 import gzip
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import nibabel
@@ -13,6 +11,7 @@ from memsave.data.volumes import check
 from memsave.data.volumes.check import check_cases, examine, main
 from memsave.data.volumes.layouts import MODALITIES, find_cases
 from memsave.data.volumes.schemes import SCHEMES
+from tests.support.commands import run_command
 
 SHAPE = (6, 5, 4)
 
@@ -216,10 +215,8 @@ def test_progress_is_called_after_each_case(root):
     assert heard == [(number, 8) for number in range(1, 9)]
 
 
-def test_the_command_checks_a_data_set(root):
-    done = subprocess.run(
-        [sys.executable, "-m", "memsave.data.check", f"root={root}"], capture_output=True, text=True, check=False
-    )
+def test_the_command_checks_a_data_set(root, tmp_path):
+    done = run_command(tmp_path, f"root={root}", module="memsave.data.check")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0 faults"
     assert "read 8 of 8 cases" in done.stderr
 
