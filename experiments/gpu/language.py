@@ -10,7 +10,7 @@ from experiments.gpu.exactness import precision
 from experiments.gpu.measure import DEVICE, Step, free, measure
 from experiments.speed.ghost import WAYS, Shape, network
 
-LEFT_OUT = ("plain, checkpoints", "memsave, per layer")
+LEFT_OUT = ("plain, checkpoints", "memsave, per layer", "memsave, one pass, with a check")
 
 
 def language(shape: Shape, *, repeats: int, precisions: tuple[str, ...]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ private ones the clipped sum. "plain" is Hugging Face's own step, with its own l
 and PyTorch's tanh GELU in the place of Hugging Face's, like the private steps that are not marked otherwise. Opacus,
 which refuses tied weights, has an untied model with position ids given for each example.
 
+Whether examples are independent is checked in the first steps of a run, and later in a random step of 128, on average.
+Steps are timed without this check; "with a check" times one that has it.
+
 The column of FLOPs counts matrix products and attention of one step: no step can be faster than that, relative to
 plain, where these take all the time.
 
@@ -24,6 +27,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,6 +110,21 @@ def memsave(model: nn.Module, *, head: str = "chunked", **options: Any) -> Step:
     return lambda ids: clipper.backward(causal_lm_losses(model, ids, ids, head=head))
 
 
+def checking(kind: str) -> AbstractContextManager:
+    """Every backward makes this check of `IndependenceSchedule`: "quick", or "" for none."""
+    return patch.object(IndependenceSchedule, "next_check", lambda schedule, *, unchecked: kind)
+
+
+def memsave_with_check(model: nn.Module) -> Step:
+    step = memsave(model, passes=1)
+
+    def checked(ids: Tensor) -> None:
+        with checking("quick"):
+            step(ids)
+
+    return checked
+
+
 def with_positions(model: nn.Module, ids: Tensor) -> Tensor:
     """Each example's mean next-token loss, (B,), as Opacus can clip it."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1).contiguous()
@@ -160,6 +179,7 @@ WAYS: dict[str, Callable[[nn.Module], Step]] = {
     "memsave, one pass, the model's logits": partial(memsave, passes=1, head="logits"),
     "memsave, two passes": partial(memsave, passes=2),
     "memsave, per layer": partial(memsave, clipping="per_layer"),
+    "memsave, one pass, with a check": memsave_with_check,
     "Opacus ghost (untied)": opacus_ghost,
     "Opacus hooks (untied)": opacus_hooks,
 }
@@ -214,8 +234,8 @@ class FlopCount(TorchDispatchMode):
 
 
 def flops_of(model: nn.Module, step: Step, ids: Tensor) -> int:
-    """The FLOPs of a step that does not check the independence of examples, which later steps do ever more rarely."""
-    with patch.object(IndependenceSchedule, "next_check", lambda schedule, *, unchecked: ""), FlopCount() as count:
+    """The FLOPs of a step, as it is timed."""
+    with checking(""), FlopCount() as count:
         step(ids)
     drop_gradients(model)
     return count.total
@@ -238,7 +258,8 @@ def measure(shape: Shape, ways: list[str], *, repeats: int) -> dict[str, dict]:
     for _ in range(repeats):
         for way, step in steps.items():
             started = time.perf_counter()
-            step(ids)
+            with checking(""):
+                step(ids)
             seconds[way].append(time.perf_counter() - started)
             drop_gradients(models[way])
     first = rows["plain"]["peak_above_parameters"]
