@@ -59,7 +59,7 @@ def updated(config, device, *, steps=2):
 PRIVATE = [
     ["privacy=ghost", "privacy.passes=1", "model.head=logits"],
     pytest.param(["privacy=ghost", "privacy.passes=2", "model.head=logits"], marks=pytest.mark.slow),
-    ["privacy=ghost", "privacy.passes=2", "model.head=chunked"],
+    pytest.param(["privacy=ghost", "privacy.passes=2", "model.head=chunked"], marks=pytest.mark.slow),
     ["privacy=ghost", "privacy.passes=1", "privacy.clipping=per_layer", "model.head=chunked"],
     ["privacy=ghost", "privacy.passes=2", "memory=checkpoint"],
     ["privacy=direct", "trainer.micro_batch_size=1"],

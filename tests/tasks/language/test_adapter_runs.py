@@ -49,7 +49,7 @@ RUNS = {
     "random": ["model.random=true"],
 }
 WHOLE = {"lora, merged", "bitfit", "attention", "frozen", "random"}
-SLOW = {"lora, checkpoint", "dora", "ia3", "prompt", "attention", "bitfit", "random"}
+SLOW = {"lora, checkpoint", "lora, merged", "dora", "ia3", "prompt", "attention", "bitfit", "random"}
 """Runs by hand: what they add to the others is tested without a run in test_adapters.py."""
 
 
