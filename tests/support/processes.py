@@ -28,7 +28,7 @@ def run_processes(count, function, *args, group=True):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
         target = (theirs, {key: str(value) for key, value in environment.items()}, group)
-        process = context.Process(target=_run, args=(*target, pickle.dumps((function, args))), daemon=True)
+        process = context.Process(target=_run, args=(*target, pickle.dumps((function, args))))
         process.start()
         theirs.close()
         started.append((process, mine))
