@@ -26,6 +26,11 @@ def earlier(path: Path) -> dict[str, Any]:
     return content["results"] if content.get("hardware") == hardware() else {}
 
 
+def without_options(doc: str | None) -> None:
+    """For a program that takes no options: answer `--help`, and refuse everything else, before anything is measured."""
+    argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+
 def have_freed_memory_kept(parser: argparse.ArgumentParser, *, missing: set[str]) -> None:
     """For `--keep-freed`, which adds to rows that are there; without them, or without glibc, the program ends."""
     if missing:

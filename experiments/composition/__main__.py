@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from experiments.record import insert, keep
+from experiments.record import insert, keep, without_options
 from memsave.ghost import GhostClipper
 from memsave.models import ReversibleUNet3d
 from memsave.models.language import causal_lm_losses, fuse_gelu
@@ -177,4 +177,5 @@ def depth_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

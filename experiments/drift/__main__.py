@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.record import insert, keep, machine
+from experiments.record import insert, keep, machine, without_options
 from memsave.reversible import AdditiveCoupling, ReversibleSequence, verify
 
 DEPTHS = (8, 32, 128)
@@ -193,4 +193,5 @@ def draw(drift: dict[str, dict[str, Any]], training: dict[str, dict[str, Any]]) 
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.record import insert, keep, machine
+from experiments.record import insert, keep, machine, without_options
 from memsave.ghost.gradient_products import inner_products
 from memsave.ghost.gradients import PerSampleGrad
 
@@ -50,4 +50,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

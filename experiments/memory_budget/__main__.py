@@ -46,7 +46,7 @@ STRATEGIES = {
 }
 CROP = "data.crop_size=[128,128,128]"
 VARIES = {  # overrides, and the sizes to search
-    "volume": (["data.crop_size=[240,240,160]"], 640),
+    "volume": (["data.crop_size=[240,240,160]"], 720),
     "depth": ([CROP], 12),
     "channels": ([CROP], 160),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.record import insert, keep, machine, median
+from experiments.record import insert, keep, machine, median, without_options
 from memsave.config.compose import compose, to_objects
 from memsave.experiment import make_model, make_task
 from memsave.models import ReversibleUNet3d
@@ -124,4 +124,5 @@ class Recorders:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

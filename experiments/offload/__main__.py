@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from experiments.record import insert, keep, machine, median
+from experiments.record import insert, keep, machine, median, without_options
 from memsave.config.compose import compose, to_objects
 from memsave.planning.fake_step import fake_step
 from memsave.profiler import MemoryRecorder, format_bytes
@@ -104,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

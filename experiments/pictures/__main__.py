@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments.record import without_options
 from memsave.data.volumes.dataset import TrainingCrops
 from memsave.data.volumes.layouts import MODALITIES, Case
 from memsave.data.volumes.phantoms.generate import write_phantoms
@@ -92,4 +93,5 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

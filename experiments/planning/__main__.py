@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from experiments.record import insert, keep, machine
+from experiments.record import insert, keep, machine, without_options
 from memsave.config.compose import compose, to_objects
 from memsave.config.schema import Config
 from memsave.planning.fake_step import fake_step
@@ -187,4 +187,5 @@ def budget_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

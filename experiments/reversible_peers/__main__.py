@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from experiments.record import insert, keep, machine
+from experiments.record import insert, keep, machine, without_options
 from memsave.reversible import AdditiveCoupling, ReversibleSequence
 
 HERE = Path(__file__).parent
@@ -241,4 +241,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.record import insert, keep, machine, median
+from experiments.record import insert, keep, machine, median, without_options
 from memsave.models import MBConv3d, ReversibleUNet3d
 from memsave.training.compiled import compile_blocks
 
@@ -79,4 +79,5 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

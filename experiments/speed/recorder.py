@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.record import insert, keep, machine, median
+from experiments.record import insert, keep, machine, median, without_options
 from memsave.models import ReversibleUNet3d
 from memsave.models.language import causal_lm_losses
 from memsave.profiler import MemoryRecorder
@@ -87,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_options(__doc__)
     main()

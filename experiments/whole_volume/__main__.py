@@ -6,8 +6,7 @@
 
 Writes the tables of three documents from one run of `experiment=brats_full`. The work of a step with and without
 recomputation is counted on fake tensors; divided by the rates of a large product and of a copy it gives the time of a
-step that only computed its products, or only moved the bytes of its operators. A CPU without units for bfloat16 takes
-ten minutes for the last table.
+step that only computed its products, or only moved the bytes of its operators.
 """
 
 import argparse

@@ -11,12 +11,16 @@ for stride 1 and padding p = (k - 1) / 2. The second formula views a channels_la
 channels_last tensor (N D, C, H, W), which has the same memory layout: one 2D weight gradient for each of the k planes
 of the kernel, on shifted slices, without a copy.
 
+The CPU kernels for bfloat16 and float16 are slow, most of all where the CPU has no units for them. There, a slab of
+planes after the other is computed in float32, and rounded.
+
 All other cases (another device, stride, dilation or padding, an even kernel, several outputs per channel) use
 `torch.nn.functional.conv3d`. The function is the same in both cases. On CUDA, PyTorch has kernels of its own for
 contiguous volumes; in channels_last_3d it would leave the convolution to cuDNN, which took five times as long on an
 H200.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +30,9 @@ from torch.nn import functional as F
 from memsave.models._torch_internals import is_transformed
 
 LAST = torch.channels_last_3d
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+SLAB = 2**21
+"""Elements of a slab in float32, about."""
 
 
 def depthwise_conv3d(
@@ -94,7 +101,13 @@ def depthwise_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor
 
 def same_depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
     """The plain convolution at stride 1 that keeps the size of the volume."""
-    return F.conv3d(_for_device(x), weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    pad = weight.shape[-1] // 2
+    if not _computes_in_slabs(x, weight):
+        return F.conv3d(_for_device(x), weight, padding=pad, groups=x.shape[1])
+    y, wide = torch.empty_like(x), weight.float()
+    for sample, planes, slab in _slabs(x, reach=pad):
+        y[sample, :, planes] = F.conv3d(slab, wide, padding=(0, pad, pad), groups=x.shape[1])
+    return y
 
 
 def _for_device(x: Tensor) -> Tensor:
@@ -122,24 +135,67 @@ class _Depthwise(torch.autograd.Function):
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """dL/dweight (C, 1, k, k, k) from x and dL/dy, both (N, C, D, H, W)."""
-    size, depth = weight.shape[-1], x.shape[2]
+    slabs = _computes_in_slabs(x, grad)
+    found = _of_slabs(x, grad, weight) if slabs else _of_samples(x, grad, weight)
     total = None
-    for x_slices, grad_slices in zip(_as_slices(x), _as_slices(grad), strict=True):  # (D, C, H, W): one sample
-        planes = []
-        for plane in range(size):
-            shift = plane - size // 2  # this plane of the kernel reads x[d + shift] for y[d]
-            first, last = max(0, -shift), min(depth, depth - shift)
-            if first >= last:
-                planes.append(torch.zeros_like(weight[:, :, 0]))
-                continue
-            planes.append(
-                _weight_gradient_2d(
-                    x_slices[first + shift : last + shift], grad_slices[first:last], weight[:, :, plane]
-                )
-            )
-        sample = torch.stack(planes, dim=2)
-        total = sample if total is None else total + sample
-    return total if total is not None else torch.zeros_like(weight)
+    for part in found:
+        total = part if total is None else total + part
+    return torch.zeros_like(weight) if total is None else total.to(weight.dtype)
+
+
+def _of_samples(x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """The weight gradient of each sample."""
+    for x_slices, grad_slices in zip(_as_slices(x), _as_slices(grad), strict=True):
+        yield _of_slices(x_slices, grad_slices, weight, before=0)
+
+
+def _of_slabs(x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """The weight gradient of each slab, in float32."""
+    pad, wide = weight.shape[-1] // 2, weight.float()
+    for sample, planes, slab in _slabs(x, reach=pad):
+        (x_slices,), (grad_slices,) = _as_slices(slab), _as_slices(grad[sample, :, planes].float())
+        yield _of_slices(x_slices, grad_slices, wide, before=pad)
+
+
+def _of_slices(x: Tensor, grad: Tensor, weight: Tensor, *, before: int) -> Tensor:
+    """dL/dweight (C, 1, k, k, k) from slices (D, C, H, W) of one sample; x has `before` more of them at its start."""
+    size = weight.shape[-1]
+    planes = []
+    for plane in range(size):
+        shift = plane - size // 2 + before  # this plane of the kernel reads x[d + shift] for y[d]
+        first, last = max(0, -shift), min(len(grad), len(x) - shift)
+        if first >= last:
+            planes.append(torch.zeros_like(weight[:, :, 0]))
+            continue
+        planes.append(_weight_gradient_2d(x[first + shift : last + shift], grad[first:last], weight[:, :, plane]))
+    return torch.stack(planes, dim=2)
+
+
+def _computes_in_slabs(x: Tensor, other: Tensor) -> bool:
+    """Whether to compute in float32, slab by slab; autograd does not record that, and a compiler would unroll it."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or other.requires_grad)
+    return x.device.type == "cpu" and x.dtype in LOW_PRECISION and not recorded and not torch.compiler.is_compiling()
+
+
+def _slabs(x: Tensor, *, reach: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """For x (N, C, D, H, W), one sample's planes at a time: (the sample, the planes, their values in float32).
+
+    The values have `reach` more planes on each side, which are zero outside of the volume.
+    """
+    depth = x.shape[2]
+    at_once = max(1, SLAB // max(1, x[:1, :, :1].numel()))
+    size = (1, x.shape[1], min(at_once, depth) + 2 * reach, *x.shape[3:])
+    space = torch.empty(size, dtype=torch.float32, device=x.device, memory_format=LAST)
+    for sample in range(len(x)):
+        for start in range(0, depth, at_once):
+            end = min(start + at_once, depth)
+            slab = space[:, :, : end - start + 2 * reach]
+            first, last = max(0, start - reach), min(depth, end + reach)
+            offset = start - reach
+            slab[:, :, : first - offset] = 0
+            slab[:, :, last - offset :] = 0
+            slab[:, :, first - offset : last - offset] = x[sample, :, first:last]
+            yield slice(sample, sample + 1), slice(start, end), slab
 
 
 def _as_slices(x: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from memsave.models import depthwise, depthwise_conv3d
+from memsave.profiler import allocator_peak
 
 SIZES = st.integers(1, 5)
 
@@ -136,3 +137,50 @@ def test_large_slices_of_a_batch_are_exact(dtype):
     ours, theirs = (torch.autograd.grad(f(x, weight).sin().sum(), (x, weight)) for f in (depthwise_conv3d, plain))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    channels=st.integers(1, 4),
+    size=st.tuples(SIZES, SIZES, SIZES),
+    kernel=st.sampled_from([1, 3, 5]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    slab=st.integers(1, 200),
+)
+def test_narrow_dtypes_are_computed_in_float32_and_rounded_once(batch, channels, size, kernel, dtype, slab):
+    x, weight = operands(batch, channels, size, kernel, dtype=dtype)
+    upstream = torch.randn(batch, channels, *size).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(depthwise, "SLAB", slab)
+        y = depthwise_conv3d(x, weight)
+        found = torch.autograd.grad(y, (x, weight), upstream)
+    exact = [each.detach().double().requires_grad_() for each in (x, weight)]
+    wanted = plain(*exact)
+    gradients = torch.autograd.grad(wanted, exact, upstream.double())
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    for ours, theirs in zip((y, *found), (wanted, *gradients), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-5)
+
+
+def test_second_derivatives_of_narrow_dtypes_are_recorded():
+    x, weight = operands(1, 2, (3, 3, 3), dtype=torch.bfloat16)
+    first = torch.autograd.grad(depthwise_conv3d(x, weight).square().sum(), (x, weight), create_graph=True)
+    ours = torch.autograd.grad(sum(each.square().sum() for each in first), (x, weight))
+    exact = [each.detach().double().requires_grad_() for each in (x, weight)]
+    first = torch.autograd.grad(plain(*exact).square().sum(), exact, create_graph=True)
+    theirs = torch.autograd.grad(sum(each.square().sum() for each in first), exact)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.05, atol=0.05 * other.abs().max().item())
+
+
+def test_narrow_dtypes_need_one_slab_in_float32():
+    x = torch.randn(1, 8, 64, 32, 32, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)
+    weight = torch.randn(8, 1, 3, 3, 3, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(depthwise, "SLAB", 4 * 8 * 32 * 32)  # four planes of 64
+        peak = allocator_peak(lambda: depthwise_conv3d(x, weight), device=x.device)
+    result = x.numel() * x.element_size()
+    slabs = 4 * (6 + 4) * 8 * 32 * 32  # bytes: with one plane more on each side, and the slab of the result
+    assert result + slabs <= peak < result + 1.2 * slabs
