@@ -11,23 +11,20 @@ sums take a block as a matrix of 64 voxels times C channels per row. Tensors of 
 CPU, except what `add_scaled` writes over them; sums over voxels are in float32 or wider within a block and in float64
 over blocks.
 
-Each function is an operator of PyTorch (`torch.ops.memsave`), so that a fake step of a plan and a recorder of memory
-see one call and not its blocks. They also see the scratch (tensors of one block, which all blocks share), because it is
-an argument, whose name starts with "scratch".
+Each function is an operator of PyTorch (`operators.py`). Its scratch are tensors of one block, which all blocks share.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import wraps
-from inspect import signature
 from math import gcd
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from memsave.models.operators import LIBRARY, operator
 from memsave.tf32 import allows_tf32, without_tf32
 
 BLOCK = {"cpu": 2**20, "cuda": 2**25}
@@ -38,38 +35,7 @@ PARTS = {"cpu": 16, "cuda": 256}
 """Parts of a block in a contraction over its voxels, which run at the same time."""
 
 
-Returned = TypeVar("Returned")
-LIBRARY = torch.library.Library("memsave", "FRAGMENT")
-
-
-def _operator(
-    *, writes: str | None = None, scratch: Callable[..., tuple[Tensor, ...]] = lambda *_: ()
-) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
-    """Make a function the operator `torch.ops.memsave.NAME`, which changes its argument `writes` and its scratch.
-
-    A caller gives the arguments without the scratch; `scratch` makes it from them.
-
-    `torch.library.custom_op` does the same with a Python kernel for autograd, which takes 0.1 ms of each call; none of
-    these needs it, because they run without a graph.
-    """
-
-    def register(function: Callable[..., Returned]) -> Callable[..., Returned]:
-        name, own = function.__name__, [each for each in signature(function).parameters if each.startswith("scratch")]
-        schema = torch.library.infer_schema(function, mutates_args=[*([] if writes is None else [writes]), *own])
-        LIBRARY.define(name + schema)
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        operator = getattr(torch.ops.memsave, name).default
-
-        @wraps(function)
-        def call(*arguments: Tensor | bool) -> Returned:
-            return cast(Returned, operator(*arguments, *scratch(*arguments)))
-
-        return call
-
-    return register
-
-
-@_operator(scratch=lambda one, _: (_space(one, dtype=accumulation_dtype(one.dtype)),))
+@operator(scratch=lambda one, _: (_space(one, dtype=accumulation_dtype(one.dtype)),))
 def moments(one: Tensor, other: Tensor, scratch: Tensor) -> Tensor:
     """The sums over voxels of `one`, and of `one` times `other`, both (B, V, P): (2, B, P) in float64."""
     found = one.new_zeros(2, one.shape[0], one.shape[2], dtype=torch.float64)
@@ -80,7 +46,7 @@ def moments(one: Tensor, other: Tensor, scratch: Tensor) -> Tensor:
     return found
 
 
-@_operator()
+@operator()
 def sums(x: Tensor) -> Tensor:
     """The sums over voxels of x (B, V, P): (B, P) in float64."""
     found = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float64)
@@ -89,7 +55,7 @@ def sums(x: Tensor) -> Tensor:
     return found
 
 
-@_operator(scratch=lambda x, _: (_space(x, dtype=accumulation_dtype(x.dtype)),))
+@operator(scratch=lambda x, _: (_space(x, dtype=accumulation_dtype(x.dtype)),))
 def covariance(x: Tensor, mean: Tensor, scratch: Tensor) -> Tensor:
     """The covariance (B, C, C) in float64 of x (B, V, C) with this mean (B, C)."""
     found = x.new_zeros(*mean.shape, x.shape[2], dtype=torch.float64)
@@ -103,7 +69,7 @@ def covariance(x: Tensor, mean: Tensor, scratch: Tensor) -> Tensor:
     return found / x.shape[1]
 
 
-@_operator(writes="out", scratch=lambda *arguments: (_space(arguments[-1]),))
+@operator(writes="out", scratch=lambda *arguments: (_space(arguments[-1]),))
 def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scratch: Tensor) -> None:
     """out (B, V, E) = SiLU(x weight' + shift) for x (B, V, C), weight (B, E, C), shift (B, E)."""
     across, shifts = _across(weight, scratch), _tiled(shift, scratch)
@@ -112,7 +78,7 @@ def expand(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, scratch: Tenso
         _keep(F.silu(expanded, inplace=True), out[sample, block])
 
 
-@_operator(writes="by_x", scratch=lambda grad, x, *_: (_space(grad), _space(grad, columns=x.shape[2])))
+@operator(writes="by_x", scratch=lambda grad, x, *_: (_space(grad), _space(grad, columns=x.shape[2])))
 def expand_backward(
     grad: Tensor,
     x: Tensor,
@@ -139,7 +105,7 @@ def expand_backward(
     return found
 
 
-@_operator(
+@operator(
     writes="total", scratch=lambda filtered, *others: (_space(filtered), _space(filtered, columns=others[3].shape[2]))
 )
 def project(
@@ -159,9 +125,7 @@ def project(
         _product_into(total[sample, block], F.silu(normed, inplace=True), across, adds=adds, space=scratch_product)
 
 
-@_operator(
-    writes="out", scratch=lambda _, filtered, *others: (_space(filtered), _space(filtered), _sum_space(filtered))
-)
+@operator(writes="out", scratch=lambda _, filtered, *others: (_space(filtered), _space(filtered), _sum_space(filtered)))
 def project_backward(
     grad: Tensor,
     filtered: Tensor,
@@ -194,7 +158,7 @@ def project_backward(
     return found, totals
 
 
-@_operator(writes="out")
+@operator(writes="out")
 def add_scaled(out: Tensor, factor: Tensor, other: Tensor, by: Tensor, shift: Tensor) -> None:
     """out = factor out + by other + shift; tensors (B, V, P) and vectors (B, P)."""
     tiled = [_tiled(each, out) for each in (factor, by, shift)]
@@ -205,7 +169,7 @@ def add_scaled(out: Tensor, factor: Tensor, other: Tensor, by: Tensor, shift: Te
         wide.addcmul_(_wide(other[sample, block]).to(wide.dtype), b)
 
 
-@_operator(writes="total", scratch=lambda total, x, *_: (_space(total, dtype=_computed_dtype(x)),))
+@operator(writes="total", scratch=lambda total, x, *_: (_space(total, dtype=_computed_dtype(x)),))
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, shift: Tensor, scratch: Tensor) -> None:
     """total (B, V, P) += x weight' + shift for x (B, V, C), weight (B, P, C), shift (B, P)."""
     across, shifts = _across(weight, scratch), _tiled(shift, scratch)

@@ -12,7 +12,7 @@ channels_last tensor (N D, C, H, W), which has the same memory layout: one 2D we
 of the kernel, on shifted slices, without a copy.
 
 The CPU kernels for bfloat16 and float16 are slow, most of all where the CPU has no units for them. There, a slab of
-planes after the other is computed in float32, and rounded.
+planes after the other is computed in float32, and rounded. Both passes are operators (`operators.py`).
 
 All other cases (another device, stride, dilation or padding, an even kernel, several outputs per channel) use
 `torch.nn.functional.conv3d`. The function is the same in both cases. On CUDA, PyTorch has kernels of its own for
@@ -21,16 +21,19 @@ H200.
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from memsave.models._torch_internals import is_transformed
+from memsave.models.operators import LIBRARY, operator
+from memsave.reversible.coupling import LOW_PRECISION
 
 LAST = torch.channels_last_3d
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 SLAB = 2**21
 """Elements of a slab in float32, about."""
 
@@ -101,13 +104,9 @@ def depthwise_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor
 
 def same_depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
     """The plain convolution at stride 1 that keeps the size of the volume."""
-    pad = weight.shape[-1] // 2
-    if not _computes_in_slabs(x, weight):
-        return F.conv3d(_for_device(x), weight, padding=pad, groups=x.shape[1])
-    y, wide = torch.empty_like(x), weight.float()
-    for sample, planes, slab in _slabs(x, reach=pad):
-        y[sample, :, planes] = F.conv3d(slab, wide, padding=(0, pad, pad), groups=x.shape[1])
-    return y
+    if _computes_in_slabs(x, weight):
+        return depthwise_in_slabs(x, weight)
+    return F.conv3d(_for_device(x), weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
 
 def _for_device(x: Tensor) -> Tensor:
@@ -135,26 +134,13 @@ class _Depthwise(torch.autograd.Function):
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """dL/dweight (C, 1, k, k, k) from x and dL/dy, both (N, C, D, H, W)."""
-    slabs = _computes_in_slabs(x, grad)
-    found = _of_slabs(x, grad, weight) if slabs else _of_samples(x, grad, weight)
+    if _computes_in_slabs(x, grad):
+        return depthwise_weight_gradient_in_slabs(x, grad, weight)
     total = None
-    for part in found:
-        total = part if total is None else total + part
-    return torch.zeros_like(weight) if total is None else total.to(weight.dtype)
-
-
-def _of_samples(x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """The weight gradient of each sample."""
     for x_slices, grad_slices in zip(_as_slices(x), _as_slices(grad), strict=True):
-        yield _of_slices(x_slices, grad_slices, weight, before=0)
-
-
-def _of_slabs(x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """The weight gradient of each slab, in float32."""
-    pad, wide = weight.shape[-1] // 2, weight.float()
-    for sample, planes, slab in _slabs(x, reach=pad):
-        (x_slices,), (grad_slices,) = _as_slices(slab), _as_slices(grad[sample, :, planes].float())
-        yield _of_slices(x_slices, grad_slices, wide, before=pad)
+        sample = _of_slices(x_slices, grad_slices, weight, before=0)
+        total = sample if total is None else total + sample
+    return total if total is not None else torch.zeros_like(weight)
 
 
 def _of_slices(x: Tensor, grad: Tensor, weight: Tensor, *, before: int) -> Tensor:
@@ -172,30 +158,79 @@ def _of_slices(x: Tensor, grad: Tensor, weight: Tensor, *, before: int) -> Tenso
 
 
 def _computes_in_slabs(x: Tensor, other: Tensor) -> bool:
-    """Whether to compute in float32, slab by slab; autograd does not record that, and a compiler would unroll it."""
+    """Whether to compute in float32, slab by slab; autograd does not record that."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or other.requires_grad)
-    return x.device.type == "cpu" and x.dtype in LOW_PRECISION and not recorded and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype in LOW_PRECISION and not recorded
 
 
-def _slabs(x: Tensor, *, reach: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _space(x: Tensor, *, more: int = 0) -> Tensor:
+    """Uninitialized planes of a slab of x (N, C, D, H, W), and `more`: (1, C, planes, H, W) in float32."""
+    size = (1, x.shape[1], min(_planes(x), x.shape[2]) + more, *x.shape[3:])
+    return torch.empty(size, dtype=torch.float32, device=x.device, memory_format=LAST)
+
+
+def _planes(x: Tensor) -> int:
+    """The most planes of a slab of x (N, C, D, H, W)."""
+    return max(1, SLAB // max(1, x.shape[1] * x.shape[3] * x.shape[4]))
+
+
+@operator(scratch=lambda x, weight: (_space(x, more=weight.shape[-1] - 1),))
+def depthwise_in_slabs(x: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+    """`same_depthwise_conv`, computed in float32."""
+    y, wide, pad = torch.empty_like(x), weight.float(), weight.shape[-1] // 2
+    for sample, planes, slab in _slabs(x, reach=pad, space=scratch):
+        y[sample, :, planes] = F.conv3d(slab, wide, padding=(0, pad, pad), groups=x.shape[1])
+    return y
+
+
+@operator(scratch=lambda x, grad, weight: (_space(x, more=weight.shape[-1] - 1), _space(grad)))
+def depthwise_weight_gradient_in_slabs(
+    x: Tensor, grad: Tensor, weight: Tensor, scratch: Tensor, scratch_grad: Tensor
+) -> Tensor:
+    """`_weight_gradient`, computed in float32."""
+    total, pad = torch.zeros_like(weight, dtype=torch.float32), weight.shape[-1] // 2
+    for sample, planes, slab in _slabs(x, reach=pad, space=scratch):
+        wide = scratch_grad[:, :, : planes.stop - planes.start].copy_(grad[sample, :, planes])
+        (x_slices,), (grad_slices,) = _as_slices(slab), _as_slices(wide)
+        total += _of_slices(x_slices, grad_slices, total, before=pad)
+    return total.to(weight.dtype)
+
+
+def _slabs(x: Tensor, *, reach: int, space: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """For x (N, C, D, H, W), one sample's planes at a time: (the sample, the planes, their values in float32).
 
-    The values have `reach` more planes on each side, which are zero outside of the volume.
+    The values are in `space`. They have `reach` more planes on each side, which are zero outside of the volume.
     """
-    depth = x.shape[2]
-    at_once = max(1, SLAB // max(1, x[:1, :, :1].numel()))
-    size = (1, x.shape[1], min(at_once, depth) + 2 * reach, *x.shape[3:])
-    space = torch.empty(size, dtype=torch.float32, device=x.device, memory_format=LAST)
+    depth, at_once = x.shape[2], _planes(x)
     for sample in range(len(x)):
         for start in range(0, depth, at_once):
             end = min(start + at_once, depth)
             slab = space[:, :, : end - start + 2 * reach]
-            first, last = max(0, start - reach), min(depth, end + reach)
-            offset = start - reach
+            first, last, offset = max(0, start - reach), min(depth, end + reach), start - reach
             slab[:, :, : first - offset] = 0
             slab[:, :, last - offset :] = 0
             slab[:, :, first - offset : last - offset] = x[sample, :, first:last]
             yield slice(sample, sample + 1), slice(start, end), slab
+
+
+@torch.library.register_fake("memsave::depthwise_in_slabs", lib=LIBRARY)
+def _(x: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("memsave::depthwise_weight_gradient_in_slabs", lib=LIBRARY)
+def _(x: Tensor, grad: Tensor, weight: Tensor, *scratch: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@register_flop_formula(torch.ops.memsave.depthwise_in_slabs)
+def _(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x) * prod(weight[2:])
+
+
+@register_flop_formula(torch.ops.memsave.depthwise_weight_gradient_in_slabs)
+def _(x: Any, grad: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x) * prod(weight[2:])
 
 
 def _as_slices(x: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """The work of a step: FLOPs and bytes moved of each operator, counted on fake or real tensors.
 
 The bytes of a call are those of all its tensors, arguments and results, except arguments whose name starts with
-"scratch", in which an operator computes (`memsave.models.blockwise`); a view moves none. FLOPs are those of products
+"scratch", in which an operator computes (`memsave.models.operators`); a view moves none. FLOPs are those of products
 (`torch.utils.flop_counter`), convolutions and attention (the formulas below, which know groups and every backend).
 Copies to host memory and back, which no dispatch mode sees, count as two further kinds.
 """

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from memsave.models import depthwise, depthwise_conv3d
 from memsave.profiler import allocator_peak
@@ -184,3 +185,17 @@ def test_narrow_dtypes_need_one_slab_in_float32():
     result = x.numel() * x.element_size()
     slabs = 4 * (6 + 4) * 8 * 32 * 32  # bytes: with one plane more on each side, and the slab of the result
     assert result + slabs <= peak < result + 1.2 * slabs
+
+
+def test_operators_of_narrow_dtypes_have_right_schemas_fakes_and_flops():
+    x, weight = (each.detach() for each in operands(2, 3, (4, 5, 6), dtype=torch.bfloat16))
+    slab, gradients = depthwise._space(x, more=2), depthwise._space(x)
+    calls = {
+        torch.ops.memsave.depthwise_in_slabs.default: (x, weight, slab),
+        torch.ops.memsave.depthwise_weight_gradient_in_slabs.default: (x, x, weight, slab, gradients),
+    }
+    for operator, arguments in calls.items():
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        with FlopCounterMode(display=False) as counter:
+            operator(*arguments)
+        assert counter.get_total_flops() == 2 * x.numel() * 27
